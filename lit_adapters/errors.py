@@ -1,0 +1,17 @@
+"""The exceptions of the library. Each message names the offending value and the fix."""
+
+
+class AdapterError(RuntimeError):
+    """Something about adapters is wrong: configuration, targets, state or files."""
+
+
+class TargetsNotFound(AdapterError):
+    """A target specification matched no module. The message lists near misses."""
+
+
+class AssetError(AdapterError):
+    """A ``package://`` asset could not be fetched, failed its checksum, or lacks the requested member."""
+
+
+class DataError(AdapterError):
+    """A data file or folder is missing, torn or badly formed. The message names the file and the row."""

@@ -1,0 +1,70 @@
+"""Rational functions in plain PyTorch operations, block by block so that temporaries stay in the processor's cache.
+
+Needs no compiler. Tensors come as (outer, G, K) in any floating dtype, coefficients as (G, degree).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lit_adapters.ops import _rational_math as math
+from lit_adapters.ops._rational_math import Coefficients
+
+# Elements of a block. On a CPU, 32k float32 numbers and their few temporaries fit a core's second-level cache; a GPU
+# wants fewer and larger launches.
+_BLOCK = {"cpu": 1 << 15}
+_BLOCK_ELSEWHERE = 1 << 22
+
+
+def _blocks(x: Tensor) -> Iterator[slice]:
+    rows = max(1, _BLOCK.get(x.device.type, _BLOCK_ELSEWHERE) // max(1, x.shape[1] * x.shape[2]))
+    return (slice(start, start + rows) for start in range(0, x.shape[0], rows))
+
+
+def _working_dtype(block: Tensor) -> torch.dtype:
+    """float32 wherever it is exact enough; float64 for float64 inputs and for blocks whose powers would overflow."""
+    low, high = torch.aminmax(block)
+    return (
+        torch.float64 if block.dtype == torch.float64 or max(-low.item(), high.item()) > math.LARGE else torch.float32
+    )
+
+
+def _cast(coefficients: Coefficients | None, dtype: torch.dtype) -> Coefficients | None:
+    return None if coefficients is None else (coefficients[0].to(dtype), coefficients[1].to(dtype))
+
+
+def forward(x: Tensor, y: Tensor, coefficients: Coefficients, base: Coefficients | None, form: str) -> None:
+    """Write R(x), or R(x) - R_base(x) where a base is given, to `y`."""
+    for rows in _blocks(x):
+        block = x[rows].to(_working_dtype(x[rows]))
+        a, b = (c.to(block.dtype) for c in coefficients)
+        y[rows] = math.value(block, (a, b), _cast(base, block.dtype), form)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    grad_x: Tensor,
+    coefficients: Coefficients,
+    base: Coefficients | None,
+    form: str,
+    need_coefficients: bool,
+) -> Tensor:
+    """Write the gradient of x to `grad_x`; return those of the coefficients, (G, m+1+n) in float64.
+
+    Rows are added in float64 and in a fixed order: the sums do not depend on timing.
+    """
+    a, b = coefficients
+    total = torch.zeros(a.shape[1] + b.shape[1], a.shape[0], dtype=torch.float64, device=x.device)
+    for rows in _blocks(x):
+        block = x[rows].to(_working_dtype(x[rows]))
+        dtype = block.dtype
+        grad_x[rows], sums = math.gradients(
+            grad[rows].to(dtype), block, (a.to(dtype), b.to(dtype)), _cast(base, dtype), form, need_coefficients
+        )
+        if sums:
+            total += torch.stack(sums).sum(1, dtype=torch.float64)
+    return total.T

@@ -1,0 +1,199 @@
+"""Group-wise rational functions R(x) = P(x) / Q(x) of the channels of a tensor.
+
+    P(x) = a_0 + a_1 x + ... + a_m x^m
+    Q(x) = 1 + | b_1 x + ... + b_n x^n |            "abs-of-sum"  (NoRA, arXiv 2509.13240; KAT, arXiv 2409.10594)
+    Q(x) = 1 + |b_1||x| + ... + |b_n||x|^n          "sum-of-abs"  (Padé activation units, version A)
+
+The D channels are split into G contiguous groups of equal size; group g has row g of `numerator` (G, m+1) and of
+`denominator` (G, n). Both forms have Q >= 1, hence no poles. The sub-gradient of |z| at z = 0 is +1 in every path,
+so a coefficient that starts at exactly 0 can train.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lit_adapters.ops import _rational_blocks, _rational_compiled
+from lit_adapters.ops._groups import as_groups, dense
+from lit_adapters.ops._rational_math import sign
+
+Denominator = Literal["abs-of-sum", "sum-of-abs"]
+Backend = Literal["auto", "compiled", "blocks"]
+
+_backend: Backend = "auto"
+
+
+def set_rational_backend(backend: Backend) -> None:
+    """Choose how rational functions are computed; the result is the same to rounding.
+
+    "compiled" fuses each pass with torch.compile (needs a C++ compiler on a CPU, about ten seconds at first use),
+    "blocks" runs plain PyTorch operations on cache-sized blocks, "auto" compiles for large inputs where it can.
+    """
+    global _backend
+    if backend not in get_args(Backend):
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(get_args(Backend))}")
+    _backend = backend
+
+
+def _compiles(x: Tensor) -> bool:
+    if _backend == "blocks" or x.dtype == torch.float64:
+        return False
+    return _backend == "compiled" or _rational_compiled.worthwhile(x)
+
+
+def _magnitude(z: Tensor) -> Tensor:
+    """|z| whose sub-gradient at 0 is +1."""
+    return torch.where(z >= 0, z, -z)
+
+
+def rational_reference(
+    x: Tensor, numerator: Tensor, denominator: Tensor, form: Denominator = "abs-of-sum", channel_dim: int = -1
+) -> Tensor:
+    """R(x) as the formula says, in the dtype of its inputs and differentiated by autograd: the yardstick of `rational`.
+
+    Keeps a dozen tensors for backward and overflows where x^m does; call it in float64.
+    """
+    x = x.movedim(channel_dim, -1)
+    grouped = x.unflatten(-1, (numerator.shape[0], -1))
+    a, b = numerator.unsqueeze(1), denominator.unsqueeze(1)  # (G, 1, degree)
+    p = sum(a[..., i] * grouped**i for i in range(a.shape[-1]))
+    if form == "abs-of-sum":
+        q = 1 + _magnitude(sum(b[..., j] * grouped ** (j + 1) for j in range(b.shape[-1])))
+    else:
+        q = 1 + sum(_magnitude(b[..., j]) * _magnitude(grouped) ** (j + 1) for j in range(b.shape[-1]))
+    return (p / q).flatten(-2).movedim(-1, channel_dim)
+
+
+def rational(
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    form: Denominator = "abs-of-sum",
+    channel_dim: int = -1,
+    base: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """R(x; numerator, denominator), or with `base` the difference R(x; numerator, denominator) - R(x; *base).
+
+    Computes in float32 (float64 for float64 inputs) whatever the dtype of `x`, and saves `x` alone for backward, which
+    recomputes the rest. `base` is constant: it receives no gradient.
+
+    Args:
+        x: (..., D, ...) with D channels at `channel_dim`; any floating dtype.
+        numerator: (G, m+1) coefficients a_0..a_m. G must divide D.
+        denominator: (G, n) coefficients b_1..b_n.
+        form: which Q; see the module's docstring.
+        channel_dim: dimension of `x` that holds the channels.
+        base: coefficients of the subtracted function, of the same shapes. Equal coefficients give exactly 0.
+
+    Returns:
+        A tensor of the shape, dtype and memory order of `x`.
+
+    Raises:
+        ValueError: the groups do not divide the channels, or the coefficient shapes disagree.
+    """
+    channels, groups = x.shape[channel_dim], numerator.shape[0]
+    if channels % groups:
+        raise ValueError(
+            f"{groups} groups do not divide the {channels} channels of dimension {channel_dim} of an input of shape "
+            f"{tuple(x.shape)}; choose groups among the divisors of {channels}, or another channel_dim"
+        )
+    if denominator.shape[0] != groups:
+        raise ValueError(f"numerator has {groups} groups and denominator {denominator.shape[0]}; they must agree")
+    if base is not None and (base[0].shape != numerator.shape or base[1].shape != denominator.shape):
+        raise ValueError(
+            f"base has shapes {tuple(base[0].shape)}, {tuple(base[1].shape)}; "
+            f"expected {tuple(numerator.shape)}, {tuple(denominator.shape)}"
+        )
+    base_numerator, base_denominator = base if base is not None else (None, None)
+    return _rational(x, numerator, denominator, form, channel_dim, base_numerator, base_denominator)
+
+
+# Opaque to torch.compile, so that a model compiled as a whole keeps one graph and never traces the block loop.
+@torch.library.custom_op("lit_adapters::rational", mutates_args=())
+def _rational(
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    form: str,
+    channel_dim: int,
+    base_numerator: Tensor | None,
+    base_denominator: Tensor | None,
+) -> Tensor:
+    x = dense(x, channel_dim)
+    grouped = as_groups(x, numerator.shape[0], channel_dim)
+    coefficients, base = (numerator, denominator), _pair(base_numerator, base_denominator)
+    if _compiles(x):
+        result = _rational_compiled.forward(grouped, coefficients, base, form)
+        if result is not None:
+            return result.as_strided(x.shape, x.stride())
+    y = torch.empty_like(x)
+    _rational_blocks.forward(grouped, as_groups(y, numerator.shape[0], channel_dim), coefficients, base, form)
+    return y
+
+
+@_rational.register_fake
+def _(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channel_dim: int, *base: Tensor | None) -> Tensor:
+    return torch.empty_like(dense(x, channel_dim))
+
+
+@torch.library.custom_op("lit_adapters::rational_backward", mutates_args=())
+def _rational_backward(
+    grad: Tensor,
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    form: str,
+    channel_dim: int,
+    base_numerator: Tensor | None,
+    base_denominator: Tensor | None,
+    need_coefficients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, groups = dense(x, channel_dim), numerator.shape[0]
+    if grad.stride() != x.stride():
+        grad = torch.empty_like(x).copy_(grad)
+    grouped = [as_groups(t, groups, channel_dim) for t in (grad, x)]
+    coefficients, base = (numerator, denominator), _pair(base_numerator, base_denominator)
+    result = None
+    if _compiles(x):
+        result = _rational_compiled.backward(*grouped, coefficients, base, form, need_coefficients)
+    if result is not None:
+        grad_x, sums = result[0].as_strided(x.shape, x.stride()), result[1]
+    else:
+        grad_x = torch.empty_like(x)
+        grouped_grad = as_groups(grad_x, groups, channel_dim)
+        sums = _rational_blocks.backward(*grouped, grouped_grad, coefficients, base, form, need_coefficients)
+    grad_a, grad_b = sums.split([numerator.shape[1], denominator.shape[1]], dim=1)
+    if form == "sum-of-abs":
+        grad_b = grad_b * sign(denominator)
+    # copies: an operator's results may not share memory
+    return grad_x, grad_a.to(numerator.dtype, copy=True), grad_b.to(denominator.dtype, copy=True)
+
+
+@_rational_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channel_dim: int, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(dense(x, channel_dim)), torch.empty_like(numerator), torch.empty_like(denominator)
+
+
+def _pair(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if a is None or b is None else (a, b)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, numerator, denominator, ctx.form, ctx.channel_dim, base_numerator, base_denominator = inputs
+    ctx.save_for_backward(x, numerator, denominator, base_numerator, base_denominator)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    x, numerator, denominator, *base = ctx.saved_tensors
+    need_coefficients = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    grads = _rational_backward(grad, x, numerator, denominator, ctx.form, ctx.channel_dim, *base, need_coefficients)
+    wanted = (g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False))
+    return (*wanted, None, None, None, None)
+
+
+_rational.register_autograd(_backward, setup_context=_setup_context)
