@@ -18,9 +18,11 @@ from torch import Tensor
 
 from lit_adapters.ops import _rational_blocks, _rational_compiled
 from lit_adapters.ops._groups import as_groups, dense
-from lit_adapters.ops._rational_math import sign
+from lit_adapters.ops._rational_math import MAX_DEGREE, sign
 
 Denominator = Literal["abs-of-sum", "sum-of-abs"]
+__all__ = ["MAX_DEGREE", "Backend", "Denominator", "rational", "rational_reference", "set_rational_backend"]
+
 Backend = Literal["auto", "compiled", "blocks"]
 
 _backend: Backend = "auto"

@@ -1,0 +1,55 @@
+"""Nonlinear parameter-efficient fine-tuning for any PyTorch model.
+
+    import timm, lit_adapters as la
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=True, num_classes=100)
+    print(la.attach(model, la.NoRA(groups=8, rank=3), train=["head"]))
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from lit_adapters.activations import RationalActivation
+from lit_adapters.attach import adapters, attach, detach
+from lit_adapters.checkpoint import load_adapters, save_adapters
+from lit_adapters.control import calibrate, disabled, verify
+from lit_adapters.errors import AdapterError, AssetError, DataError, TargetsNotFound
+from lit_adapters.merge import MergeReport, merge, unmerge
+from lit_adapters.methods import AdapterModule, LoRA, Method, NoRA, NoRAPlusPlus
+from lit_adapters.report import AdapterReport
+
+if TYPE_CHECKING:
+    from lit_adapters.callback import AdapterCallback
+
+__all__ = [
+    "AdapterCallback",
+    "AdapterError",
+    "AdapterModule",
+    "AdapterReport",
+    "AssetError",
+    "DataError",
+    "LoRA",
+    "MergeReport",
+    "Method",
+    "NoRA",
+    "NoRAPlusPlus",
+    "RationalActivation",
+    "TargetsNotFound",
+    "adapters",
+    "attach",
+    "calibrate",
+    "detach",
+    "disabled",
+    "load_adapters",
+    "merge",
+    "save_adapters",
+    "unmerge",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the callback, and Lightning with it, only when asked for."""
+    if name == "AdapterCallback":
+        from lit_adapters.callback import AdapterCallback
+
+        return AdapterCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,7 @@
+"""Activation functions with coefficients, and their fitting to fixed ones."""
+
+from lit_adapters.activations.fitting import RationalFit, fit_rational
+from lit_adapters.activations.presets import activation_name, fit_for, is_known_activation
+from lit_adapters.activations.rational import RationalActivation
+
+__all__ = ["RationalActivation", "RationalFit", "activation_name", "fit_for", "fit_rational", "is_known_activation"]

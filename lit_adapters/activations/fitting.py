@@ -1,0 +1,200 @@
+"""Least-squares fits of rational functions to activation functions, on the interval a network's inputs live on.
+
+    R(x) = (a_0 + a_1 x + ... + a_m x^m) / Q(x),   Q as in `lit_adapters.ops.rational`, always >= 1: no fit has a pole
+
+The weighted square error on a uniform grid is minimised in float64 by Levenberg-Marquardt from several starts.
+Coefficients belong to the form of Q they were fitted for: the same numbers in the other form are another function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lit_adapters.activations._least_squares import Problem, Solution
+from lit_adapters.errors import AdapterError
+from lit_adapters.ops.rational import Denominator, rational_reference
+
+_POINTS = 801
+_DENSE_POINTS = 20001
+_DENSITY_FLOOR = 0.01
+# A denominator with odd terms has a kink at 0, so it must lower the root mean square error by this factor.
+_WORTH_A_KINK = 0.95
+# How far beyond the interval, in units of its largest |x|, such a fit has to behave.
+_REACH = 10.0
+
+
+@dataclass(frozen=True)
+class RationalFit:
+    """A rational function fitted to an activation.
+
+    Attributes:
+        numerator: a_0..a_m.
+        denominator: b_1..b_n.
+        form: the form of Q that these coefficients were fitted for and have to be run with.
+        interval: the interval of the fit.
+        max_error: max |R - f| over 20,001 points of the interval.
+    """
+
+    numerator: tuple[float, ...]
+    denominator: tuple[float, ...]
+    form: Denominator
+    interval: tuple[float, float]
+    max_error: float
+
+    @property
+    def degrees(self) -> tuple[int, int]:
+        """(m, n)."""
+        return len(self.numerator) - 1, len(self.denominator)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """R(x) in float64; any shape."""
+        a, b = (torch.tensor([c], dtype=torch.float64, device=x.device) for c in (self.numerator, self.denominator))
+        return rational_reference(x.reshape(-1).double(), a, b, self.form).reshape(x.shape)
+
+
+def fit_rational(
+    function: Callable[[Tensor], Tensor],
+    interval: tuple[float, float] = (-6.0, 6.0),
+    degrees: tuple[int, int] = (5, 4),
+    denominator: Denominator = "abs-of-sum",
+    density: Tensor | None = None,
+) -> RationalFit:
+    """Fit R to `function` on `interval` by weighted least squares.
+
+    Where the interval and the density are symmetric and the function is linear plus even (GELU, SiLU, ReLU) or
+    constant plus odd (sigmoid, tanh), the odd b are exactly 0: R has no kink at 0 and both forms coincide. Elsewhere
+    odd b are used where they lower the root mean square error by more than 5 %.
+
+    Args:
+        function: elementwise, called with a float64 tensor on the CPU.
+        interval: (low, high).
+        degrees: (m, n), both at least 1.
+        denominator: the form of Q.
+        density: non-negative weights (K >= 2,) on a uniform grid from low to high, ends included, interpolated
+            linearly; their scale is irrelevant. 1 % of a uniform density is mixed in, so that R stays near the
+            function where nothing was observed.
+
+    Raises:
+        AdapterError: a malformed interval, degrees, form or density; a function that is not elementwise or not finite
+            on the interval.
+    """
+    low, high = _checked_interval(interval)
+    if len(degrees) != 2 or min(degrees) < 1:
+        raise AdapterError(f"degrees={tuple(degrees)}: numerator and denominator need degree 1 or more, as in (5, 4)")
+    m, n = degrees
+    if denominator not in ("abs-of-sum", "sum-of-abs"):
+        raise AdapterError(f"denominator={denominator!r} is unknown; choose 'abs-of-sum' or 'sum-of-abs'")
+
+    # In z = x / s every power lies in [-1, 1], and so do the values divided by their largest.
+    s = max(-low, high)
+    with _plain_cpu():
+        x = torch.linspace(low, high, _POINTS, dtype=torch.float64)
+        y = _values(function, x)
+        top = y.abs().max().item() or 1.0
+        best = _fit_scaled(x / s, y / top, _weights(density), (m, n), denominator)
+        numerator = tuple((best.a * top / s ** torch.arange(m + 1)).tolist())
+        coefficients = tuple((best.b / s ** torch.arange(1, n + 1)).tolist())
+        fit = RationalFit(numerator, coefficients, denominator, (low, high), math.nan)
+        dense = torch.linspace(low, high, _DENSE_POINTS, dtype=torch.float64)
+        error = (fit(dense) - _values(function, dense)).abs().max().item()
+    if not math.isfinite(error):
+        raise AdapterError(f"interval={(low, high)} is beyond float64 for degrees={(m, n)}; choose a usual one")
+    return replace(fit, max_error=error)
+
+
+def _checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    ends = [float(end) for end in interval]
+    if len(ends) != 2 or not -math.inf < ends[0] < ends[1] < math.inf:
+        raise AdapterError(f"interval={tuple(interval)} is not a pair of finite numbers low < high, as in (-6.0, 6.0)")
+    return ends[0], ends[1]
+
+
+def _values(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = function(x.clone())  # a clone, because activations may work in place
+        alone = function(x[:1].clone())
+    if not isinstance(y, Tensor) or y.shape != x.shape or not torch.allclose(y[:1], alone, equal_nan=True):
+        raise AdapterError(f"{function!r} is not elementwise, so no function of one variable can stand for it")
+    bad = ~y.isfinite()
+    if bad.any():
+        raise AdapterError(f"{function!r} is {y[bad][0].item()} at x = {x[bad][0].item():g}; choose another interval")
+    return y.double()
+
+
+def _weights(density: Tensor | None) -> Tensor:
+    """Weights of mean 1 on the fitting grid, divided by its size."""
+    if density is None:
+        return torch.full((_POINTS,), 1 / _POINTS, dtype=torch.float64)
+    given = density.detach().to("cpu", torch.float64)
+    if given.dim() != 1 or len(given) < 2 or not given.isfinite().all() or (given < 0).any() or given.sum() == 0:
+        raise AdapterError(
+            f"density of shape {tuple(density.shape)} must be one row of two or more finite, non-negative weights, "
+            "not all 0, on a uniform grid over the interval"
+        )
+    weight = torch.nn.functional.interpolate(given[None, None], _POINTS, mode="linear", align_corners=True)[0, 0]
+    weight = weight / weight.mean()
+    return ((1 - _DENSITY_FLOOR) * weight + _DENSITY_FLOOR) / _POINTS
+
+
+@contextmanager
+def _plain_cpu() -> Iterator[None]:
+    """The CPU whatever the default device, and one thread: products this small take longer when shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fit_scaled(z: Tensor, y: Tensor, weight: Tensor, degrees: tuple[int, int], form: Denominator) -> Solution:
+    """The best solution over all starts; z and y within [-1, 1]."""
+    m, n = degrees
+    base = z if form == "abs-of-sum" else z.abs()
+    problem = Problem(y, weight.sqrt(), z ** torch.arange(m + 1)[:, None], base ** torch.arange(1, n + 1)[:, None])
+    a = problem.best_numerator(torch.zeros(n, dtype=z.dtype))
+    if (a @ problem.powers - y).abs().max() < 1e-10:  # a polynomial: Q = 1, and coefficients of 0 and 1 come out exact
+        return Solution(0.0, a.round(decimals=11) + 0.0, torch.zeros(n, dtype=z.dtype))
+
+    first = 2 if n > 1 else 1
+    smooth = torch.arange(1, n + 1) % 2 == first % 2
+    best = problem.solve(_start(0.2, n, first), smooth, bounded=True)
+    if n > 1 and not _is_structured(z, y, weight):
+        # More starts of these and other kinds found nothing better for some twenty activations.
+        starts = [best.b] if form == "sum-of-abs" else [best.b, _start(0.8, n, 2), _start(0.2, n, 1)]
+        kinked = [problem.solve(b, torch.ones_like(smooth), bounded=form == "sum-of-abs") for b in starts]
+        kinked = [s for s in kinked if s.loss < _WORTH_A_KINK**2 * best.loss and not _vanishes_outside(s.b, z, form)]
+        best = min(kinked, key=lambda s: s.loss, default=best)
+    a = torch.where(best.a.abs() > 1e-12 * best.a.abs().max(), best.a, 0.0)
+    return Solution(best.loss, a, best.b)
+
+
+def _start(width: float, n: int, first: int) -> Tensor:
+    """b_j = width^-j for j = first, first + 2, ...: with first = 1 the sum changes sign at 0, with 2 it does not."""
+    b = torch.zeros(n, dtype=torch.float64)
+    b[first - 1 :: 2] = width ** -torch.arange(first, n + 1, 2, dtype=torch.float64)
+    return b
+
+
+def _vanishes_outside(b: Tensor, z: Tensor, form: Denominator) -> bool:
+    """Whether b_1 z + ... + b_n z^n has a zero beyond the interval: R, with Q = 1 there, would have a spike."""
+    if form == "sum-of-abs":
+        return False
+    wide = torch.linspace(-_REACH, _REACH, _POINTS, dtype=torch.float64)
+    quotient = b @ wide ** torch.arange(len(b))[:, None]
+    return any(bool(quotient[side].gt(0).any() and quotient[side].lt(0).any()) for side in (wide < z[0], wide > z[-1]))
+
+
+def _is_structured(z: Tensor, y: Tensor, weight: Tensor) -> bool:
+    """Whether the target is linear plus even or constant plus odd, on a symmetric grid with symmetric weights."""
+    if (z + z.flip(0)).abs().max() > 1e-12 or not torch.allclose(weight, weight.flip(0)):
+        return False
+    odd, even = (y - y.flip(0)) / 2, (y + y.flip(0)) / 2
+    return bool((odd - odd[-1] * z).abs().max() < 1e-9 or (even - even[-1]).abs().max() < 1e-9)

@@ -1,0 +1,196 @@
+"""Adapter directories: `lit_adapter.safetensors`, complete in itself, and `lit_adapter.json`, its readable header.
+
+The tensor file carries the header in its metadata, so that one atomic rename replaces both together; the JSON copy is
+for people and must agree. Never pickle, never a name that peft or transformers would take for their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lit_adapters.attach import adapters, attach, attachment, detach
+from lit_adapters.errors import AdapterError
+from lit_adapters.methods.base import WeightAdapter
+from lit_adapters.report import AdapterReport
+
+TENSORS, HEADER = "lit_adapter.safetensors", "lit_adapter.json"
+_FORMAT = 1
+_KEY = "lit_adapter"
+_SAMPLES = 16
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """What an adapter file holds: tensors of the adapters, parameters and buffers of the modules of `train`."""
+    state = attachment(model)
+    tensors = {f"{name}.{key}": t for name, a in adapters(model) for key, t in a.adapter_tensors().items()}
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    tensors |= {n: parameters[n] for n in state.trained_parameters}
+    tensors |= {n: buffers[n] for n in state.trained_buffers}
+    return {n: t.detach() for n, t in tensors.items()}
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, force it to disk, and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_adapters(model: nn.Module, directory: str | Path) -> None:
+    """Write the adapters of `model`, and its modules of `train`, to `directory`; each file is replaced atomically.
+
+    Args:
+        model: the module given to `attach`.
+        directory: created if missing.
+
+    Raises:
+        AdapterError: the model has no adapters, or a value to be saved is not finite.
+    """
+    directory = Path(directory)
+    state = attachment(model)
+    tensors = {n: t.cpu().contiguous() for n, t in adapter_state(model).items()}
+    broken = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if broken:
+        raise AdapterError(f"{broken[0]!r} is not finite; nothing was written to {directory}")
+    header = {
+        "format": _FORMAT,
+        "lit_adapters": version("lit-adapters"),
+        "methods": state.methods,
+        "train": state.train,
+        "adapters": {name: adapter.method for name, adapter in adapters(model)},
+        "base": {"shapes": _base_shapes(model), "weights": _fingerprint(model, tensors)},
+    }
+    text = json.dumps(header, indent=1)
+    write_atomically(directory / TENSORS, lambda path: save_file(tensors, path, metadata={_KEY: text}))
+    write_atomically(directory / HEADER, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+
+def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
+    """Attach the saved methods to a fresh base model and load their tensors; strict.
+
+    Args:
+        model: the base model, without adapters. A model whose sampled weights differ from those the adapters were
+            trained on is accepted with a warning.
+        directory: what `save_adapters` wrote.
+
+    Raises:
+        AdapterError: no such file, torn, foreign or newer; the base has other layers or shapes; keys are missing or
+            unexpected. The model is then as before.
+    """
+    directory = Path(directory)
+    header, tensors = _read(directory)
+    mine, theirs = _base_shapes(model), header["base"]["shapes"]
+    different = [k for k in theirs if mine.get(k) != theirs[k]] + [k for k in mine if k not in theirs]
+    if different:
+        key = different[0]
+        raise AdapterError(
+            f"{directory} belongs to another base model: {key!r} is {theirs.get(key, 'absent')} there and "
+            f"{mine.get(key, 'absent')} here ({len(different)} parameters differ)"
+        )
+    fingerprint = _fingerprint(model, tensors)
+    if None not in (fingerprint, header["base"]["weights"]) and fingerprint != header["base"]["weights"]:
+        warnings.warn(
+            f"{directory} was trained on other weights of this architecture; results will differ", stacklevel=2
+        )
+    report = attach(model, header["methods"], header["train"])
+    expected = adapter_state(model)
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    wrong = [n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape]
+    if missing or unexpected or wrong:
+        detach(model)
+        raise AdapterError(
+            f"{directory} does not fit what its own header describes: missing {missing[:3]}, unexpected "
+            f"{unexpected[:3]}, other shapes {wrong[:3]}"
+        )
+    model.load_state_dict(tensors, strict=False)
+    return report
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    path = directory / TENSORS
+    if not path.is_file():
+        raise AdapterError(f"{path} does not exist; give the directory that save_adapters wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is torn or not a safetensors file ({error})") from error
+    if text is None:
+        raise AdapterError(f"{path} was not written by lit_adapters: it has no {_KEY!r} header")
+    header = json.loads(text)
+    if header.get("format") != _FORMAT:
+        raise AdapterError(
+            f"{path} has format {header.get('format')!r}, this version reads {_FORMAT}; "
+            f"it was written by lit_adapters {header.get('lit_adapters')}"
+        )
+    readable = directory / HEADER
+    if readable.is_file():
+        try:
+            agrees = json.loads(readable.read_text(encoding="utf-8")) == header
+        except ValueError:
+            agrees = False
+        if not agrees:
+            raise AdapterError(
+                f"{readable} and {path} do not belong together (edited, or a write was interrupted); "
+                f"delete {readable.name} to load what the tensor file holds"
+            )
+    return header, tensors
+
+
+def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The base model's parameters by name, as they are without any adapter or merge."""
+    own: set[int] = set()
+    parameters: dict[str, Tensor] = {}
+    for name, adapter in adapters(model):
+        own |= {id(p) for p in adapter.adapter_parameters().values()}
+        if isinstance(adapter, WeightAdapter):
+            parameters[f"{name}.weight"] = adapter.original_weight()
+    return {n: p for n, p in model.named_parameters() if id(p) not in own} | parameters
+
+
+def _base_shapes(model: nn.Module) -> dict[str, str]:
+    return {n: "x".join(map(str, p.shape)) for n, p in _base_parameters(model).items()}
+
+
+def _fingerprint(model: nn.Module, trained: Iterable[str]) -> str | None:
+    """Hash of a few values of every frozen parameter, rounded to bfloat16 so that the storage dtype does not matter."""
+    digest = hashlib.sha256()
+    skip = set(trained)
+    for name, parameter in sorted(_base_parameters(model).items()):
+        if name in skip:
+            continue
+        if parameter.is_meta:
+            return None
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16).float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""What the layers around an activation tell about its input: which dimension holds the channels, and how many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+# By class name as well, so that transformers' Conv1D (a linear layer) and quantised linears need no import.
+_LINEAR_NAMES = {"Conv1D", "Linear4bit", "Linear8bitLt"}
+_TRANSPARENT = (nn.Dropout, nn.Identity)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Attributes: channel_dim (None when unclear, with a `reason`), channels (None when the layers do not tell)."""
+
+    channel_dim: int | None
+    channels: int | None = None
+    reason: str = ""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A layer that maps the last dimension of its input by a matrix."""
+    return isinstance(module, nn.Linear) or type(module).__name__ in _LINEAR_NAMES
+
+
+def is_pointwise_conv(module: nn.Module) -> bool:
+    """A 1 x 1 convolution: a linear layer on the channels of an image."""
+    return isinstance(module, nn.Conv2d) and tuple(module.kernel_size) == (1, 1)
+
+
+def _channel_dim(module: nn.Module) -> int | None:
+    if is_linear(module):
+        return -1
+    convolutional = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+    if isinstance(module, convolutional) or type(module).__name__ in {"LayerNorm2d", "RmsNorm2d"}:
+        return 1
+    return -1 if isinstance(module, nn.LayerNorm) else None
+
+
+def _width(module: nn.Module, attributes: tuple[str, ...]) -> int | None:
+    return next((int(getattr(module, a)) for a in attributes if hasattr(module, a)), None)
+
+
+def _outputs(module: nn.Module) -> int | None:
+    return _width(module, ("out_features", "out_channels", "nf"))
+
+
+def _inputs(module: nn.Module) -> int | None:
+    return _width(module, ("in_features", "in_channels", "nx"))
+
+
+def channel_layout(parent: nn.Module, activation: nn.Module) -> Layout:
+    """Read the layout of an activation's input off its siblings, in the order of their definition.
+
+    The layer right before it decides; where none comes before, the siblings must agree. The channel count is trusted
+    only where the next layer consumes as many as the previous one makes, or where there is a single layer before: a
+    gated MLP hands its activation half of them, and a LLaMA MLP defines its activation last.
+    """
+    if _channel_dim(parent) == 1:  # timm's BatchNormAct2d holds its own activation
+        return Layout(1, getattr(parent, "num_features", None))
+    siblings = [m for m in parent.children() if not isinstance(m, _TRANSPARENT)]
+    position = next((i for i, m in enumerate(siblings) if m is activation), len(siblings))
+    before = [m for m in siblings[:position] if _channel_dim(m) is not None]
+    after = [m for m in siblings[position + 1 :] if _inputs(m) is not None]
+    dims = {d for m in siblings if (d := _channel_dim(m)) is not None}
+    if before:
+        channel_dim = _channel_dim(before[-1])
+    elif len(dims) == 1:
+        channel_dim = dims.pop()
+    else:
+        kinds = sorted({type(m).__name__ for m in siblings if m is not activation}) or ["none"]
+        return Layout(None, reason=f"its neighbours are {', '.join(kinds)}")
+    makers = [m for m in before if _outputs(m) is not None]
+    made = _outputs(makers[-1]) if makers else None
+    consistent = (after and _inputs(after[0]) == made) or (not after and len(makers) == 1)
+    return Layout(channel_dim, made if consistent else None)

@@ -1,0 +1,208 @@
+"""What every adapter method is: a configuration (`Method`) and the module it puts around a layer (`AdapterModule`)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lit_adapters.errors import AdapterError
+
+Config = Mapping[str, Any]
+
+
+class Method:
+    """Base of the method configurations; each subclass is a dataclass.
+
+    A plain class, because jsonargparse refuses `class_path` for subclasses of a dataclass.
+    """
+
+    name: ClassVar[str]  # in reports, tags and lr_scale
+    kind: ClassVar[str]  # "linear" or "activation": what "targets" selects among
+    targets: str | Sequence[str]
+    exclude: Sequence[str]
+
+    def parts(self) -> list[Method]:
+        """The single methods this one is composed of."""
+        return [self]
+
+    def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> AdapterModule:
+        """The adapter for one target.
+
+        Raises:
+            AdapterError: this layer cannot carry the method; the message names the layer and the fix.
+        """
+        raise AdapterError(f"{type(self).__name__} is a composition of methods; attach it to a model instead")
+
+    def to_config(self) -> dict[str, Any]:
+        """The `{class_path, init_args}` form: plain values, as YAML, JSON and hparams hold it."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        plain = {k: v.to_config() if isinstance(v, Method) else _plain(v) for k, v in values.items()}
+        return {"class_path": f"lit_adapters.{type(self).__name__}", "init_args": plain}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def to_methods(methods: Method | Config | Iterable[Method | Config] | None) -> list[Method]:
+    """Methods from objects, their `{class_path, init_args}` forms, or a list of either.
+
+    Raises:
+        AdapterError: something else was given, or a class path that is not a method.
+    """
+    if methods is None:
+        return []
+    if isinstance(methods, (Method, Mapping)):
+        methods = [methods]
+    if isinstance(methods, str) or not isinstance(methods, Iterable):
+        raise AdapterError(f"adapters must be a Method, its {{class_path, init_args}} or a list, not {methods!r}")
+    return [m if isinstance(m, Method) else _from_config(m) for m in methods]
+
+
+def _from_config(config: Any) -> Method:
+    if not isinstance(config, Mapping) or "class_path" not in config:
+        raise AdapterError(f"an adapter configuration needs 'class_path' (and 'init_args'), got {config!r}")
+    path = str(config["class_path"])
+    module, _, attribute = path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module or "lit_adapters"), attribute)
+    except (ImportError, AttributeError) as error:
+        raise AdapterError(f"no adapter method {path!r}: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise AdapterError(f"{path!r} is not an adapter method; use one such as 'lit_adapters.NoRA'")
+    arguments = {
+        k: _from_config(v) if isinstance(v, Mapping) and "class_path" in v else v
+        for k, v in dict(config.get("init_args") or {}).items()
+    }
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise AdapterError(f"{path}: {error}") from error
+
+
+class AdapterModule(nn.Module):
+    """A layer with an adapter: the base layer's parameters under their own names, the adapter's beside them.
+
+    The base module itself is kept outside the module tree but looks parameters and buffers up in this module's own
+    tables, so that moving, loading or sharding this module is seen by it at once, and keys do not change.
+
+    Subclasses register their tensors with `add_parameter` and `add_buffer`: these stay in float32 whatever dtype the
+    model is cast to, and are what `adapter_parameters` and the adapter files hold.
+    """
+
+    method: ClassVar[str]
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["base"] = base
+        self._base_parameters, self._base_buffers = list(base._parameters), list(base._buffers)
+        self._parameters.update(base._parameters)
+        self._buffers.update(base._buffers)
+        self._non_persistent_buffers_set |= base._non_persistent_buffers_set
+        self._modules.update(base._modules)
+        base._parameters, base._buffers, base._modules = self._parameters, self._buffers, self._modules
+        self._adapter_parameters: list[str] = []
+        self._adapter_buffers: list[str] = []
+        self.enabled = True
+        self.qualified_name = ""  # set by attach
+        self.training = base.training
+
+    def add_parameter(self, name: str, value: Tensor) -> None:
+        """Register an adapter parameter; float32."""
+        self._adapter_parameters.append(name)
+        self.register_parameter(name, nn.Parameter(value.float()))
+
+    def add_buffer(self, name: str, value: Tensor) -> None:
+        """Register a persistent adapter buffer; its dtype is kept."""
+        self._adapter_buffers.append(name)
+        self.register_buffer(name, value)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that this adapter trains, by local name."""
+        return {name: getattr(self, name) for name in self._adapter_parameters}
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of this adapter, by local name: what an adapter file keeps."""
+        return {name: getattr(self, name) for name in (*self._adapter_parameters, *self._adapter_buffers)}
+
+    def statistics(self) -> dict[str, float]:
+        """Scalars that say what this adapter has learned; each method says what they mean."""
+        return {}
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter's effect is inside the base weight at present."""
+        return False
+
+    def calibrate(self, values: Tensor) -> None:
+        """Fit to a sample (N,) of this layer's own inputs, before training. Most methods need nothing.
+
+        Raises:
+            AdapterError: training has begun, so that calibrating would change the function.
+        """
+
+    def unwrapped(self) -> nn.Module:
+        """The base module, with its own parameter tables again."""
+        return self._own_tables(self.__dict__["base"])
+
+    def base_copy(self) -> nn.Module:
+        """A second module that computes what the base does, on the same parameters, free of the adapter."""
+        return self._own_tables(copy.copy(self.__dict__["base"]))
+
+    def _own_tables(self, base: nn.Module) -> nn.Module:
+        base._parameters = {n: self._parameters[n] for n in self._base_parameters}
+        base._buffers = {n: self._buffers[n] for n in self._base_buffers}
+        base._modules = dict(self._modules)
+        base.training = self.training
+        return base
+
+    def train(self, mode: bool = True) -> AdapterModule:
+        self.__dict__["base"].training = mode
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterModule:
+        """Move adapter tensors with the model, but keep their dtype."""
+        own = {id(t) for t in self.adapter_tensors().values()}
+        own |= {id(p.grad) for p in self.adapter_parameters().values() if p.grad is not None}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) not in own or moved.dtype == tensor.dtype:
+                return moved
+            return torch.empty_like(tensor, device=moved.device) if tensor.is_meta else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class WeightAdapter(AdapterModule):
+    """An adapter whose effect is an additive update of the base layer's `weight`."""
+
+    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The update (out, in), scale included, computed in `dtype`."""
+        raise AdapterError(f"{type(self).__name__} has no weight update")
+
+    @property
+    def merged(self) -> bool:
+        return "_unmerged_weight" in self._buffers
+
+    def original_weight(self) -> Tensor:
+        """The pretrained weight, merged or not."""
+        return self._buffers["_unmerged_weight"] if self.merged else self.weight  # type: ignore[return-value]
+
+    def merge(self) -> None:
+        """Add the update to the weight in place, keeping the pretrained one aside."""
+        self.register_buffer("_unmerged_weight", self.weight.detach().clone(), persistent=False)
+        self.weight.data.copy_(self.weight.detach().float() + self.delta_weight())
+
+    def unmerge(self) -> None:
+        """Put the pretrained weight back, bit for bit."""
+        self.weight.data.copy_(self.original_weight())
+        del self._buffers["_unmerged_weight"]
