@@ -1,8 +1,8 @@
 """Nonlinear parameter-efficient fine-tuning for any PyTorch model.
 
-    import timm, lit_adapters as la
-    model = timm.create_model("vit_tiny_patch16_224", pretrained=True, num_classes=100)
-    print(la.attach(model, la.NoRA(groups=8, rank=3), train=["head"]))
+import timm, lit_adapters as la
+model = timm.create_model("vit_tiny_patch16_224", pretrained=True, num_classes=100)
+print(la.attach(model, la.NoRA(groups=8, rank=3), train=["head"]))
 """
 
 from typing import TYPE_CHECKING, Any

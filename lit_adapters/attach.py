@@ -78,6 +78,7 @@ def attach(
     trained_parameters, trained_buffers = _find_trained(model, train)
     head = {id(p) for h in head_modules(model) for p in h.parameters()}
 
+    named = dict(model.named_parameters())  # before wrapping: a wrapped layer shares its tables with the adapter
     wrapped: list[tuple[Target, AdapterModule]] = []
     try:
         for target, method in _assign(model, leaves, train):
@@ -90,7 +91,6 @@ def attach(
             adapter.unwrapped()
         raise
 
-    named = dict(model.named_parameters())
     state = Attachment(
         methods=[m.to_config() for m in to_methods(methods)],
         train=train if isinstance(train, str) else list(train),

