@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from lightning.pytorch.cli import ArgsType
 
@@ -21,9 +22,9 @@ class VisionCLI(AdapterCLI):
         parser.link_arguments("data.image_size", "model.image_size")
 
 
-def main(args: ArgsType = None) -> VisionCLI:
-    """Run a subcommand; returns the finished CLI."""
-    return VisionCLI(ViTClassifier, CIFARDataModule, args=args)
+def main(args: ArgsType = None, **kwargs: Any) -> VisionCLI:
+    """Run a subcommand; returns the finished CLI. Further arguments are those of LightningCLI."""
+    return VisionCLI(ViTClassifier, CIFARDataModule, args=args, **kwargs)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class Problem:
                     damping = max(damping / 5, 1e-10)
                     break
                 damping *= 5
-            if loss > previous * (1 - 1e-8):
+            if loss > previous * (1 - 1e-10):
                 break
         b = theta[split:]
         a = self.best_numerator(b)

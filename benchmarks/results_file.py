@@ -1,0 +1,43 @@
+"""Result files: JSON with one record a measurement, and what is needed to believe it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_adapters.checkpoint import write_atomically
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor and threads of this process."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    packages = ("torch", "lightning", "timm", "lit-adapters")
+    return {
+        "date": date.today().isoformat(),
+        "cpu": models[0] if models else platform.processor(),
+        "cores": len(models),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The records of a result file; empty where there is none yet."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add one record, atomically."""
+    text = json.dumps([*load(path), record], indent=1)
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
