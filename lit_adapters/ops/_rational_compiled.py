@@ -58,18 +58,19 @@ def _call(kernel: int, tensors: list[Tensor], *args: object) -> Any:
     """Run a kernel; None when it cannot be compiled here, after one warning."""
     global _broken
     x = tensors[-1]
-    coefficients, base = args[0], args[1]
-    shapes = tuple(c.shape for c in coefficients)  # type: ignore[attr-defined]
-    key = (kernel, x.shape[1:], x.dtype, x.device.type, shapes, base is None, *args[2:])
-    if key in _compiled:
-        return _kernels()[kernel](*tensors, *args)
-    log.info("compiling the rational function for %d groups of %d channels, %s", x.shape[1], x.shape[2], x.dtype)
-    for tensor in tensors:
-        torch._dynamo.mark_dynamic(tensor, 0)
+    if x.shape[0] < 2:  # a single row cannot be a dynamic dimension
+        return None
+    key = (kernel, x.shape[1:], x.dtype, x.device.type, *args[2:])
+    if key not in _compiled:
+        _compiled.add(key)
+        log.info("compiling the rational function for %d groups of %d channels, %s", x.shape[1], x.shape[2], x.dtype)
+        for tensor in tensors:
+            torch._dynamo.mark_dynamic(tensor, 0)
     try:
-        # One network may hold many widths; the default limit of eight variants is meant for accidental ones.
-        with torch._dynamo.config.patch(cache_size_limit=256):
-            result = _kernels()[kernel](*tensors, *args)
+        # One network may hold many widths; the default limit of eight variants is meant for accidental ones. The grad
+        # mode would make another variant.
+        with torch._dynamo.config.patch(cache_size_limit=256), torch.no_grad():
+            return _kernels()[kernel](*tensors, *args)
     except Exception as error:
         _broken = True
         reason = str(error).strip().splitlines()
@@ -79,8 +80,6 @@ def _call(kernel: int, tensors: list[Tensor], *args: object) -> Any:
             stacklevel=2,
         )
         return None
-    _compiled.add(key)
-    return result
 
 
 def forward(x: Tensor, coefficients: Coefficients, base: Coefficients | None, form: str) -> Tensor | None:

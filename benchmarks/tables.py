@@ -1,0 +1,140 @@
+"""Write the tables of docs/results.md and README.md from the files in benchmarks/results.
+
+python -m benchmarks.tables
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.results_file import RESULTS, load
+
+ROOT = Path(__file__).parents[1]
+NAMES = {
+    "head": "head only",
+    "lora": "LoRA, r = 8",
+    "nora_published": "NoRA, as published",
+    "nora": "NoRA, scaled",
+    "nora_anchored": "NoRA, scaled, anchored",
+    "nora_plus_plus": "NoRA++, scaled",
+    "full": "full fine-tuning",
+}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def accuracy_table(records: list[dict[str, Any]]) -> str:
+    """One row an arm: full protocol with its binomial error, few-shot mean and deviation over the data orders."""
+    rows = []
+    for arm, name in NAMES.items():
+        full = [r for r in records if r["arm"] == arm and r["protocol"] == "full"]
+        few = [r for r in records if r["arm"] == arm and r["protocol"] == "few"]
+        if not full and not few:
+            continue
+        any_run = (full or few)[0]
+        row = [name, f"{any_run['trainable_without_head']:,}", f"{any_run['rate']:g}"]
+        row.append(" ".join(f"{r['accuracy']:.3f} ± {_binomial(r):.3f}" for r in full) or "not run")
+        values = [r["accuracy"] for r in few]
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        each = ", ".join(f"{v:.3f}" for v in values)
+        row.append(f"{statistics.mean(values):.3f}{spread} ({each})" if values else "not run")
+        row.append(f"{any_run['peak_memory_mib']:,}")
+        rows.append(row)
+    header = ["arm", "trained, without head", "rate", "10,000 images", "500 images (each order)", "peak memory, MiB"]
+    return table(header, rows)
+
+
+def _binomial(record: dict[str, Any]) -> float:
+    p = record["accuracy"]
+    return math.sqrt(p * (1 - p) / record["n"])
+
+
+def rates_table(records: list[dict[str, Any]]) -> str:
+    """Validation accuracy of every learning rate tried."""
+    tried = [r for r in records if r["protocol"] == "rate"]
+    rows = [
+        [name, ", ".join(f"{r['rate']:g}: {r['accuracy']:.3f}" for r in tried if r["arm"] == arm)]
+        for arm, name in NAMES.items()
+        if any(r["arm"] == arm for r in tried)
+    ]
+    return table(["arm", "validation accuracy by rate (n = 1,000)"], rows)
+
+
+def step_table(records: list[dict[str, Any]]) -> str:
+    """The latest record of each arm."""
+    latest = {r["arm"]: r for r in records}
+    names = {**NAMES, "frozen": "frozen backbone, gradients to the image"}
+    rows = [
+        [
+            names[arm],
+            f"{r['seconds']:.3f} ({r['quartiles'][0]:.3f} to {r['quartiles'][1]:.3f})",
+            f"{r['over_frozen']:.2f}",
+            f"{r['over_full']:.2f}",
+            f"{r['first_step_seconds']:.1f}",
+        ]
+        for arm, r in latest.items()
+    ]
+    return table(["arm", "seconds a step (quartiles)", "/ frozen", "/ full", "first step, s"], rows)
+
+
+def machine(records: list[dict[str, Any]]) -> str:
+    """Where and with what the latest record was measured."""
+    e = records[-1]["environment"]
+    versions = ", ".join(f"{k} {e[k]}" for k in ("torch", "lightning", "timm"))
+    return f"{e['cores']} cores of {e['cpu']}, {e['threads']} thread(s) a process, {versions}, {e['date']}."
+
+
+def accuracy_figure(records: list[dict[str, Any]], path: Path) -> None:
+    """Both protocols side by side: bars with standard errors, points for the data orders."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, protocol, title in zip(panels, ("full", "few"), ("10,000 images", "500 images, 3 orders"), strict=True):
+        arms = [a for a in NAMES if any(r["arm"] == a and r["protocol"] == protocol for r in records)]
+        for row, arm in enumerate(arms):
+            runs = [r for r in records if r["arm"] == arm and r["protocol"] == protocol]
+            mean = statistics.mean(r["accuracy"] for r in runs)
+            error = _binomial(runs[0])
+            panel.barh(row, mean, xerr=error if len(runs) == 1 else 0, color="#7a9cc6")
+            if len(runs) > 1:
+                panel.plot([r["accuracy"] for r in runs], [row] * len(runs), "k.", markersize=5)
+        panel.set_yticks(range(len(arms)), [NAMES[a] for a in arms], fontsize=8)
+        panel.invert_yaxis()
+        panel.set_xlabel("test accuracy")
+        panel.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def replace_block(path: Path, name: str, text: str) -> None:
+    """Put `text` between <!-- name --> and <!-- /name -->."""
+    source = path.read_text(encoding="utf-8")
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(source):
+        raise SystemExit(f"error: {path} has no block <!-- {name} -->")
+    path.write_text(pattern.sub(lambda m: f"{m[1]}{text}\n{m[2]}", source), encoding="utf-8")
+
+
+def main() -> None:
+    """Fill every block."""
+    accuracy, steps = load(RESULTS / "cifar10_accuracy.json"), load(RESULTS / "step_time.json")
+    results = ROOT / "docs" / "results.md"
+    if accuracy:
+        replace_block(results, "accuracy", f"{accuracy_table(accuracy)}\n\n{machine(accuracy)}")
+        replace_block(results, "rates", rates_table(accuracy))
+        replace_block(ROOT / "README.md", "results", f"{accuracy_table(accuracy)}\n\n{machine(accuracy)}")
+        accuracy_figure(accuracy, ROOT / "docs" / "accuracy.png")
+    if steps:
+        replace_block(results, "steps", f"{step_table(steps)}\n\n{machine(steps)}")
+
+
+if __name__ == "__main__":
+    main()
