@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,24 +9,32 @@ from typing import Any
 from torch import nn
 
 from lit_adapters.errors import AdapterError, TargetsNotFound
-from lit_adapters.layout import is_linear
 from lit_adapters.methods.base import AdapterModule, Config, Method, to_methods
 from lit_adapters.report import AdapterReport
-from lit_adapters.targets import Target, find_targets, head_modules, matches, places
+from lit_adapters.targets import Target, find_targets, head_modules, matches, near_misses, places
 
 _STATE = "_lit_adapters"
 
 
 @dataclass
 class Attachment:
-    """What `attach` was asked for and found, kept on the model for saving and for detaching."""
+    """What `attach` was asked for and found, kept on the model for saving and for detaching.
+
+    Attributes:
+        methods: in the `{class_path, init_args}` form.
+        train: as given to `attach`.
+        trained_parameters: names of the base parameters that train.
+        buffers: names of the base's persistent buffers, such as the running statistics that training moves.
+        required_grad: what each base parameter was before.
+        prefix: of this model inside the one that is loading a state dict, while it loads.
+    """
 
     methods: list[dict[str, Any]]
     train: str | list[str]
     trained_parameters: list[str]
-    trained_buffers: list[str]
+    buffers: list[str]
     required_grad: dict[str, bool] = field(default_factory=dict)
-    prefix: str = ""  # of this model inside the one that is loading a state dict, while it loads
+    prefix: str = ""
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
@@ -45,7 +52,9 @@ def attachment(model: nn.Module) -> Attachment:
     """
     state = model.__dict__.get(_STATE)
     if state is None:
-        raise AdapterError(f"{type(model).__name__} has no adapters; call lit_adapters.attach(model, ...) first")
+        inside = next((name for name, m in model.named_modules() if _STATE in m.__dict__), None)
+        fix = f"give its part {inside!r}, which has them" if inside else "call lit_adapters.attach(model, ...) first"
+        raise AdapterError(f"{type(model).__name__} has no adapters of its own; {fix}")
     return state  # type: ignore[no-any-return]
 
 
@@ -67,7 +76,8 @@ def attach(
 
     Raises:
         TargetsNotFound: a method or `train` matches nothing.
-        AdapterError: adapters are already there, two methods want the same layer, or a layer cannot carry its method.
+        AdapterError: adapters are already there, two methods want the same layer, a layer that stands at two places is
+            chosen at one, a layer cannot carry its method, or `train` names a parameter tied to a frozen one.
     """
     if _STATE in model.__dict__ or any(True for _ in adapters(model)):
         raise AdapterError(
@@ -75,48 +85,58 @@ def attach(
             "call lit_adapters.detach or lit_adapters.merge first, or give all methods to one attach"
         )
     leaves = [part for method in to_methods(methods) for part in method.parts()]
-    trained_parameters, trained_buffers = _find_trained(model, train)
+    trained = _find_trained(model, train)
     head = {id(p) for h in head_modules(model) for p in h.parameters()}
 
-    named = dict(model.named_parameters())  # before wrapping: a wrapped layer shares its tables with the adapter
+    named = dict(model.named_parameters())
+    # Nothing of the model is touched before every adapter stands.
     wrapped: list[tuple[Target, AdapterModule]] = []
-    try:
-        for target, method in _assign(model, leaves, train):
-            shared = next((w for t, w in wrapped if t.module is target.module), None)
-            adapter = shared or method.wrap(target.module, target.name, target.parent)
-            adapter.qualified_name = adapter.qualified_name or target.name
-            wrapped.append((target, adapter))
-    except Exception:
-        for _, adapter in wrapped:
-            adapter.unwrapped()
-        raise
+    shared: dict[int, AdapterModule] = {}
+    for target, method in _assign(model, leaves, train):
+        adapter = shared.get(id(target.module)) or method.wrap(target.module, target.name, target.parent)
+        adapter.qualified_name = adapter.qualified_name or target.name
+        if _has_parameters(target.module):
+            shared[id(target.module)] = adapter
+        wrapped.append((target, adapter))
 
+    persistent = model.state_dict(keep_vars=True)
     state = Attachment(
         methods=[m.to_config() for m in to_methods(methods)],
         train=train if isinstance(train, str) else list(train),
-        trained_parameters=trained_parameters,
-        trained_buffers=trained_buffers,
+        trained_parameters=[n for n in named if n in trained],
+        buffers=[n for n, _ in model.named_buffers() if n in persistent],
         required_grad={name: p.requires_grad for name, p in named.items()},
     )
     for name, parameter in named.items():
-        parameter.requires_grad_(name in trained_parameters)
+        parameter.requires_grad_(name in trained)
     for target, adapter in wrapped:
+        adapter.adopt()
         setattr(target.parent, target.attribute, adapter)
     model.__dict__[_STATE] = state
     model.register_load_state_dict_pre_hook(_note_prefix)
     model.register_load_state_dict_post_hook(_forgive_frozen)
 
-    rows = [(n, a.method, sum(p.numel() for p in a.adapter_parameters().values())) for n, a in adapters(model)]
-    sizes = {n: named[n].numel() for n in trained_parameters}
+    sizes = {n: named[n].numel() for n in state.trained_parameters}
     # A head of an unknown kind is what `train` names.
     own = {n for n in sizes if id(named[n]) in head} if head else set(sizes)
-    return AdapterReport(rows, sizes, sum(sizes[n] for n in own), sum(p.numel() for p in model.parameters()))
+    return AdapterReport(
+        adapters=[(n, a.method, sum(p.numel() for p in a.adapter_parameters().values())) for n, a in adapters(model)],
+        trained={n: size for n, size in sizes.items() if n not in own},
+        head={n: size for n, size in sizes.items() if n in own},
+        total=sum(p.numel() for p in model.parameters()),
+    )
 
 
-def _assign(model: nn.Module, methods: list[Method], train: str | Sequence[str]) -> Iterator[tuple[Target, Method]]:
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _assign(model: nn.Module, methods: list[Method], train: str | Sequence[str]) -> list[tuple[Target, Method]]:
+    """Who adapts what. A layer that stands at several places is adapted once; an activation, once for each place."""
     owner: dict[tuple[int, str], Method] = {}
+    assigned: list[tuple[Target, Method]] = []
     for method in methods:
-        for target in _separate(find_targets(model, method, train)):
+        for target in find_targets(model, method, train):
             key = (id(target.parent), target.attribute)
             if key in owner:
                 raise AdapterError(
@@ -124,46 +144,43 @@ def _assign(model: nn.Module, methods: list[Method], train: str | Sequence[str])
                     "give them different targets, or exclude the layer from one"
                 )
             owner[key] = method
-            yield target, method
+            assigned.append((target, method))
+    chosen = {id(t.module): (t, m) for t, m in assigned if _has_parameters(t.module)}
+    for place in places(model):
+        first, adapted_by = chosen.get(id(place.module), (place, None))
+        if adapted_by and adapted_by is not owner.get((id(place.parent), place.attribute)):
+            raise AdapterError(
+                f"{place.name!r} and {first.name!r} are one and the same layer; give both to the same method, "
+                "or exclude both"
+            )
+    return assigned
 
 
-def _separate(targets: list[Target]) -> Iterator[Target]:
-    """One activation object that serves several layers gets an adapter in each; layers with weights stay shared."""
-    seen: set[int] = set()
-    for target in targets:
-        module = target.module
-        if id(module) in seen and not is_linear(module) and not any(True for _ in module.parameters()):
-            module = copy.copy(module)
-            target = Target(target.name, target.parent, target.attribute, module)
-        seen.add(id(module))
-        yield target
-
-
-def _find_trained(model: nn.Module, train: str | Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names of the parameters and persistent buffers that `train` selects."""
+def _find_trained(model: nn.Module, train: str | Sequence[str]) -> set[str]:
+    """Names of the parameters that `train` selects."""
     if not train:
-        return [], []
+        return set()
     specs: list[str | Sequence[str]] = [train] if isinstance(train, str) else [[s] for s in train]
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = {n: b for n, b in model.named_buffers() if n in model.state_dict(keep_vars=True)}
+    names = [t.name for t in places(model)]
     chosen: set[str] = set()
     for spec in specs:
-        modules = [t.name for t in places(model) if matches(t.name, spec)]
-        found = {n for n in (*parameters, *buffers) if matches(n, spec) or any(n.startswith(f"{m}.") for m in modules)}
+        modules = [n for n in names if matches(n, spec)]
+        found = {n for n in parameters if matches(n, spec) or any(n.startswith(f"{m}.") for m in modules)}
         if not found:
-            names = ", ".join([t.name for t in places(model)][-5:])
             raise TargetsNotFound(
-                f"train={spec!r} matches no parameter of {type(model).__name__}. Its last modules are {names}"
+                f"train={spec!r} matches no parameter of {type(model).__name__}.{near_misses(spec, names)} "
+                f"Its last modules are {', '.join(names[-5:])}."
             )
         chosen |= found
-    for name in chosen & parameters.keys():
+    for name in chosen:
         twins = [n for n, p in parameters.items() if p is parameters[name] and n not in chosen]
         if twins:
             raise AdapterError(
                 f"{name!r} is tied to {twins[0]!r}, which stays frozen; training one would change both. "
                 f"Untie them, or leave {name!r} out of `train`"
             )
-    return [n for n in dict(model.named_parameters()) if n in chosen], [n for n in buffers if n in chosen]
+    return chosen
 
 
 def detach(model: nn.Module) -> None:

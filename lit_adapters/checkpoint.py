@@ -33,12 +33,12 @@ _SAMPLES = 16
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What an adapter file holds: tensors of the adapters, parameters and buffers of the modules of `train`."""
+    """What an adapter file holds: tensors of the adapters, parameters of the modules of `train`, the base's buffers."""
     state = attachment(model)
     tensors = {f"{name}.{key}": t for name, a in adapters(model) for key, t in a.adapter_tensors().items()}
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     tensors |= {n: parameters[n] for n in state.trained_parameters}
-    tensors |= {n: buffers[n] for n in state.trained_buffers}
+    tensors |= {n: buffers[n] for n in state.buffers}
     return {n: t.detach() for n, t in tensors.items()}
 
 
@@ -67,6 +67,8 @@ def _umask() -> int:
 def save_adapters(model: nn.Module, directory: str | Path) -> None:
     """Write the adapters of `model`, and its modules of `train`, to `directory`; each file is replaced atomically.
 
+    The base's persistent buffers go along: running statistics move while the model trains, frozen or not.
+
     Args:
         model: the module given to `attach`.
         directory: created if missing.
@@ -90,7 +92,11 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
     }
     text = json.dumps(header, indent=1)
     write_atomically(directory / TENSORS, lambda path: save_file(tensors, path, metadata={_KEY: text}))
-    write_atomically(directory / HEADER, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_atomically(directory / HEADER, lambda path: _write_text(path, text + "\n"))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
@@ -113,7 +119,8 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
         key = different[0]
         raise AdapterError(
             f"{directory} belongs to another base model: {key!r} is {theirs.get(key, 'absent')} there and "
-            f"{mine.get(key, 'absent')} here ({len(different)} parameters differ)"
+            f"{mine.get(key, 'absent')} here ({len(different)} parameters differ). Build the model that the adapters "
+            "were trained on: same architecture, same number of classes"
         )
     fingerprint = _fingerprint(model, tensors)
     if None not in (fingerprint, header["base"]["weights"]) and fingerprint != header["base"]["weights"]:
@@ -130,7 +137,7 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
             f"{directory} does not fit what its own header describes: missing {missing[:3]}, unexpected "
             f"{unexpected[:3]}, other shapes {wrong[:3]}"
         )
-    model.load_state_dict(tensors, strict=False)
+    model.load_state_dict(tensors, strict=False, assign=any(t.is_meta for t in expected.values()))
     return report
 
 
@@ -146,11 +153,15 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise AdapterError(f"{path} is torn or not a safetensors file ({error})") from error
     if text is None:
         raise AdapterError(f"{path} was not written by lit_adapters: it has no {_KEY!r} header")
-    header = json.loads(text)
-    if header.get("format") != _FORMAT:
+    try:
+        header = json.loads(text)
+        form, writer = header["format"], header["lit_adapters"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterError(f"{path} was not written by lit_adapters: its {_KEY!r} header is unreadable") from error
+    if form != _FORMAT:
         raise AdapterError(
-            f"{path} has format {header.get('format')!r}, this version reads {_FORMAT}; "
-            f"it was written by lit_adapters {header.get('lit_adapters')}"
+            f"{path} has format {form!r}, this version reads {_FORMAT}; it was written by lit_adapters {writer}, "
+            "install that version or a later one"
         )
     readable = directory / HEADER
     if readable.is_file():

@@ -63,6 +63,7 @@ def _observed(found: list[tuple[str, AdapterModule]], observe: Any) -> Iterator[
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
+    modes |= {module.base: module.base.training for module in model.modules() if isinstance(module, AdapterModule)}
     model.eval()
     try:
         with torch.no_grad():
@@ -100,8 +101,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             a few batches of training data are enough.
 
     Raises:
-        AdapterError: no batch, no adapters, or training has begun.
+        AdapterError: no batch, no adapters, training has begun, or a layer's inputs are constant or not finite.
     """
+    if isinstance(batches, (Tensor, Mapping)):
+        raise AdapterError("calibrate takes an iterable of batches; put a single batch into a list: [batch]")
     found = _require_adapters(model)
     samples: dict[str, list[Tensor]] = {name: [] for name, _ in found}
 

@@ -8,7 +8,6 @@ from torch import nn
 
 # By class name as well, so that transformers' Conv1D (a linear layer) and quantised linears need no import.
 _LINEAR_NAMES = {"Conv1D", "Linear4bit", "Linear8bitLt"}
-_TRANSPARENT = (nn.Dropout, nn.Identity)
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,9 @@ def is_pointwise_conv(module: nn.Module) -> bool:
 def _channel_dim(module: nn.Module) -> int | None:
     if is_linear(module):
         return -1
-    convolutional = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-    if isinstance(module, convolutional) or type(module).__name__ in {"LayerNorm2d", "RmsNorm2d"}:
+    name = type(module).__name__
+    convolutional = (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    if isinstance(module, convolutional) or ("Norm" in name and "2d" in name):  # timm's LayerNorm2d and its kin
         return 1
     return -1 if isinstance(module, nn.LayerNorm) else None
 
@@ -51,8 +51,8 @@ def _inputs(module: nn.Module) -> int | None:
     return _width(module, ("in_features", "in_channels", "nx"))
 
 
-def channel_layout(parent: nn.Module, activation: nn.Module) -> Layout:
-    """Read the layout of an activation's input off its siblings, in the order of their definition.
+def channel_layout(parent: nn.Module, attribute: str) -> Layout:
+    """Read the layout of the input of activation `parent.attribute` off its siblings, in the order of definition.
 
     The layer right before it decides; where none comes before, the siblings must agree. The channel count is trusted
     only where the next layer consumes as many as the previous one makes, or where there is a single layer before: a
@@ -60,17 +60,17 @@ def channel_layout(parent: nn.Module, activation: nn.Module) -> Layout:
     """
     if _channel_dim(parent) == 1:  # timm's BatchNormAct2d holds its own activation
         return Layout(1, getattr(parent, "num_features", None))
-    siblings = [m for m in parent.children() if not isinstance(m, _TRANSPARENT)]
-    position = next((i for i, m in enumerate(siblings) if m is activation), len(siblings))
-    before = [m for m in siblings[:position] if _channel_dim(m) is not None]
-    after = [m for m in siblings[position + 1 :] if _inputs(m) is not None]
-    dims = {d for m in siblings if (d := _channel_dim(m)) is not None}
+    position = list(parent._modules).index(attribute)
+    siblings = [(i - position, m) for i, m in enumerate(parent._modules.values()) if m is not None and i != position]
+    before = [m for i, m in siblings if i < 0 and _channel_dim(m) is not None]
+    after = [m for i, m in siblings if i > 0 and _inputs(m) is not None]
+    dims = {d for _, m in siblings if (d := _channel_dim(m)) is not None}
     if before:
         channel_dim = _channel_dim(before[-1])
     elif len(dims) == 1:
         channel_dim = dims.pop()
     else:
-        kinds = sorted({type(m).__name__ for m in siblings if m is not activation}) or ["none"]
+        kinds = sorted({type(m).__name__ for _, m in siblings}) or ["none"]
         return Layout(None, reason=f"its neighbours are {', '.join(kinds)}")
     makers = [m for m in before if _outputs(m) is not None]
     made = _outputs(makers[-1]) if makers else None

@@ -41,6 +41,23 @@ def _merge_measured(adapter: WeightAdapter) -> tuple[float, float]:
     return error, error / max(exact.abs().max().item(), torch.finfo(torch.float64).tiny)
 
 
+def _check(model: nn.Module, weights: dict[str, WeightAdapter]) -> None:
+    """Raise where the weight of an adapted layer cannot take an update."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), []).append(name)
+    for name, adapter in weights.items():
+        weight = adapter.weight
+        if not weight.is_floating_point() or weight.is_meta:
+            raise AdapterError(
+                f"{name!r} has a weight of {weight.dtype} on {weight.device}: load or dequantise it first"
+            )
+        twins = [n for n in holders[id(weight)] if n != name]
+        if twins:
+            raise AdapterError(f"{name!r} and {twins[0]!r} have one weight, and merging would change both; untie them")
+
+
 def merge(model: nn.Module, unload: bool = True) -> MergeReport:
     """Add weight updates to the weights, in float32 and cast once, and fold NoRA's factors into plain coefficients.
 
@@ -51,23 +68,21 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
             restores it bit for bit.
 
     Raises:
-        AdapterError: the model has no adapters, or is merged already.
+        AdapterError: the model has no adapters or is merged already, or a weight cannot take an update because it is
+            quantised or tied to another layer. The model is then as before.
     """
     attachment(model)
     found = list(adapters(model))
     done = [name for name, adapter in found if adapter.merged]
     if done:
         raise AdapterError(f"{done[0]!r} is merged already; call lit_adapters.unmerge(model) first")
-    errors, merged, kept = [(0.0, 0.0)], [], []
-    for name, adapter in found:
-        if isinstance(adapter, WeightAdapter):
-            errors.append(_merge_measured(adapter))
-            merged.append(name)
-        else:
-            kept.append(name)
+    weights = {name: adapter for name, adapter in found if isinstance(adapter, WeightAdapter)}
+    _check(model, weights)
+    errors = [(0.0, 0.0), *(_merge_measured(adapter) for adapter in weights.values())]
+    kept = [name for name, _ in found if name not in weights]
     if unload:
         remove_adapters(model, _successor)
-    return MergeReport(max(e for e, _ in errors), max(e for _, e in errors), merged, kept)
+    return MergeReport(max(e for e, _ in errors), max(e for _, e in errors), list(weights), kept)
 
 
 def _successor(adapter: AdapterModule) -> nn.Module:

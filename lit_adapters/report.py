@@ -11,14 +11,14 @@ class AdapterReport:
 
     Attributes:
         adapters: (qualified name, method, trainable parameters) of every adapter.
-        trained: qualified names of the base parameters that train as well, with their sizes.
-        trained_head: how many of `trained` belong to the prediction head.
+        trained: qualified names of the base parameters that train as well, with their sizes; without the head's.
+        head: the same for parameters of the prediction head.
         total: parameters of the model, adapters included.
     """
 
     adapters: list[tuple[str, str, int]]
     trained: dict[str, int] = field(default_factory=dict)
-    trained_head: int = 0
+    head: dict[str, int] = field(default_factory=dict)
     total: int = 0
 
     @property
@@ -29,12 +29,12 @@ class AdapterReport:
     @property
     def trainable(self) -> int:
         """All trainable parameters, head included."""
-        return self.adapter_parameters + sum(self.trained.values())
+        return self.trainable_without_head + sum(self.head.values())
 
     @property
     def trainable_without_head(self) -> int:
         """Trainable parameters apart from those of the head."""
-        return self.trainable - self.trained_head
+        return self.adapter_parameters + sum(self.trained.values())
 
     def __str__(self) -> str:
         lines = []
@@ -42,13 +42,10 @@ class AdapterReport:
             rows = [(name, n) for name, m, n in self.adapters if m == method]
             names = f"{rows[0][0]} ... {rows[-1][0]}" if len(rows) > 1 else rows[0][0]
             lines.append(f"{method:<10} {len(rows):>4} modules {sum(n for _, n in rows):>12,} parameters   {names}")
-        rest = sum(self.trained.values()) - self.trained_head
-        if self.trained_head:
-            lines.append(f"{'head':<10} {'':>12} {self.trained_head:>12,} parameters")
-        if rest:
-            names = [n for n in self.trained]
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            lines.append(f"{'base':<10} {'':>12} {rest:>12,} parameters   {shown}")
+        for label, sizes in (("head", self.head), ("base", self.trained)):
+            if sizes:
+                shown = ", ".join(list(sizes)[:3]) + (f" and {len(sizes) - 3} more" if len(sizes) > 3 else "")
+                lines.append(f"{label:<10} {'':>12} {sum(sizes.values()):>12,} parameters   {shown}")
         share = 100 * self.trainable / max(self.total, 1)
         lines.append(
             f"trainable  {self.trainable:,} of {self.total:,} ({share:.2f}%); "

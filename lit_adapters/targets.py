@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lit_adapters.activations import is_known_activation
-from lit_adapters.errors import TargetsNotFound
+from lit_adapters.errors import AdapterError, TargetsNotFound
 from lit_adapters.layout import is_linear, is_pointwise_conv
 from lit_adapters.methods.base import AdapterModule, Method
 
@@ -46,20 +46,32 @@ def places(model: nn.Module) -> Iterator[Target]:
 
 
 def matches(name: str, spec: str | Sequence[str]) -> bool:
-    """A list holds name suffixes (whole dotted parts), a string is a regular expression for the whole name."""
+    """A list holds name suffixes (whole dotted parts), a string is a regular expression for the whole name.
+
+    Raises:
+        AdapterError: the string is no regular expression.
+    """
     if isinstance(spec, str):
-        return re.fullmatch(spec, name) is not None
+        try:
+            return re.fullmatch(spec, name) is not None
+        except re.error as error:
+            raise AdapterError(f"{spec!r} is not a regular expression ({error}); name suffixes go in a list") from error
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in spec)
 
 
 def head_modules(model: nn.Module) -> list[nn.Module]:
-    """The prediction heads by timm's `get_classifier()` or transformers' `get_output_embeddings()`; may be empty."""
-    for getter in ("get_classifier", "get_output_embeddings"):
-        if callable(getattr(model, getter, None)):
-            found = getattr(model, getter)()
-            heads = list(found) if isinstance(found, (list, tuple, nn.ModuleList)) else [found]
-            return [h for h in heads if isinstance(h, nn.Module) and not isinstance(h, nn.Identity)]
-    return []
+    """The prediction heads by timm's `get_classifier()` or transformers' `get_output_embeddings()`; may be empty.
+
+    The getter may belong to a module inside `model`: a LightningModule, say, that holds a timm model.
+    """
+    heads: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for getter in ("get_classifier", "get_output_embeddings"):
+            found = getattr(module, getter)() if callable(getattr(module, getter, None)) else None
+            for head in found if isinstance(found, (list, tuple, nn.ModuleList)) else [found]:
+                if isinstance(head, nn.Module) and not isinstance(head, nn.Identity):
+                    heads[id(head)] = head
+    return list(heads.values())
 
 
 def _all_linear(model: nn.Module) -> Callable[[Target], bool]:
@@ -78,7 +90,7 @@ def _activations(model: nn.Module) -> Callable[[Target], bool]:
     def selected(t: Target) -> bool:
         if not is_known_activation(t.module) or _NOT_MLP.search(t.name) or id(t.module) in heads:
             return False
-        return any(is_linear(m) or is_pointwise_conv(m) for m in t.parent.children())
+        return any((is_linear(m) or is_pointwise_conv(m)) and id(m) not in heads for m in t.parent.children())
 
     return selected
 
@@ -127,17 +139,22 @@ def _nothing_found(model: nn.Module, method: Method) -> str:
         ]
         if functional:
             message += f" These blocks call their activation as a function, not as a module: {_few(functional)}."
-    wanted = [spec] if isinstance(spec, str) else list(spec)
-    names = [t.name for t in places(model)]
-    tails = {n.rpartition(".")[2] for n in names}
-    near = [n for w in wanted for n in difflib.get_close_matches(w, [*names, *tails], n=3, cutoff=0.5)]
-    if near:
-        message += f" Near misses: {_few(list(dict.fromkeys(near)))}."
+    message += near_misses(spec, [t.name for t in places(model)])
     if candidates:
         message += f" Modules it could adapt if named: {_few(candidates)}."
     elif not any(isinstance(m, AdapterModule) for m in model.modules()):
         message += " The model has no module of a kind that this method adapts."
     return message
+
+
+def near_misses(spec: str | Sequence[str], names: Sequence[str]) -> str:
+    """A sentence for an error message on what `spec`, which matches none of `names`, may have meant."""
+    if isinstance(spec, str) and any(matches(name, [spec]) for name in names):
+        return f" A string is a regular expression for the whole name; write [{spec!r}] for a suffix."
+    wanted = [spec] if isinstance(spec, str) else list(spec)
+    tails = sorted({n.rpartition(".")[2] for n in names})
+    near = [n for w in wanted for n in difflib.get_close_matches(w, [*names, *tails], n=3, cutoff=0.5)]
+    return f" Near misses: {_few(list(dict.fromkeys(near)))}." if near else ""
 
 
 def _few(names: Sequence[str], limit: int = 6) -> str:

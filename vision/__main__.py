@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from lightning.pytorch.cli import ArgsType
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from lit_adapters.callback import AdapterCLI
-from lit_adapters.errors import AdapterError
+from lit_adapters.callback.console import run
 from vision.data import CIFARDataModule
 from vision.module import ViTClassifier
 
@@ -16,7 +15,7 @@ from vision.module import ViTClassifier
 class VisionCLI(AdapterCLI):
     """The image size is the data's; the model follows."""
 
-    def add_arguments_to_parser(self, parser) -> None:  # type: ignore[no-untyped-def]
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what data and model share."""
         super().add_arguments_to_parser(parser)
         parser.link_arguments("data.image_size", "model.image_size")
@@ -28,7 +27,4 @@ def main(args: ArgsType = None, **kwargs: Any) -> VisionCLI:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except AdapterError as error:
-        sys.exit(f"error: {error}")
+    run(main)

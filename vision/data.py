@@ -36,7 +36,7 @@ class CIFARDataModule(lightning.LightningDataModule):
         source: torchvision downloads into root. folder reads root/train/<class>/* and root/test/<class>/*, or
             root/train.tar.gz and root/test.tar.gz. parquet reads Hugging Face's train-*.parquet and test-*.parquet.
             package reads 10,000 CIFAR-10 test images split 8,000/2,000, whose accuracies are not comparable with
-            published ones.
+            published ones. random makes 200 training and 100 test images of noise, for smoke tests; root is not used.
         image_size: Side S of the square images, pixels.
         mean: Per-channel mean for normalisation, in [0, 1] units; the default is ImageNet's.
         std: Per-channel standard deviation for normalisation; the default is ImageNet's.
@@ -60,7 +60,7 @@ class CIFARDataModule(lightning.LightningDataModule):
         self,
         root: str = DEFAULT_ROOT,
         dataset: DatasetName = "cifar10",
-        source: Literal["torchvision", "folder", "parquet", "package"] = "torchvision",
+        source: Literal["torchvision", "folder", "parquet", "package", "random"] = "torchvision",
         image_size: int = 224,
         mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
         std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
@@ -141,6 +141,8 @@ class CIFARDataModule(lightning.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fetch what has to be fetched; Lightning calls it on one process only."""
+        if self.source == "random":
+            return
         root = self._resolved_root()
         if self.source == "torchvision":
             sources.download_torchvision(root, self.dataset)
@@ -204,6 +206,8 @@ class CIFARDataModule(lightning.LightningDataModule):
         return Path(resolve(self.root)).expanduser()
 
     def _read(self, split: SplitName) -> Split:
+        if self.source == "random":
+            return sources.make_random(self.dataset, split)
         root = self._resolved_root()
         if not root.exists():
             raise DataError(f"root {self.root} does not exist: set it to the data, or {sources.ALTERNATIVES}")

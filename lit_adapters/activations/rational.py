@@ -19,6 +19,9 @@ class RationalActivation(nn.Module):
         base: coefficients of the function subtracted from the anchored form, ((G, m+1), (G, n)).
     """
 
+    base_numerator: Tensor | None
+    base_denominator: Tensor | None
+
     def __init__(
         self,
         numerator: Tensor,
@@ -39,7 +42,7 @@ class RationalActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         coefficients = self.numerator.float(), self.denominator.float()
-        if self.anchor is None:
+        if self.anchor is None or self.base_numerator is None or self.base_denominator is None:
             return rational(x, *coefficients, self.form, self.channel_dim)
         base = self.base_numerator.float(), self.base_denominator.float()
         change = rational(x, *coefficients, self.form, self.channel_dim, base=base)

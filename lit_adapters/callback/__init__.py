@@ -2,5 +2,6 @@
 
 from lit_adapters.callback.adapter_callback import AdapterCallback
 from lit_adapters.callback.cli import AdapterCLI
+from lit_adapters.callback.optimizers import build_optimizers
 
-__all__ = ["AdapterCLI", "AdapterCallback"]
+__all__ = ["AdapterCLI", "AdapterCallback", "build_optimizers"]

@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
+import argparse
+import zipfile
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple, ReduceLROnPlateau
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from torch.optim import Optimizer
 
+from lit_adapters.callback.console import one_line
+from lit_adapters.callback.optimizers import TOTALS, build_optimizers
 from lit_adapters.errors import AdapterError
-from lit_adapters.optim import parameter_groups
 
-# What schedulers call their length. Never typed: the trainer knows it.
-_TOTALS = ("total_steps", "T_max", "total_iters")
+_KEYWORDS = ("best", "last", "hpc", "registry")  # what ckpt_path may be besides a file
 
 
 class AdapterCLI(LightningCLI):
-    """LightningCLI with `optimizer`, `lr_scheduler` and `lr_scale` sections.
+    """LightningCLI with `optimizer`, `lr_scheduler` and `lr_scale` sections; see `build_optimizers`.
 
-    Schedulers step once per optimiser step, over `trainer.estimated_stepping_batches`. The optimiser gets trainable
-    parameters only, grouped by `lit_adapters.optim.parameter_groups`.
+    Raises:
+        AdapterError: the arguments or the YAML are not valid (in the place of a usage text and `SystemExit`), or a
+            checkpoint file is missing or torn.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})
-        super().__init__(*args, auto_configure_optimizers=False, **kwargs)
+        # The report of `attach` says more than Lightning's table, whose largest row is "model".
+        kwargs["trainer_defaults"] = {"enable_model_summary": False, **(kwargs.get("trainer_defaults") or {})}
+        kwargs["auto_configure_optimizers"] = False
+        super().__init__(*args, **kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Errors come as exceptions."""
+        return super().init_parser(exit_on_error=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the sections; the image size is given once, to the data."""
+        """Add the sections."""
         parser.add_subclass_arguments((Optimizer,), "optimizer", instantiate=False, fail_untyped=False, skip={"params"})
         parser.add_subclass_arguments(
             LRSchedulerTypeTuple,
             "lr_scheduler",
             instantiate=False,
             fail_untyped=False,
-            skip={"optimizer", *_TOTALS},
+            skip={"optimizer", *TOTALS},
         )
         parser.add_argument(
             "--lr_scale",
@@ -46,9 +55,30 @@ class AdapterCLI(LightningCLI):
             help="Factor on the learning rate by group: nora, lora, head (all that trains and is no adapter).",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and look at the checkpoint file before anything is built."""
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            raise AdapterError(f"{one_line(error)} (--help after the subcommand lists what it takes)") from error
+        section = self.config.get(self.config.get("subcommand") or "") or {}
+        path = section.get("ckpt_path")
+        if path is None or str(path).startswith(_KEYWORDS):
+            return
+        if not Path(path).exists():
+            raise AdapterError(f"ckpt_path {str(path)!r} does not exist; give a file that a fit has written, or 'last'")
+        if Path(path).is_file() and not zipfile.is_zipfile(path):
+            raise AdapterError(f"ckpt_path {str(path)!r} is torn or no checkpoint; give another one")
+
     def instantiate_classes(self) -> None:
         """Instantiate everything and give the model its `configure_optimizers`."""
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse's wrapping of what the classes themselves say about their arguments.
+            if not str(error).startswith("Does not validate"):
+                raise
+            raise AdapterError(one_line(error)) from error
         config = self.config_init.get(str(self.subcommand), self.config_init)
         sections = {key: config.get(key) for key in ("optimizer", "lr_scheduler", "lr_scale")}
 
@@ -59,35 +89,3 @@ class AdapterCLI(LightningCLI):
             self.model.configure_optimizers = MethodType(configure_optimizers, self.model)
         elif self.subcommand == "fit":
             raise AdapterError("no optimiser: add an `optimizer:` section with class_path and init_args to the YAML")
-
-
-def _class_and_arguments(section: Any) -> tuple[Any, dict[str, Any]]:
-    module, _, name = section["class_path"].rpartition(".")
-    arguments = section.get("init_args") or {}
-    return getattr(importlib.import_module(module), name), dict(arguments)
-
-
-def build_optimizers(module: LightningModule, optimizer: Any, lr_scheduler: Any, lr_scale: dict[str, float]) -> Any:
-    """What `configure_optimizers` returns, from `{class_path, init_args}` sections.
-
-    Raises:
-        AdapterError: nothing trains, or `lr_scale` names an unknown group.
-    """
-    cls, arguments = _class_and_arguments(optimizer)
-    default = inspect.signature(cls).parameters["lr"].default
-    lr = arguments.pop("lr", default)
-    groups = parameter_groups(module, lr, arguments.pop("weight_decay", 0.0), lr_scale)
-    built = cls(groups, lr=lr, **arguments)
-    if lr_scheduler is None:
-        return built
-    cls, arguments = _class_and_arguments(lr_scheduler)
-    if issubclass(cls, ReduceLROnPlateau):
-        scheduler = cls(built, **arguments)
-        return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
-    accepted = inspect.signature(cls).parameters
-    # A schedule needs one step at least; an empty fast_dev_run would give it none.
-    steps = max(1, int(module.trainer.estimated_stepping_batches))
-    arguments |= {name: steps for name in _TOTALS if name in accepted}
-    if "max_lr" in accepted:  # given once for all groups, which would undo their scales
-        arguments["max_lr"] = [arguments["max_lr"] * lr_scale.get(g["name"], 1.0) for g in groups]
-    return {"optimizer": built, "lr_scheduler": {"scheduler": cls(built, **arguments), "interval": "step"}}

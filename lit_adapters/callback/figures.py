@@ -8,50 +8,78 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from lit_adapters.methods.nora import NoRAActivation
 
 _COLUMNS = 4
+_SEEN = 1e-3  # of the largest density: where inputs are rarer, a function is not shown
+_DENSITY_HEIGHT = 0.3  # of a panel
 
 
-def functions_figure(layers: Mapping[str, NoRAActivation], derivative: bool = False) -> Figure:
-    """One panel a layer: the pretrained function (black), each group's current one, the inputs' density behind.
+def functions_figure(layers: Mapping[str, NoRAActivation], changes: bool = False) -> Figure:
+    """One panel a layer, where its inputs lie: the pretrained function and the current one of each group.
 
     Args:
-        layers: adapted activations by qualified name.
-        derivative: draw slopes, whose largest value bounds the Lipschitz constant, in the place of values.
+        layers: adapted activations by name.
+        changes: draw the differences from the pretrained function, on one scale for all layers, and not the values.
     """
     columns = min(_COLUMNS, len(layers))
     rows = math.ceil(len(layers) / columns)
-    figure = Figure(figsize=(3.4 * columns, 2.6 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    width, height = max(6.0, 3.4 * columns), 1.1 + 2.3 * rows
+    figure = Figure(figsize=(width, height))
+    # Margins for labels and legend, in inches; matplotlib's own layout engines take as long as the drawing.
+    figure.subplots_adjust(0.75 / width, 0.55 / height, 1 - 0.15 / width, 1 - 0.8 / height, wspace=0.2, hspace=0.35)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=changes).flatten()
     for panel, (name, adapter) in zip(panels, layers.items(), strict=False):
-        _draw(panel, name, adapter, derivative)
+        _draw(panel, adapter, changes)
+        panel.set_title(f"{name}  drift {adapter.statistics()['relative_drift']:.1%}", fontsize=8)
+        panel.tick_params(labelsize=7, labelleft=True)
+        panel.locator_params(nbins=6)
     for panel in panels[len(layers) :]:
         panel.set_axis_off()
-    what = "slope" if derivative else "value"
-    figure.suptitle(f"{what} of each activation: pretrained (black), adapted groups (colour), density of inputs (grey)")
+    figure.text(0.5, 0.12 / height, "input", ha="center", fontsize=9)
+    label = "output - pretrained output" if changes else "output"
+    figure.text(0.15 / width, 0.5, label, va="center", rotation="vertical", fontsize=9)
+    handles = _legend(list(layers.values()))
+    figure.legend(handles=handles, loc="upper center", ncols=3 if columns == 1 else len(handles), fontsize=8)
     return figure
 
 
-def _draw(panel: Axes, name: str, adapter: NoRAActivation, derivative: bool) -> None:
+def _draw(panel: Axes, adapter: NoRAActivation, changes: bool) -> None:
     grid, initial, current = (t.numpy() for t in adapter.functions())
-    if derivative:
-        initial, current = np.gradient(initial, grid), np.gradient(current, grid, axis=-1)
-    for row, colour in zip(current, _palette(len(current)), strict=True):
-        panel.plot(grid, row, color=colour, linewidth=1.0)
-    panel.plot(grid, initial, color="black", linewidth=1.2, linestyle="--")
     density = adapter.density.cpu().numpy()
-    behind = panel.twinx()
-    behind.fill_between(grid, density, color="0.85", linewidth=0)
-    behind.set_ylim(0, density.max() * 3)
-    behind.set_axis_off()
-    behind.set_zorder(panel.get_zorder() - 1)
-    panel.patch.set_visible(False)
-    panel.set_title(f"{name}  drift {adapter.statistics()['relative_drift']:.1%}", fontsize=8)
-    panel.tick_params(labelsize=7)
+    if changes:
+        initial, current = np.zeros_like(initial), current - initial
+    seen = density > _SEEN * density.max()
+    shown = slice(seen.argmax(), len(seen) - seen[::-1].argmax())
+    x = grid[shown]
+    height = density[shown] / density.max() * _DENSITY_HEIGHT
+    panel.fill_between(x, height, color="0.87", linewidth=0, transform=panel.get_xaxis_transform())
+    for row, colour in zip(current[:, shown], _palette(len(current)), strict=True):
+        panel.plot(x, row, color=colour, linewidth=1.0)
+    panel.plot(x, initial[shown], color="black", linewidth=1.0, linestyle="--")
+    for end in adapter.fit_range.tolist():
+        if x[0] < end < x[-1]:
+            panel.axvline(end, color="tab:red", linewidth=0.8, linestyle=":")
+    panel.set_xlim(x[0], x[-1])
 
 
-def _palette(count: int) -> list[tuple[float, ...]]:
-    return [tuple(c) for c in colormaps["viridis"](np.linspace(0.05, 0.9, count))]
+def _legend(adapters: list[NoRAActivation]) -> list[Line2D | Patch]:
+    groups = max(adapter.config.groups for adapter in adapters)
+    colours = _palette(groups)
+    chosen = dict.fromkeys((0, groups - 1))
+    measured = all(bool(adapter.calibrated) for adapter in adapters)
+    return [
+        Line2D([], [], color="black", linestyle="--", label="pretrained"),
+        *(Line2D([], [], color=colours[g], label=f"group {g + 1} of {groups}") for g in chosen),
+        Patch(color="0.87", label=f"{'measured' if measured else 'assumed'} density of inputs"),
+        Line2D([], [], color="tab:red", linestyle=":", label="end of the fitted range"),
+    ]
+
+
+def _palette(count: int) -> list[str]:
+    return [to_hex(c) for c in colormaps["viridis"](np.linspace(0.05, 0.9, count))]

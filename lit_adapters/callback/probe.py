@@ -6,64 +6,90 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
+from torch.optim import Optimizer
 
-from lit_adapters.attach import adapters
+from lit_adapters.callback.attached import adapter_layers
 from lit_adapters.errors import AdapterError
 
 
 class Probe:
-    """Watches the first batch for adapters that do not run, and the first steps for parameters without gradient.
+    """Watches the first batch for adapters that do not run, and the first steps for parameters that do not learn.
 
     Args:
         model: the module being trained.
         allow_unused: regular expressions for whole parameter names that may go without gradient (mixtures of experts,
             layer drop).
+
+    Raises:
+        AdapterError: an expression of `allow_unused` is not valid.
     """
 
     def __init__(self, model: nn.Module, allow_unused: Sequence[str] = ()) -> None:
-        self.model = model
-        self.allow_unused = allow_unused
-        self.ran: set[str] = set()
-        self.learning_steps = 0
-        self.handles: list[Any] = []
-        for name, adapter in adapters(model):
-            self.handles.append(adapter.register_forward_pre_hook(lambda *_, name=name: self.ran.add(name)))
+        try:
+            allowed = [re.compile(pattern) for pattern in allow_unused]
+        except re.error as error:
+            raise AdapterError(f"allow_unused {error.pattern!r} is not a regular expression: {error}") from error
+        self._required = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and not any(pattern.fullmatch(name) for pattern in allowed)
+        }
+        self._silent = set(self._required)
+        self._stepped = False
+        self._ran: set[str] = set()
+        self._layers = adapter_layers(model)
+        self._handles: list[Any] = [
+            adapter.register_forward_pre_hook(lambda *_, name=name: self._ran.add(name))
+            for name, adapter in self._layers.items()
+        ]
 
     def after_forward(self) -> None:
         """Raise if an adapter was bypassed by the batch that has just passed; then stop watching."""
-        if not self.handles:
+        if not self._handles:
             return
-        for handle in self.handles:
+        for handle in self._handles:
             handle.remove()
-        self.handles = []
-        idle = [name for name, _ in adapters(self.model) if name not in self.ran]
-        if idle and not any(re.fullmatch(p, n) for p in self.allow_unused for n in idle):
+        self._handles = []
+        required = {id(p) for p in self._required.values()}
+        idle = [
+            name
+            for name, adapter in self._layers.items()
+            if name not in self._ran and any(id(p) in required for p in adapter.adapter_parameters().values())
+        ]
+        if idle:
             raise AdapterError(
-                f"{len(idle)} adapters did not run: {', '.join(idle[:6])}. The model bypasses these layers; "
-                "exclude them, or turn off the fusion that reads their weights"
+                f"{len(idle)} of {len(self._layers)} adapters did not run: {', '.join(idle[:6])}. The model bypasses "
+                "these layers: exclude them, turn off the fusion that reads their weights, or name their parameters in "
+                "allow_unused"
             )
 
-    def before_step(self, learning_rates: Sequence[float]) -> None:
-        """Raise if a trainable parameter has no gradient; or, once a step was taken, a gradient of exactly zero.
+    def before_step(self, optimizer: Optimizer, optimizers: Sequence[Optimizer]) -> None:
+        """Raise if a trainable parameter has no gradient, or one of exactly zero that no further step can change.
 
-        Before the first step a zero is right: LoRA's A and NoRA's A wait for their B to move.
+        Before the first step a zero is right: A of a low-rank pair waits for its B to move, and B for a head that
+        starts at zero. So a zero counts once a step has passed that moved something and woke nothing.
         """
-        if self.learning_steps > 1:
+        if not self._silent:
             return
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad or any(re.fullmatch(p, name) for p in self.allow_unused):
-                continue
-            grad: Tensor | None = parameter.grad
-            if grad is None:
+        others = {id(p) for o in optimizers if o is not optimizer for g in o.param_groups for p in g["params"]}
+        watched = {n: p for n, p in self._required.items() if n in self._silent and id(p) not in others}
+        for name, parameter in watched.items():
+            if parameter.grad is None:
                 raise AdapterError(
                     f"{name!r} trains but received no gradient: it takes no part in the loss. Exclude its module, "
                     "or name it in allow_unused"
                 )
-            if self.learning_steps == 1 and not grad.any():
-                raise AdapterError(
-                    f"{name!r} has a gradient of exactly zero after the first step: it does not learn. Exclude its "
-                    "module, or name it in allow_unused"
-                )
-        if all(rate > 0 for rate in learning_rates):
-            self.learning_steps += 1
+        awake = {name for name, parameter in watched.items() if parameter.grad.any()}  # type: ignore[union-attr]
+        self._silent -= awake
+        asleep = [name for name in watched if name not in awake]
+        if asleep and self._stepped and not awake:
+            raise AdapterError(
+                f"{asleep[0]!r} still has a gradient of exactly zero after the first steps ({len(asleep)} such "
+                "parameters): it does not learn. Give all trainable parameters to the optimiser, exclude the module, "
+                "or name it in allow_unused"
+            )
+        # A step at rate 0 (warm-up), or one that a gradient scaler will skip, moves nothing.
+        rates = all(group["lr"] > 0 for group in optimizer.param_groups)
+        self._stepped = rates and all(bool(torch.isfinite(watched[name].grad).all()) for name in awake)  # type: ignore[arg-type]

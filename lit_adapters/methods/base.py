@@ -43,7 +43,9 @@ class Method:
         """The `{class_path, init_args}` form: plain values, as YAML, JSON and hparams hold it."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         plain = {k: v.to_config() if isinstance(v, Method) else _plain(v) for k, v in values.items()}
-        return {"class_path": f"lit_adapters.{type(self).__name__}", "init_args": plain}
+        module = type(self).__module__
+        module = "lit_adapters" if module.startswith("lit_adapters.") else module
+        return {"class_path": f"{module}.{type(self).__qualname__}", "init_args": plain}
 
 
 def _plain(value: Any) -> Any:
@@ -74,7 +76,7 @@ def _from_config(config: Any) -> Method:
     module, _, attribute = path.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module or "lit_adapters"), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise AdapterError(f"no adapter method {path!r}: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise AdapterError(f"{path!r} is not an adapter method; use one such as 'lit_adapters.NoRA'")
@@ -91,8 +93,8 @@ def _from_config(config: Any) -> Method:
 class AdapterModule(nn.Module):
     """A layer with an adapter: the base layer's parameters under their own names, the adapter's beside them.
 
-    The base module itself is kept outside the module tree but looks parameters and buffers up in this module's own
-    tables, so that moving, loading or sharding this module is seen by it at once, and keys do not change.
+    The base module itself is kept outside the module tree but, once adopted, looks parameters and buffers up in this
+    module's own tables, so that moving, loading or sharding this module is seen by it at once, and keys do not change.
 
     Subclasses register their tensors with `add_parameter` and `add_buffer`: these stay in float32 whatever dtype the
     model is cast to, and are what `adapter_parameters` and the adapter files hold.
@@ -100,6 +102,7 @@ class AdapterModule(nn.Module):
 
     method: ClassVar[str]
     decays: ClassVar[bool] = True  # whether weight decay makes sense for the parameters
+    base: nn.Module
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -109,12 +112,16 @@ class AdapterModule(nn.Module):
         self._buffers.update(base._buffers)
         self._non_persistent_buffers_set |= base._non_persistent_buffers_set
         self._modules.update(base._modules)
-        base._parameters, base._buffers, base._modules = self._parameters, self._buffers, self._modules
         self._adapter_parameters: list[str] = []
         self._adapter_buffers: list[str] = []
         self.enabled = True
         self.qualified_name = ""  # set by attach
         self.training = base.training
+
+    def adopt(self) -> None:
+        """Let the base look its tensors up here from now on; until then it is untouched."""
+        base = self.base
+        base._parameters, base._buffers, base._modules = self._parameters, self._buffers, self._modules
 
     def add_parameter(self, name: str, value: Tensor) -> None:
         """Register an adapter parameter; float32."""
@@ -157,11 +164,11 @@ class AdapterModule(nn.Module):
 
     def unwrapped(self) -> nn.Module:
         """The base module, with its own parameter tables again."""
-        return self._own_tables(self.__dict__["base"])
+        return self._own_tables(self.base)
 
     def base_copy(self) -> nn.Module:
         """A second module that computes what the base does, on the same parameters, free of the adapter."""
-        return self._own_tables(copy.copy(self.__dict__["base"]))
+        return self._own_tables(copy.copy(self.base))
 
     def _own_tables(self, base: nn.Module) -> nn.Module:
         base._parameters = {n: self._parameters[n] for n in self._base_parameters}
@@ -171,7 +178,7 @@ class AdapterModule(nn.Module):
         return base
 
     def train(self, mode: bool = True) -> AdapterModule:
-        self.__dict__["base"].training = mode
+        self.base.training = mode
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterModule:
@@ -191,6 +198,8 @@ class AdapterModule(nn.Module):
 class WeightAdapter(AdapterModule):
     """An adapter whose effect is an additive update of the base layer's `weight`."""
 
+    weight: Tensor
+
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The update (out, in), scale included, computed in `dtype`."""
         raise AdapterError(f"{type(self).__name__} has no weight update")
@@ -206,7 +215,8 @@ class WeightAdapter(AdapterModule):
     def merge(self) -> None:
         """Add the update to the weight in place, keeping the pretrained one aside."""
         self.register_buffer("_unmerged_weight", self.weight.detach().clone(), persistent=False)
-        self.weight.data.copy_(self.weight.detach().float() + self.delta_weight())
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self.weight.data.copy_(self.weight.detach().to(dtype) + self.delta_weight(dtype))
 
     def unmerge(self) -> None:
         """Put the pretrained weight back, bit for bit."""

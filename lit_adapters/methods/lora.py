@@ -73,6 +73,11 @@ class LoRA(Method):
                 f"{type(self).__name__} adapts nn.Linear layers; {qualified_name!r} is a {type(base).__name__}. "
                 f"Leave it out with exclude=[{qualified_name!r}]"
             )
+        if "weight" not in base._parameters:
+            raise AdapterError(
+                f"the weight of {qualified_name!r} is computed by a parametrisation; remove that "
+                f"(torch.nn.utils.parametrize.remove_parametrizations), or set exclude=[{qualified_name!r}]"
+            )
         rank = self.rank_for(qualified_name)
         if rank > min(base.in_features, base.out_features):
             raise AdapterError(
@@ -86,6 +91,9 @@ class LoRALinear(WeightAdapter):
     """h = W0 x + s B A x for one linear layer; (..., in) -> (..., out)."""
 
     method = "lora"
+    base: nn.Linear
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float) -> None:
         super().__init__(base)
@@ -105,7 +113,7 @@ class LoRALinear(WeightAdapter):
         return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+        y: Tensor = self.base(x)
         if not self.enabled or self.merged:
             return y
         code = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
@@ -115,7 +123,7 @@ class LoRALinear(WeightAdapter):
         """relative_norm: ||s B A||_F / ||W0||_F, from the r x r products alone (the d x d update is never formed)."""
         a, b = self.lora_A.detach().double(), self.lora_B.detach().double()
         squared = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
-        weight = self.original_weight().detach().double().norm()
+        weight = self.original_weight().detach().double().norm().clamp_min(torch.finfo(torch.float64).tiny)
         return {"relative_norm": (self.scaling * squared.sqrt() / weight).item()}
 
     def extra_repr(self) -> str:

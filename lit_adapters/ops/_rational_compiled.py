@@ -54,23 +54,29 @@ def worthwhile(x: Tensor) -> bool:
     return not _broken and x.numel() >= MIN_ELEMENTS
 
 
-def _call(kernel: int, tensors: list[Tensor], *args: object) -> Any:
+def _call(kernel: int, tensors: list[Tensor], coefficients: Coefficients, base: Coefficients | None, *args: Any) -> Any:
     """Run a kernel; None when it cannot be compiled here, after one warning."""
     global _broken
     x = tensors[-1]
     if x.shape[0] < 2:  # a single row cannot be a dynamic dimension
         return None
-    key = (kernel, x.shape[1:], x.dtype, x.device.type, *args[2:])
-    if key not in _compiled:
-        _compiled.add(key)
-        log.info("compiling the rational function for %d groups of %d channels, %s", x.shape[1], x.shape[2], x.dtype)
-        for tensor in tensors:
-            torch._dynamo.mark_dynamic(tensor, 0)
+    # Whether something requires grad, or grad mode is on, would make variants of one kernel.
+    tensors = [t.detach() for t in tensors]
+    coefficients = (coefficients[0].detach(), coefficients[1].detach())
+    base = None if base is None else (base[0].detach(), base[1].detach())
+    key = (kernel, x.shape[1:], x.dtype, x.device, base is None, torch.is_inference_mode_enabled(), *args)
     try:
-        # One network may hold many widths; the default limit of eight variants is meant for accidental ones. The grad
-        # mode would make another variant.
-        with torch._dynamo.config.patch(cache_size_limit=256), torch.no_grad():
-            return _kernels()[kernel](*tensors, *args)
+        with torch.no_grad():
+            if key in _compiled:
+                return _kernels()[kernel](*tensors, coefficients, base, *args)
+            log.info("compiling the rational function, %d groups of %d channels, %s", x.shape[1], x.shape[2], x.dtype)
+            for tensor in tensors:
+                torch._dynamo.mark_dynamic(tensor, 0)
+            # One network may hold many widths; the default limit of eight variants is meant for accidental ones.
+            with torch._dynamo.config.patch(cache_size_limit=256):
+                result = _kernels()[kernel](*tensors, coefficients, base, *args)
+        _compiled.add(key)
+        return result
     except Exception as error:
         _broken = True
         reason = str(error).strip().splitlines()

@@ -61,11 +61,12 @@ def rational_reference(
     x = x.movedim(channel_dim, -1)
     grouped = x.unflatten(-1, (numerator.shape[0], -1))
     a, b = numerator.unsqueeze(1), denominator.unsqueeze(1)  # (G, 1, degree)
-    p = sum(a[..., i] * grouped**i for i in range(a.shape[-1]))
+    p = torch.stack([a[..., i] * grouped**i for i in range(a.shape[-1])]).sum(0)
+    degrees = range(b.shape[-1])
     if form == "abs-of-sum":
-        q = 1 + _magnitude(sum(b[..., j] * grouped ** (j + 1) for j in range(b.shape[-1])))
+        q = 1 + _magnitude(torch.stack([b[..., j] * grouped ** (j + 1) for j in degrees]).sum(0))
     else:
-        q = 1 + sum(_magnitude(b[..., j]) * _magnitude(grouped) ** (j + 1) for j in range(b.shape[-1]))
+        q = 1 + torch.stack([_magnitude(b[..., j]) * _magnitude(grouped) ** (j + 1) for j in degrees]).sum(0)
     return (p / q).flatten(-2).movedim(-1, channel_dim)
 
 
@@ -156,17 +157,17 @@ def _rational_backward(
     x, groups = dense(x, channel_dim), numerator.shape[0]
     if grad.stride() != x.stride():
         grad = torch.empty_like(x).copy_(grad)
-    grouped = [as_groups(t, groups, channel_dim) for t in (grad, x)]
+    rows_grad, rows_x = as_groups(grad, groups, channel_dim), as_groups(x, groups, channel_dim)
     coefficients, base = (numerator, denominator), _pair(base_numerator, base_denominator)
     result = None
     if _compiles(x):
-        result = _rational_compiled.backward(*grouped, coefficients, base, form, need_coefficients)
+        result = _rational_compiled.backward(rows_grad, rows_x, coefficients, base, form, need_coefficients)
     if result is not None:
         grad_x, sums = result[0].as_strided(x.shape, x.stride()), result[1]
     else:
         grad_x = torch.empty_like(x)
-        grouped_grad = as_groups(grad_x, groups, channel_dim)
-        sums = _rational_blocks.backward(*grouped, grouped_grad, coefficients, base, form, need_coefficients)
+        rows_grad_x = as_groups(grad_x, groups, channel_dim)
+        sums = _rational_blocks.backward(rows_grad, rows_x, rows_grad_x, coefficients, base, form, need_coefficients)
     grad_a, grad_b = sums.split([numerator.shape[1], denominator.shape[1]], dim=1)
     if form == "sum-of-abs":
         grad_b = grad_b * sign(denominator)

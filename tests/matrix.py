@@ -1,0 +1,120 @@
+"""What every invariant of the library runs over: the methods and tiny models. A new method is one line in METHODS."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import lit_adapters as la
+
+METHODS: dict[str, la.Method] = {
+    "lora": la.LoRA(rank=2, alpha=4.0),
+    "rslora": la.LoRA(rank=3, alpha=4.0, rslora=True),
+    "nora": la.NoRA(groups=4),
+    "nora-anchored": la.NoRA(groups=4, base="anchored"),
+    "nora-direct": la.NoRA(groups=4, rank=None, base="anchored"),
+    "nora-sum-of-abs": la.NoRA(groups=4, denominator="sum-of-abs"),
+    "nora-published": la.NoRA(groups=4, rank=2, scaling="none"),
+    "nora++": la.NoRAPlusPlus(nora=la.NoRA(groups=4), lora=la.LoRA(rank=2)),
+}
+# Those that start from a fit of the pretrained activation; all others start from the pretrained function itself.
+FITTED = ("nora", "nora-sum-of-abs", "nora-published", "nora++")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A tiny network.
+
+    Attributes:
+        make: builds it.
+        shape: of its input.
+        head: name of its head.
+        arguments: further keyword arguments of its forward.
+        vocabulary: size of the vocabulary; 0 where the input is real.
+    """
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    head: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    vocabulary: int = 0
+
+    def inputs(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        if self.vocabulary:
+            return torch.randint(self.vocabulary, self.shape, generator=generator)
+        return torch.randn(self.shape, generator=generator).to(dtype)
+
+    def run(self, network: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Logits of `network`, a (possibly adapted) copy of this model, for the input."""
+        output = network(self.inputs(dtype), **self.arguments)
+        return output if isinstance(output, Tensor) else output.logits
+
+
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 40, "max_position_embeddings": 32, "pad_token_id": 0}
+_LLAMA = LlamaConfig(**_SMALL, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+_BERT = BertConfig(
+    **_SMALL,
+    intermediate_size=64,
+    num_attention_heads=2,
+    num_labels=3,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
+_VIT = {"img_size": 32, "depth": 2, "num_classes": 5}
+_CONVNEXT = {"depths": (1, 1, 1, 1), "ls_init_value": 0.5, "num_classes": 5}
+MODELS: dict[str, Model] = {
+    "vit": Model(lambda: timm.create_model("test_vit", **_VIT), (3, 3, 32, 32), "head"),
+    "convnext": Model(lambda: timm.create_model("test_convnext", **_CONVNEXT), (3, 3, 32, 32), "head.fc"),
+    "llama": Model(lambda: LlamaForCausalLM(_LLAMA), (2, 6), "lm_head", {"use_cache": False}, vocabulary=40),
+    "bert": Model(lambda: BertForSequenceClassification(_BERT), (2, 6), "classifier", vocabulary=40),
+}
+# Name of the model and dtype: all models in float32, a convolution-free encoder and a decoder in bfloat16 as well.
+CASES = {name: (name, torch.float32) for name in MODELS}
+CASES |= {f"{name}-bf16": (name, torch.bfloat16) for name in ("vit", "llama")}
+
+
+@functools.cache
+def _prototype(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name].make()
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A fresh copy of a model, with the same weights each time."""
+    return copy.deepcopy(_prototype(name)).to(dtype)
+
+
+def adapted(
+    name: str, method: str, dtype: torch.dtype = torch.float32, train: Sequence[str] = (), seed: int | None = 0
+) -> nn.Module:
+    """A fresh copy with a method attached; with a `seed`, every adapter parameter has moved off its start."""
+    network = build(name, dtype)
+    torch.manual_seed(0)
+    la.attach(network, METHODS[method], train=train)
+    if seed is not None:
+        move(network, seed)
+    return network
+
+
+def move(network: nn.Module, seed: int = 0) -> None:
+    """Give all that trains other values, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def changed_tensors(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    """Keys whose tensors differ in a single bit, or stand on one side only."""
+    both = before.keys() & after.keys()
+    return sorted(before.keys() ^ after.keys()) + [k for k in sorted(both) if not torch.equal(before[k], after[k])]

