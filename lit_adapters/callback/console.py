@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,20 +14,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_adapters.errors import AdapterError
 
 # How jsonargparse tells that a value fitted none of several types; the reasons stand between these lines.
-_FRAME = (
-    "Does not validate against any of the Union subtypes",
-    "Subtypes:",
-    "Errors:",
-    "Given value",
-    "Expected a <class 'NoneType'>",
-    "Expected a <class 'list'>",
+_FRAME = re.compile(
+    r"Does not validate against any|Subtypes:|Errors:|Expected a <class '(NoneType|list)'>|Given value type:"
+    r"|Given value: .*[({]"  # a whole section, whose key is named already
 )
 
 
 def one_line(message: object) -> str:
     """A message without line breaks, repetitions and jsonargparse's frame around the reasons."""
     lines = [line.strip().removeprefix("- ") for line in str(message).splitlines()]
-    return " ".join(line for line in dict.fromkeys(lines) if line and not line.startswith(_FRAME))
+    kept = [line for line in dict.fromkeys(lines) if line and not _FRAME.match(line)]
+    return re.sub(r"([:;,.]);", r"\1", "; ".join(kept))
 
 
 def run(main: Callable[[], Any]) -> None:

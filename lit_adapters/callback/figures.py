@@ -32,20 +32,20 @@ def functions_figure(layers: Mapping[str, NoRAActivation], changes: bool = False
     width, height = max(6.0, 3.4 * columns), 1.1 + 2.3 * rows
     figure = Figure(figsize=(width, height))
     # Margins for labels and legend, in inches; matplotlib's own layout engines take as long as the drawing.
-    figure.subplots_adjust(0.75 / width, 0.55 / height, 1 - 0.15 / width, 1 - 0.8 / height, wspace=0.2, hspace=0.35)
+    figure.subplots_adjust(0.75 / width, 0.55 / height, 1 - 0.15 / width, 1 - 0.8 / height, wspace=0.2, hspace=0.3)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=changes).flatten()
     for panel, (name, adapter) in zip(panels, layers.items(), strict=False):
         _draw(panel, adapter, changes)
         panel.set_title(f"{name}  drift {adapter.statistics()['relative_drift']:.1%}", fontsize=8)
         panel.tick_params(labelsize=7, labelleft=True)
-        panel.locator_params(nbins=6)
+        panel.locator_params(nbins=7)
     for panel in panels[len(layers) :]:
         panel.set_axis_off()
     figure.text(0.5, 0.12 / height, "input", ha="center", fontsize=9)
     label = "output - pretrained output" if changes else "output"
     figure.text(0.15 / width, 0.5, label, va="center", rotation="vertical", fontsize=9)
     handles = _legend(list(layers.values()))
-    figure.legend(handles=handles, loc="upper center", ncols=3 if columns == 1 else len(handles), fontsize=8)
+    figure.legend(handles=handles, loc="upper center", ncols=3 if columns <= 2 else len(handles), fontsize=8)
     return figure
 
 

@@ -39,6 +39,13 @@ class Method:
         """
         raise AdapterError(f"{type(self).__name__} is a composition of methods; attach it to a model instead")
 
+    def normalise_targets(self) -> None:
+        """Give `targets` and `exclude` one form, so that a method equals its round trip through YAML or JSON."""
+        if isinstance(self.exclude, str):
+            raise AdapterError(f"exclude {self.exclude!r} must be a list of name suffixes: [{self.exclude!r}]")
+        self.targets = self.targets if isinstance(self.targets, str) else list(self.targets)
+        self.exclude = list(self.exclude)
+
     def to_config(self) -> dict[str, Any]:
         """The `{class_path, init_args}` form: plain values, as YAML, JSON and hparams hold it."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]

@@ -54,6 +54,7 @@ class LoRA(Method):
     rslora: bool = False
 
     def __post_init__(self) -> None:
+        self.normalise_targets()
         for rank in (self.rank, *(self.rank_pattern or {}).values()):
             if rank < 1:
                 raise AdapterError(f"rank {rank} must be at least 1")

@@ -74,6 +74,7 @@ class NoRA(Method):
     channel_dim: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
+        self.normalise_targets()
         if len(self.degrees) != 2 or not all(1 <= d <= MAX_DEGREE for d in self.degrees):
             raise AdapterError(f"degrees {self.degrees!r} must be two numbers between 1 and {MAX_DEGREE}, as in (5, 4)")
         self.degrees = (int(self.degrees[0]), int(self.degrees[1]))

@@ -31,7 +31,8 @@ UNION = """Parser key "model.adapters":
             "Parser key \"model.adapters\": Problem with given class_path 'lit_adapters.NoRA': "
             "Option 'grups' is not accepted",
         ),
-        ("two\n  lines", "two lines"),
+        ("two:\n  lines\n  more", "two: lines; more"),
+        ("key:\n  Expected a <class 'int'>\n  Given value: many", "key: Expected a <class 'int'>; Given value: many"),
         (AdapterError("one"), "one"),
     ],
 )
@@ -52,11 +53,11 @@ def quiet():
 @pytest.mark.parametrize("kind", [AdapterError, DataError, AssetError, MisconfigurationException])
 def test_bad_input_ends_with_one_line(quiet, kind):
     def main():
-        raise kind("no such\nthing")
+        raise kind("no such thing,\ngive another")
 
     with pytest.raises(SystemExit) as end:
         run(main)
-    assert end.value.code == "error: no such thing"
+    assert end.value.code == "error: no such thing, give another"
 
 
 def test_other_errors_keep_their_traceback(quiet):

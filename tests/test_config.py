@@ -1,0 +1,75 @@
+"""Configuration objects: plain forms, round trips, and refusals that name the value."""
+
+import json
+
+import pytest
+from jsonargparse import ArgumentParser
+
+import lit_adapters as la
+from lit_adapters.methods.base import to_methods
+from tests.matrix import METHODS
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_round_trip_through_json(method):
+    config = json.loads(json.dumps(method.to_config()))
+    (restored,) = to_methods(config)
+    assert restored == method
+    assert restored.to_config() == method.to_config()
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_round_trip_through_the_command_line_parser(method):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--adapters", type=la.Method | list[la.Method] | None)
+    parsed = parser.parse_object({"adapters": method.to_config()})
+    assert parser.instantiate(parsed).adapters == method
+    several = parser.parse_object({"adapters": [method.to_config(), la.LoRA().to_config()]})
+    assert parser.instantiate(several).adapters == [method, la.LoRA()]
+
+
+def test_forms_that_to_methods_takes():
+    assert to_methods(None) == []
+    assert to_methods(la.LoRA()) == [la.LoRA()]
+    assert to_methods([la.LoRA(), {"class_path": "lit_adapters.NoRA"}]) == [la.LoRA(), la.NoRA()]
+    assert to_methods({"class_path": "LoRA", "init_args": {"rank": 4}}) == [la.LoRA(rank=4)]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("lora", "not 'lora'"),
+        (3, "not 3"),
+        ([3], "needs 'class_path'"),
+        ({"init_args": {}}, "needs 'class_path'"),
+        ({"class_path": "lit_adapters.NoLRA"}, "no adapter method 'lit_adapters.NoLRA'"),
+        ({"class_path": "nowhere.LoRA"}, "no adapter method 'nowhere.LoRA'"),
+        ({"class_path": "torch.nn.Linear"}, "'torch.nn.Linear' is not an adapter method"),
+        ({"class_path": "lit_adapters.LoRA", "init_args": {"rnak": 3}}, "rnak"),
+    ],
+)
+def test_what_is_no_method_is_refused(config, message):
+    with pytest.raises(la.AdapterError, match=message):
+        to_methods(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: la.LoRA(rank=0), "rank 0"),
+        (lambda: la.LoRA(rank_pattern={"x": 0}), "rank 0"),
+        (lambda: la.LoRA(dropout=1.0), r"dropout 1.0"),
+        (lambda: la.NoRA(groups=0), "groups 0"),
+        (lambda: la.NoRA(rank=0), "rank 0"),
+        (lambda: la.NoRA(degrees=(9, 4)), r"degrees \(9, 4\)"),
+        (lambda: la.NoRA(denominator="sum"), "denominator 'sum'"),
+        (lambda: la.NoRA(base="fixed"), "base 'fixed'"),
+        (lambda: la.NoRA(scaling="auto"), "scaling 'auto'"),
+        (lambda: la.NoRA(fit_range=(3, -3)), "fit_range"),
+        (lambda: la.NoRA(scale=0), "scale 0"),
+        (lambda: la.NoRAPlusPlus(nora=la.LoRA()), "LoRA"),
+    ],
+)
+def test_values_out_of_range_are_named(make, message):
+    with pytest.raises(la.AdapterError, match=message):
+        make()
