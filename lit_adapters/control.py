@@ -61,6 +61,29 @@ def _observed(found: list[tuple[str, AdapterModule]], observe: Any) -> Iterator[
 
 
 @contextmanager
+def _noticed(found: list[tuple[str, AdapterModule]], notice: Any) -> Iterator[None]:
+    """Call notice(name) at each adapter's forward, without a hook: hooks turn PyTorch's fused encoder layers off."""
+    own = [adapter.__dict__.get("forward") for _, adapter in found]
+
+    def noticing(name: str, forward: Any) -> Any:
+        def noticed_forward(*args: Any, **kwargs: Any) -> Any:
+            notice(name)
+            return forward(*args, **kwargs)
+
+        return noticed_forward
+
+    for name, adapter in found:
+        adapter.__dict__["forward"] = noticing(name, adapter.forward)
+    try:
+        yield
+    finally:
+        for (_, adapter), forward in zip(found, own, strict=True):
+            del adapter.__dict__["forward"]
+            if forward is not None:
+                adapter.__dict__["forward"] = forward
+
+
+@contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     modes |= {module.base: module.base.training for module in model.modules() if isinstance(module, AdapterModule)}
@@ -82,7 +105,7 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     """
     found = _require_adapters(model)
     ran: set[str] = set()
-    with _evaluating(model), _observed(found, lambda name, _: ran.add(name)):
+    with _evaluating(model), _noticed(found, ran.add):
         model(*inputs, **kwargs)
     idle = [f"{name} ({type(adapter.base).__name__})" for name, adapter in found if name not in ran]
     if idle:

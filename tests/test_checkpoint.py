@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -78,8 +79,9 @@ def test_torn(saved):
         refuses(directory, "torn or not a safetensors file")
 
 
-def test_foreign(tmp_path):
-    save_file({"lora_A": torch.zeros(2)}, tmp_path / TENSORS)
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"lit_adapter": "{"}, {"lit_adapter": "[1]"}])
+def test_foreign(tmp_path, metadata):
+    save_file({"lora_A": torch.zeros(2)}, tmp_path / TENSORS, metadata=metadata)
     refuses(tmp_path, "not written by lit_adapters")
 
 
@@ -130,6 +132,43 @@ def test_storage_dtype_of_the_base_does_not_matter(saved, recwarn):
     _, directory = saved
     la.load_adapters(base().bfloat16(), directory)
     assert not [w for w in recwarn if "other weights" in str(w.message)]
+
+
+def test_onto_a_meta_model(saved):
+    """Adapters and modules of `train` become real; the base may be loaded after or before."""
+    model, directory = saved
+    with torch.device("meta"):
+        empty = base()
+    la.load_adapters(empty, directory)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    x = torch.randn(5, 4)
+    assert torch.equal(empty.eval()(x), model(x))
+
+    with torch.device("meta"):
+        empty = base()
+    la.load_adapters(empty, directory)
+    kept = {n for n, p in empty.named_parameters() if p.requires_grad}
+    assert {n for n, p in empty.named_parameters() if not p.is_meta} == kept
+    base_only = {k: v for k, v in model.state_dict().items() if k not in kept}
+    empty.load_state_dict(base_only, strict=False, assign=True)
+    assert torch.equal(empty.eval()(x), model(x))
+
+
+@dataclass
+class OwnMethod(la.LoRA):
+    """A method of a user's own."""
+
+    strength: float = 1.0
+
+
+def test_a_method_from_elsewhere(tmp_path):
+    model, loaded = base(), base()
+    la.attach(model, OwnMethod(rank=2, strength=3.0))
+    la.save_adapters(model, tmp_path)
+    (method,) = json.loads((tmp_path / HEADER).read_text())["methods"]
+    assert method["class_path"] == f"{__name__}.OwnMethod"
+    assert method["init_args"]["strength"] == 3.0
+    la.load_adapters(loaded, tmp_path)
 
 
 def test_what_is_not_finite_is_not_written(saved):

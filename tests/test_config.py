@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 import lit_adapters as la
 from lit_adapters.methods.base import to_methods
@@ -28,6 +28,25 @@ def test_round_trip_through_the_command_line_parser(method):
     assert parser.instantiate(several).adapters == [method, la.LoRA()]
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"class_path": "lit_adapters.NoLRA"}, "NoLRA"),
+        ({"class_path": "lit_adapters.NoRA", "init_args": {"grups": 4}}, "grups"),
+        ({"class_path": "lit_adapters.NoRA", "init_args": {"groups": "many"}}, "many"),
+        (
+            {"class_path": "NoRAPlusPlus", "init_args": {"nora": {"class_path": "NoRA", "init_args": {"grups": 4}}}},
+            "grups",
+        ),
+    ],
+)
+def test_the_command_line_parser_names_what_is_wrong(config, message):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--adapters", type=la.Method | list[la.Method] | None)
+    with pytest.raises(ArgumentError, match=message):
+        parser.parse_object({"adapters": config})
+
+
 def test_forms_that_to_methods_takes():
     assert to_methods(None) == []
     assert to_methods(la.LoRA()) == [la.LoRA()]
@@ -44,6 +63,10 @@ def test_forms_that_to_methods_takes():
         ({"init_args": {}}, "needs 'class_path'"),
         ({"class_path": "lit_adapters.NoLRA"}, "no adapter method 'lit_adapters.NoLRA'"),
         ({"class_path": "nowhere.LoRA"}, "no adapter method 'nowhere.LoRA'"),
+        ({"class_path": "..LoRA"}, r"no adapter method '\.\.LoRA'"),
+        ({"class_path": ""}, "no adapter method ''"),
+        ({"class_path": "lit_adapters.LoRA", "init_args": {"rank": 0}}, "rank 0 must be at least 1"),
+        ({"class_path": "lit_adapters.NoRA", "init_args": {"groups": "8"}}, r"lit_adapters\.NoRA: "),
         ({"class_path": "torch.nn.Linear"}, "'torch.nn.Linear' is not an adapter method"),
         ({"class_path": "lit_adapters.LoRA", "init_args": {"rnak": 3}}, "rnak"),
     ],
@@ -62,11 +85,18 @@ def test_what_is_no_method_is_refused(config, message):
         (lambda: la.NoRA(groups=0), "groups 0"),
         (lambda: la.NoRA(rank=0), "rank 0"),
         (lambda: la.NoRA(degrees=(9, 4)), r"degrees \(9, 4\)"),
+        (lambda: la.NoRA(degrees=(5,)), r"degrees \(5,\)"),
         (lambda: la.NoRA(denominator="sum"), "denominator 'sum'"),
         (lambda: la.NoRA(base="fixed"), "base 'fixed'"),
         (lambda: la.NoRA(scaling="auto"), "scaling 'auto'"),
         (lambda: la.NoRA(fit_range=(3, -3)), "fit_range"),
+        (lambda: la.NoRA(fit_range="auto"), "fit_range 'auto' must be an interval"),
+        (lambda: la.NoRA(fit_range=(0.0, float("nan"))), "fit_range"),
+        (lambda: la.NoRA(fit_range=(1.0,)), "fit_range"),
+        (lambda: la.NoRA(channel_dim="last"), "channel_dim 'last'"),
         (lambda: la.NoRA(scale=0), "scale 0"),
+        (lambda: la.NoRA(scale=float("nan")), "scale nan"),
+        (lambda: la.NoRA(exclude="mlp.act"), r"exclude 'mlp.act' must be a list of name suffixes"),
         (lambda: la.NoRAPlusPlus(nora=la.LoRA()), "LoRA"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from lit_adapters.errors import AdapterError
@@ -16,8 +16,8 @@ class NoRAPlusPlus(Method):
     """Configuration of NoRA++: both parts attach to their own targets and train together.
 
     Args:
-        nora: what happens to the activations.
-        lora: what happens to the weights.
+        nora: what happens to the activations; default `NoRA()`.
+        lora: what happens to the weights; default `LoRA()`.
 
     Raises:
         AdapterError: a part is of another kind.
@@ -26,16 +26,17 @@ class NoRAPlusPlus(Method):
     name: ClassVar[str] = "nora++"
     kind: ClassVar[str] = "composition"
 
-    # Declared as Method so that YAML may choose a subclass by class_path.
-    nora: Method = field(default_factory=NoRA)
-    lora: Method = field(default_factory=LoRA)
+    # Declared as Method so that YAML may choose a subclass by class_path, and without an object for a default, which
+    # would make jsonargparse accept anything.
+    nora: Method | None = None
+    lora: Method | None = None
 
     def __post_init__(self) -> None:
-        self.nora, self.lora = to_methods([self.nora, self.lora])
+        self.nora, self.lora = self.parts()
         if not isinstance(self.nora, NoRA) or not isinstance(self.lora, LoRA):
             raise AdapterError(
                 f"NoRA++ is made of a NoRA and a LoRA, not {type(self.nora).__name__} and {type(self.lora).__name__}"
             )
 
     def parts(self) -> list[Method]:
-        return [self.nora, self.lora]
+        return to_methods([self.nora or NoRA(), self.lora or LoRA()])

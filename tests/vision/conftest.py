@@ -1,11 +1,16 @@
-"""One thread: tiny layers gain nothing from more, and lose much on a busy machine."""
+"""What the tests of the application share: a quiet process of one thread, and finished runs of the smoke recipes."""
+
+import functools
 
 import pytest
 import torch
 
+from tests.vision.smoke import SmokeRun, checkpoint, command
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
+    """Tiny layers gain nothing from more threads, and lose much on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -22,3 +27,16 @@ def no_arguments_of_pytest(monkeypatch):
 def own_folder(tmp_path, monkeypatch):
     """Whatever is written without a folder lands in a temporary one."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory):
+    """Fit a smoke recipe and test its last checkpoint, once for all tests: `smoke_run("nora")`."""
+
+    @functools.cache
+    def run(arm: str) -> SmokeRun:
+        root = tmp_path_factory.mktemp(arm)
+        fitted = command("fit", f"smoke/{arm}", root)
+        return SmokeRun(fitted, command("test", f"smoke/{arm}", root, f"--ckpt_path={checkpoint(fitted)}"))
+
+    return run

@@ -1,7 +1,7 @@
 """Runs of the smoke recipes through the real command line, in this process."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -9,6 +9,13 @@ from vision.__main__ import VisionCLI, main
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "vision"
 QUIET = ["--trainer.enable_progress_bar=false"]
+
+
+class SmokeRun(NamedTuple):
+    """A fitted recipe, and the test of what it saved."""
+
+    fitted: VisionCLI
+    tested: VisionCLI
 
 
 def command(subcommand: str, config: str, root: Path, *overrides: str) -> VisionCLI:

@@ -100,6 +100,7 @@ def test_help_is_still_there(capsys):
     assert "total_steps" not in shown
 
 
+@pytest.mark.slow
 def test_the_process_says_it_on_stderr_and_nothing_else():
     """One real process: no traceback, no usage text, no advertisement, a status that scripts see."""
     process = subprocess.run(

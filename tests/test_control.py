@@ -1,0 +1,112 @@
+"""`disabled` and `verify`: adapters switched off, and adapters that a model passes by."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lit_adapters as la
+from tests.matrix import METHODS, MODELS, adapted
+
+
+class ReadsWeights(nn.Module):
+    """As BEiT does with its qkv layer: reads the weight, never calls the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24, bias=False), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.proj(F.linear(x, self.qkv.weight)[..., :8])
+
+
+# ---- verify
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_ordinary_models_pass(method, name):
+    network = adapted(name, method).train()
+    la.verify(network, MODELS[name].inputs(), **MODELS[name].arguments)
+    assert all(module.training for module in network.modules())
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_a_layer_whose_weight_is_read_is_named():
+    model = nn.Sequential(ReadsWeights())
+    la.attach(model, la.LoRA(rank=2))
+    with pytest.raises(la.AdapterError, match=r"1 of 2 adapters did not run: 0.qkv \(Linear\).*exclude them"):
+        la.verify(model, torch.randn(2, 3, 8))
+    la.detach(model)
+    la.attach(model, la.LoRA(rank=2, exclude=["qkv"]))
+    la.verify(model, torch.randn(2, 3, 8))
+
+
+def test_attention_projection_chosen_by_name_is_found_out():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    la.attach(model, la.LoRA(rank=2, targets=["out_proj"]))
+    with pytest.raises(la.AdapterError, match=r"self_attn\.out_proj"):
+        la.verify(model, torch.randn(2, 3, 8))
+
+
+def test_a_fused_encoder_layer_is_found_out():
+    """PyTorch's fast path of inference reads all weights of the layer at once."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation=nn.GELU()).eval()
+    la.attach(model, la.NoRAPlusPlus(nora=la.NoRA(groups=4, targets=["activation"]), lora=la.LoRA(rank=2)))
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(True)
+        with pytest.raises(la.AdapterError, match=r"3 of 3 adapters did not run.*turn the fusion off"):
+            la.verify(model, torch.randn(2, 3, 8))
+        torch.backends.mha.set_fastpath_enabled(False)
+        la.verify(model, torch.randn(2, 3, 8))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def test_without_adapters_there_is_nothing_to_do():
+    for call in (lambda m: la.verify(m, torch.ones(1)), lambda m: la.disabled(m).__enter__()):
+        with pytest.raises(la.AdapterError, match="no adapters"):
+            call(nn.Linear(1, 1))
+
+
+def test_verify_leaves_modes_and_hooks_as_they_were_even_after_an_error():
+    network = adapted("vit", "nora++").train()
+    network.norm.eval()
+    with pytest.raises(AttributeError, match="shape"):
+        la.verify(network, "not an image")
+    assert network.training
+    assert not network.norm.training
+    assert all(not m._forward_pre_hooks and "forward" not in vars(m) for m in network.modules())
+    assert all(a.base.training for _, a in la.adapters(network))
+
+
+# ---- disabled
+
+
+def test_disabled_keeps_what_train_has_learned():
+    network, x = adapted("vit", "nora++", train=["head"]), MODELS["vit"].inputs()
+    twin = adapted("vit", "nora++", train=["head"])
+    la.detach(twin)
+    with la.disabled(network):
+        assert torch.equal(network(x), twin(x))
+
+
+def test_disabled_ends_with_an_error_and_nests():
+    network, x = adapted("vit", "nora++"), MODELS["vit"].inputs()
+    expected = network(x)
+    with pytest.raises(ZeroDivisionError), la.disabled(network), la.disabled(network):
+        raise ZeroDivisionError
+    assert torch.equal(network(x), expected)
+    next(la.adapters(network))[1].enabled = False  # the user's own choice survives
+    partly = network(x)
+    with la.disabled(network):
+        pass
+    assert torch.equal(network(x), partly)
+
+
+def test_what_is_disabled_gets_no_gradient():
+    network = adapted("vit", "nora++", train=["head"])
+    with la.disabled(network):
+        MODELS["vit"].run(network).sum().backward()
+    assert {n for n, p in network.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
