@@ -20,6 +20,7 @@ lint: $(ENVIRONMENT)
 	$(BIN)/mypy
 
 bench: $(ENVIRONMENT)  ## measure everything that docs/results.md shows; ROOT holds CIFAR-10 as an image folder or archives
+	@test -n "$(ROOT)" || { echo 'error: make bench ROOT=DIR, with DIR/train and DIR/test or their .tar.gz archives'; exit 1; }
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.cifar10_accuracy --root $(ROOT)
 	$(BIN)/python -m benchmarks.tables

@@ -3,7 +3,7 @@
     python -m benchmarks.step_time [--image_size 56] [--batch 64] [--rounds 9]
 
 All arms stand in one process and take turns; ratios are medians over the rounds. Frozen means GELU, no adapter, head
-trained, and gradients carried down to the image: what any adapter in the first block has to pay at least.
+trained, and gradients carried down to the image, a little further than an adapter in the first block needs.
 """
 
 from __future__ import annotations

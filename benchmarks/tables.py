@@ -34,7 +34,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def accuracy_table(records: list[dict[str, Any]]) -> str:
-    """One row an arm: full protocol with its binomial error, few-shot mean and deviation over the data orders."""
+    """One row an arm: full protocol with its binomial error, few-shot mean and deviation over the seeds."""
     rows = []
     for arm, name in NAMES.items():
         full = [r for r in records if r["arm"] == arm and r["protocol"] == "full"]
@@ -50,7 +50,7 @@ def accuracy_table(records: list[dict[str, Any]]) -> str:
         row.append(f"{statistics.mean(values):.3f}{spread} ({each})" if values else "not run")
         row.append(f"{any_run['peak_memory_mib']:,}")
         rows.append(row)
-    header = ["arm", "trained, without head", "rate", "10,000 images", "500 images (each order)", "peak memory, MiB"]
+    header = ["arm", "trained, without head", "rate", "10,000 images", "500 images (each seed)", "peak memory, MiB"]
     return table(header, rows)
 
 
@@ -95,10 +95,10 @@ def machine(records: list[dict[str, Any]]) -> str:
 
 
 def accuracy_figure(records: list[dict[str, Any]], path: Path) -> None:
-    """Both protocols side by side: bars with standard errors, points for the data orders."""
+    """Both protocols side by side: bars with standard errors, points for the seeds."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
-    for panel, protocol, title in zip(panels, ("full", "few"), ("10,000 images", "500 images, 3 orders"), strict=True):
+    for panel, protocol, title in zip(panels, ("full", "few"), ("10,000 images", "500 images, each seed"), strict=True):
         arms = [a for a in NAMES if any(r["arm"] == a and r["protocol"] == protocol for r in records)]
         for row, arm in enumerate(arms):
             runs = [r for r in records if r["arm"] == arm and r["protocol"] == protocol]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import gcd
 from typing import Any
 
 import torch
@@ -133,8 +134,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
     def observe(name: str, x: Tensor) -> None:
         flat = x.detach().flatten()
-        # A prime stride visits all channels and positions evenly, without a random state.
-        step = max(1, flat.numel() // _VALUES_PER_CALL) | 1
+        # A stride without a factor in common with the size visits all channels alike, without a random state.
+        step = max(1, flat.numel() // _VALUES_PER_CALL)
+        while gcd(step, flat.numel()) > 1:
+            step += 1
         samples[name].append(flat[::step].float().cpu())
 
     device = next(model.parameters()).device

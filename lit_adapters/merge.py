@@ -10,7 +10,6 @@ from torch import nn
 from lit_adapters.attach import adapters, attachment, remove_adapters
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule, WeightAdapter
-from lit_adapters.methods.nora import NoRAActivation
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
 
 
 def _successor(adapter: AdapterModule) -> nn.Module:
-    return adapter.folded() if isinstance(adapter, NoRAActivation) else adapter.unwrapped()
+    return adapter.unwrapped() if isinstance(adapter, WeightAdapter) else adapter.folded()
 
 
 def unmerge(model: nn.Module) -> None:

@@ -19,7 +19,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Trainable parameters by kind, as an optimiser takes them.
 
-    Rational coefficients and their factors never decay: zero is no natural value for a coefficient.
+    Rational coefficients and their factors never decay: a coefficient of zero is no simpler function, and the factors
+    follow the coefficients.
 
     Args:
         model: a module whose tree may hold adapters.

@@ -35,7 +35,10 @@ def test_round_trip_through_the_command_line_parser(method):
         ({"class_path": "lit_adapters.NoRA", "init_args": {"grups": 4}}, "grups"),
         ({"class_path": "lit_adapters.NoRA", "init_args": {"groups": "many"}}, "many"),
         (
-            {"class_path": "NoRAPlusPlus", "init_args": {"nora": {"class_path": "NoRA", "init_args": {"grups": 4}}}},
+            {
+                "class_path": "lit_adapters.NoRAPlusPlus",
+                "init_args": {"nora": {"class_path": "lit_adapters.NoRA", "init_args": {"grups": 4}}},
+            },
             "grups",
         ),
     ],

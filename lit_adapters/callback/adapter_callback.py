@@ -28,7 +28,7 @@ class AdapterCallback(Callback):
 
     Scalars go to every logger: `adapter/<method>/<layer>/<statistic>` and, averaged over the layers,
     `adapter/summary/<statistic>`; layers are named as in the report of `attach`. TensorBoard also gets figures of the
-    learned functions and of what changed in them, at the start and at every end of an epoch.
+    learned functions and of what changed in them, at every end of an epoch.
 
     Args:
         log_every_n_steps: optimiser steps between two records.
@@ -94,7 +94,6 @@ class AdapterCallback(Callback):
             calibrate_in_trainer(trainer, pl_module, self.calibration_batches)
         self._probe = Probe(pl_module, self.allow_unused)
         self._log(trainer, pl_module)
-        self._draw(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch at hand while it trains, to find the layer if its loss is not finite."""

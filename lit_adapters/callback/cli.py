@@ -63,7 +63,7 @@ class AdapterCLI(LightningCLI):
             raise AdapterError(f"{one_line(error)} (--help after the subcommand lists what it takes)") from error
         section = self.config.get(self.config.get("subcommand") or "") or {}
         path = section.get("ckpt_path")
-        if path is None or str(path).startswith(_KEYWORDS):
+        if path is None or str(path) in _KEYWORDS:
             return
         if not Path(path).exists():
             raise AdapterError(f"ckpt_path {str(path)!r} does not exist; give a file that a fit has written, or 'last'")

@@ -169,6 +169,10 @@ class AdapterModule(nn.Module):
             AdapterError: training has begun, so that calibrating would change the function.
         """
 
+    def folded(self) -> nn.Module:
+        """A plain module with this adapter's function, for what no weight can absorb; `merge` puts it in its place."""
+        raise AdapterError(f"{type(self).__name__} ({self.qualified_name!r}) cannot be merged; detach or keep it")
+
     def unwrapped(self) -> nn.Module:
         """The base module, with its own parameter tables again."""
         return self._own_tables(self.base)
@@ -229,3 +233,14 @@ class WeightAdapter(AdapterModule):
         """Put the pretrained weight back, bit for bit."""
         self.weight.data.copy_(self.original_weight())
         del self._buffers["_unmerged_weight"]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A state dict holds the pretrained weight even while merged: loading it must not apply the update twice."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[f"{prefix}weight"] = self.original_weight()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.merged:
+            raise AdapterError(f"{self.qualified_name!r} is merged; call lit_adapters.unmerge(model) before loading")
+        super()._load_from_state_dict(state_dict, prefix, *args)

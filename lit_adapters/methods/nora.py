@@ -8,8 +8,8 @@
 
 a0, b0 fit the pretrained activation and are frozen. scaling="none" is the published method: c sigma = 1. scaling=
 "density" (ours) divides each direction by what it does to the function on the layer's own inputs x:
-sigma_num,i = 1 / rms(x^i / Q), sigma_den,j = 1 / rms(x^j P / Q^2), so that a step of the optimiser moves the function
-by the same amount along every coefficient; c = `scale`. base="anchored" (ours) keeps act itself and adds the change
+sigma_num,i = 1 / rms(x^i / Q), sigma_den,j = 1 / rms(x^j P / Q^2), so that a unit of each coefficient's update moves
+the function equally; c = `scale`. base="anchored" (ours) keeps act itself and adds the change
 of R alone: the start is the pretrained model bit for bit.
 
 Parameters an activation: r (2G + m + 1 + n), 78 at the defaults; G (m + 1 + n) = 80 with rank=None, which trains the

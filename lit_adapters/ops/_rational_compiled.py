@@ -77,6 +77,8 @@ def _call(kernel: int, tensors: list[Tensor], coefficients: Coefficients, base: 
                 result = _kernels()[kernel](*tensors, coefficients, base, *args)
         _compiled.add(key)
         return result
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         _broken = True
         reason = str(error).strip().splitlines()

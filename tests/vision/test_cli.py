@@ -11,7 +11,7 @@ import yaml
 
 from lit_adapters import AdapterError
 from lit_adapters.callback.console import run
-from tests.vision.smoke import CONFIGS, QUIET
+from tests.vision.smoke import CONFIGS, QUIET, quick_main
 from vision.__main__ import main
 
 NORA = str(CONFIGS / "smoke/nora.yaml")
@@ -21,7 +21,7 @@ LORA = str(CONFIGS / "smoke/lora.yaml")
 def error_line(arguments) -> str:
     """What `run(main)` would print before it exits with status 1."""
     with pytest.raises(SystemExit) as end:
-        run(lambda: main([*arguments, *QUIET, "--trainer.fast_dev_run=true"]))
+        run(lambda: quick_main([*arguments, *QUIET, "--trainer.fast_dev_run=true"]))
     assert isinstance(end.value.code, str)  # Python prints a string and exits with 1
     assert end.value.code.startswith("error: ")
     assert "\n" not in end.value.code
