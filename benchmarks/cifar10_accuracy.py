@@ -4,7 +4,8 @@
 
 Protocol: the learning rate of each arm is chosen among two on 1,000 held-out training images after one epoch of 3,000
 images. Then `full`: 10,000 images, 3 epochs, all 10,000 test images. `few`: 50 images a class, 10 epochs, three seeds
-of head, adapters and data order, 2,000 test images. AdamW, one-cycle schedule, batch 64, 56 px, fp32. Finished runs are kept and skipped.
+of head, adapters and data order, 2,000 test images. AdamW, one-cycle schedule, batch 64, 56 px, fp32. Finished runs
+are kept and skipped.
 """
 
 from __future__ import annotations

@@ -34,14 +34,14 @@ def classifier(**changes) -> ViTClassifier:
     return model
 
 
-def train(model, folder, data=None, callbacks=(), **changes) -> Trainer:
+def train(model, folder, callbacks=(), ckpt_path=None, **changes) -> Trainer:
     trainer = Trainer(
         **{"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_progress_bar": False}
         | {"enable_model_summary": False, "default_root_dir": folder, "log_every_n_steps": 1}
         | {"callbacks": [la.AdapterCallback(), ModelCheckpoint(folder, filename="last"), *callbacks]}
         | changes
     )
-    trainer.fit(model, datamodule=data or CIFARDataModule(**DATA))
+    trainer.fit(model, datamodule=CIFARDataModule(**DATA), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -125,6 +125,18 @@ def test_testing_in_another_process_gives_the_same_numbers(smoke_run, tmp_path):
     there = scalars(tmp_path / "runs" / "vision" / "smoke-nora" / "version_0", "test/")
     assert there == scalars(log_dir(tested), "test/")
     assert there.keys() == {"test/loss", "test/acc1", "test/acc5", "test/calibration_error"}
+
+
+def test_resuming_meets_the_same_images_in_the_same_order(tmp_path):
+    whole = classifier()
+    every = ModelCheckpoint(tmp_path / "every", save_top_k=-1)
+    train(whole, tmp_path, callbacks=[every], max_epochs=3)
+    seed_everything(123, verbose=False)
+    resumed = classifier(init_seed=whole.hparams["init_seed"])
+    path = next((tmp_path / "every").glob("epoch=1-*.ckpt"))
+    train(resumed, tmp_path, max_epochs=3, ckpt_path=path)
+    first, second = whole.state_dict(), resumed.state_dict()
+    assert [k for k in first if not torch.equal(first[k], second[k])] == []
 
 
 def test_the_model_is_built_once():
