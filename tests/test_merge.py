@@ -1,5 +1,7 @@
 """Merging: the measured error, its report, and weights that cannot take an update."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -61,10 +63,27 @@ def test_while_merged_the_model_is_not_attached_to_nor_detached():
     la.detach(model)
 
 
+def test_a_state_dict_holds_the_pretrained_weights_even_while_merged():
+    model = network()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    la.merge(model, unload=False)
+    state = model.state_dict()
+    assert state.keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in state.items())
+    with pytest.raises(la.AdapterError, match=r"'0' is merged; call lit_adapters.unmerge\(model\) before loading"):
+        model.load_state_dict(before)
+    la.unmerge(model)
+    model.load_state_dict(before)
+
+
 def test_merging_survives_a_copy_and_a_cast():
     model, x = network(), torch.randn(5, 6)
     weight = model[0].weight.detach().clone()
     la.merge(model, unload=False)
+    twin = copy.deepcopy(model)
+    la.unmerge(twin)
+    assert torch.equal(twin[0].weight, weight)
+    assert model[0].merged
     model.to(torch.bfloat16)
     assert model(x.bfloat16()).dtype == torch.bfloat16
     la.unmerge(model)

@@ -136,9 +136,9 @@ class AdapterModule(nn.Module):
         self.register_parameter(name, nn.Parameter(value.float()))
 
     def add_buffer(self, name: str, value: Tensor) -> None:
-        """Register a persistent adapter buffer; its dtype is kept."""
+        """Register a persistent adapter buffer; float32 where it is floating, whatever the default dtype."""
         self._adapter_buffers.append(name)
-        self.register_buffer(name, value)
+        self.register_buffer(name, value.float() if value.is_floating_point() else value)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that this adapter trains, by local name."""

@@ -25,11 +25,10 @@ def _blocks(x: Tensor) -> Iterator[slice]:
 
 
 def _working_dtype(block: Tensor) -> torch.dtype:
-    """float32 wherever it is exact enough; float64 for float64 inputs and for blocks whose powers would overflow."""
-    low, high = torch.aminmax(block)
-    return (
-        torch.float64 if block.dtype == torch.float64 or max(-low.item(), high.item()) > math.LARGE else torch.float32
-    )
+    """float32 wherever it is exact enough; float64 for float64 inputs and for blocks whose powers may overflow."""
+    low, high = torch.aminmax(block)  # NaN where the block has one, which hides the others' size
+    fits = -low.item() <= math.LARGE and high.item() <= math.LARGE
+    return torch.float32 if fits and block.dtype != torch.float64 else torch.float64
 
 
 def _cast(coefficients: Coefficients | None, dtype: torch.dtype) -> Coefficients | None:

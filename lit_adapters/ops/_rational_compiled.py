@@ -93,7 +93,7 @@ def _call(kernel: int, tensors: list[Tensor], coefficients: Coefficients, base: 
 def forward(x: Tensor, coefficients: Coefficients, base: Coefficients | None, form: str) -> Tensor | None:
     """R(x) as a new tensor; None where this path cannot serve `x`."""
     result = _call(0, [x], coefficients, base, form)
-    return None if result is None or result[1].max().item() > math.LARGE else result[0]
+    return result[0] if result is not None and result[1].max().item() <= math.LARGE else None
 
 
 def backward(
@@ -101,7 +101,7 @@ def backward(
 ) -> tuple[Tensor, Tensor] | None:
     """The gradient of x, and those of the coefficients (G, m+1+n) in float64; None where this path cannot serve `x`."""
     result = _call(1, [grad, x], coefficients, base, form, need_coefficients)
-    if result is None or result[1].max().item() > math.LARGE:
+    if result is None or not result[1].max().item() <= math.LARGE:  # NaN hides the others' size
         return None
     grad_x, _, sums = result
     width = coefficients[0].shape[1] + coefficients[1].shape[1]

@@ -144,6 +144,14 @@ def test_huge_inputs_stay_finite_and_right(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_nan_spoils_nothing_but_itself(form):
+    a, b = coefficients(1)
+    y = rational(torch.tensor([[float("nan"), 1e30, -1e30, 2.0]]), a, b, form)
+    assert y.isnan().tolist() == [[True, False, False, False]]
+    assert torch.equal(y[:, 1:], rational(torch.tensor([[1e30, -1e30, 2.0]]), a, b, form))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_zero_input_and_zero_denominator_train(form):
     """sign(0) = +1: the denominator of a plain polynomial receives the one-sided gradient instead of none."""
     x = torch.tensor([[0.0, 0.0, 0.5, -0.5, 2.0, -2.0]])

@@ -129,7 +129,7 @@ def test_testing_in_another_process_gives_the_same_numbers(smoke_run, tmp_path):
 
 def test_resuming_meets_the_same_images_in_the_same_order(tmp_path):
     whole = classifier()
-    every = ModelCheckpoint(tmp_path / "every", save_top_k=-1)
+    every = ModelCheckpoint(tmp_path / "every", monitor="train/loss", save_top_k=-1)
     train(whole, tmp_path, callbacks=[every], max_epochs=3)
     seed_everything(123, verbose=False)
     resumed = classifier(init_seed=whole.hparams["init_seed"])
