@@ -37,18 +37,20 @@ def accuracy_table(records: list[dict[str, Any]]) -> str:
     """One row an arm: full protocol with its binomial error, few-shot mean and deviation over the seeds."""
     rows = []
     for arm, name in NAMES.items():
-        full = [r for r in records if r["arm"] == arm and r["protocol"] == "full"]
-        few = [r for r in records if r["arm"] == arm and r["protocol"] == "few"]
-        if not full and not few:
+        runs = [r for r in records if r["arm"] == arm]
+        if not runs:
             continue
-        any_run = (full or few)[0]
-        row = [name, f"{any_run['trainable_without_head']:,}", f"{any_run['rate']:g}"]
+        full = [r for r in runs if r["protocol"] == "full"]
+        few = [r for r in runs if r["protocol"] == "few"]
+        # The rate is open until all candidates have been compared and one was used.
+        rate = f"{(full or few)[0]['rate']:g}" if full or few else "open"
+        row = [name, f"{runs[0]['trainable_without_head']:,}", rate]
         row.append(" ".join(f"{r['accuracy']:.3f} ± {_binomial(r):.3f}" for r in full) or "not run")
         values = [r["accuracy"] for r in few]
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
         each = ", ".join(f"{v:.3f}" for v in values)
         row.append(f"{statistics.mean(values):.3f}{spread} ({each})" if values else "not run")
-        row.append(f"{any_run['peak_memory_mib']:,}")
+        row.append(f"{max(r['peak_memory_mib'] for r in runs):,}")
         rows.append(row)
     header = ["arm", "trained, without head", "rate", "10,000 images", "500 images (each seed)", "peak memory, MiB"]
     return table(header, rows)
