@@ -1,20 +1,10 @@
-"""What the tests of the application share: a quiet process of one thread, and finished runs of the smoke recipes."""
+"""What the tests of the application share: finished runs of the smoke recipes."""
 
 import functools
 
 import pytest
-import torch
 
 from tests.vision.smoke import SmokeRun, checkpoint, command
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Tiny layers gain nothing from more threads, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
