@@ -7,26 +7,30 @@ print(la.attach(model, la.NoRA(groups=8, rank=3), train=["head"]))
 
 from typing import TYPE_CHECKING, Any
 
+from lit_adapters import schedules
 from lit_adapters.activations import RationalActivation
 from lit_adapters.attach import adapters, attach, detach
 from lit_adapters.checkpoint import load_adapters, save_adapters
-from lit_adapters.control import calibrate, disabled, verify
+from lit_adapters.control import calibrate, disabled, set_progress, verify
 from lit_adapters.errors import AdapterError, AssetError, DataError, TargetsNotFound
 from lit_adapters.merge import MergeReport, merge, unmerge
-from lit_adapters.methods import AdapterModule, LoRA, Method, NoRA, NoRAPlusPlus
+from lit_adapters.methods import AdapterModule, AFALoRA, DoRA, LoRA, LoRAN, Method, NoRA, NoRAPlusPlus
 from lit_adapters.report import AdapterReport
 
 if TYPE_CHECKING:
     from lit_adapters.callback import AdapterCallback
 
 __all__ = [
+    "AFALoRA",
     "AdapterCallback",
     "AdapterError",
     "AdapterModule",
     "AdapterReport",
     "AssetError",
     "DataError",
+    "DoRA",
     "LoRA",
+    "LoRAN",
     "MergeReport",
     "Method",
     "NoRA",
@@ -41,6 +45,8 @@ __all__ = [
     "load_adapters",
     "merge",
     "save_adapters",
+    "schedules",
+    "set_progress",
     "unmerge",
     "verify",
 ]

@@ -92,8 +92,10 @@ def attach(
     # Nothing of the model is touched before every adapter stands.
     wrapped: list[tuple[Target, AdapterModule]] = []
     shared: dict[int, AdapterModule] = {}
-    for target, method in _assign(model, leaves, train):
-        adapter = shared.get(id(target.module)) or method.wrap(target.module, target.name, target.parent)
+    for target, method, injected in _assign(model, leaves, train):
+        adapter = shared.get(id(target.module)) or injected
+        if adapter is None:
+            adapter = method.wrap(target.module, target.name, target.parent)
         adapter.qualified_name = adapter.qualified_name or target.name
         if _has_parameters(target.module):
             shared[id(target.module)] = adapter
@@ -131,12 +133,22 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _assign(model: nn.Module, methods: list[Method], train: str | Sequence[str]) -> list[tuple[Target, Method]]:
-    """Who adapts what. A layer that stands at several places is adapted once; an activation, once for each place."""
+def _assign(
+    model: nn.Module, methods: list[Method], train: str | Sequence[str]
+) -> list[tuple[Target, Method, AdapterModule | None]]:
+    """Who adapts what, and with which adapter if the method has made it already.
+
+    A layer that stands at several places is adapted once; an activation, once for each place.
+    """
     owner: dict[tuple[int, str], Method] = {}
-    assigned: list[tuple[Target, Method]] = []
+    assigned: list[tuple[Target, Method, AdapterModule | None]] = []
     for method in methods:
-        for target in find_targets(model, method, train):
+        injected = method.inject(model)
+        if injected is None:
+            targets = find_targets(model, method, train)
+        else:
+            targets = [t for t in places(model) if t.name in injected]
+        for target in targets:
             key = (id(target.parent), target.attribute)
             if key in owner:
                 raise AdapterError(
@@ -144,8 +156,8 @@ def _assign(model: nn.Module, methods: list[Method], train: str | Sequence[str])
                     "give them different targets, or exclude the layer from one"
                 )
             owner[key] = method
-            assigned.append((target, method))
-    chosen = {id(t.module): (t, m) for t, m in assigned if _has_parameters(t.module)}
+            assigned.append((target, method, (injected or {}).get(target.name)))
+    chosen = {id(t.module): (t, m) for t, m, _ in assigned if _has_parameters(t.module)}
     for place in places(model):
         first, adapted_by = chosen.get(id(place.module), (place, None))
         if adapted_by and adapted_by is not owner.get((id(place.parent), place.attribute)):

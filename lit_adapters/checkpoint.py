@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from lit_adapters.attach import adapters, attach, attachment, detach
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import WeightAdapter
 from lit_adapters.report import AdapterReport
 
 TENSORS, HEADER = "lit_adapter.safetensors", "lit_adapter.json"
@@ -178,18 +177,16 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The base model's parameters by name, as they are without any adapter or merge."""
-    own: set[int] = set()
-    parameters: dict[str, Tensor] = {}
-    for name, adapter in adapters(model):
-        own |= {id(p) for p in adapter.adapter_parameters().values()}
-        if isinstance(adapter, WeightAdapter):
-            parameters[f"{name}.weight"] = adapter.original_weight()
-    return {n: p for n, p in model.named_parameters() if id(p) not in own} | parameters
+    """The base model's parameters by name."""
+    own = {id(p) for _, adapter in adapters(model) for p in adapter.adapter_parameters().values()}
+    return {n: p for n, p in model.named_parameters() if id(p) not in own}
 
 
 def _base_shapes(model: nn.Module) -> dict[str, str]:
-    return {n: "x".join(map(str, p.shape)) for n, p in _base_parameters(model).items()}
+    """Shapes by name; of a weight quantised by bitsandbytes, the shape of what it stands for."""
+    parameters = _base_parameters(model)
+    shapes = {n: getattr(getattr(p, "quant_state", None), "shape", p.shape) for n, p in parameters.items()}
+    return {n: "x".join(map(str, shape)) for n, shape in shapes.items()}
 
 
 def _fingerprint(model: nn.Module, trained: Iterable[str]) -> str | None:

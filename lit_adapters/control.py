@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from lit_adapters.attach import adapters
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.weight_adapter import WeightAdapter
 
 _VALUES_PER_CALL = 1 << 14
 
@@ -75,10 +77,14 @@ def _noticed(found: list[tuple[str, AdapterModule]], notice: Any) -> Iterator[No
 
     for name, adapter in found:
         adapter.__dict__["forward"] = noticing(name, adapter.forward)
+        if isinstance(adapter, WeightAdapter):
+            adapter.on_read = partial(notice, name)
     try:
         yield
     finally:
         for (_, adapter), forward in zip(found, own, strict=True):
+            if isinstance(adapter, WeightAdapter):
+                adapter.on_read = None
             del adapter.__dict__["forward"]
             if forward is not None:
                 adapter.__dict__["forward"] = forward
@@ -129,7 +135,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise AdapterError("calibrate takes an iterable of batches; put a single batch into a list: [batch]")
-    found = _require_adapters(model)
+    found = [(n, a) for n, a in _require_adapters(model) if type(a).calibrate is not AdapterModule.calibrate]
     samples: dict[str, list[Tensor]] = {name: [] for name, _ in found}
 
     def observe(name: str, x: Tensor) -> None:
@@ -155,6 +161,22 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         raise AdapterError(f"no input reached {unseen[0]!r}; give at least one batch that passes through every adapter")
     for name, adapter in found:
         adapter.calibrate(torch.cat(samples[name]))
+
+
+def set_progress(model: nn.Module, progress: float) -> None:
+    """Move every scheduled adapter to training progress in [0, 1]; at 1 annealed activations have become linear.
+
+    Args:
+        model: any module that holds adapters; one without annealed adapters is left as it is.
+        progress: share of the optimiser steps that are done.
+
+    Raises:
+        AdapterError: the model has no adapters, or progress lies outside [0, 1].
+    """
+    if not 0.0 <= progress <= 1.0:
+        raise AdapterError(f"progress {progress} must lie in [0, 1]")
+    for _, adapter in _require_adapters(model):
+        adapter.set_progress(progress)
 
 
 def _to(batch: Any, device: torch.device) -> Any:

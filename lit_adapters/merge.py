@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from lit_adapters.attach import adapters, attachment, remove_adapters
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule, WeightAdapter
+from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.layers import QuantisedLayer
+from lit_adapters.methods.weight_adapter import WeightAdapter
 
 
 @dataclass(frozen=True)
@@ -21,23 +22,20 @@ class MergeReport:
         max_rel_error: the same relative to the largest weight of its layer.
         merged: names of the layers whose weight now holds the update.
         kept: names of the layers that stay nonlinear: NoRA's functions, with factors folded into plain coefficients.
+        dequantised: names of the merged layers whose weight was quantised and is stored plainly now.
     """
 
     max_abs_error: float
     max_rel_error: float
     merged: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+    dequantised: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         text = f"merged {len(self.merged)} layers, error {self.max_abs_error:.1e} ({self.max_rel_error:.1e} of |W|)"
+        if self.dequantised:
+            text += f"; {len(self.dequantised)} of them were quantised and take the memory of plain weights now"
         return text + (f"; {len(self.kept)} rational activations stay" if self.kept else "")
-
-
-def _merge_measured(adapter: WeightAdapter) -> tuple[float, float]:
-    exact = adapter.weight.detach().double() + adapter.delta_weight(torch.float64).detach()
-    adapter.merge()
-    error = (adapter.weight.detach().double() - exact).abs().max().item()
-    return error, error / max(exact.abs().max().item(), torch.finfo(torch.float64).tiny)
 
 
 def _check(model: nn.Module, weights: dict[str, WeightAdapter]) -> None:
@@ -47,12 +45,8 @@ def _check(model: nn.Module, weights: dict[str, WeightAdapter]) -> None:
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), []).append(name)
     for name, adapter in weights.items():
-        weight = adapter.weight
-        if not weight.is_floating_point() or weight.is_meta:
-            raise AdapterError(
-                f"{name!r} has a weight of {weight.dtype} on {weight.device}: load or dequantise it first"
-            )
-        twins = [n for n in holders[id(weight)] if n != name]
+        adapter.check_mergeable()
+        twins = [n for n in holders[id(adapter._parameters["weight"])] if n != name]
         if twins:
             raise AdapterError(f"{name!r} and {twins[0]!r} have one weight, and merging would change both; untie them")
 
@@ -63,12 +57,12 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
     Args:
         model: the module given to `attach`.
         unload: final, no wrapper left: linear layers are the base's own again, adapted activations become
-            `RationalActivation`. False keeps the wrappers and a copy of every merged weight, so that `unmerge`
-            restores it bit for bit.
+            `RationalActivation`, and quantised weights plain ones. False keeps the wrappers and puts a merged weight
+            beside every pretrained one, so that `unmerge` restores the model bit for bit.
 
     Raises:
-        AdapterError: the model has no adapters or is merged already, or a weight cannot take an update because it is
-            quantised or tied to another layer. The model is then as before.
+        AdapterError: the model has no adapters or is merged already; an adapter is nonlinear at present (AFA-LoRA
+            before beta = 0); or a weight is on the meta device or tied to another layer. The model is then as before.
     """
     attachment(model)
     found = list(adapters(model))
@@ -77,11 +71,12 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
         raise AdapterError(f"{done[0]!r} is merged already; call lit_adapters.unmerge(model) first")
     weights = {name: adapter for name, adapter in found if isinstance(adapter, WeightAdapter)}
     _check(model, weights)
-    errors = [(0.0, 0.0), *(_merge_measured(adapter) for adapter in weights.values())]
+    dequantised = [name for name, adapter in weights.items() if isinstance(adapter.layer, QuantisedLayer)]
+    errors = [(0.0, 0.0), *(adapter.absorb() if unload else adapter.merge() for adapter in weights.values())]
     kept = [name for name, _ in found if name not in weights]
     if unload:
         remove_adapters(model, _successor)
-    return MergeReport(max(e for e, _ in errors), max(e for _, e in errors), list(weights), kept)
+    return MergeReport(max(e for e, _ in errors), max(e for _, e in errors), list(weights), kept, dequantised)
 
 
 def _successor(adapter: AdapterModule) -> nn.Module:

@@ -35,10 +35,8 @@ def parameter_groups(
     undecayed = {id(p) for p in rational}
     kind: dict[int, str] = {}
     for _, adapter in adapters(model):
-        for parameter in adapter.adapter_parameters().values():
-            kind[id(parameter)] = adapter.method
-            if not adapter.decays:
-                undecayed.add(id(parameter))
+        kind |= {id(p): adapter.method for p in adapter.adapter_parameters().values()}
+        undecayed |= {id(p) for p in adapter.undecayed_parameters()}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

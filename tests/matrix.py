@@ -18,6 +18,11 @@ import lit_adapters as la
 METHODS: dict[str, la.Method] = {
     "lora": la.LoRA(rank=2, alpha=4.0),
     "rslora": la.LoRA(rank=3, alpha=4.0, rslora=True),
+    "dora": la.DoRA(rank=2, alpha=4.0),
+    "loran": la.LoRAN(rank=2, alpha=4.0),
+    "loran-sine": la.LoRAN(rank=2, alpha=4.0, function="sine", frequency=20.0),
+    "afa": la.AFALoRA(rank=2, alpha=4.0, activation="silu"),
+    "afa-rational": la.AFALoRA(rank=2, alpha=4.0, activation="rational", groups=2),
     "nora": la.NoRA(groups=4),
     "nora-anchored": la.NoRA(groups=4, base="anchored"),
     "nora-direct": la.NoRA(groups=4, rank=None, base="anchored"),
@@ -112,6 +117,12 @@ def move(network: nn.Module, seed: int = 0) -> None:
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def linear(network: nn.Module) -> nn.Module:
+    """The network with all annealing done, as at the end of training: what merging asks for."""
+    la.set_progress(network, 1.0)
+    return network
 
 
 def changed_tensors(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:

@@ -9,7 +9,7 @@ from torch import nn
 
 import lit_adapters as la
 from lit_adapters.methods.nora import NoRAActivation
-from tests.matrix import CASES, FITTED, METHODS, MODELS, adapted, build, changed_tensors, move
+from tests.matrix import CASES, FITTED, METHODS, MODELS, adapted, build, changed_tensors, linear, move
 
 each_case = pytest.mark.parametrize(("name", "dtype"), CASES.values(), ids=CASES)
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -96,7 +96,7 @@ def test_save_and_load_bit_for_bit(method, name, dtype, tmp_path):
 @each_case
 @each_method
 def test_final_merge_keeps_the_function_and_no_wrapper(method, name, dtype):
-    network = adapted(name, method, dtype, train=[MODELS[name].head])
+    network = linear(adapted(name, method, dtype, train=[MODELS[name].head]))
     before, names = MODELS[name].run(network, dtype).detach(), [n for n, _ in la.adapters(network)]
     report = la.merge(network)
     after = MODELS[name].run(network, dtype)
@@ -111,7 +111,7 @@ def test_final_merge_keeps_the_function_and_no_wrapper(method, name, dtype):
 @each_case
 @each_method
 def test_reversible_merge_is_undone_bit_for_bit(method, name, dtype):
-    network = adapted(name, method, dtype)
+    network = linear(adapted(name, method, dtype))
     state = copy.deepcopy(network.state_dict())
     before = MODELS[name].run(network, dtype)
     report = la.merge(network, unload=False)

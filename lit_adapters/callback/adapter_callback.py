@@ -86,6 +86,9 @@ class AdapterCallback(Callback):
                 f"{type(pl_module).__name__} has no adapters: call lit_adapters.attach in configure_model, "
                 "or remove AdapterCallback"
             )
+        merged = [name for name, adapter in adapters(pl_module) if adapter.merged]
+        if merged:
+            raise AdapterError(f"{merged[0]!r} is merged and would not learn; call lit_adapters.unmerge(model) first")
         self._logged_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

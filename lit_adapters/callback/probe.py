@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from lit_adapters.callback.attached import adapter_layers
 from lit_adapters.errors import AdapterError
+from lit_adapters.methods.weight_adapter import WeightAdapter
 
 
 class Probe:
@@ -44,6 +46,9 @@ class Probe:
             adapter.register_forward_pre_hook(lambda *_, name=name: self._ran.add(name))
             for name, adapter in self._layers.items()
         ]
+        for name, adapter in self._layers.items():
+            if isinstance(adapter, WeightAdapter):
+                adapter.on_read = partial(self._ran.add, name)
 
     def after_forward(self) -> None:
         """Raise if an adapter was bypassed by the batch that has just passed; then stop watching."""
@@ -52,6 +57,9 @@ class Probe:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for adapter in self._layers.values():
+            if isinstance(adapter, WeightAdapter):
+                adapter.on_read = None
         required = {id(p) for p in self._required.values()}
         idle = [
             name

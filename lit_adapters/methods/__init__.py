@@ -1,8 +1,12 @@
 """The adapter methods, one file each."""
 
-from lit_adapters.methods.base import AdapterModule, Method, WeightAdapter
+from lit_adapters.methods.afa import AFALoRA
+from lit_adapters.methods.base import AdapterModule, Method
+from lit_adapters.methods.dora import DoRA
 from lit_adapters.methods.lora import LoRA
+from lit_adapters.methods.loran import LoRAN
 from lit_adapters.methods.nora import NoRA
 from lit_adapters.methods.nora_plus_plus import NoRAPlusPlus
+from lit_adapters.methods.weight_adapter import WeightAdapter
 
-__all__ = ["AdapterModule", "LoRA", "Method", "NoRA", "NoRAPlusPlus", "WeightAdapter"]
+__all__ = ["AFALoRA", "AdapterModule", "DoRA", "LoRA", "LoRAN", "Method", "NoRA", "NoRAPlusPlus", "WeightAdapter"]

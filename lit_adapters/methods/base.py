@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.schedules import Schedule
 
 Config = Mapping[str, Any]
 
@@ -39,6 +40,13 @@ class Method:
         """
         raise AdapterError(f"{type(self).__name__} is a composition of methods; attach it to a model instead")
 
+    def inject(self, model: nn.Module) -> dict[str, AdapterModule] | None:
+        """Adapters by qualified name, from a method that finds its own targets; None lets `targets` decide.
+
+        The model is left as it was: `attach` puts the adapters in.
+        """
+        return None
+
     def normalise_targets(self) -> None:
         """Give `targets` and `exclude` one form, so that a method equals its round trip through YAML or JSON."""
         if isinstance(self.exclude, str):
@@ -49,7 +57,7 @@ class Method:
     def to_config(self) -> dict[str, Any]:
         """The `{class_path, init_args}` form: plain values, as YAML, JSON and hparams hold it."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        plain = {k: v.to_config() if isinstance(v, Method) else _plain(v) for k, v in values.items()}
+        plain = {k: v.to_config() if isinstance(v, (Method, Schedule)) else _plain(v) for k, v in values.items()}
         module = type(self).__module__
         module = "lit_adapters" if module.startswith("lit_adapters.") else module
         return {"class_path": f"{module}.{type(self).__qualname__}", "init_args": plain}
@@ -87,12 +95,8 @@ def _from_config(config: Any) -> Method:
         raise AdapterError(f"no adapter method {path!r}: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise AdapterError(f"{path!r} is not an adapter method; use one such as 'lit_adapters.NoRA'")
-    arguments = {
-        k: _from_config(v) if isinstance(v, Mapping) and "class_path" in v else v
-        for k, v in dict(config.get("init_args") or {}).items()
-    }
     try:
-        return cls(**arguments)
+        return cls(**dict(config.get("init_args") or {}))
     except TypeError as error:
         raise AdapterError(f"{path}: {error}") from error
 
@@ -109,6 +113,7 @@ class AdapterModule(nn.Module):
 
     method: ClassVar[str]
     decays: ClassVar[bool] = True  # whether weight decay makes sense for the parameters
+    schedule: Schedule | None = None  # of what is annealed while training
     base: nn.Module
 
     def __init__(self, base: nn.Module) -> None:
@@ -121,6 +126,7 @@ class AdapterModule(nn.Module):
         self._modules.update(base._modules)
         self._adapter_parameters: list[str] = []
         self._adapter_buffers: list[str] = []
+        self._derived_buffers: list[str] = []
         self.enabled = True
         self.qualified_name = ""  # set by attach
         self.training = base.training
@@ -135,10 +141,13 @@ class AdapterModule(nn.Module):
         self._adapter_parameters.append(name)
         self.register_parameter(name, nn.Parameter(value.float()))
 
-    def add_buffer(self, name: str, value: Tensor) -> None:
-        """Register a persistent adapter buffer; float32 where it is floating, whatever the default dtype."""
-        self._adapter_buffers.append(name)
-        self.register_buffer(name, value.float() if value.is_floating_point() else value)
+    def add_buffer(self, name: str, value: Tensor, persistent: bool = True) -> None:
+        """Register an adapter buffer; float32 where it is floating, whatever the default dtype.
+
+        One that is not persistent can be computed anew, and is in no state dict and no adapter file.
+        """
+        (self._adapter_buffers if persistent else self._derived_buffers).append(name)
+        self.register_buffer(name, value.float() if value.is_floating_point() else value, persistent)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that this adapter trains, by local name."""
@@ -147,6 +156,13 @@ class AdapterModule(nn.Module):
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of this adapter, by local name: what an adapter file keeps."""
         return {name: getattr(self, name) for name in (*self._adapter_parameters, *self._adapter_buffers)}
+
+    def set_progress(self, progress: float) -> None:
+        """Move what is annealed to training progress in [0, 1]; most methods have nothing of the kind."""
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """The parameters for which weight decay makes no sense."""
+        return [] if self.decays else list(self.adapter_parameters().values())
 
     def statistics(self) -> dict[str, float]:
         """Scalars that say what this adapter has learned; each method says what they mean."""
@@ -194,7 +210,7 @@ class AdapterModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterModule:
         """Move adapter tensors with the model, but keep their dtype."""
-        own = {id(t) for t in self.adapter_tensors().values()}
+        own = {id(t) for t in self.adapter_tensors().values()} | {id(self._buffers[n]) for n in self._derived_buffers}
         own |= {id(p.grad) for p in self.adapter_parameters().values() if p.grad is not None}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -204,43 +220,3 @@ class AdapterModule(nn.Module):
             return torch.empty_like(tensor, device=moved.device) if tensor.is_meta else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
-
-
-class WeightAdapter(AdapterModule):
-    """An adapter whose effect is an additive update of the base layer's `weight`."""
-
-    weight: Tensor
-
-    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The update (out, in), scale included, computed in `dtype`."""
-        raise AdapterError(f"{type(self).__name__} has no weight update")
-
-    @property
-    def merged(self) -> bool:
-        return "_unmerged_weight" in self._buffers
-
-    def original_weight(self) -> Tensor:
-        """The pretrained weight, merged or not."""
-        return self._buffers["_unmerged_weight"] if self.merged else self.weight  # type: ignore[return-value]
-
-    def merge(self) -> None:
-        """Add the update to the weight in place, keeping the pretrained one aside."""
-        self.register_buffer("_unmerged_weight", self.weight.detach().clone(), persistent=False)
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self.weight.data.copy_(self.weight.detach().to(dtype) + self.delta_weight(dtype))
-
-    def unmerge(self) -> None:
-        """Put the pretrained weight back, bit for bit."""
-        self.weight.data.copy_(self.original_weight())
-        del self._buffers["_unmerged_weight"]
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """A state dict holds the pretrained weight even while merged: loading it must not apply the update twice."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
-            destination[f"{prefix}weight"] = self.original_weight()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.merged:
-            raise AdapterError(f"{self.qualified_name!r} is merged; call lit_adapters.unmerge(model) before loading")
-        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lit_adapters.activations import RationalActivation, RationalFit, fit_for
+from lit_adapters.activations import RationalActivation, fit_for
+from lit_adapters.activations.sensitivity import coefficient_effects
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.ops import rational
@@ -134,7 +135,7 @@ class NoRAActivation(AdapterModule):
                 buffer.copy_(torch.tensor(values, device="cpu"))
             self.density.copy_(density / density.sum())
             if config.scaling == "density":
-                effect_a, effect_b = _effects(x, weights, fit)
+                effect_a, effect_b = coefficient_effects(x, weights, fit)
                 self.numerator_scale.copy_(config.scale / effect_a)
                 self.denominator_scale.copy_(config.scale / effect_b)
 
@@ -233,19 +234,3 @@ class NoRAActivation(AdapterModule):
     def extra_repr(self) -> str:
         c = self.config
         return f"{type(self.base).__name__}, groups={c.groups}, rank={c.rank}, degrees={c.degrees}, base={c.base}"
-
-
-def _effects(x: Tensor, weights: Tensor, fit: RationalFit) -> tuple[Tensor, Tensor]:
-    """rms over the inputs of what a unit of each coefficient adds: x^i / Q for a_i, x^j P / Q^2 for b_j."""
-    a, b = fit.numerator, fit.denominator
-    weights = weights / weights.sum()
-    p = torch.stack([c * x**i for i, c in enumerate(a)]).sum(0)
-    terms = torch.stack([c * x ** (j + 1) for j, c in enumerate(b)])
-    q = 1 + (terms.sum(0).abs() if fit.form == "abs-of-sum" else terms.abs().sum(0))
-
-    def rms(values: Tensor) -> Tensor:
-        return (weights * values.square()).sum().sqrt().clamp_min(1e-12)
-
-    numerator = torch.stack([rms(x**i / q) for i in range(len(a))])
-    denominator = torch.stack([rms(x ** (j + 1) * p / q**2) for j in range(len(b))])
-    return numerator, denominator

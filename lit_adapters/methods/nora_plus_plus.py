@@ -1,4 +1,4 @@
-"""NoRA++: NoRA on the activations together with LoRA on the weights (arXiv 2509.13240)."""
+"""NoRA++: NoRA on the activations together with LoRA or DoRA on the weights (arXiv 2509.13240)."""
 
 # Annotations are not postponed here: jsonargparse would not resolve them, and accept anything for a part.
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import Method, to_methods
+from lit_adapters.methods.dora import DoRA
 from lit_adapters.methods.lora import LoRA
 from lit_adapters.methods.nora import NoRA
 
@@ -16,7 +17,7 @@ class NoRAPlusPlus(Method):
 
     Args:
         nora: what happens to the activations.
-        lora: what happens to the weights.
+        lora: what happens to the weights, LoRA or DoRA.
 
     Raises:
         AdapterError: a part is of another kind.
@@ -31,9 +32,10 @@ class NoRAPlusPlus(Method):
 
     def __post_init__(self) -> None:
         self.nora, self.lora = to_methods([self.nora, self.lora])
-        if not isinstance(self.nora, NoRA) or not isinstance(self.lora, LoRA):
+        if not isinstance(self.nora, NoRA) or not isinstance(self.lora, (LoRA, DoRA)):
             raise AdapterError(
-                f"NoRA++ is made of a NoRA and a LoRA, not {type(self.nora).__name__} and {type(self.lora).__name__}"
+                f"NoRA++ is made of a NoRA and a LoRA or DoRA, not {type(self.nora).__name__} and "
+                f"{type(self.lora).__name__}; attach accepts a list of any methods"
             )
 
     def parts(self) -> list[Method]:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import lit_adapters as la
-from lit_adapters.methods.lora import LoRALinear
+from lit_adapters.methods.lora import LoRAAdapter
 
 
-def layer(**settings) -> LoRALinear:
+def layer(**settings) -> LoRAAdapter:
     network = nn.Sequential(nn.Linear(12, 8))
     la.attach(network, la.LoRA(**{"rank": 3, "alpha": 6.0} | settings))
     ((_, adapter),) = la.adapters(network)

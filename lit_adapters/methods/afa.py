@@ -1,0 +1,166 @@
+"""AFA-LoRA: an activation between A and B, annealed to linear while training (arXiv 2512.22455).
+
+    h = W0 x + s B phi_beta(A x)        phi_beta(z) = beta sigma(z) + (1 - beta) z        beta: 1 -> 0
+
+At beta = 0 this is LoRA, and merges as LoRA does. B is zero at the start, so any sigma starts at the pretrained layer.
+sigma is fixed, or "rational": one learnable rational function for each group of code channels, first fitted to SiLU,
+annealed to the identity like the others. r (in + out) parameters a layer, and 10 groups more if learnable.
+"""
+
+# Annotations are not postponed here: jsonargparse would not resolve them, and accept anything for a schedule.
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lit_adapters.activations import fit_for
+from lit_adapters.activations.annealed import SIGMAS, annealed
+from lit_adapters.activations.sensitivity import coefficient_effects
+from lit_adapters.errors import AdapterError
+from lit_adapters.methods.layers import LinearLayer
+from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.ops import rational
+from lit_adapters.schedules import Linear, Schedule, to_schedule
+
+RATIONAL = "rational"
+_RANGE = (-6.0, 6.0)  # of the fit of a learnable activation
+_CODE_STD = 1.0  # assumed of the code A x, when the steps of the coefficients are scaled
+_SCALE = 0.3  # a step of 1 along one coefficient changes the function by this rms, as in NoRA
+
+
+@dataclass
+class AFALoRA(LowRank):
+    """Configuration of AFA-LoRA; rank to rslora are those of `LowRank`.
+
+    Args:
+        activation: sigma: relu, silu, gelu, tanh, sigmoid, centered_sigmoid (sigmoid minus 1/2), or rational, which
+            is learned.
+        schedule: beta by training progress; `lit_adapters.AdapterCallback` or `lit_adapters.set_progress` moves it.
+        groups: of code channels with a function of their own; for activation="rational" only.
+
+    Raises:
+        AdapterError: a value is out of range, or groups do not divide the rank.
+    """
+
+    name: ClassVar[str] = "afa"
+
+    activation: str = "relu"
+    schedule: Schedule = field(default_factory=Linear)
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.schedule = to_schedule(self.schedule)
+        if self.activation not in (*SIGMAS, RATIONAL):
+            raise AdapterError(f"activation {self.activation!r} is none of {', '.join((*SIGMAS, RATIONAL))}")
+        if self.groups < 1 or (self.groups > 1 and self.activation != RATIONAL):
+            raise AdapterError(f"groups {self.groups}: fixed activations have no groups; a rational one at least 1")
+
+    def adapter(self, base: nn.Module, layer: LinearLayer, rank: int) -> "AFAAdapter":
+        if rank % self.groups:
+            raise AdapterError(f"{self.groups} groups do not divide the rank {rank}; choose a divisor")
+        return AFAAdapter(base, layer, rank, self)
+
+
+class AFAAdapter(LowRankAdapter):
+    """h = W0 x + s B phi_beta(A x) for one layer; (..., in) -> (..., out)."""
+
+    method = "afa"
+    schedule: Schedule
+    beta: Tensor
+    sigma_numerator: nn.Parameter
+    sigma_denominator: nn.Parameter
+    sigma_numerator_scale: Tensor
+    sigma_denominator_scale: Tensor
+
+    def __init__(self, base: nn.Module, layer: LinearLayer, rank: int, config: AFALoRA) -> None:
+        super().__init__(base, layer, rank, config)
+        self.schedule, self.activation, device = config.schedule, config.activation, self.lora_A.device
+        self.add_buffer("beta", torch.empty((), device=device))
+        if self.activation == RATIONAL:
+            self.fit = fit_for(nn.SiLU(), _RANGE, (5, 4), "abs-of-sum")
+            for part, width in (("numerator", 6), ("denominator", 4)):
+                self.add_parameter(f"sigma_{part}", torch.empty(config.groups, width, device=device))
+                self.add_buffer(f"sigma_{part}_scale", torch.empty(width, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As LoRA; beta where the schedule begins, a learnable sigma at SiLU."""
+        super().reset_parameters()
+        self.set_progress(0.0)
+        if self.activation == RATIONAL:
+            x = torch.linspace(-5 * _CODE_STD, 5 * _CODE_STD, 2001, dtype=torch.float64, device="cpu")
+            effects = coefficient_effects(x, torch.exp(-0.5 * (x / _CODE_STD) ** 2), self.fit)
+            with torch.no_grad():
+                for part, effect in zip(("numerator", "denominator"), effects, strict=True):
+                    getattr(self, f"sigma_{part}").zero_()
+                    getattr(self, f"sigma_{part}_scale").copy_(_SCALE / effect)
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """The coefficients of a learnable sigma."""
+        return [p for name, p in self.adapter_parameters().items() if name.startswith("sigma")]
+
+    @torch.no_grad()
+    def set_progress(self, progress: float) -> None:
+        """beta to where the schedule has it."""
+        self.beta.fill_(self.schedule(progress))
+
+    def sigma(self) -> Callable[[Tensor], Tensor]:
+        """The activation as it is now; codes (..., r), or (N, r, ...) for a convolution."""
+        if self.activation != RATIONAL:
+            return SIGMAS[self.activation]
+        a, b = (
+            torch.tensor(base, device=self.beta.device, dtype=torch.float32) + update * scale
+            for base, update, scale in (
+                (self.fit.numerator, self.sigma_numerator, self.sigma_numerator_scale),
+                (self.fit.denominator, self.sigma_denominator, self.sigma_denominator_scale),
+            )
+        )
+        return lambda z: rational(z, a, b, "abs-of-sum", self.layer.channel_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.unadapted(x)
+        if not self.in_effect:
+            return y
+        return y + self.lifted(annealed(self.code(x), self.sigma(), self.beta)).to(y.dtype)
+
+    def serve_as_weight(self, qualified_name: str, parent: str) -> None:
+        """Refuse: no weight does what a nonlinear code does."""
+        raise AdapterError(
+            f"{parent} reads the weight of {qualified_name!r} without calling it, so that no activation can act; set "
+            f"exclude=[{qualified_name!r}], or use LoRA, DoRA or LoRAN, which change the weight"
+        )
+
+    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """s B A, (out, in); all of the update at beta = 0, and no weight has it before.
+
+        Raises:
+            AdapterError: beta is not 0.
+        """
+        self.check_linear()
+        return super().delta_weight(dtype)
+
+    def check_linear(self) -> None:
+        """Raise unless beta is exactly 0."""
+        beta = self.beta.item()
+        if beta != 0.0:
+            if self.schedule(1.0) == 0.0:
+                fix = (
+                    f"train until {self.schedule} reaches 0, or call lit_adapters.set_progress(model, 1.0) and accept "
+                )
+                fix += "that the function changes"
+            else:
+                fix = f"{self.schedule} never reaches 0: such a model stays nonlinear; use a schedule that ends at 0"
+            raise AdapterError(
+                f"{self.qualified_name!r} is nonlinear at beta = {beta:g}, and no weight is equal to it; {fix}"
+            )
+
+    def check_mergeable(self) -> None:
+        self.check_linear()
+        super().check_mergeable()
+
+    def statistics(self) -> dict[str, float]:
+        """relative_norm, of s B A as for LoRA; beta."""
+        return super().statistics() | {"beta": self.beta.item()}

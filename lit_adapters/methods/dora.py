@@ -1,0 +1,108 @@
+"""DoRA: weight-decomposed low-rank adaptation (Liu et al., arXiv 2402.09353).
+
+    h = m / ||W0 + s B A|| (W0 x + s B A x)        row norms (out,), m (out,) trained, at first ||W0||
+
+The norm counts as a constant in the backward pass (section 4.3 of the paper). It comes from products of width r,
+
+    ||W0 + s B A||^2 = ||W0||^2 + 2 s <W0 A^T, B> + s^2 <B (A A^T), B>        each summed over a row
+
+so that no d x d matrix is formed, and ||W0||^2 is computed once. At the start m / norm is exactly 1: the pretrained
+layer. r (in + out) + out parameters a layer. Dropout acts on the input of B A alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lit_adapters.methods.layers import LinearLayer
+from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+
+
+@dataclass
+class DoRA(LowRank):
+    """Configuration of DoRA; the settings are those of `LowRank`."""
+
+    name: ClassVar[str] = "dora"
+
+    def adapter(self, base: nn.Module, layer: LinearLayer, rank: int) -> DoRAAdapter:
+        return DoRAAdapter(base, layer, rank, self)
+
+
+class DoRAAdapter(LowRankAdapter):
+    """h = m / ||W0 + s B A|| (W0 x + s B A x) + bias for one layer; (..., in) -> (..., out)."""
+
+    method = "dora"
+    magnitude: nn.Parameter
+    base_square: Tensor
+
+    def __init__(self, base: nn.Module, layer: LinearLayer, rank: int, config: DoRA) -> None:
+        super().__init__(base, layer, rank, config)
+        outputs, device = self.lora_B.shape[0], self.lora_B.device
+        self.add_parameter("magnitude", torch.empty(outputs, device=device))
+        self.add_buffer("base_square", torch.empty(outputs, device=device), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A Kaiming-uniform, B zero, m the row norms of the pretrained weight."""
+        super().reset_parameters()
+        self._measure_base()
+        with torch.no_grad():
+            self.magnitude.copy_(self.base_square.sqrt())
+
+    @torch.no_grad()
+    def _measure_base(self) -> None:
+        """Keep ||W0||^2 of every row (out,); on the meta device there is nothing to measure yet."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        if not weight.is_meta:
+            self._buffers["base_square"] = self.base_matrix().float().square().sum(1)
+        self._measured = (weight, 0 if weight.is_inference() else weight._version)
+
+    def _follow_base(self) -> None:
+        """Measure again if the pretrained weight was replaced or written to; a compiled graph takes it as fixed."""
+        weight, version = self._measured
+        if weight is not self._parameters["weight"] or (not weight.is_inference() and weight._version != version):
+            self._measure_base()
+
+    def weight_norm(self) -> Tensor:
+        """||W0 + s B A|| of every row (out,), float32; a constant for the backward pass."""
+        with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
+            if not torch.compiler.is_compiling():
+                self._follow_base()
+            a, b, matrix = self.lora_A, self.lora_B, self.base_matrix()
+            # The wide product runs in the weight's own dtype: a float32 copy of the weight would cost as much as it.
+            cross = ((matrix @ a.to(matrix.dtype).T).float() * b).sum(1)
+            update = 2 * cross + self.scaling * (b @ (a @ a.T) * b).sum(1)
+            return (self.base_square + self.scaling * update).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """m / ||W0 + s B A|| (W0 + s B A) - W0, (out, in)."""
+        matrix = self.base_matrix().to(dtype)
+        adapted = matrix + self.scaling * self.product(dtype)
+        norm = adapted.detach().norm(dim=1).clamp_min(torch.finfo(dtype).tiny)
+        return (self.magnitude.to(dtype) / norm)[:, None] * adapted - matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.unadapted(x)
+        if not self.in_effect:
+            return y
+        gain = self.layer.over_channels(self.base, self.magnitude / self.weight_norm())
+        bias = self.base.bias
+        # Written as a change of y: exact at the start, where gain is 1 and B is 0.
+        plain = y if bias is None else y - self.layer.over_channels(self.base, bias.to(y.dtype))  # type: ignore[arg-type]
+        change = (gain - 1) * plain + gain * self.lifted(self.code(x))
+        return y + change.to(y.dtype)
+
+    def statistics(self) -> dict[str, float]:
+        """relative_norm, of s B A as for LoRA; magnitude_change: rms of m / m0 - 1 over the rows."""
+        ratio = self.magnitude.detach() / self.base_square.clamp_min(torch.finfo(torch.float32).tiny).sqrt() - 1
+        return super().statistics() | {"magnitude_change": ratio.square().mean().sqrt().item()}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}weight" in state_dict:
+            self._measure_base()

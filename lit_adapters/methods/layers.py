@@ -1,0 +1,204 @@
+"""Layers whose weight is a matrix W (out, in): how each kind stores it, and how it applies W or a low-rank pair.
+
+A convolution counts as the matrix (out, in * kernel size); what it unfolds is its input.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_adapters.errors import AdapterError
+
+_CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+class LinearLayer:
+    """nn.Linear: the weight is the matrix, y = x W^T + bias."""
+
+    channel_dim = -1  # of the output and of a code
+    keeps_dtype = False  # whether the output has the dtype of the input even under autocast
+    low_rank = True  # whether B(A x) can be applied without forming B A
+
+    def size(self, base: Any) -> tuple[int, int]:
+        """(out, in) of the matrix."""
+        return base.out_features, base.in_features
+
+    def matrix(self, base: Any, weight: Tensor) -> Tensor:
+        """The weight as a matrix (out, in); a view of it where it is stored plainly."""
+        return weight
+
+    def stored(self, base: Any, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) in the layout of the weight."""
+        return matrix
+
+    def apply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """What the layer would return with `weight`, in its own layout, bias included."""
+        return F.linear(x, weight, base.bias)
+
+    def down(self, base: Any, x: Tensor, a: Tensor) -> Tensor:
+        """The code A x; a is (r, in)."""
+        return F.linear(x, a)
+
+    def up(self, base: Any, code: Tensor, b: Tensor) -> Tensor:
+        """B code; b is (out, r)."""
+        return F.linear(code, b)
+
+    def with_weight(self, base: Any, weight: Tensor) -> Any:
+        """The layer with another weight for good; in place where its storage can hold it."""
+        base.weight.data.copy_(weight)
+        return base
+
+    def over_channels(self, base: Any, values: Tensor) -> Tensor:
+        """One value for each output channel (out,), shaped to multiply the output."""
+        return values
+
+
+class TransposedLayer(LinearLayer):
+    """transformers' Conv1D, as in GPT-2: the weight is (in, out)."""
+
+    def size(self, base: Any) -> tuple[int, int]:
+        return base.weight.shape[1], base.weight.shape[0]
+
+    def matrix(self, base: Any, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def stored(self, base: Any, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+    def apply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.addmm(base.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+class ConvolutionLayer(LinearLayer):
+    """nn.Conv1d, 2d and 3d: A takes the geometry of the layer, B is a 1 x 1 convolution."""
+
+    channel_dim = 1
+
+    def __init__(self, base: Any) -> None:
+        self.low_rank = base.groups == 1
+
+    def size(self, base: Any) -> tuple[int, int]:
+        return base.weight.shape[0], base.weight[0].numel()
+
+    def matrix(self, base: Any, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def stored(self, base: Any, matrix: Tensor) -> Tensor:
+        return matrix.view(base.weight.shape)
+
+    def apply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
+        y: Tensor = base._conv_forward(x, weight, base.bias)  # knows the padding modes
+        return y
+
+    def down(self, base: Any, x: Tensor, a: Tensor) -> Tensor:
+        code: Tensor = base._conv_forward(x, a.view(-1, *base.weight.shape[1:]), None)
+        return code
+
+    def up(self, base: Any, code: Tensor, b: Tensor) -> Tensor:
+        dimensions = base.weight.dim() - 2
+        convolution = list(_CONVOLUTIONS.values())[dimensions - 1]
+        return convolution(code, b.view(*b.shape, *[1] * dimensions))
+
+    def over_channels(self, base: Any, values: Tensor) -> Tensor:
+        return values.view(-1, *[1] * (base.weight.dim() - 2))
+
+
+class QuantisedLayer(LinearLayer):
+    """bitsandbytes' Linear4bit: the matrix is the dequantised weight.
+
+    On processors with AVX512-bf16 bitsandbytes 0.50 repacks the weight in the first forward without gradients in eval
+    mode; it then dequantises to wrong values, and training gives the input no gradient. So repacking is turned off
+    here, and undone where it has happened.
+    """
+
+    keeps_dtype = True
+
+    def __init__(self, base: Any) -> None:
+        base.support_avx512bf16_for_cpu = False
+        state = getattr(base.weight, "quant_state", None)
+        if state is not None and getattr(state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            base.weight.data, base.weight.quant_state = _convert_weight_packed_for_cpu_inverse(base.weight.data, state)
+
+    def matrix(self, base: Any, weight: Any) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        if getattr(weight, "quant_state", None) is None:  # moved to no device yet: not quantised
+            return weight  # type: ignore[no-any-return]
+        matrix: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        return matrix
+
+    def apply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
+        bias = None if base.bias is None else base.bias.to(weight.dtype)
+        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    def with_weight(self, base: Any, weight: Tensor) -> nn.Linear:
+        plain = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if base.bias is not None:
+            plain.bias = nn.Parameter(base.bias.detach().to(weight.dtype), base.bias.requires_grad)
+        return plain.train(base.training)
+
+
+def reads_weight(parent: nn.Module, attribute: str) -> bool:
+    """Whether the code of `parent` multiplies by `attribute.weight` itself, by its source; BEiT does for its qkv."""
+    expression = re.compile(rf"linear\(\s*\w+\s*,\s*(weight\s*=\s*)?self\.{re.escape(attribute)}\.weight\s*[,)]")
+    for kind in type(parent).__mro__:
+        if kind is nn.Module:
+            break
+        try:
+            source = inspect.getsource(kind)
+        except (OSError, TypeError):
+            continue
+        if expression.search(source):
+            return True
+    return False
+
+
+def matrix_layer(base: nn.Module, qualified_name: str, method: str) -> LinearLayer:
+    """The kind of `base`.
+
+    Raises:
+        AdapterError: it is no such layer, or its weight is not a plain parameter.
+    """
+    leave_out = f"leave it out with exclude=[{qualified_name!r}]"
+    kind: LinearLayer | None = None
+    if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise AdapterError(
+            f"{qualified_name!r} belongs to an nn.MultiheadAttention, which reads its weights without calling it: no "
+            f"adapter on it would run; {leave_out}"
+        )
+    if type(base).__name__ == "Linear4bit":
+        kind = QuantisedLayer(base)
+    elif type(base).__name__ in ("Linear8bitLt", "QuantLinear"):
+        raise AdapterError(
+            f"{method} cannot read the quantised weight of {qualified_name!r}, a {type(base).__name__}; quantise to 4 "
+            f"bit with bitsandbytes, or {leave_out}"
+        )
+    elif isinstance(base, tuple(_CONVOLUTIONS)):
+        kind = ConvolutionLayer(base)
+    elif isinstance(base, nn.Linear):
+        kind = LinearLayer()
+    elif type(base).__name__ == "Conv1D" and type(base).__module__.startswith("transformers."):
+        kind = TransposedLayer()
+    if kind is None:
+        why = {
+            nn.MultiheadAttention: "nn.MultiheadAttention keeps q, k and v in one parameter that no layer applies",
+            nn.Embedding: "an embedding looks rows up in place of multiplying by a matrix",
+        }.get(type(base), f"this is a {type(base).__name__}")
+        raise AdapterError(
+            f"{method} adapts linear layers and convolutions, and {qualified_name!r} is neither: {why}; {leave_out}"
+        )
+    if "weight" not in base._parameters:
+        raise AdapterError(
+            f"the weight of {qualified_name!r} is computed by a parametrisation; remove that "
+            f"(torch.nn.utils.parametrize.remove_parametrizations), or {leave_out}"
+        )
+    return kind

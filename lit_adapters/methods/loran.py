@@ -1,0 +1,185 @@
+"""LoRAN: an elementwise function of the low-rank product as the update of a weight (arXiv 2509.21870).
+
+    h = (W0 + s f(B A)) x        f applied to the full product, s = alpha / r outside f
+
+f is Sinter, f(z) = z + a z sin(w z), with the constants of the released adapters, a = 5e-5 and w = 1e4, or one of
+`lit_adapters.activations.weight_functions`. At these constants Sinter changes B A by at most 5e-5 of itself, less than
+bfloat16 can hold: run function="identity" as a control. The update lives in weight space, so it merges whatever f is.
+
+One weight is formed for each forward, in float32, and the input passes through it once; only with dropout > 0, which
+must not touch the path through W0, do training steps take a second product. r (in + out) parameters a layer, and one
+more with "sine", whose frequency is learned.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_adapters.activations.weight_functions import WEIGHT_FUNCTIONS, WeightUpdate
+from lit_adapters.errors import AdapterError
+from lit_adapters.methods.layers import ConvolutionLayer, LinearLayer
+from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.ops.merged_linear import merged_linear, merged_weight
+
+_NUDGE = 1e-3  # of B, where f is flat at 0: B A is then this share of a freshly initialised weight
+
+
+@dataclass
+class LoRAN(LowRank):
+    """Configuration of LoRAN; rank to rslora are those of `LowRank`.
+
+    Args:
+        function: f: sinter, sine, cos, identity, sigmoid, tanh, relu, silu, swish25 or gaussian.
+        amplitude: a of Sinter.
+        frequency: w of Sinter and of cos; of "sine" the starting value.
+        centered: use f(z) - f(0), so that B = 0 starts at the pretrained layer whatever f is.
+        cache_weight: keep the formed weight while A and B stay the same, over the micro-batches of an accumulated
+            gradient; out * in values a layer. In eval mode without gradients it is kept in any case.
+
+    Raises:
+        AdapterError: a value is out of range.
+    """
+
+    name: ClassVar[str] = "loran"
+    branch: ClassVar[bool] = False
+
+    function: str = "sinter"
+    amplitude: float = 5e-5
+    frequency: float = 1e4
+    centered: bool = True
+    cache_weight: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.function not in WEIGHT_FUNCTIONS:
+            raise AdapterError(f"function {self.function!r} is none of {', '.join(WEIGHT_FUNCTIONS)}")
+        for name in ("amplitude", "frequency"):
+            if not math.isfinite(getattr(self, name)):
+                raise AdapterError(f"{name} {getattr(self, name)} must be finite")
+
+    def adapter(self, base: nn.Module, layer: LinearLayer, rank: int) -> LoRANAdapter:
+        return LoRANAdapter(base, layer, rank, self)
+
+
+class LoRANAdapter(LowRankAdapter):
+    """h = (W0 + s f(B A)) x + bias for one layer; (..., in) -> (..., out)."""
+
+    method = "loran"
+    frequency: Tensor
+
+    def __init__(self, base: nn.Module, layer: LinearLayer, rank: int, config: LoRAN) -> None:
+        super().__init__(base, layer, rank, config)
+        self.update = WeightUpdate(config.function, self.scaling, config.amplitude, config.centered)
+        self.cache_weight, self.initial_frequency = config.cache_weight, config.frequency
+        add = self.add_parameter if self.update.learns_frequency else self.add_buffer
+        add("frequency", torch.empty((), device=self.lora_A.device))
+        self._cache: tuple[list[tuple[Tensor, int]], Tensor] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A Kaiming-uniform, B zero; where f is flat at 0, which would hold B there, B is small and random instead."""
+        super().reset_parameters()
+        with torch.no_grad():
+            self.frequency.fill_(self.initial_frequency)
+            if self.update.f.flat_at_zero:
+                self.lora_B.normal_(std=_NUDGE / math.sqrt(self.rank))
+
+    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """s f(B A), (out, in)."""
+        return self.update.value(self.product(dtype), self.frequency.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.in_effect:
+            return self.unadapted(x)
+        if isinstance(self.layer, ConvolutionLayer):
+            return self._convolution(x)
+        dropped = self.dropout > 0 and self.training
+        given, x = x.dtype, x.to(self._dtype(x))
+        branch = F.dropout(x, self.dropout, self.training)
+        weight, bias = (None, None) if dropped else (self._parameters["weight"], self._parameters["bias"])
+        merged = None if dropped else self._kept(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = merged_linear(
+            branch, weight, bias, self.lora_A.to(wide), self.lora_B.to(wide), self.frequency.to(wide), self.update,
+            self._to_matrix, merged,
+        )  # fmt: skip
+        y = y.to(given) if self.layer.keeps_dtype else y
+        return self.base(x) + y if dropped else y
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """What the base layer computes in, for this input."""
+        kind = x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+    def _to_matrix(self, weight: Tensor) -> Tensor:
+        return self.layer.matrix(self.base, weight)
+
+    def _kept(self, dtype: torch.dtype) -> Tensor | None:
+        """W' in `dtype` from an earlier call, or formed and kept now; None where it must not be kept.
+
+        It is kept in eval mode when no gradient is wanted, and while training on request. What it was formed from must
+        be the same tensors, not written to since: an optimiser step is such a writing.
+        """
+        allowed = self.cache_weight if self.training else not torch.is_grad_enabled()
+        if not allowed or torch.compiler.is_compiling():
+            return None
+        tensors = [self._parameters["weight"], self.lora_A, self.lora_B, self.frequency]
+        made_from = [(t, 0 if t.is_inference() else t._version) for t in tensors if t is not None]
+        if self._cache is not None:
+            known, merged = self._cache
+            same = all(t is u and v == w for (t, v), (u, w) in zip(known, made_from, strict=True))
+            if same and merged.dtype == dtype:
+                return merged
+        wide = torch.promote_types(dtype, torch.float32)
+        # A tensor made in inference mode could never take part in training.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
+            a, b, frequency = self.lora_A.to(wide), self.lora_B.to(wide), self.frequency.to(wide)
+            merged = merged_weight(self.base_matrix(), a, b, frequency, self.update, dtype)
+        self._cache = (made_from, merged)
+        return merged
+
+    def _convolution(self, x: Tensor) -> Tensor:
+        """The same on a convolution, whose weight is small beside its input: plain autograd."""
+        with torch.autocast(x.device.type, enabled=False):
+            change = self.layer.stored(self.base, self.delta_weight(torch.promote_types(x.dtype, torch.float32)))
+        if self.dropout > 0 and self.training:
+            bias_free = F.dropout(x, self.dropout, True)
+            y: Tensor = self.base(x)
+            return y + self.base._conv_forward(bias_free, change.to(x.dtype), None).to(y.dtype)  # type: ignore[operator, union-attr]
+        raw = self.base.weight
+        return self.layer.apply(self.base, x, (raw + change).to(raw.dtype))  # type: ignore[operator, union-attr, arg-type]
+
+    def clear_cache(self) -> None:
+        """Forget the kept weight."""
+        self._cache = None
+
+    def train(self, mode: bool = True) -> LoRANAdapter:
+        self.clear_cache()
+        super().train(mode)
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.clear_cache()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:  # type: ignore[override]
+        self.clear_cache()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": None}
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, float]:
+        """relative_norm: ||s f(B A)||_F / ||W0||_F; nonlinearity: ||f(B A) - B A||_F / ||B A||_F."""
+        product, tiny = self.product(torch.float32), torch.finfo(torch.float32).tiny
+        update = self.update.value(product, self.frequency)
+        weight = self.base_matrix().float().norm().clamp_min(tiny)
+        residual = (update / self.scaling - product).norm() / product.norm().clamp_min(tiny)
+        return {"relative_norm": (update.norm() / weight).item(), "nonlinearity": residual.item()}

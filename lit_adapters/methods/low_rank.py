@@ -1,0 +1,148 @@
+"""What LoRA and its kin share: the settings of a pair B A of rank r, and the adapter that holds the pair."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_adapters.errors import AdapterError
+from lit_adapters.methods.base import AdapterModule, Method
+from lit_adapters.methods.layers import LinearLayer, matrix_layer, reads_weight
+from lit_adapters.methods.weight_adapter import WeightAdapter
+
+
+@dataclass
+class LowRank(Method):
+    """Settings of a low-rank method.
+
+    Args:
+        rank: r, the rank of the pair; at most the smaller side of every target.
+        alpha: the update is multiplied by alpha / rank.
+        dropout: probability of zeroing an input of the update while training.
+        targets: "all-linear" (the head excluded), a list of name suffixes, or a regular expression for whole names;
+            convolutions and heads are reached by name.
+        exclude: name suffixes of modules to leave alone.
+        rank_pattern: rank by regular expression on the whole name, where it differs from `rank`.
+        rslora: divide alpha by sqrt(rank) instead of rank (arXiv 2312.03732).
+
+    Raises:
+        AdapterError: a value is out of range.
+    """
+
+    kind: ClassVar[str] = "linear"
+    branch: ClassVar[bool] = True  # whether the input passes through A and B, one after the other
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str | Sequence[str] = "all-linear"
+    exclude: Sequence[str] = ()
+    rank_pattern: Mapping[str, int] | None = None
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        self.normalise_targets()
+        for rank in (self.rank, *(self.rank_pattern or {}).values()):
+            if rank < 1:
+                raise AdapterError(f"rank {rank} must be at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise AdapterError(f"dropout {self.dropout} must lie in [0, 1)")
+
+    def rank_for(self, qualified_name: str) -> int:
+        """The rank of one target."""
+        for pattern, rank in (self.rank_pattern or {}).items():
+            if re.fullmatch(pattern, qualified_name):
+                return rank
+        return self.rank
+
+    def scaling(self, rank: int) -> float:
+        """s, the factor on B A."""
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> AdapterModule:
+        layer = matrix_layer(base, qualified_name, type(self).__name__)
+        if self.branch and not layer.low_rank:
+            raise AdapterError(
+                f"{qualified_name!r} is a convolution in groups, which no pair of convolutions of rank r can follow; "
+                f"use LoRAN, which works on the weight, or set exclude=[{qualified_name!r}]"
+            )
+        rank, (outputs, inputs) = self.rank_for(qualified_name), layer.size(base)
+        if rank > min(outputs, inputs):
+            raise AdapterError(
+                f"rank {rank} exceeds the size of {qualified_name!r} ({outputs} x {inputs}); "
+                f"lower rank, or give this layer its own in rank_pattern"
+            )
+        adapter = self.adapter(base, layer, rank)
+        if reads_weight(parent, qualified_name.rpartition(".")[2]):
+            adapter.serve_as_weight(qualified_name, type(parent).__name__)
+        return adapter
+
+    def adapter(self, base: nn.Module, layer: LinearLayer, rank: int) -> LowRankAdapter:
+        """The adapter of this method for a layer that can carry it."""
+        raise NotImplementedError
+
+
+class LowRankAdapter(WeightAdapter):
+    """A pair A (r, in), B (out, r) beside a weight matrix W0 (out, in), and the factor s on their product."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(self, base: nn.Module, layer: LinearLayer, rank: int, config: LowRank) -> None:
+        super().__init__(base, layer)
+        self.rank, self.scaling, self.dropout = rank, config.scaling(rank), config.dropout
+        outputs, inputs = layer.size(base)
+        device = base.weight.device  # type: ignore[union-attr]
+        self.add_parameter("lora_A", torch.empty(rank, inputs, device=device))  # type: ignore[arg-type]
+        self.add_parameter("lora_B", torch.empty(outputs, rank, device=device))  # type: ignore[arg-type]
+
+    def reset_parameters(self) -> None:
+        """A Kaiming-uniform(a = sqrt 5), B zero: the start is the pretrained layer."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def code(self, x: Tensor) -> Tensor:
+        """A x, after dropout while training."""
+        return self.layer.down(self.base, F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+
+    def lifted(self, code: Tensor) -> Tensor:
+        """s B times a code."""
+        return self.scaling * self.layer.up(self.base, code, self.lora_B.to(code.dtype))
+
+    def product(self, dtype: torch.dtype) -> Tensor:
+        """B A (out, in) in `dtype`."""
+        return self.lora_B.to(dtype) @ self.lora_A.to(dtype)
+
+    def serve_as_weight(self, qualified_name: str, parent: str) -> None:
+        """Give a parent that reads `layer.weight` without calling the layer the adapted weight.
+
+        Raises:
+            AdapterError: dropout is asked for, which needs the input.
+        """
+        if self.dropout > 0:
+            raise AdapterError(
+                f"{parent} reads the weight of {qualified_name!r} without calling it, so that dropout {self.dropout} "
+                f"cannot act; set dropout=0 or exclude=[{qualified_name!r}]"
+            )
+        self.read_as_weight = True
+
+    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """s B A, (out, in)."""
+        return self.scaling * self.product(dtype)
+
+    def statistics(self) -> dict[str, float]:
+        """relative_norm: ||s B A||_F / ||W0||_F, from the r x r products alone (the d x d update is never formed)."""
+        a, b = self.lora_A.detach().double(), self.lora_B.detach().double()
+        squared = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
+        weight = self.base_matrix().detach().double().norm().clamp_min(torch.finfo(torch.float64).tiny)
+        return {"relative_norm": (self.scaling * squared.sqrt() / weight).item()}
+
+    def extra_repr(self) -> str:
+        return f"{self.base.extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"

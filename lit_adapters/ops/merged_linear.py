@@ -1,0 +1,148 @@
+"""A linear layer whose weight is formed for the call: y = x (W0 + s f(B A))^T + bias, f elementwise.
+
+Nothing of the size of the weight outlives the call: backward forms W' again for the gradient of x, and f'(B A) in
+blocks of rows for those of A and B. One product of the layer's size forward, two backward (plus the thin ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK = 1 << 18  # elements of the weight at a time: temporaries that stay in the cache
+
+
+class Update(Protocol):
+    """s f with its derivatives, elementwise functions of z and of a frequency."""
+
+    @property
+    def learns_frequency(self) -> bool: ...
+
+    def value(self, z: Tensor, frequency: Tensor) -> Tensor: ...
+
+    def derivative(self, z: Tensor, frequency: Tensor) -> Tensor: ...
+
+    def by_frequency(self, z: Tensor, frequency: Tensor) -> Tensor: ...
+
+
+def merged_weight(
+    matrix: Tensor | None, a: Tensor, b: Tensor, frequency: Tensor, update: Update, dtype: torch.dtype
+) -> Tensor:
+    """W0 + s f(B A) (out, in), computed in the dtype of A and B, stored in `dtype` and in the memory order of W0.
+
+    Args:
+        matrix: W0 (out, in); None for zero.
+        a: (r, in), float32 or wider.
+        b: (out, r).
+        frequency: of f.
+        update: s f.
+        dtype: of the result.
+    """
+    merged = _empty(matrix, a, b, dtype)
+    for rows in _row_blocks(b.shape[0], a.shape[1]):
+        change = update.value(b[rows] @ a, frequency)
+        merged[rows] = change if matrix is None else matrix[rows] + change
+    return merged
+
+
+def _empty(matrix: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    if matrix is None:
+        return torch.empty((b.shape[0], a.shape[1]), dtype=dtype, device=a.device)
+    return torch.empty_like(matrix, dtype=dtype)  # keeps a transposed order
+
+
+def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    # One block when traced: a compiler fuses it, and a loop would be unrolled into the graph.
+    height = rows if torch.compiler.is_compiling() else max(1, _BLOCK // columns)
+    return (slice(i, min(i + height, rows)) for i in range(0, rows, height))
+
+
+class _MergedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        frequency: Tensor,
+        update: Update,
+        to_matrix: Callable[[Tensor], Tensor],
+        merged: Tensor | None,
+    ) -> Tensor:
+        if merged is None:
+            matrix = None if weight is None else to_matrix(weight)
+            merged = merged_weight(matrix, a, b, frequency, update, x.dtype)
+        return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, a, b, frequency, ctx.update, ctx.to_matrix, ctx.merged = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        # A parameter that holds packed values carries more than its data, which saving would not keep.
+        ctx.packed = weight if weight is not None and not weight.is_floating_point() else None
+        ctx.save_for_backward(x, None if ctx.packed is not None else weight, a, b, frequency)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, frequency = ctx.saved_tensors
+        weight = ctx.packed if ctx.packed is not None else weight
+        matrix = None if weight is None else ctx.to_matrix(weight)
+        g, x2 = gradients[0].reshape(-1, b.shape[0]), x.reshape(-1, a.shape[1])
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        update: Update = ctx.update
+        merged = ctx.merged
+        building = needs_x and merged is None
+        if building:
+            merged = _empty(matrix, a, b, x.dtype)
+        d_weight = torch.empty_like(matrix) if needs_weight and matrix is not None else None
+        d_a, d_b, d_frequency = torch.zeros_like(a), torch.empty_like(b), torch.zeros_like(frequency)
+        for rows in _row_blocks(b.shape[0], a.shape[1]):
+            z = b[rows] @ a
+            if building:
+                change = update.value(z, frequency)
+                merged[rows] = change if matrix is None else matrix[rows] + change
+            d_merged = (g[:, rows].t() @ x2).to(a.dtype)
+            if d_weight is not None:
+                d_weight[rows] = d_merged.to(d_weight.dtype)
+            if update.learns_frequency:
+                d_frequency = d_frequency + (d_merged * update.by_frequency(z, frequency)).sum()
+            d_z = d_merged * update.derivative(z, frequency)
+            d_b[rows] = d_z @ a.t()
+            d_a = d_a + b[rows].t() @ d_z
+        d_x = (g @ merged).view(x.shape) if needs_x else None
+        d_bias = g.float().sum(0).to(ctx.bias_dtype) if needs_bias else None
+        return d_x, d_weight, d_bias, d_a, d_b, d_frequency, None, None, None
+
+
+def merged_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    frequency: Tensor,
+    update: Update,
+    to_matrix: Callable[[Tensor], Tensor],
+    merged: Tensor | None = None,
+) -> Tensor:
+    """y = x (W0 + s f(B A))^T + bias; (..., in) -> (..., out), in the dtype of x.
+
+    Args:
+        x: (..., in).
+        weight: the parameter that holds W0; None for zero.
+        bias: (out,) or None.
+        a: (r, in), float32 or wider: the argument of f needs it.
+        b: (out, r).
+        frequency: of f, a tensor of no dimension; it may require a gradient.
+        update: s f and its derivatives.
+        to_matrix: W0 (out, in) from `weight`.
+        merged: W' in the dtype of x, if it is at hand.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = _MergedLinear.apply(x, weight, bias, a, b, frequency, update, to_matrix, merged)
+    return y

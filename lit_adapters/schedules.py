@@ -1,0 +1,226 @@
+"""How an annealed coefficient beta falls from 1 to 0 while training: pure functions of the training progress in [0, 1].
+
+With t = clip((progress - start) / (end - start), 0, 1), the share of the annealing that is done:
+
+    Linear       1 - t                       Polynomial   (1 - t)^power
+    Cosine       (1 + cos(pi t)) / 2         Step         1 - floor(t steps) / steps
+    Exponential  (e^(-rate t) - e^(-rate)) / (1 - e^(-rate))
+
+All are exactly 1 until `start` and exactly 0 from `end` on. `Hold` never moves; `Adaptive` also looks at the loss.
+No published source says which shape or which fractions AFA-LoRA (arXiv 2512.22455) uses; a re-implementation anneals
+over the first 30% of the steps, which is the default here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lit_adapters.errors import AdapterError
+
+
+class Schedule:
+    """Base of the schedules; each subclass is a frozen dataclass. A plain class for the sake of jsonargparse."""
+
+    def __call__(self, progress: float) -> float:
+        """beta at training progress in [0, 1]."""
+        raise NotImplementedError
+
+    def to_config(self) -> dict[str, Any]:
+        """The `{class_path, init_args}` form."""
+        kind = type(self)
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Ramp(Schedule):
+    """A fall from 1 to 0 between two fractions of the training; subclasses give its shape.
+
+    Args:
+        start: progress at which beta leaves 1.
+        end: progress from which beta is 0; below 1, so that the last steps are linear.
+
+    Raises:
+        AdapterError: not 0 <= start < end <= 1.
+    """
+
+    start: float = 0.0
+    end: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.start < self.end <= 1.0:
+            raise AdapterError(
+                f"{type(self).__name__}: start {self.start} and end {self.end} must be 0 <= start < end <= 1"
+            )
+
+    def __call__(self, progress: float) -> float:
+        if progress <= self.start:
+            return 1.0
+        return 0.0 if progress >= self.end else self.shape((progress - self.start) / (self.end - self.start))
+
+    def shape(self, t: float) -> float:
+        """beta at share t in (0, 1) of the annealing."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Linear(Ramp):
+    """beta = 1 - t."""
+
+    def shape(self, t: float) -> float:
+        return 1.0 - t
+
+
+@dataclass(frozen=True)
+class Cosine(Ramp):
+    """beta = (1 + cos(pi t)) / 2."""
+
+    def shape(self, t: float) -> float:
+        return 0.5 * (1.0 + math.cos(math.pi * t))
+
+
+@dataclass(frozen=True)
+class Exponential(Ramp):
+    """beta = (e^(-rate t) - e^(-rate)) / (1 - e^(-rate)).
+
+    Args:
+        rate: larger is steeper at the beginning.
+    """
+
+    rate: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rate > 0:
+            raise AdapterError(f"Exponential: rate {self.rate} must be positive")
+
+    def shape(self, t: float) -> float:
+        floor = math.exp(-self.rate)
+        return (math.exp(-self.rate * t) - floor) / (1.0 - floor)
+
+
+@dataclass(frozen=True)
+class Polynomial(Ramp):
+    """beta = (1 - t)^power.
+
+    Args:
+        power: 1 is linear; larger is steeper at the beginning.
+    """
+
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.power > 0:
+            raise AdapterError(f"Polynomial: power {self.power} must be positive")
+
+    def shape(self, t: float) -> float:
+        return (1.0 - t) ** self.power
+
+
+@dataclass(frozen=True)
+class Step(Ramp):
+    """beta = 1 - floor(t steps) / steps: equal stairs.
+
+    Args:
+        steps: number of stairs; 1 holds beta at 1 until `end`.
+    """
+
+    steps: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise AdapterError(f"Step: steps {self.steps} must be at least 1")
+
+    def shape(self, t: float) -> float:
+        return 1.0 - math.floor(t * self.steps) / self.steps
+
+
+@dataclass(frozen=True)
+class Hold(Schedule):
+    """beta stays where it is. Above 0 the adapter never becomes linear and can never be merged; 0 is plain LoRA.
+
+    Args:
+        value: beta, in [0, 1].
+    """
+
+    value: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.value <= 1.0:
+            raise AdapterError(f"Hold: value {self.value} must lie in [0, 1]")
+
+    def __call__(self, progress: float) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Adaptive(Schedule):
+    """beta falls only while the smoothed training loss is not rising, and is 0 from `end` on whatever the loss does.
+
+    A falling step takes off its share of `duration`. As a deadline, beta never lies above the ramp of that slope which
+    reaches 0 at `end`. Called with the progress alone, as where no loss is known, the schedule is that last ramp.
+
+    Args:
+        start: progress before which beta is 1.
+        duration: share of the training that annealing takes if the loss never rises.
+        end: progress from which beta is 0.
+        window: optimiser steps over which the loss is smoothed; it rises when its average over a fifth of the window
+            is above that over the whole.
+
+    Raises:
+        AdapterError: not 0 <= start < start + duration <= end <= 1, or window below 5.
+    """
+
+    start: float = 0.0
+    duration: float = 0.3
+    end: float = 0.8
+    window: int = 50
+
+    def __post_init__(self) -> None:
+        if not (
+            self.start >= 0.0 and self.duration > 0.0 and self.start + self.duration <= self.end + 1e-9 <= 1.0 + 1e-9
+        ):
+            raise AdapterError(
+                f"Adaptive: start {self.start}, duration {self.duration} and end {self.end} must be "
+                "0 <= start < start + duration <= end <= 1"
+            )
+        if self.window < 5:
+            raise AdapterError(f"Adaptive: window {self.window} must be at least 5 steps")
+
+    def __call__(self, progress: float) -> float:
+        return min(1.0, max(0.0, (self.end - progress) / self.duration))
+
+    def advance(self, beta: float, progress: float, elapsed: float, rising: bool) -> float:
+        """beta after `elapsed` more of the training, now at `progress`, given whether the loss is rising."""
+        if not rising and progress > self.start:
+            beta -= min(elapsed, progress - self.start) / self.duration
+        return max(0.0, min(beta, self(progress)))
+
+
+def to_schedule(schedule: Any) -> Schedule:
+    """A schedule from an object or its `{class_path, init_args}` form.
+
+    Raises:
+        AdapterError: something else was given.
+    """
+    if isinstance(schedule, Schedule):
+        return schedule
+    if isinstance(schedule, Mapping) and "class_path" in schedule:
+        path = str(schedule["class_path"])
+        module, _, name = path.rpartition(".")
+        try:
+            kind = getattr(importlib.import_module(module or __name__), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise AdapterError(f"no schedule {path!r}: {error}") from error
+        if isinstance(kind, type) and issubclass(kind, Schedule):
+            try:
+                return kind(**dict(schedule.get("init_args") or {}))
+            except TypeError as error:
+                raise AdapterError(f"{path}: {error}") from error
+    raise AdapterError(f"{schedule!r} is no schedule; give one such as lit_adapters.schedules.Linear(end=0.3)")
