@@ -138,7 +138,7 @@ class Step(Ramp):
             raise AdapterError(f"Step: steps {self.steps} must be at least 1")
 
     def shape(self, t: float) -> float:
-        return 1.0 - math.floor(t * self.steps) / self.steps
+        return 1.0 - math.floor(t * self.steps + 1e-9) / self.steps  # t is a rounded quotient
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lit_adapters.attach import adapters
+from lit_adapters.callback.annealing import Annealer
 from lit_adapters.callback.attached import adapter_layers, attached_models, redundant_keys
 from lit_adapters.callback.calibration import calibrate_in_trainer
 from lit_adapters.callback.figures import functions_figure
@@ -24,7 +25,10 @@ Statistic = Literal["functions", "weights"]
 
 
 class AdapterCallback(Callback):
-    """Probes, calibrates, logs and checkpoints adapters while a Trainer runs.
+    """Anneals, probes, calibrates, logs and checkpoints adapters while a Trainer runs.
+
+    Annealed adapters move with every optimiser step, by the share of all steps that are done; the largest beta is in
+    the progress bar and logged as `adapter/beta`.
 
     Scalars go to every logger: `adapter/<method>/<layer>/<statistic>` and, averaged over the layers,
     `adapter/summary/<statistic>`; layers are named as in the report of `attach`. TensorBoard also gets figures of the
@@ -40,9 +44,10 @@ class AdapterCallback(Callback):
         allow_unused: regular expressions of trainable parameters that may receive no gradient.
 
     Raises:
-        AdapterError: an argument is out of range; no module of the tree was prepared by `lit_adapters.attach`; a
-            ModelCheckpoint has `save_weights_only`, which bypasses callbacks; an adapter does not run, a trainable
-            parameter does not learn, or the loss or a parameter to be saved is not finite.
+        AdapterError: an argument is out of range; no module of the tree was prepared by `lit_adapters.attach`; there is
+            something to anneal and no end of the training; a ModelCheckpoint has `save_weights_only`, which bypasses
+            callbacks; an adapter does not run, a trainable parameter does not learn, or the loss or a parameter to be
+            saved is not finite.
     """
 
     def __init__(
@@ -66,12 +71,14 @@ class AdapterCallback(Callback):
         self.save_adapters_only = save_adapters_only
         self.calibration_batches = calibration_batches
         self.allow_unused = tuple(allow_unused)
+        self._annealer = Annealer()
         self._probe: Probe | None = None
         self._batch: Any = None
         self._logged_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse checkpoints that would bypass this callback."""
+        """Refuse checkpoints that would bypass this callback; forget an earlier run."""
+        self._annealer = Annealer()
         for callback in trainer.checkpoint_callbacks:
             if self.save_adapters_only and isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
                 raise AdapterError(
@@ -92,9 +99,10 @@ class AdapterCallback(Callback):
         self._logged_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calibrate what asks for it and was not calibrated by the run being resumed; record the start; watch."""
+        """Calibrate what asks for it and was not by the run being resumed; anneal; record the start; watch."""
         if any(adapter.awaits_calibration for _, adapter in adapters(pl_module)):
             calibrate_in_trainer(trainer, pl_module, self.calibration_batches)
+        self._annealer.start(trainer, pl_module)
         self._probe = Probe(pl_module, self.allow_unused)
         self._log(trainer, pl_module)
 
@@ -124,8 +132,11 @@ class AdapterCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log every `log_every_n_steps` optimiser steps."""
+        """Anneal; log every `log_every_n_steps` optimiser steps."""
         self._batch = None
+        self._annealer.after_batch(trainer, outputs.get("loss") if isinstance(outputs, dict) else outputs)
+        if self._annealer.beta is not None:
+            pl_module.log("adapter/beta", self._annealer.beta, prog_bar=True, logger=False, batch_size=1)
         if trainer.global_step % self.log_every_n_steps == 0:
             self._log(trainer, pl_module)
 
@@ -133,6 +144,19 @@ class AdapterCallback(Callback):
         """Log, and draw the functions."""
         self._log(trainer, pl_module)
         self._draw(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if something is still nonlinear."""
+        if not trainer.interrupted:
+            self._annealer.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an adaptive schedule has seen of the loss."""
+        return {"annealing": self._annealer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self._annealer.load_state_dict(state_dict["annealing"])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what changed: adapters, modules of `train`, persistent buffers; never a parameter that is not finite."""
@@ -159,6 +183,8 @@ class AdapterCallback(Callback):
             for statistic, value in adapter.statistics().items():
                 scalars[f"adapter/{adapter.method}/{name}/{statistic}"] = value
                 collected.setdefault(statistic, []).append(value)
+        if self._annealer.beta is not None:
+            scalars["adapter/beta"] = self._annealer.beta
         for statistic, values in collected.items():
             scalars[f"adapter/summary/{statistic}"] = sum(values) / len(values)
         for logger in trainer.loggers:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lit_adapters.attach import adapters
 from lit_adapters.callback.attached import adapter_layers
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.weight_adapter import WeightAdapter
@@ -38,7 +39,9 @@ class Probe:
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and not any(pattern.fullmatch(name) for pattern in allowed)
         }
-        self._silent = set(self._required)
+        # An annealed activation may pass no gradient now (a dead ReLU) and some later.
+        annealed = {id(p) for _, a in adapters(model) if a.schedule for p in a.adapter_parameters().values()}
+        self._silent = {name for name, parameter in self._required.items() if id(parameter) not in annealed}
         self._stepped = False
         self._ran: set[str] = set()
         self._layers = adapter_layers(model)

@@ -1,7 +1,5 @@
 """Checkpoints hold what changed and nothing else, load strictly, and resume a run bit for bit."""
 
-import copy
-
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -127,13 +125,9 @@ def test_resuming_at_the_end_of_an_epoch_changes_nothing(tmp_path, accumulate, m
     assert first["lr_schedulers"] == second["lr_schedulers"]
 
 
-def test_two_callbacks_do_not_disturb_each_other(tmp_path):
-    alone = Task(nora(fit_range="calibrate"))
-    twice = copy.deepcopy(alone)
-    fit(tmp_path, alone, AdapterCallback())
-    fit(tmp_path, twice, AdapterCallback(), AdapterCallback(log_every_n_steps=1), saver(tmp_path))
-    assert_equal_bits(state(twice), state(alone))
-    Task.load_from_checkpoint(tmp_path / "kept" / "last.ckpt", methods=nora(fit_range="calibrate"))
+def test_two_callbacks_are_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `AdapterCallback`"):
+        trainer(tmp_path, AdapterCallback(), AdapterCallback(log_every_n_steps=1))
 
 
 def test_fast_dev_run_and_a_second_fit(tmp_path):

@@ -1,0 +1,111 @@
+"""Moves annealed adapters with the optimiser steps of a Trainer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from lit_adapters.attach import adapters
+from lit_adapters.errors import AdapterError
+from lit_adapters.methods.base import AdapterModule
+from lit_adapters.schedules import Adaptive, Schedule
+
+
+class Annealer:
+    """Keeps every scheduled adapter at the progress of the training, and watches the loss for adaptive schedules.
+
+    Progress is the share of the optimiser steps that are done, so gradient accumulation, batch limits and several
+    epochs need nothing special. The betas are buffers of the adapters; an adaptive schedule also needs them here, as
+    rounding to float32 would tell a resumed run from an uninterrupted one, and two running means of the loss for each
+    width of window.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[tuple[AdapterModule, Schedule]] = []
+        self._betas: list[float] = []
+        self._total = 0
+        self._step = 0
+        self._loss = 0.0  # summed over the micro-batches since the last step
+        self._means: dict[int, tuple[float, float]] = {}  # by window: over a fifth of it, over all of it
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        means = {str(w): list(m) for w, m in self._means.items()}
+        return {"betas": self._betas, "loss": self._loss, "means": means}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self._betas, self._loss = list(state["betas"]), state["loss"]
+        self._means = {int(w): (fast, slow) for w, (fast, slow) in state["means"].items()}
+
+    def start(self, trainer: Trainer, module: nn.Module) -> None:
+        """Look up the scheduled adapters and the number of steps, and put the adapters where this step has them.
+
+        Raises:
+            AdapterError: there is a schedule, and no end of the training to relate it to.
+        """
+        self._layers = [(a, a.schedule) for _, a in adapters(module) if a.schedule is not None]
+        if not self._layers:
+            return
+        total = trainer.estimated_stepping_batches
+        if not math.isfinite(total):
+            raise AdapterError(
+                f"{self._layers[0][1]} is a function of training progress, and this training has no end; "
+                "set max_epochs or max_steps"
+            )
+        self._total, self._step = int(total), trainer.global_step
+        if len(self._betas) != len(self._layers):
+            self._betas = [a.beta.item() for a, _ in self._layers]  # type: ignore[operator, union-attr]
+        self._move(0.0)
+
+    @property
+    def beta(self) -> float | None:
+        """The largest coefficient of all layers; None where nothing is annealed."""
+        return max(self._betas, default=None)
+
+    def after_batch(self, trainer: Trainer, loss: Tensor | None) -> None:
+        """Take the loss of a micro-batch, and move if it completed an optimiser step."""
+        if not self._layers:
+            return
+        if loss is not None and any(isinstance(s, Adaptive) for _, s in self._layers):
+            self._loss += float(trainer.strategy.reduce(loss.detach(), reduce_op="mean"))
+        steps = trainer.global_step - self._step
+        if steps > 0:
+            self._step = trainer.global_step
+            self._follow_loss()
+            self._move(steps / self._total)
+
+    def _follow_loss(self) -> None:
+        for window in {s.window for _, s in self._layers if isinstance(s, Adaptive)}:
+            fast, slow = self._means.get(window, (self._loss, self._loss))
+            self._means[window] = (
+                fast + (self._loss - fast) * min(1.0, 5 / window),
+                slow + (self._loss - slow) / window,
+            )
+        self._loss = 0.0
+
+    @torch.no_grad()
+    def _move(self, elapsed: float) -> None:
+        progress = min(1.0, self._step / self._total) if self._total else 1.0
+        for i, (adapter, schedule) in enumerate(self._layers):
+            if isinstance(schedule, Adaptive):
+                fast, slow = self._means.get(schedule.window, (0.0, 0.0))
+                self._betas[i] = schedule.advance(self._betas[i], progress, elapsed, rising=fast > slow)
+            else:
+                self._betas[i] = schedule(progress)
+            adapter.beta.fill_(self._betas[i])  # type: ignore[operator, union-attr]
+
+    def finish(self) -> None:
+        """Warn if the training ended before the annealing did."""
+        held = [a.qualified_name for (a, _), beta in zip(self._layers, self._betas, strict=True) if beta > 0]
+        if held:
+            warnings.warn(
+                f"training ended with {len(held)} adapters still nonlinear (beta {self.beta:g}, {held[0]!r} first): "
+                "they cannot be merged. Train on to the end of the schedule, or choose one that ends earlier",
+                stacklevel=2,
+            )
