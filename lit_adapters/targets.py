@@ -78,7 +78,7 @@ def _all_linear(model: nn.Module) -> Callable[[Target], bool]:
     heads = {id(m) for head in head_modules(model) for m in head.modules()}
     # nn.MultiheadAttention reads the weight of its output projection without calling the layer.
     return lambda t: (
-        isinstance(t.module, nn.Linear)
+        is_linear(t.module)
         and id(t.module) not in heads
         and not isinstance(t.module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     )
@@ -129,7 +129,7 @@ def _nothing_found(model: nn.Module, method: Method) -> str:
     candidates = [
         t.name
         for t in places(model)
-        if (is_known_activation(t.module) if method.kind == "activation" else isinstance(t.module, nn.Linear))
+        if (is_known_activation(t.module) if method.kind == "activation" else is_linear(t.module))
     ]
     if spec == "activations":
         functional = [

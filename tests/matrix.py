@@ -1,4 +1,4 @@
-"""What every invariant of the library runs over: the methods and tiny models. A new method is one line in METHODS."""
+"""What every invariant of the library runs over: methods and tiny models. A new method is one line in METHODS."""
 
 from __future__ import annotations
 
@@ -11,25 +11,38 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import lit_adapters as la
 
+# One of each method runs over all models; its variants, which differ inside the adapter alone, over an encoder and a
+# decoder.
 METHODS: dict[str, la.Method] = {
     "lora": la.LoRA(rank=2, alpha=4.0),
-    "rslora": la.LoRA(rank=3, alpha=4.0, rslora=True),
     "dora": la.DoRA(rank=2, alpha=4.0),
     "loran": la.LoRAN(rank=2, alpha=4.0),
-    "loran-sine": la.LoRAN(rank=2, alpha=4.0, function="sine", frequency=20.0),
     "afa": la.AFALoRA(rank=2, alpha=4.0, activation="silu"),
-    "afa-rational": la.AFALoRA(rank=2, alpha=4.0, activation="rational", groups=2),
     "nora": la.NoRA(groups=4),
+    "nora++": la.NoRAPlusPlus(nora=la.NoRA(groups=4), lora=la.LoRA(rank=2)),
+}
+VARIANTS: dict[str, la.Method] = {
+    "rslora": la.LoRA(rank=3, alpha=4.0, rslora=True),
+    "loran-sine": la.LoRAN(rank=2, alpha=4.0, function="sine", frequency=20.0),
+    "afa-rational": la.AFALoRA(rank=2, alpha=4.0, activation="rational", groups=2),
     "nora-anchored": la.NoRA(groups=4, base="anchored"),
     "nora-direct": la.NoRA(groups=4, rank=None, base="anchored"),
     "nora-sum-of-abs": la.NoRA(groups=4, denominator="sum-of-abs"),
     "nora-published": la.NoRA(groups=4, rank=2, scaling="none"),
-    "nora++": la.NoRAPlusPlus(nora=la.NoRA(groups=4), lora=la.LoRA(rank=2)),
+    "nora++-dora": la.NoRAPlusPlus(nora=la.NoRA(groups=4, base="anchored"), lora=la.DoRA(rank=2)),
 }
+ALL = METHODS | VARIANTS
 # Those that start from a fit of the pretrained activation; all others start from the pretrained function itself.
 FITTED = ("nora", "nora-sum-of-abs", "nora-published", "nora++")
 
@@ -74,17 +87,32 @@ _BERT = BertConfig(
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
+_GPT2 = GPT2Config(
+    n_embd=32, n_layer=2, n_head=2, vocab_size=40, n_positions=32, tie_word_embeddings=False,
+    embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+)  # fmt: skip
+_SWIN = {
+    "img_size": 32,
+    "embed_dim": 16,
+    "depths": (1, 1),
+    "num_heads": (2, 2),
+    "window_size": 4,
+    "num_classes": 5,
+    "drop_path_rate": 0.0,
+}
 _VIT = {"img_size": 32, "depth": 2, "num_classes": 5}
 _CONVNEXT = {"depths": (1, 1, 1, 1), "ls_init_value": 0.5, "num_classes": 5}
 MODELS: dict[str, Model] = {
     "vit": Model(lambda: timm.create_model("test_vit", **_VIT), (3, 3, 32, 32), "head"),
+    "swin": Model(lambda: timm.create_model("swin_tiny_patch4_window7_224", **_SWIN), (3, 3, 32, 32), "head.fc"),
     "convnext": Model(lambda: timm.create_model("test_convnext", **_CONVNEXT), (3, 3, 32, 32), "head.fc"),
     "llama": Model(lambda: LlamaForCausalLM(_LLAMA), (2, 6), "lm_head", {"use_cache": False}, vocabulary=40),
+    "gpt2": Model(lambda: GPT2LMHeadModel(_GPT2), (2, 6), "lm_head", {"use_cache": False}, vocabulary=40),
     "bert": Model(lambda: BertForSequenceClassification(_BERT), (2, 6), "classifier", vocabulary=40),
 }
-# Name of the model and dtype: all models in float32, a convolution-free encoder and a decoder in bfloat16 as well.
-CASES = {name: (name, torch.float32) for name in MODELS}
-CASES |= {f"{name}-bf16": (name, torch.bfloat16) for name in ("vit", "llama")}
+# Method, model and dtype.
+CASES = [(method, name, dtype) for method in METHODS for name in MODELS for dtype in (torch.float32, torch.bfloat16)]
+CASES += [(method, name, torch.float32) for method in VARIANTS for name in ("vit", "llama")]
 
 
 @functools.cache
@@ -104,7 +132,7 @@ def adapted(
     """A fresh copy with a method attached; with a `seed`, every adapter parameter has moved off its start."""
     network = build(name, dtype)
     torch.manual_seed(0)
-    la.attach(network, METHODS[method], train=train)
+    la.attach(network, ALL[method], train=train)
     if seed is not None:
         move(network, seed)
     return network

@@ -11,14 +11,17 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(p for room in ("lit_adapters", "vision") for p in (ROOT / room).rglob("*.py"))
 
 # Each room may import those before it.
-ORDER = ["errors", "ops", "activations", "statistics", "layout", "methods"]
-ORDER += ["targets", "report", "attach", "control", "merge", "checkpoint", "optim", "callback", "assets", "cli"]
-FOREIGN = {"timm", "transformers", "peft", "torchvision", "vision", "language"}
+ORDER = ["errors", "ops", "activations", "schedules", "statistics", "layout", "methods"]
+ORDER += ["targets", "report", "attach", "control", "merge", "checkpoint", "peft_format"]
+ORDER += ["optim", "callback", "assets", "cli"]
+FOREIGN = {"timm", "transformers", "torchvision", "vision", "language"}
+EXTRAS = {"peft", "bitsandbytes"}  # imported where they are needed, never with the library
 
 
-def imported(path):
-    """Absolute names of the modules that a file imports anywhere."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(path, anywhere=True):
+    """Absolute names of the modules that a file imports, anywhere or as it is imported itself."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if anywhere else tree.body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -36,6 +39,7 @@ def test_arrows(path):
     names = list(imported(path))
     foreign = {name.split(".")[0] for name in names}
     assert not foreign & FOREIGN
+    assert not {name.split(".")[0] for name in imported(path, anywhere=False)} & EXTRAS
     if room != "callback" and room != "__init__":
         assert "lightning" not in foreign
     if room == "__init__":

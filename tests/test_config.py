@@ -7,10 +7,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 import lit_adapters as la
 from lit_adapters.methods.base import to_methods
-from tests.matrix import METHODS
+from tests.matrix import ALL
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", ALL.values(), ids=ALL)
 def test_round_trip_through_json(method):
     config = json.loads(json.dumps(method.to_config()))
     (restored,) = to_methods(config)
@@ -18,7 +18,7 @@ def test_round_trip_through_json(method):
     assert restored.to_config() == method.to_config()
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", ALL.values(), ids=ALL)
 def test_round_trip_through_the_command_line_parser(method):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--adapters", type=la.Method | list[la.Method] | None)

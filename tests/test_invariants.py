@@ -9,10 +9,19 @@ from torch import nn
 
 import lit_adapters as la
 from lit_adapters.methods.nora import NoRAActivation
-from tests.matrix import CASES, FITTED, METHODS, MODELS, adapted, build, changed_tensors, linear, move
+from tests.matrix import ALL, CASES, FITTED, MODELS, adapted, build, changed_tensors, linear, move
 
-each_case = pytest.mark.parametrize(("name", "dtype"), CASES.values(), ids=CASES)
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", ALL)
+
+
+def cases(wanted=lambda method: True):
+    """Every case of the matrix whose method is `wanted`."""
+    chosen = [case for case in CASES if wanted(case[0])]
+    ids = [f"{m}-{n}" + ("-bf16" if dtype == torch.bfloat16 else "") for m, n, dtype in chosen]
+    return pytest.mark.parametrize(("method", "name", "dtype"), chosen, ids=ids)
+
+
+each_case = cases()
 
 
 def step(network: nn.Module, name: str, dtype: torch.dtype = torch.float32, steps: int = 1) -> None:
@@ -26,15 +35,13 @@ def step(network: nn.Module, name: str, dtype: torch.dtype = torch.float32, step
         optimizer.step()
 
 
-@each_case
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in FITTED])
+@cases(lambda method: method not in FITTED)
 def test_start_is_the_pretrained_function_bit_for_bit(method, name, dtype):
     base, network = build(name, dtype), adapted(name, method, dtype, seed=None)
     assert torch.equal(MODELS[name].run(network, dtype), MODELS[name].run(base, dtype))
 
 
-@each_case
-@pytest.mark.parametrize("method", FITTED)
+@cases(lambda method: method in FITTED)
 def test_start_of_a_fit_is_within_its_error_on_its_interval(method, name, dtype):
     network, seen = adapted(name, method, dtype, seed=None), []
     for _, adapter in la.adapters(network):
@@ -51,7 +58,6 @@ def test_start_of_a_fit_is_within_its_error_on_its_interval(method, name, dtype)
 
 
 @each_case
-@each_method
 def test_what_is_declared_trains_and_nothing_else(method, name, dtype):
     head = MODELS[name].head
     network = adapted(name, method, dtype, train=[head], seed=None)
@@ -67,7 +73,6 @@ def test_what_is_declared_trains_and_nothing_else(method, name, dtype):
 
 
 @each_case
-@each_method
 def test_disabled_is_the_pretrained_function_bit_for_bit(method, name, dtype):
     network, expected = adapted(name, method, dtype), MODELS[name].run(build(name, dtype), dtype)
     changed = MODELS[name].run(network, dtype)
@@ -78,7 +83,6 @@ def test_disabled_is_the_pretrained_function_bit_for_bit(method, name, dtype):
 
 
 @each_case
-@each_method
 def test_save_and_load_bit_for_bit(method, name, dtype, tmp_path):
     network = adapted(name, method, dtype, train=[MODELS[name].head], seed=None)
     step(network, name, dtype, steps=2)
@@ -94,7 +98,6 @@ def test_save_and_load_bit_for_bit(method, name, dtype, tmp_path):
 
 
 @each_case
-@each_method
 def test_final_merge_keeps_the_function_and_no_wrapper(method, name, dtype):
     network = linear(adapted(name, method, dtype, train=[MODELS[name].head]))
     before, names = MODELS[name].run(network, dtype).detach(), [n for n, _ in la.adapters(network)]
@@ -109,7 +112,6 @@ def test_final_merge_keeps_the_function_and_no_wrapper(method, name, dtype):
 
 
 @each_case
-@each_method
 def test_reversible_merge_is_undone_bit_for_bit(method, name, dtype):
     network = linear(adapted(name, method, dtype))
     state = copy.deepcopy(network.state_dict())
@@ -139,9 +141,9 @@ def test_detach_leaves_no_trace(method, name):
     required, values = {n: p.requires_grad for n, p in parameters.items()}, copy.deepcopy(network.state_dict())
     attributes = {n: set(vars(m)) for n, m in modules.items()}
     expected = MODELS[name].run(network)
-    la.attach(network, METHODS[method], train=[MODELS[name].head])
+    la.attach(network, ALL[method], train=[MODELS[name].head])
     la.detach(network)
-    la.attach(network, METHODS[method])
+    la.attach(network, ALL[method])
     move(network)
     assert not torch.equal(MODELS[name].run(network), expected)
     la.detach(network)

@@ -119,7 +119,7 @@ def test_a_tied_head_may_not_train():
         (la.NoRA(groups=7), r"7 groups do not divide the 192 channels of 'blocks.0.mlp.act'"),
         (la.LoRA(rank=65), r"rank 65 exceeds the size of 'blocks.0.attn.qkv' \(192 x 64\)"),
         ([la.LoRA(rank=2), la.LoRA(rank=2, targets=["qkv"])], "both want 'blocks.0.attn.qkv'"),
-        (la.LoRA(rank=2, targets=["mlp.act"]), "'blocks.0.mlp.act' is a GELU"),
+        (la.LoRA(rank=2, targets=["mlp.act"]), "'blocks.0.mlp.act' is neither: this is a GELU"),
         (la.NoRA(targets=["qkv"]), "'blocks.0.attn.qkv' is a Linear"),
     ],
 )
@@ -185,8 +185,9 @@ def test_mlps_of_gpt2():
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=20, n_positions=8))
     assert names(model, la.NoRA()) == ["transformer.h.0.mlp.act", "transformer.h.1.mlp.act"]
     la.detach(model)
-    with pytest.raises(la.TargetsNotFound, match="no module of a kind that this method adapts"):
-        la.attach(model.transformer, la.LoRA())  # Conv1D layers are not nn.Linear
+    assert names(model, la.LoRA(rank=2))[:4] == [
+        f"transformer.h.0.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
 
 
 def test_a_suffix_written_as_a_string_is_explained():

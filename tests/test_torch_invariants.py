@@ -8,10 +8,10 @@ from torch import nn
 from torch.func import functional_call
 
 import lit_adapters as la
-from tests.matrix import METHODS, MODELS, adapted, build, changed_tensors, move
+from tests.matrix import ALL, MODELS, adapted, build, changed_tensors, move
 
 each_model = pytest.mark.parametrize("name", MODELS)
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", ALL)
 
 
 def frozen_keys(network: nn.Module) -> set[str]:
@@ -176,14 +176,14 @@ def mlp() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("method", "make", "shape"),
-    [*((m, mlp, (3, 6)) for m in METHODS), ("nora++", lambda: build("vit"), (3, 3, 32, 32))],
-    ids=[*METHODS, "nora++-vit"],
+    [*((m, mlp, (3, 6)) for m in ALL), ("nora++", lambda: build("vit"), (3, 3, 32, 32))],
+    ids=[*ALL, "nora++-vit"],
 )
 def test_compiles_to_one_graph_and_trains(method, make, shape):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     network, x = make(), torch.randn(shape)
-    la.attach(network, METHODS[method])
+    la.attach(network, ALL[method])
     trainable = [p for p in network.parameters() if p.requires_grad]
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     for _ in range(2):
@@ -200,7 +200,7 @@ def test_meta_device_then_empty_then_load(method):
     source = adapted("vit", method, train=["head"])
     with torch.device("meta"):
         network = MODELS["vit"].make()
-    la.attach(network, METHODS[method], train=["head"])
+    la.attach(network, ALL[method], train=["head"])
     assert {t.device.type for t in network.state_dict().values()} == {"meta"}
     network.to_empty(device="cpu").load_state_dict(source.state_dict())
     assert torch.equal(MODELS["vit"].run(network), MODELS["vit"].run(source))

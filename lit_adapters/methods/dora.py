@@ -83,7 +83,7 @@ class DoRAAdapter(LowRankAdapter):
         """m / ||W0 + s B A|| (W0 + s B A) - W0, (out, in)."""
         matrix = self.base_matrix().to(dtype)
         adapted = matrix + self.scaling * self.product(dtype)
-        norm = adapted.detach().norm(dim=1).clamp_min(torch.finfo(dtype).tiny)
+        norm = adapted.detach().square().sum(1).sqrt().clamp_min(torch.finfo(dtype).tiny)
         return (self.magnitude.to(dtype) / norm)[:, None] * adapted - matrix
 
     def forward(self, x: Tensor) -> Tensor:

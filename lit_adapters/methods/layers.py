@@ -5,6 +5,8 @@ A convolution counts as the matrix (out, in * kernel size); what it unfolds is i
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import re
 from typing import Any
@@ -28,6 +30,11 @@ class LinearLayer:
     def size(self, base: Any) -> tuple[int, int]:
         """(out, in) of the matrix."""
         return base.out_features, base.in_features
+
+    def dtype(self, base: Any) -> torch.dtype:
+        """Of a weight that takes the place of the pretrained one."""
+        dtype: torch.dtype = base.weight.dtype
+        return dtype
 
     def matrix(self, base: Any, weight: Tensor) -> Tensor:
         """The weight as a matrix (out, in); a view of it where it is stored plainly."""
@@ -110,11 +117,11 @@ class ConvolutionLayer(LinearLayer):
 
 
 class QuantisedLayer(LinearLayer):
-    """bitsandbytes' Linear4bit: the matrix is the dequantised weight.
+    """bitsandbytes' Linear4bit: the matrix is the weight dequantised to what the layer computes in, as it does itself.
 
     On processors with AVX512-bf16 bitsandbytes 0.50 repacks the weight in the first forward without gradients in eval
     mode; it then dequantises to wrong values, and training gives the input no gradient. So repacking is turned off
-    here, and undone where it has happened.
+    here, and undone where it has happened; it has rounded the scales of the blocks to bfloat16 by then.
     """
 
     keeps_dtype = True
@@ -125,14 +132,25 @@ class QuantisedLayer(LinearLayer):
         if state is not None and getattr(state, "packing_format_for_cpu", False):
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
+            dtype, state.original_dtype = state.original_dtype, torch.float32  # scales quantised twice are float32 too
             base.weight.data, base.weight.quant_state = _convert_weight_packed_for_cpu_inverse(base.weight.data, state)
+            state.dtype = dtype
+            if not state.nested:  # those not quantised are still in the order of the repacked weight
+                state.absmax = state.absmax.T.flatten().float()
+
+    def dtype(self, base: Any) -> torch.dtype:
+        state = getattr(base.weight, "quant_state", None)
+        dtype: torch.dtype = base.weight.dtype if state is None else state.dtype
+        return dtype
 
     def matrix(self, base: Any, weight: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        if getattr(weight, "quant_state", None) is None:  # moved to no device yet: not quantised
+        state = copy.copy(getattr(weight, "quant_state", None))
+        if state is None:  # moved to no device yet: not quantised
             return weight  # type: ignore[no-any-return]
-        matrix: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        state.dtype = base.compute_dtype or torch.float32
+        matrix: Tensor = dequantize_4bit(weight.data, state)
         return matrix
 
     def apply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -153,13 +171,17 @@ def reads_weight(parent: nn.Module, attribute: str) -> bool:
     for kind in type(parent).__mro__:
         if kind is nn.Module:
             break
-        try:
-            source = inspect.getsource(kind)
-        except (OSError, TypeError):
-            continue
-        if expression.search(source):
+        if expression.search(_source(kind)):
             return True
     return False
+
+
+@functools.lru_cache(maxsize=1024)  # finding it parses the whole file
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 def matrix_layer(base: nn.Module, qualified_name: str, method: str) -> LinearLayer:
@@ -175,9 +197,10 @@ def matrix_layer(base: nn.Module, qualified_name: str, method: str) -> LinearLay
             f"{qualified_name!r} belongs to an nn.MultiheadAttention, which reads its weights without calling it: no "
             f"adapter on it would run; {leave_out}"
         )
-    if type(base).__name__ == "Linear4bit":
+    names = {kind.__name__ for kind in type(base).__mro__}
+    if "Linear4bit" in names:
         kind = QuantisedLayer(base)
-    elif type(base).__name__ in ("Linear8bitLt", "QuantLinear"):
+    elif names & {"Linear8bitLt", "QuantLinear"}:
         raise AdapterError(
             f"{method} cannot read the quantised weight of {qualified_name!r}, a {type(base).__name__}; quantise to 4 "
             f"bit with bitsandbytes, or {leave_out}"

@@ -87,7 +87,7 @@ class WeightAdapter(AdapterModule):
         The sum is taken in float32 (float64 for a base in float64) and rounded once; the error is that against float64.
         """
         with torch.no_grad():
-            stored_as = self.base_matrix().dtype
+            stored_as = self.layer.dtype(self.base)
             weight = self.adapted_weight(torch.promote_types(stored_as, torch.float32)).to(stored_as)
             exact = self.adapted_weight(torch.float64)
             error = (weight.double() - exact).abs().max().item()
@@ -103,7 +103,7 @@ class WeightAdapter(AdapterModule):
         """Write the update into the base's own weight, for good; returns the errors."""
         weight, *errors = self.new_weight()
         self.__dict__["base"] = self.layer.with_weight(self.base, weight)
-        self._parameters["weight"] = self.base.weight  # type: ignore[assignment]
+        self._parameters.update(self.base._parameters)
         return errors[0], errors[1]
 
     def unmerge(self) -> None:
@@ -120,7 +120,7 @@ class WeightAdapter(AdapterModule):
         """As the base layer does it, which knows what else a quantised weight needs; it shares these tables."""
         if self.base._parameters is self._parameters:
             self.base._save_to_state_dict(destination, prefix, keep_vars)
-            for name in self._derived_buffers:
+            for name in self._non_persistent_buffers_set:
                 destination.pop(f"{prefix}{name}", None)
         else:
             super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -84,39 +84,45 @@ class _MergedLinear(torch.autograd.Function):
         x, weight, bias, a, b, frequency, ctx.update, ctx.to_matrix, ctx.merged = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
         # A parameter that holds packed values carries more than its data, which saving would not keep.
-        ctx.packed = weight if weight is not None and not weight.is_floating_point() else None
+        ctx.packed = weight if hasattr(weight, "quant_state") else None
         ctx.save_for_backward(x, None if ctx.packed is not None else weight, a, b, frequency)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, frequency = ctx.saved_tensors
-        weight = ctx.packed if ctx.packed is not None else weight
-        matrix = None if weight is None else ctx.to_matrix(weight)
-        g, x2 = gradients[0].reshape(-1, b.shape[0]), x.reshape(-1, a.shape[1])
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        update: Update = ctx.update
-        merged = ctx.merged
-        building = needs_x and merged is None
+        # Nothing keeps a caller from running backward under autocast, which would spoil the argument of f.
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            return _backward(ctx, gradients[0])
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, a, b, frequency = ctx.saved_tensors
+    weight = ctx.packed if ctx.packed is not None else weight
+    matrix = None if weight is None else ctx.to_matrix(weight)
+    g, x2 = gradient.reshape(-1, b.shape[0]), x.reshape(-1, a.shape[1])
+    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    update: Update = ctx.update
+    merged = ctx.merged
+    building = needs_x and merged is None
+    if building:
+        merged = _empty(matrix, a, b, x.dtype)
+    d_weight = torch.empty_like(matrix) if needs_weight and matrix is not None else None
+    d_a, d_b, d_frequency = torch.zeros_like(a), torch.empty_like(b), torch.zeros_like(frequency)
+    for rows in _row_blocks(b.shape[0], a.shape[1]):
+        z = b[rows] @ a
         if building:
-            merged = _empty(matrix, a, b, x.dtype)
-        d_weight = torch.empty_like(matrix) if needs_weight and matrix is not None else None
-        d_a, d_b, d_frequency = torch.zeros_like(a), torch.empty_like(b), torch.zeros_like(frequency)
-        for rows in _row_blocks(b.shape[0], a.shape[1]):
-            z = b[rows] @ a
-            if building:
-                change = update.value(z, frequency)
-                merged[rows] = change if matrix is None else matrix[rows] + change
-            d_merged = (g[:, rows].t() @ x2).to(a.dtype)
-            if d_weight is not None:
-                d_weight[rows] = d_merged.to(d_weight.dtype)
-            if update.learns_frequency:
-                d_frequency = d_frequency + (d_merged * update.by_frequency(z, frequency)).sum()
-            d_z = d_merged * update.derivative(z, frequency)
-            d_b[rows] = d_z @ a.t()
-            d_a = d_a + b[rows].t() @ d_z
-        d_x = (g @ merged).view(x.shape) if needs_x else None
-        d_bias = g.float().sum(0).to(ctx.bias_dtype) if needs_bias else None
-        return d_x, d_weight, d_bias, d_a, d_b, d_frequency, None, None, None
+            change = update.value(z, frequency)
+            merged[rows] = change if matrix is None else matrix[rows] + change
+        d_merged = (g[:, rows].t() @ x2).to(a.dtype)
+        if d_weight is not None:
+            d_weight[rows] = d_merged.to(d_weight.dtype)
+        if update.learns_frequency:
+            d_frequency = d_frequency + (d_merged * update.by_frequency(z, frequency)).sum()
+        d_z = d_merged * update.derivative(z, frequency)
+        d_b[rows] = d_z @ a.t()
+        d_a = d_a + b[rows].t() @ d_z
+    d_x = (g @ merged).view(x.shape) if needs_x else None
+    d_bias = g.sum(0, dtype=a.dtype).to(ctx.bias_dtype) if needs_bias else None
+    return d_x, d_weight, d_bias, d_a, d_b, d_frequency, None, None, None
 
 
 def merged_linear(
