@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[1]
 NAMES = {
     "head": "head only",
     "lora": "LoRA, r = 8",
+    "dora": "DoRA, r = 8",
+    "loran": "LoRAN, r = 8",
+    "afa": "AFA-LoRA, r = 8",
     "nora_published": "NoRA, as published",
     "nora": "NoRA, scaled",
     "nora_anchored": "NoRA, scaled, anchored",

@@ -16,7 +16,7 @@ from vision.data import CIFARDataModule
 RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
 REAL = [name for name in RECIPES if name not in SMOKE]
-ARMS = {"head", "full", "lora", "nora", "nora_plus_plus"}
+ARMS = {"head", "full", "lora", "dora", "loran", "afa", "nora", "nora_plus_plus"}
 OVERRIDES = [
     *("--model.backbone=test_vit", "--model.pretrained=false", "--data.source=random", "--data.image_size=32"),
     *("--data.num_workers=0", "--data.batch_size=8", "--data.train_subset=100", "--trainer.accelerator=cpu"),
@@ -79,7 +79,7 @@ def test_other_recipes_fit_their_own_backbone(name):
     backbone = meta_backbone(model["backbone"], model["num_classes"], data["image_size"])
     for method in to_methods(model["adapters"]):
         for part in method.parts():
-            assert len(find_targets(backbone, part, model["train"])) == {"lora": 48, "nora": 12}[part.name]
+            assert len(find_targets(backbone, part, model["train"])) == (12 if part.name == "nora" else 48)
     expected = data_config(backbone)
     settings = CIFARDataModule(**data)
     assert tuple(settings.mean) == expected["mean"]
