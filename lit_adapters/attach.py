@@ -125,8 +125,14 @@ def attach(
         adapters=[(n, a.method, sum(p.numel() for p in a.adapter_parameters().values())) for n, a in adapters(model)],
         trained={n: size for n, size in sizes.items() if n not in own},
         head={n: size for n, size in sizes.items() if n in own},
-        total=sum(p.numel() for p in model.parameters()),
+        total=sum(_logical_size(p) for p in model.parameters()),
     )
+
+
+def _logical_size(parameter: nn.Parameter) -> int:
+    """Elements; of a packed weight those of the weight it stands for."""
+    size: int = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape).numel()
+    return size
 
 
 def _has_parameters(module: nn.Module) -> bool:
@@ -186,6 +192,10 @@ def _find_trained(model: nn.Module, train: str | Sequence[str]) -> set[str]:
             )
         chosen |= found
     for name in chosen:
+        if not (parameters[name].is_floating_point() or parameters[name].is_complex()):
+            raise AdapterError(
+                f"{name!r} is a weight of {parameters[name].dtype}, which cannot train; leave it out of `train`"
+            )
         twins = [n for n, p in parameters.items() if p is parameters[name] and n not in chosen]
         if twins:
             raise AdapterError(
@@ -229,10 +239,12 @@ def remove_adapters(model: nn.Module, successor: Any) -> None:
 
 
 def frozen_keys(model: nn.Module) -> set[str]:
-    """Keys of the parameters that neither belong to an adapter nor train."""
+    """Keys of the parameters that neither belong to an adapter nor train, with the scales of quantised ones."""
     own = {id(p) for _, adapter in adapters(model) for p in adapter.adapter_parameters().values()}
     named = model.named_parameters(remove_duplicate=False)
-    return {n for n, p in named if id(p) not in own and not p.requires_grad}
+    frozen = {n: getattr(p, "quant_state", None) for n, p in named if id(p) not in own and not p.requires_grad}
+    scales = {f"{n}.{key}" for n, state in frozen.items() if state is not None for key in state.as_dict(packed=True)}
+    return set(frozen) | scales
 
 
 def _note_prefix(model: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:

@@ -121,11 +121,6 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
             f"{mine.get(key, 'absent')} here ({len(different)} parameters differ). Build the model that the adapters "
             "were trained on: same architecture, same number of classes"
         )
-    fingerprint = _fingerprint(model, tensors)
-    if None not in (fingerprint, header["base"]["weights"]) and fingerprint != header["base"]["weights"]:
-        warnings.warn(
-            f"{directory} was trained on other weights of this architecture; results will differ", stacklevel=2
-        )
     report = attach(model, header["methods"], header["train"])
     expected = adapter_state(model)
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -135,6 +130,11 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
         raise AdapterError(
             f"{directory} does not fit what its own header describes: missing {missing[:3]}, unexpected "
             f"{unexpected[:3]}, other shapes {wrong[:3]}"
+        )
+    fingerprint = _fingerprint(model, tensors)
+    if None not in (fingerprint, header["base"]["weights"]) and fingerprint != header["base"]["weights"]:
+        warnings.warn(
+            f"{directory} was trained on other weights of this architecture; results will differ", stacklevel=2
         )
     model.load_state_dict(tensors, strict=False, assign=any(t.is_meta for t in expected.values()))
     return report

@@ -186,8 +186,9 @@ def test_compiles_to_one_graph_and_trains(method, make, shape):
     la.attach(network, ALL[method])
     trainable = [p for p in network.parameters() if p.requires_grad]
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        move(network)  # a step must not compile again
+    for progress in (0.0, 0.1, 1.0):
+        move(network)  # neither a step nor annealing must compile again
+        la.set_progress(network, progress)
         expected, actual = network(x), compiled(x)
         torch.testing.assert_close(actual, expected)
         gradients = [torch.autograd.grad(y.square().sum(), trainable) for y in (expected, actual)]

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lit_adapters.errors import AdapterError
 from lit_adapters.methods.layers import LinearLayer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 
@@ -60,11 +61,20 @@ class DoRAAdapter(LowRankAdapter):
         assert weight is not None
         if not weight.is_meta:
             self._buffers["base_square"] = self.base_matrix().float().square().sum(1)
-        self._measured = (weight, 0 if weight.is_inference() else weight._version)
+        self._measured = (weight, 0 if weight.is_inference() else weight._version, weight.is_floating_point())
 
     def _follow_base(self) -> None:
-        """Measure again if the pretrained weight was replaced or written to; a compiled graph takes it as fixed."""
-        weight, version = self._measured
+        """Measure again if the pretrained weight was replaced or written to; a compiled graph takes it as fixed.
+
+        Raises:
+            AdapterError: the weight was quantised since.
+        """
+        weight, version, floating = self._measured
+        if floating and not self._parameters["weight"].is_floating_point():  # type: ignore[union-attr]
+            raise AdapterError(
+                f"{self.qualified_name!r} was quantised after DoRA had measured its weight; quantise first (move the "
+                "model to its device), then attach"
+            )
         if weight is not self._parameters["weight"] or (not weight.is_inference() and weight._version != version):
             self._measure_base()
 

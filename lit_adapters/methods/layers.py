@@ -36,6 +36,10 @@ class LinearLayer:
         dtype: torch.dtype = base.weight.dtype
         return dtype
 
+    def compute_dtype(self, base: Any, x: Tensor) -> torch.dtype:
+        """What the layer computes in for this input, autocast apart."""
+        return x.dtype
+
     def matrix(self, base: Any, weight: Tensor) -> Tensor:
         """The weight as a matrix (out, in); a view of it where it is stored plainly."""
         return weight
@@ -142,6 +146,9 @@ class QuantisedLayer(LinearLayer):
         state = getattr(base.weight, "quant_state", None)
         dtype: torch.dtype = base.weight.dtype if state is None else state.dtype
         return dtype
+
+    def compute_dtype(self, base: Any, x: Tensor) -> torch.dtype:
+        return base.compute_dtype or x.dtype
 
     def matrix(self, base: Any, weight: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit

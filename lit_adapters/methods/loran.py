@@ -109,13 +109,15 @@ class LoRANAdapter(LowRankAdapter):
             branch, weight, bias, self.lora_A.to(wide), self.lora_B.to(wide), self.frequency.to(wide), self.update,
             self._to_matrix, merged,
         )  # fmt: skip
-        y = y.to(given) if self.layer.keeps_dtype else y
-        return self.base(x) + y if dropped else y
+        y = self.base(x) + y if dropped else y
+        return y.to(given) if self.layer.keeps_dtype else y
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """What the base layer computes in, for this input."""
         kind = x.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.layer.compute_dtype(self.base, x)
 
     def _to_matrix(self, weight: Tensor) -> Tensor:
         return self.layer.matrix(self.base, weight)

@@ -171,15 +171,20 @@ def _rational_backward(
     grad_a, grad_b = sums.split([numerator.shape[1], denominator.shape[1]], dim=1)
     if form == "sum-of-abs":
         grad_b = grad_b * sign(denominator)
-    # copies: an operator's results may not share memory
-    return grad_x, grad_a.to(numerator.dtype, copy=True), grad_b.to(denominator.dtype, copy=True)
+    # Copies, as an operator's results may not share memory; contiguous, as the fake ones below.
+    return (
+        grad_x,
+        numerator.new_empty(numerator.shape).copy_(grad_a),
+        denominator.new_empty(denominator.shape).copy_(grad_b),
+    )
 
 
 @_rational_backward.register_fake
 def _(
     grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channel_dim: int, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(dense(x, channel_dim)), torch.empty_like(numerator), torch.empty_like(denominator)
+    grads = numerator.new_empty(numerator.shape), denominator.new_empty(denominator.shape)
+    return torch.empty_like(dense(x, channel_dim)), *grads
 
 
 def _pair(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor] | None:

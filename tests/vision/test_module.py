@@ -69,6 +69,8 @@ METHODS = [
     ],
     la.NoRAPlusPlus(nora=NORA, lora=la.LoRA(rank=2)),
     {"class_path": "lit_adapters.LoRA", "init_args": {"rank": 2}},
+    la.AFALoRA(rank=2, activation="rational", schedule=la.schedules.Cosine(end=1.0)),
+    [la.LoRAN(rank=2, function="sine", targets=["qkv"]), la.DoRA(rank=2, targets=["fc1"])],
     None,
 ]
 

@@ -1,0 +1,26 @@
+"""Every method inside a model compiled by inductor: one graph, equal values and gradients, no second compilation."""
+
+import pytest
+import torch
+
+import lit_adapters as la
+from tests.matrix import METHODS, MODELS, adapted, move
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_model_trains_alike(method):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    network = adapted("vit", method)
+    x, trainable = MODELS["vit"].inputs(), [p for p in network.parameters() if p.requires_grad]
+    compiled = torch.compile(network, fullgraph=True)
+    for progress in (0.0, 0.1, 1.0):
+        move(network)
+        la.set_progress(network, progress)
+        expected, actual = network(x), compiled(x)
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+        gradients = [torch.autograd.grad(y.square().sum(), trainable) for y in (expected, actual)]
+        for want, got in zip(*gradients, strict=True):
+            assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
