@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lit_adapters.errors import AdapterError
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_PLAIN_FORWARDS = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 
 
 class LinearLayer:
@@ -195,7 +196,7 @@ def matrix_layer(base: nn.Module, qualified_name: str, method: str) -> LinearLay
     """The kind of `base`.
 
     Raises:
-        AdapterError: it is no such layer, or its weight is not a plain parameter.
+        AdapterError: it is no such layer, its weight is not a plain parameter, or it has a forward of its own.
     """
     leave_out = f"leave it out with exclude=[{qualified_name!r}]"
     kind: LinearLayer | None = None
@@ -230,5 +231,11 @@ def matrix_layer(base: nn.Module, qualified_name: str, method: str) -> LinearLay
         raise AdapterError(
             f"the weight of {qualified_name!r} is computed by a parametrisation; remove that "
             f"(torch.nn.utils.parametrize.remove_parametrizations), or {leave_out}"
+        )
+    # Such as a router of experts, or a convolution that standardises its weight or pads its input.
+    if type(kind) in (LinearLayer, ConvolutionLayer) and type(base).forward not in _PLAIN_FORWARDS:
+        raise AdapterError(
+            f"{qualified_name!r} is a {type(base).__name__}, which does not do what a plain layer with its weight "
+            f"does; {leave_out}"
         )
     return kind

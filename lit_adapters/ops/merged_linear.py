@@ -149,6 +149,9 @@ def merged_linear(
         to_matrix: W0 (out, in) from `weight`.
         merged: W' in the dtype of x, if it is at hand.
     """
+    # F.linear flattens a contiguous input itself, and its output would be a view, which callers may not write to if it
+    # comes out of a Function; ViTs with a class token and Swin V2 do write to it.
+    rows = x.reshape(-1, x.shape[-1]) if x.is_contiguous() else x
     with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = _MergedLinear.apply(x, weight, bias, a, b, frequency, update, to_matrix, merged)
-    return y
+        y: Tensor = _MergedLinear.apply(rows, weight, bias, a, b, frequency, update, to_matrix, merged)
+    return y.view(*x.shape[:-1], y.shape[-1]) if rows is not x else y

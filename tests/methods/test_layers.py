@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import StdConv2d, create_conv2d
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -177,6 +178,27 @@ def test_a_grouped_convolution(method):
 def test_layers_that_hold_no_matrix(layer, message, method):
     with pytest.raises(la.AdapterError, match=rf"'0' is neither: {message}|'0' is neither: nn\..*{message}|{message}"):
         la.attach(nn.Sequential(layer), LOW_RANK[method](rank=2, targets=["0"]))
+
+
+@pytest.mark.parametrize("method", LOW_RANK)
+def test_layers_with_a_forward_of_their_own(method):
+    same, standardised = create_conv2d(4, 8, 3, stride=2, padding="same"), StdConv2d(4, 8, 3)
+    for layer in (same, standardised, Router(8, 4)):
+        network = nn.Sequential(layer)
+        with pytest.raises(
+            la.AdapterError, match=f"'0' is a {type(layer).__name__}, which does not do what a plain layer"
+        ):
+            la.attach(network, LOW_RANK[method](rank=2, targets=["0"]))
+    with pytest.raises(la.AdapterError, match=r"'1' is a Router.*exclude=\['1'\]"):
+        la.attach(nn.Sequential(nn.Linear(8, 8), Router(8, 4)), LOW_RANK[method](rank=2))
+
+
+class Router(nn.Linear):
+    """As those of mixtures of experts."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = super().forward(x)
+        return logits, logits.topk(2).indices
 
 
 def test_the_projection_of_an_attention_module():

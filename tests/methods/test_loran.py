@@ -119,6 +119,20 @@ def test_the_phase_is_computed_in_float32_whatever_the_model_is():
     assert (y - expected).abs().max() <= 0.01 * expected.abs().max() + 0.01
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_the_output_may_be_written_to(bias, contiguous):
+    adapter = layer(nn.Linear(12, 8, bias=bias))
+    x = torch.randn(4, 5, 12, requires_grad=True) if contiguous else torch.randn(4, 12, 5, requires_grad=True).mT
+    expected = torch.autograd.grad((adapter(x) * 2 + 1).square().sum(), adapter.lora_B)
+    y = adapter(x)
+    y.mul_(2).add_(1)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), adapter.lora_B), expected)
+    with torch.no_grad():
+        adapter.lora_B.zero_()
+    assert torch.equal(adapter(x), adapter.base(x))
+
+
 def test_double_precision_is_kept():
     adapter = layer(amplitude=0.1, frequency=7.0).double()
     x = torch.randn(5, 12, dtype=torch.float64)
