@@ -118,7 +118,8 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     if idle:
         raise AdapterError(
             f"{len(idle)} of {len(found)} adapters did not run: {', '.join(idle[:6])}. The model bypasses these "
-            "layers (it reads their weights directly or fuses them); exclude them or turn the fusion off"
+            "layers (it reads their weights directly, fuses them, or routed nothing to them); exclude them or turn the "
+            "fusion off"
         )
 
 

@@ -13,12 +13,14 @@ from lit_adapters.activations import is_known_activation
 from lit_adapters.errors import AdapterError, TargetsNotFound
 from lit_adapters.layout import is_linear, is_pointwise_conv
 from lit_adapters.methods.base import AdapterModule, Method
+from lit_adapters.methods.layers import is_plain
 
 # Parts of a name that mark an activation as something else than an MLP's: reached by naming them in `targets`.
 _NOT_MLP = re.compile(
-    r"(^|\.)(pooler|attn_pool|stem|patch_embed|head|head_\w+|fc_norm|cls|classifier|score|lm_head|predictions|"
-    r"pre_logits|gate|se|router|time_embed\w*)(\.|$)"
+    r"(^|\.)(pooler\w*|attn_pool|stem|patch_embed|head|head_\w+|\w+_head|fc_norm|cls|classifier|score|predictions|"
+    r"pre_logits|sequence_summary|gate|se|router|time_embed\w*)(\.|$)"
 )
+_GATE_CLASS = re.compile(r"Squeeze|Excit|^SE|Gather")
 _MLP_NAME = re.compile(r"(mlp|ffn|feed_?forward|intermediate)$", re.IGNORECASE)
 
 
@@ -79,6 +81,7 @@ def _all_linear(model: nn.Module) -> Callable[[Target], bool]:
     # nn.MultiheadAttention reads the weight of its output projection without calling the layer.
     return lambda t: (
         is_linear(t.module)
+        and is_plain(t.module)
         and id(t.module) not in heads
         and not isinstance(t.module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     )
@@ -89,6 +92,8 @@ def _activations(model: nn.Module) -> Callable[[Target], bool]:
 
     def selected(t: Target) -> bool:
         if not is_known_activation(t.module) or _NOT_MLP.search(t.name) or id(t.module) in heads:
+            return False
+        if _GATE_CLASS.search(type(t.parent).__name__):
             return False
         return any((is_linear(m) or is_pointwise_conv(m)) and id(m) not in heads for m in t.parent.children())
 
@@ -138,7 +143,10 @@ def _nothing_found(model: nn.Module, method: Method) -> str:
             if _MLP_NAME.search(name) and not any(is_known_activation(c) for c in m.children())
         ]
         if functional:
-            message += f" These blocks call their activation as a function, not as a module: {_few(functional)}."
+            message += (
+                f" These blocks hold no known activation module of their own (they call a function, or keep it "
+                f"elsewhere): {_few(functional)}."
+            )
     message += near_misses(spec, [t.name for t in places(model)])
     if candidates:
         message += f" Modules it could adapt if named: {_few(candidates)}."

@@ -44,6 +44,8 @@ def test_layout(parent, attribute, expected):
         named(act=nn.GELU(), conv=nn.Conv2d(3, 8, 1), fc=nn.Linear(8, 2)),
         named(embed=nn.Embedding(4, 8), act=nn.GELU()),
         named(act=nn.GELU()),
+        # PVT: tokens are put on a grid for the convolution and back.
+        named(fc1=nn.Linear(4, 8), conv=nn.Conv2d(8, 8, 3), act=nn.GELU(), drop=nn.Dropout(), fc2=nn.Linear(8, 4)),
     ],
 )
 def test_ambiguous_layout_is_refused_until_channel_dim_is_given(parent):
@@ -61,8 +63,9 @@ def test_groups_lie_along_the_channels_of_real_models(name):
     for _, adapter in la.adapters(network):
         adapter.register_forward_hook(lambda module, args, y: seen.append((args[0].shape, module.channel_dim)))
     MODELS[name].run(network)
-    widths = {"vit": {192}, "convnext": {96, 128, 192, 256}, "llama": {48}, "bert": {64}}[name]
-    assert {shape[dim] for shape, dim in seen} == widths
+    widths = {"vit": {192}, "convnext": {96, 128, 192, 256}, "llama": {48}, "bert": {64}}
+    widths |= {"swin": {64, 128}, "gpt2": {128}}
+    assert {shape[dim] for shape, dim in seen} == widths[name]
 
 
 def test_channels_first_mlps():

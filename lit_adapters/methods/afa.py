@@ -126,12 +126,18 @@ class AFAAdapter(LowRankAdapter):
             return y
         return y + self.lifted(annealed(self.code(x), self.sigma(), self.beta)).to(y.dtype)
 
-    def serve_as_weight(self, qualified_name: str, parent: str) -> None:
-        """Refuse: no weight does what a nonlinear code does."""
-        raise AdapterError(
-            f"{parent} reads the weight of {qualified_name!r} without calling it, so that no activation can act; set "
-            f"exclude=[{qualified_name!r}], or use LoRA, DoRA or LoRAN, which change the weight"
-        )
+    def weight_to_read(self) -> Tensor:
+        """As for any weight adapter, once it is linear.
+
+        Raises:
+            AdapterError: beta is not 0: no weight does what a nonlinear code does.
+        """
+        if self.beta.item() != 0.0:
+            raise AdapterError(
+                f"the model reads the weight of {self.qualified_name!r} and does not call it, so that no activation "
+                f"can act; set exclude=[{self.qualified_name!r}], or use LoRA, DoRA or LoRAN, which change the weight"
+            )
+        return super().weight_to_read()
 
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """s B A, (out, in); all of the update at beta = 0, and no weight has it before.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 import re
 from typing import Any
 
@@ -192,6 +193,35 @@ def _source(kind: type) -> str:
         return ""
 
 
+@torch.no_grad()
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer or convolution does no more than its class in torch.nn; one with its own forward is tried.
+
+    Others are routers of experts, convolutions that standardise their weight or pad their input, and the like.
+    """
+    if type(module).forward in _PLAIN_FORWARDS or not isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+        return True
+    if any(kind.__name__ == "Linear4bit" for kind in type(module).__mro__):
+        return True
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    layer: LinearLayer
+    if isinstance(module, nn.Linear):
+        layer, shape = LinearLayer(), [2, module.in_features]
+    else:
+        layer = ConvolutionLayer(module)
+        extent = [3 * d * k + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]  # type: ignore[arg-type]
+        shape = [2, int(weight.shape[1] * module.groups), *extent]  # type: ignore[operator]
+    count = math.prod(shape)
+    x = torch.linspace(-1, 1, count, dtype=weight.dtype, device=weight.device).view(shape)  # no random state is used up
+    try:
+        y, expected = module(x), layer.apply(module, x, weight)
+    except Exception:  # whatever it wants, it is no such input
+        return False
+    if not isinstance(y, Tensor) or y.shape != expected.shape:
+        return False
+    return y.is_meta or torch.allclose(y.float(), expected.float(), rtol=1e-2, atol=1e-3)
+
+
 def matrix_layer(base: nn.Module, qualified_name: str, method: str) -> LinearLayer:
     """The kind of `base`.
 
@@ -232,8 +262,7 @@ def matrix_layer(base: nn.Module, qualified_name: str, method: str) -> LinearLay
             f"the weight of {qualified_name!r} is computed by a parametrisation; remove that "
             f"(torch.nn.utils.parametrize.remove_parametrizations), or {leave_out}"
         )
-    # Such as a router of experts, or a convolution that standardises its weight or pads its input.
-    if type(kind) in (LinearLayer, ConvolutionLayer) and type(base).forward not in _PLAIN_FORWARDS:
+    if not is_plain(base):
         raise AdapterError(
             f"{qualified_name!r} is a {type(base).__name__}, which does not do what a plain layer with its weight "
             f"does; {leave_out}"

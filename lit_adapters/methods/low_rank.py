@@ -26,8 +26,8 @@ class LowRank(Method):
         rank: r, the rank of the pair; at most the smaller side of every target.
         alpha: the update is multiplied by alpha / rank.
         dropout: probability of zeroing an input of the update while training.
-        targets: "all-linear" (the head excluded), a list of name suffixes, or a regular expression for whole names;
-            convolutions and heads are reached by name.
+        targets: "all-linear" (every plain linear layer but the head), a list of name suffixes, or a regular expression
+            for whole names; convolutions and heads are reached by name.
         exclude: name suffixes of modules to leave alone.
         rank_pattern: rank by regular expression on the whole name, where it differs from `rank`.
         rslora: divide alpha by sqrt(rank) instead of rank (arXiv 2312.03732).
@@ -81,7 +81,7 @@ class LowRank(Method):
             )
         adapter = self.adapter(base, layer, rank)
         if reads_weight(parent, qualified_name.rpartition(".")[2]):
-            adapter.serve_as_weight(qualified_name, type(parent).__name__)
+            adapter.read_as_weight = True
         return adapter
 
     def adapter(self, base: nn.Module, layer: LinearLayer, rank: int) -> LowRankAdapter:
@@ -120,18 +120,18 @@ class LowRankAdapter(WeightAdapter):
         """B A (out, in) in `dtype`."""
         return self.lora_B.to(dtype) @ self.lora_A.to(dtype)
 
-    def serve_as_weight(self, qualified_name: str, parent: str) -> None:
-        """Give a parent that reads `layer.weight` without calling the layer the adapted weight.
+    def weight_to_read(self) -> Tensor:
+        """As for any weight adapter.
 
         Raises:
-            AdapterError: dropout is asked for, which needs the input.
+            AdapterError: there is dropout, which needs the input.
         """
-        if self.dropout > 0:
+        if self.dropout > 0 and self.training:
             raise AdapterError(
-                f"{parent} reads the weight of {qualified_name!r} without calling it, so that dropout {self.dropout} "
-                f"cannot act; set dropout=0 or exclude=[{qualified_name!r}]"
+                f"the model reads the weight of {self.qualified_name!r} and does not call it, so that dropout "
+                f"{self.dropout} cannot act; set dropout=0 or exclude=[{self.qualified_name!r}]"
             )
-        self.read_as_weight = True
+        return super().weight_to_read()
 
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """s B A, (out, in)."""

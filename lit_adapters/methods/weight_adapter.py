@@ -52,7 +52,11 @@ class WeightAdapter(AdapterModule):
             self.on_read()
         if not self.enabled or raw is None:
             return raw
-        return self.merged_weight if self.merged else self.adapted_weight().to(raw.dtype)
+        return self.merged_weight if self.merged else self.weight_to_read()
+
+    def weight_to_read(self) -> Tensor:
+        """The adapted weight in the layout and dtype of the pretrained one, differentiable."""
+        return self.adapted_weight().to(self.base.weight.dtype)  # type: ignore[arg-type]
 
     @property
     def in_effect(self) -> bool:

@@ -128,15 +128,29 @@ def test_a_weight_that_is_read_is_the_adapted_one(name, method):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_no_weight_does_what_an_activation_or_dropout_would(name):
-    with pytest.raises(
-        la.AdapterError, match=r"reads the weight of .*qkv' without calling it, so that no activation can"
-    ):
-        la.attach(small(name), la.AFALoRA(rank=2))
-    with pytest.raises(la.AdapterError, match=r"so that dropout 0.1 cannot act"):
-        la.attach(small(name), la.LoRA(rank=2, dropout=0.1))
     network, x = small(name), image(name)
+    la.attach(network, la.AFALoRA(rank=2, activation="silu"))
+    with pytest.raises(
+        la.AdapterError, match=r"reads the weight of .*qkv' and does not call it, so that no activation"
+    ):
+        la.verify(network, x)
+    la.set_progress(network, 1.0)
+    la.verify(network, x)  # at the end it is a weight
+    network = small(name)
+    la.attach(network, la.LoRA(rank=2, dropout=0.1))
+    with pytest.raises(la.AdapterError, match=r"so that dropout 0.1 cannot act; set dropout=0 or exclude="):
+        network.train()(x)
+    network = small(name)
     la.attach(network, la.AFALoRA(rank=2, exclude=["qkv"], activation="silu"))
     la.verify(network, x)
+
+
+def test_code_that_reads_a_weight_in_some_cases_only():
+    network = timm.create_model(
+        "vit_small_patch16_dinov3", img_size=32, depth=1, embed_dim=24, num_heads=2, num_classes=3
+    )
+    la.attach(network, la.AFALoRA(rank=2, dropout=0.1))
+    la.verify(network, torch.randn(2, 3, 32, 32))
 
 
 def test_a_layer_of_which_only_the_dtype_is_read_is_called():
@@ -189,8 +203,16 @@ def test_layers_with_a_forward_of_their_own(method):
             la.AdapterError, match=f"'0' is a {type(layer).__name__}, which does not do what a plain layer"
         ):
             la.attach(network, LOW_RANK[method](rank=2, targets=["0"]))
-    with pytest.raises(la.AdapterError, match=r"'1' is a Router.*exclude=\['1'\]"):
-        la.attach(nn.Sequential(nn.Linear(8, 8), Router(8, 4)), LOW_RANK[method](rank=2))
+    # By name they are refused, "all-linear" leaves them out.
+    report = la.attach(nn.Sequential(nn.Linear(8, 8), Router(8, 4), Plain(8, 8)), LOW_RANK[method](rank=2))
+    assert [name for name, _, _ in report.adapters] == ["0", "2"]
+
+
+class Plain(nn.Linear):
+    """A forward of its own that is none."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
 
 
 class Router(nn.Linear):

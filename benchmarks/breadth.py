@@ -1,0 +1,157 @@
+"""Try every method on one small member of each model family; write results/breadth.json and docs/breadth.md.
+
+python -m benchmarks.breadth
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from tqdm import tqdm
+
+import lit_adapters as la
+from benchmarks.results_file import RESULTS, environment
+from lit_adapters.checkpoint import write_atomically
+from tests.families import FAMILIES, Family
+
+PAGE = Path(__file__).parents[1] / "docs" / "breadth.md"
+METHODS: dict[str, Callable[[Family], la.Method]] = {
+    "NoRA": lambda f: la.NoRA(groups=f.groups, base="anchored", targets=f.activations, channel_dim=f.channel_dim),
+    "LoRA": lambda f: la.LoRA(rank=2, alpha=4.0, targets=f.linear),
+    "AFALoRA": lambda f: la.AFALoRA(rank=2, alpha=4.0, activation="silu", targets=f.linear),
+    "LoRAN": lambda f: la.LoRAN(rank=2, alpha=4.0, function="sinter", targets=f.linear),
+}
+_INTRODUCTION = """\
+# Which models work
+
+Each family is one small model built from its configuration with random weights; each method is attached to it, has to
+leave its function unchanged, passes `lit_adapters.verify`, and gets a gradient into every adapter from one forward and
+backward pass in training mode. `python -m benchmarks.breadth` writes this page and `benchmarks/results/breadth.json`,
+which has the full error messages.
+
+Where a method works, the number is that of its adapters; where it is refused, an `AdapterError` says why. LoRA, AFALoRA
+and LoRAN have `targets="all-linear"`, NoRA has `targets="activations"`, unless the last two columns name others.
+"""
+
+
+@functools.lru_cache(maxsize=1)
+def _prototype(key: str) -> nn.Module:
+    """The model, with every weight off its initialisation, where zeros would hide an adapter from the loss."""
+    torch.manual_seed(0)
+    network = FAMILIES[key].make()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return network.eval()
+
+
+def check(key: str, method: str) -> int:
+    """Attach a method to a fresh copy of a family's model, take one step of gradients; the number of adapters.
+
+    Raises:
+        AdapterError: the library refuses the method for this model.
+        AssertionError: it accepts, and then an adapter takes no part or the start is not the model's own function.
+    """
+    family, network = FAMILIES[key], copy.deepcopy(_prototype(key))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = family.run(network)
+        report = la.attach(network, METHODS[method](family), train=family.train)
+        got = family.run(network)
+    assert torch.equal(got, expected), "the start is not the function of the model"
+    la.verify(network, **family.inputs)
+
+    adapters = dict(la.adapters(network))
+    assert len(adapters) == len(report.adapters) > 0, "no adapter"
+    own = {f"{n}.{k}": p for n, a in adapters.items() for k, p in a.adapter_parameters().items()}
+    with torch.no_grad():
+        for parameter in own.values():  # off the start, where half of the factors have no gradient yet
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    logits = family.run(network.train()).flatten(0, -2)
+    loss = F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[-1])
+    assert loss.isfinite(), f"the loss is {loss}"
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in own.items()}
+    broken = [name for name, gradient in gradients.items() if gradient is None or not gradient.isfinite().all()]
+    assert not broken, f"no finite gradient: {broken}"
+    awake = {name.rpartition(".")[0] for name, gradient in gradients.items() if gradient is not None and gradient.any()}
+    assert awake == adapters.keys(), f"a gradient of zero: {sorted(adapters.keys() - awake)}"
+    return len(adapters)
+
+
+def outcome(key: str, method: str) -> dict[str, Any]:
+    """What `check` finds: {"adapters": n}, {"refused": message} or {"fails": message}."""
+    try:
+        return {"adapters": check(key, method)}
+    except la.AdapterError as error:
+        return {"refused": str(error)}
+    except Exception as error:  # whatever a model does: the table is to say so
+        return {"fails": f"{type(error).__name__}: {error}"}
+
+
+def cell(found: dict[str, Any]) -> str:
+    """An outcome in a few words; of a message the first clause."""
+    if "adapters" in found:
+        return f"works ({found['adapters']})"
+    if "fails" in found:
+        return f"**fails**: {found['fails'].partition('. ')[0]}"
+    message = re.sub(rf"^({'|'.join(METHODS)}): ", "", found["refused"])
+    return f"refused: {re.split(r'[.;:] | [(]', message)[0]}"
+
+
+def page(record: dict[str, Any]) -> str:
+    """docs/breadth.md."""
+    e = record["environment"]
+    versions = ", ".join(f"{name} {e[name]}" for name in ("lit-adapters", "torch", "timm", "transformers"))
+    header = ["family", "model", *METHODS, "linear targets", "activations"]
+    lines = [_INTRODUCTION, f"{versions}, {e['date']}."]
+    for library in ("timm", "transformers"):
+        rows = [r for r in record["families"] if r["library"] == library]
+        lines += [f"\n## {library}\n", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        for row in rows:
+            cells = [row["name"], f"`{row['model']}`", *(cell(row[method]) for method in METHODS)]
+            cells += [_targets(row["linear"], "all-linear"), _targets(row["activations"], "activations")]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _targets(given: str | list[str], default: str) -> str:
+    names = [given] if isinstance(given, str) else given
+    return "" if given == default else ", ".join(f"`{name}`" for name in names)
+
+
+def _save(path: Path, text: str) -> None:
+    def fill(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, fill)
+
+
+def main() -> None:
+    """Try everything and write both files."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+    rows = []
+    for key, family in tqdm(FAMILIES.items(), desc="families"):
+        row = {name: getattr(family, name) for name in ("name", "library", "model", "linear", "activations")}
+        rows.append(row | {method: outcome(key, method) for method in METHODS})
+    record = {"environment": environment() | {"transformers": version("transformers")}, "families": rows}
+    _save(RESULTS / "breadth.json", json.dumps(record, indent=1) + "\n")
+    _save(PAGE, page(record))
+
+
+if __name__ == "__main__":
+    main()

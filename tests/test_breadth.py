@@ -1,0 +1,19 @@
+"""Every method on one small member of each model family: it works, or says clearly why not."""
+
+import pytest
+
+import lit_adapters as la
+from benchmarks.breadth import METHODS, check
+from tests.families import FAMILIES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_method_works_or_is_refused_for_the_known_reason(key, method):
+    refused = FAMILIES[key].refused.get(method)
+    if refused is None:
+        assert check(key, method) > 0
+    else:
+        with pytest.raises(la.AdapterError, match=refused):
+            check(key, method)
