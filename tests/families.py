@@ -108,6 +108,7 @@ _DEFAULT = dict.fromkeys(_ALL, r"targets '[a-z-]+' match no module")
 _READ = {"AFALoRA": r"reads the weight of '.*qkv' and does not call it"}
 _OWN_FORWARD = dict.fromkeys(("LoRA", "AFALoRA", "LoRAN"), "StdConv2d|Conv2dSame")  # they do more than convolve
 _DEPTHWISE = dict.fromkeys(("LoRA", "AFALoRA"), "is a convolution in groups")
+_MAMBA = dict.fromkeys(_ALL, "adapters did not run") | {"NoRA": "its neighbours are Conv1d and Linear"}
 _THIN: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 32), "num_heads": (2, 2, 2, 2)}
 _HYBRID: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2}
 _WINDOWED: dict[str, Any] = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2)}
@@ -267,7 +268,7 @@ _TRANSFORMERS = [
     _language("phimoe", _EXPERTS, refused=_FUNCTION),
     _language("llama4_text", _EXPERTS, intermediate_size_mlp=64),
     _language("deepseek_v3", _SIZES | _LATENT, n_group=1, topk_group=1),
-    _language("mamba", _SHORT, num_hidden_layers=2, state_size=8, refused=dict.fromkeys(_ALL, "adapters did not run")),
+    _language("mamba", _SHORT, num_hidden_layers=2, state_size=8, refused=_MAMBA),
     _language("rwkv", _SHORT, num_hidden_layers=2, attention_hidden_size=32, refused=_FUNCTION),
     *(_encoder(model, _SIZES) for model in _ENCODERS),
     _encoder("distilbert", {}, vocab_size=64, dim=32, hidden_dim=64, n_layers=2, n_heads=4),

@@ -80,7 +80,7 @@ class FunctionalMlp(nn.Module):
 
 def test_a_function_in_the_place_of_a_module_is_named():
     model = nn.ModuleDict({"mlp": FunctionalMlp()})
-    with pytest.raises(la.TargetsNotFound, match=r"hold no known activation module of their own .*mlp \(FunctionalMlp\)"):
+    with pytest.raises(la.TargetsNotFound, match=r"no known activation module of their own .*mlp \(FunctionalMlp\)"):
         names(model, la.NoRA(groups=2))
 
 
