@@ -55,9 +55,9 @@ def channel_layout(parent: nn.Module, attribute: str) -> Layout:
     """Read the layout of the input of activation `parent.attribute` off its siblings, in the order of definition.
 
     The layer right before it decides, unless that is a convolution and the very next one linear (something is flattened
-    or permuted on one side); where none comes before, the siblings must agree. The channel count is trusted only where the next
-    layer consumes as many as the previous one makes, or where there is a single layer before: a gated MLP hands its
-    activation half of them, and a LLaMA MLP defines its activation last.
+    or permuted on one side); where none comes before, the siblings must agree. The channel count is trusted only where
+    the next layer consumes as many as the previous one makes, or where there is a single layer before: a gated MLP
+    hands its activation half of them, and a LLaMA MLP defines its activation last.
     """
     if _channel_dim(parent) == 1:  # timm's BatchNormAct2d holds its own activation
         return Layout(1, getattr(parent, "num_features", None))
@@ -67,7 +67,7 @@ def channel_layout(parent: nn.Module, attribute: str) -> Layout:
     after = [m for i, m in siblings if i > 0 and _inputs(m) is not None]
     dims = {d for _, m in siblings if (d := _channel_dim(m)) is not None}
     following = next((m for i, m in siblings if i > 0 and not isinstance(m, (nn.Dropout, nn.Identity))), None)
-    if before and following is not None and _channel_dim(before[-1]) == 1 and _channel_dim(following) == -1:
+    if before and following is not None and (_channel_dim(before[-1]), _channel_dim(following)) == (1, -1):
         return Layout(None, reason=f"its neighbours are {type(before[-1]).__name__} and {type(following).__name__}")
     if before:
         channel_dim = _channel_dim(before[-1])
