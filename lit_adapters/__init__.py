@@ -14,7 +14,8 @@ from lit_adapters.checkpoint import load_adapters, save_adapters
 from lit_adapters.control import calibrate, disabled, set_progress, verify
 from lit_adapters.errors import AdapterError, AssetError, DataError, TargetsNotFound
 from lit_adapters.merge import MergeReport, merge, unmerge
-from lit_adapters.methods import AdapterModule, AFALoRA, DoRA, LoRA, LoRAN, Method, NoRA, NoRAPlusPlus
+from lit_adapters.methods import AdapterModule, AFALoRA, DoRA, LoRA, LoRAN, Method, NoRA, NoRAPlusPlus, Peft
+from lit_adapters.peft_format import export_peft, import_peft
 from lit_adapters.report import AdapterReport
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "Method",
     "NoRA",
     "NoRAPlusPlus",
+    "Peft",
     "RationalActivation",
     "TargetsNotFound",
     "adapters",
@@ -42,6 +44,8 @@ __all__ = [
     "calibrate",
     "detach",
     "disabled",
+    "export_peft",
+    "import_peft",
     "load_adapters",
     "merge",
     "save_adapters",

@@ -10,7 +10,10 @@ from lit_adapters.attach import adapters, attachment, remove_adapters
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.layers import QuantisedLayer
+from lit_adapters.methods.peft_adapter import PeftAdapter
 from lit_adapters.methods.weight_adapter import WeightAdapter
+
+_MERGING = (WeightAdapter, PeftAdapter)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class MergeReport:
         return text + (f"; {len(self.kept)} rational activations stay" if self.kept else "")
 
 
-def _check(model: nn.Module, weights: dict[str, WeightAdapter]) -> None:
+def _check(model: nn.Module, weights: dict[str, WeightAdapter | PeftAdapter]) -> None:
     """Raise where the weight of an adapted layer cannot take an update."""
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -69,9 +72,9 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
     done = [name for name, adapter in found if adapter.merged]
     if done:
         raise AdapterError(f"{done[0]!r} is merged already; call lit_adapters.unmerge(model) first")
-    weights = {name: adapter for name, adapter in found if isinstance(adapter, WeightAdapter)}
+    weights = {name: adapter for name, adapter in found if isinstance(adapter, _MERGING)}
     _check(model, weights)
-    dequantised = [name for name, adapter in weights.items() if isinstance(adapter.layer, QuantisedLayer)]
+    dequantised = [n for n, a in weights.items() if isinstance(getattr(a, "layer", None), QuantisedLayer)]
     errors = [(0.0, 0.0), *(adapter.absorb() if unload else adapter.merge() for adapter in weights.values())]
     kept = [name for name, _ in found if name not in weights]
     if unload:
@@ -80,7 +83,7 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
 
 
 def _successor(adapter: AdapterModule) -> nn.Module:
-    return adapter.unwrapped() if isinstance(adapter, WeightAdapter) else adapter.folded()
+    return adapter.unwrapped() if isinstance(adapter, _MERGING) else adapter.folded()
 
 
 def unmerge(model: nn.Module) -> None:
@@ -89,7 +92,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         AdapterError: no merge is in effect.
     """
-    merged = [a for _, a in adapters(model) if isinstance(a, WeightAdapter) and a.merged]
+    merged = [a for _, a in adapters(model) if isinstance(a, _MERGING) and a.merged]
     if not merged:
         raise AdapterError("nothing is merged; merge(model, unload=False) is what unmerge undoes")
     for adapter in merged:

@@ -7,6 +7,18 @@ from lit_adapters.methods.lora import LoRA
 from lit_adapters.methods.loran import LoRAN
 from lit_adapters.methods.nora import NoRA
 from lit_adapters.methods.nora_plus_plus import NoRAPlusPlus
+from lit_adapters.methods.peft import Peft
 from lit_adapters.methods.weight_adapter import WeightAdapter
 
-__all__ = ["AFALoRA", "AdapterModule", "DoRA", "LoRA", "LoRAN", "Method", "NoRA", "NoRAPlusPlus", "WeightAdapter"]
+__all__ = [
+    "AFALoRA",
+    "AdapterModule",
+    "DoRA",
+    "LoRA",
+    "LoRAN",
+    "Method",
+    "NoRA",
+    "NoRAPlusPlus",
+    "Peft",
+    "WeightAdapter",
+]

@@ -1,0 +1,185 @@
+"""Any method of the peft library (https://github.com/huggingface/peft) that changes single layers, as one of ours.
+
+peft injects its layers as it always does; each is then put beside its base layer like our own adapters, and the model
+is given back. What peft trains by its model wrapper, and not by its layers, is refused where it is needed (prompts,
+task ids) and warned of where it is missed (the rank allocation of AdaLoRA).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lit_adapters.errors import AdapterError, TargetsNotFound
+from lit_adapters.methods.base import AdapterModule, Method
+from lit_adapters.methods.layers import QuantisedLayer
+from lit_adapters.methods.peft_adapter import PeftAdapter
+
+_ADAPTER = "default"  # peft's name for the first adapter of a layer
+# Initialisations of peft's LoRA that leave the pretrained weight alone.
+SAFE_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_REFUSED_TYPES = {
+    "POLY": "its layers ask for task ids beside every input, which only peft's own model passes on",
+    "XLORA": "it routes between saved adapters inside peft's own model",
+    "SHADOW": "it trains a second network beside the model",
+    "ADAPTION_PROMPT": "it changes how attention runs",
+}
+_REFUSED_SETTINGS = {
+    "modules_to_save": "name these modules in attach(..., train=...)",
+    "trainable_token_indices": "use a method of peft type TRAINABLE_TOKENS beside this one",
+    "target_parameters": "name modules in target_modules",
+    "layer_replication": "it changes the model itself; build the deeper model first",
+    "alora_invocation_tokens": "only peft's own model can find the tokens",
+    "arrow_config": "it routes between saved adapters inside peft's own model",
+    "kasa_config": "it changes the pretrained weights",
+    "monteclora_config": "its loss term needs peft's own trainer",
+}
+_PER_STEP = {
+    "ADALORA": "ranks stay at init_r and the orthogonality term is not in the loss",
+    "ADAMSS": "with use_asa, no subspaces are dropped",
+}
+
+
+def require_peft() -> Any:
+    """The peft library.
+
+    Raises:
+        AdapterError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise AdapterError(f"this needs peft ({error}); pip install lit-adapters[peft]") from error
+    return peft
+
+
+@dataclass
+class Peft(Method):
+    """Configuration of any peft method that adapts layers one by one: LoRA variants, LoHa, IA3, OFT, VeRA and more.
+
+    Which layers, ranks and dropout belong to peft's own configuration (`target_modules`, `exclude_modules`, ...).
+
+    Args:
+        config: a `peft.PeftConfig`, or its dictionary with `peft_type`; kept as a dictionary of plain values.
+
+    Raises:
+        AdapterError: peft is missing or refuses the values; a prompt method, or a setting that only peft's own model
+            can carry out.
+    """
+
+    name: ClassVar[str] = "peft"
+    kind: ClassVar[str] = "linear"
+
+    config: Any
+
+    def __post_init__(self) -> None:
+        config = self._build()
+        kind = config.peft_type.value
+        if config.is_prompt_learning or config.is_adaption_prompt or kind in _REFUSED_TYPES:
+            reason = _REFUSED_TYPES.get(kind, "it learns prompts, and no layer of the model")
+            raise AdapterError(f"Peft cannot run {kind}: {reason}; use peft's get_peft_model")
+        for setting, fix in _REFUSED_SETTINGS.items():
+            if getattr(config, setting, None):
+                raise AdapterError(f"{setting}={getattr(config, setting)!r} of {kind} is not supported: {fix}")
+        bias = getattr(config, "bias", "none")
+        if bias not in ("none", False, True):  # for some types a switch of their own, for most "none" or "all"
+            raise AdapterError(f"bias={bias!r} of {kind} is not supported: name biases in attach(..., train=...)")
+        init = getattr(config, "init_lora_weights", True)
+        if kind == "LORA" and init not in SAFE_INITS:
+            raise AdapterError(
+                f"init_lora_weights={init!r} changes the pretrained weights; use one of "
+                f"{', '.join(map(str, SAFE_INITS))}"
+            )
+        self.config = _plain(config)
+
+    def _build(self) -> Any:
+        """The configuration as an object of peft, which checks it."""
+        peft = require_peft()
+        if isinstance(self.config, peft.PeftConfig):
+            return self.config
+        if not isinstance(self.config, Mapping) or "peft_type" not in self.config:
+            raise AdapterError(
+                f"config must be a peft.PeftConfig or its dictionary with peft_type, not {self.config!r}"
+            )
+        if self.config["peft_type"] not in peft.PeftType.__members__:
+            known = ", ".join(peft.PeftType.__members__)
+            raise AdapterError(f"peft {peft.__version__} has no peft_type {self.config['peft_type']!r}, only {known}")
+        try:
+            return peft.PeftConfig.from_peft_type(**copy.deepcopy(dict(self.config)))
+        except Exception as error:  # whatever a configuration of peft's may raise
+            raise AdapterError(f"peft refuses this {self.config['peft_type']} configuration: {error}") from error
+
+    def inject(self, model: nn.Module) -> dict[str, AdapterModule]:
+        """Let peft inject its layers into `model`, take them out again, and wrap them."""
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        present = [n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+        if present:
+            raise AdapterError(f"{present[0]!r} is a layer of peft already; call unload() of peft's model first")
+        config = self._build()
+        kind = config.peft_type.value
+        for module in model.modules():
+            if type(module).__name__ == "Linear4bit":
+                QuantisedLayer(module)  # undoes and forbids a repacking after which its weight cannot be read
+        with _restored(model):
+            try:
+                PEFT_TYPE_TO_TUNER_MAPPING[kind](model, config, adapter_name=_ADAPTER)
+            except Exception as error:  # whatever one of peft's many methods may raise
+                missed = type(error).__name__ == "NoMatchingPeftModuleError"
+                raise (TargetsNotFound if missed else AdapterError)(f"peft cannot inject {kind}: {error}") from error
+            found = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+        for name in found:
+            if any(inner.startswith(f"{name}.") for inner in found):
+                raise AdapterError(f"peft changes the inside of {name!r} for {kind}; leave it out of target_modules")
+        if kind in _PER_STEP and (kind != "ADAMSS" or config.use_asa):
+            warnings.warn(f"{kind} runs without what peft does at every step: {_PER_STEP[kind]}", stacklevel=4)
+        owned: set[int] = set()
+        return {name: PeftAdapter(tuner, owned) for name, tuner in found.items()}
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The configuration as JSON holds it, free of what says where it came from."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, (set, frozenset)):
+            return sorted(value)
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return value.value if isinstance(value, Enum) else value
+
+    values = {k: plain(v) for k, v in config.to_dict().items() if k not in ("auto_mapping", "peft_version")}
+    values["inference_mode"] = False  # written by peft into every saved adapter; it would freeze this one
+    try:
+        json.dumps(values)
+    except TypeError as error:
+        raise AdapterError(f"{values['peft_type']}: a value of the configuration cannot be saved: {error}") from error
+    return values
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Give the model its own modules, parameters and requires_grad flags back after the block."""
+    own: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for module in model.modules():
+        own += [(table, dict(table)) for table in (module._modules, module._parameters, module._buffers)]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for table, before in own:
+            table.clear()
+            table.update(before)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        model.__dict__.pop("peft_config", None)

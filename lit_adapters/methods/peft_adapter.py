@@ -1,0 +1,200 @@
+"""A layer of the peft library in the form of our adapters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_adapters.errors import AdapterError
+from lit_adapters.methods.base import AdapterModule
+
+
+class PeftAdapter(AdapterModule):
+    """One layer of peft, the tuner, around its base layer.
+
+    The tuner stays outside the module tree, its children stand beside the base's keys. A child that an earlier adapter
+    shares, such as the projections of VeRA, stands there alone. What the tuner does not train is a buffer.
+    """
+
+    method = "peft"
+    tuner: Any
+
+    def __init__(self, tuner: Any, owned: set[int]) -> None:
+        super().__init__(tuner.base_layer)
+        self.__dict__["tuner"] = tuner
+        self._tuner_children: list[str] = []
+        self._is_merged = False
+        _register(tuner)
+        for name, parameter in tuner._parameters.items():
+            add = self.add_parameter if parameter.requires_grad else self.add_buffer
+            add(name, parameter.detach())
+        for name, buffer in tuner._buffers.items():
+            self.add_buffer(name, buffer, persistent=name not in tuner._non_persistent_buffers_set)
+        tuner._parameters, tuner._buffers = self._parameters, self._buffers
+        for name, child in tuner._modules.items():
+            tensors = {id(t) for t in (*child.parameters(), *child.buffers())}
+            if name == "base_layer" or (tensors and tensors <= owned):
+                continue
+            _settle(child)
+            owned |= {id(t) for t in (*child.parameters(), *child.buffers())}
+            self._modules[name] = child
+            self._tuner_children.append(name)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        children = ((name, self._modules[name]) for name in self._tuner_children)
+        nested = {f"{name}.{key}": p for name, child in children for key, p in child.named_parameters()}  # type: ignore[union-attr]
+        return super().adapter_parameters() | nested
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        children = ((name, self._modules[name]) for name in self._tuner_children)
+        nested = {f"{name}.{k}": t for name, child in children for k, t in child.state_dict(keep_vars=True).items()}  # type: ignore[union-attr]
+        return super().adapter_tensors() | nested
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_merged:
+            merged = {n: self._buffers[f"merged_{n}"] for n in self._base_parameters}
+            merged = {n: t for n, t in merged.items() if t is not None}
+            return torch.func.functional_call(self.base, merged, args, kwargs)  # type: ignore[arg-type]
+        if not self.enabled:
+            return self.base(*args, **kwargs)
+        if self.tuner.training != self.training:  # being outside the tree, it is not told
+            self.tuner.training = self.training
+        y = self.tuner(*args, **kwargs)
+        weight = self._parameters.get("weight")
+        if weight is None or not isinstance(y, Tensor) or torch.is_autocast_enabled(y.device.type):
+            return y
+        # The adapter's float32 must not widen what a layer in half precision returns.
+        widened = y.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
+        return y.to(weight.dtype) if widened else y
+
+    @property
+    def merged(self) -> bool:
+        return self._is_merged
+
+    def check_mergeable(self) -> None:
+        """Raise if there are no weights that hold this adapter's effect.
+
+        Raises:
+            AdapterError: peft cannot merge this method, or the base has no weights to merge into.
+        """
+        for name, parameter in self._parameters_of_base().items():
+            if parameter.is_meta or not parameter.is_floating_point():
+                state = "on the meta device" if parameter.is_meta else f"of {parameter.dtype}"
+                raise AdapterError(f"{self.qualified_name}.{name} is {state}: load or dequantise it first")
+        self._merged(torch.float32)
+
+    def new_weights(self) -> tuple[dict[str, Tensor], float, float]:
+        """The base's parameters as peft merges them, and the error of storing them: absolute, and relative to |W|.
+
+        Merged in float32 (float64 for a base in float64) and rounded once; the error is that against float64.
+        """
+        base = self._parameters_of_base()
+        wide = torch.promote_types(next(iter(base.values())).dtype, torch.float32)
+        merged, exact = self._merged(wide), self._merged(torch.float64)
+        stored = {name: merged[name].to(parameter.dtype) for name, parameter in base.items()}
+        error = relative = 0.0
+        for name in stored:
+            off = (stored[name].double() - exact[name]).abs().max().item()
+            size = max(exact[name].abs().max().item(), torch.finfo(torch.float64).tiny)
+            error, relative = max(error, off), max(relative, off / size)
+        return stored, error, relative
+
+    def merge(self) -> tuple[float, float]:
+        """Compute with merged parameters from now on, kept beside the pretrained ones; returns the errors."""
+        weights, *errors = self.new_weights()
+        for name in self._base_parameters:
+            self.register_buffer(f"merged_{name}", weights.get(name), persistent=False)
+        self._is_merged = True
+        return errors[0], errors[1]
+
+    def absorb(self) -> tuple[float, float]:
+        """Write the merged parameters into the base, for good; returns the errors."""
+        weights, *errors = self.new_weights()
+        for name, parameter in self._parameters_of_base().items():
+            parameter.data.copy_(weights[name])
+        return errors[0], errors[1]
+
+    def unmerge(self) -> None:
+        """Forget the merged parameters."""
+        for name in self._base_parameters:
+            del self._buffers[f"merged_{name}"]
+            self._non_persistent_buffers_set.discard(f"merged_{name}")
+        self._is_merged = False
+
+    def _parameters_of_base(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self._parameters.items() if n in self._base_parameters and p is not None}
+
+    @torch.no_grad()
+    def _merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The base's parameters after peft's own merge in `dtype`, done on a copy."""
+        try:
+            tuner = copy.deepcopy(self.tuner).to(dtype)
+            tuner.merge(safe_merge=True)
+        except Exception as error:  # whatever one of peft's many methods may raise
+            kind = type(self.tuner).__module__.split(".")[2]
+            raise AdapterError(f"peft cannot merge {self.qualified_name!r} ({kind}): {error!r}; keep it") from error
+        base = tuner.get_base_layer()
+        return {name: base._parameters[name].detach() for name in self._parameters_of_base()}
+
+    def _own_tables(self, base: nn.Module) -> nn.Module:
+        base = super()._own_tables(base)
+        for name in self._tuner_children:
+            del base._modules[name]
+        return base
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.merged:
+            raise AdapterError(f"{self.qualified_name!r} is merged; call lit_adapters.unmerge(model) before loading")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As the base layer does it, which knows what else a quantised weight needs; it shares these tables."""
+        if self.base._parameters is self._parameters:
+            self.base._save_to_state_dict(destination, prefix, keep_vars)
+            for name in self._non_persistent_buffers_set:
+                destination.pop(f"{prefix}{name}", None)
+        else:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PeftAdapter:
+        """Buffers that are in no file keep their dtype as well."""
+        derived = {id(b) for name in self._tuner_children for b in self._modules[name].buffers()}  # type: ignore[union-attr]
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if id(tensor) not in derived or tensor.is_meta else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+
+def _register(tuner: Any) -> None:
+    """Make children of the modules and tensors that peft keeps where no device move and no file would find them."""
+    from peft.tuners._buffer_dict import BufferDict
+
+    for name, value in list(vars(tuner).items()):
+        if isinstance(value, nn.Module):
+            setattr(tuner, name, value)
+        elif (
+            isinstance(value, dict) and not name.startswith("_") and any(isinstance(v, Tensor) for v in value.values())
+        ):
+            setattr(tuner, name, BufferDict(value, persistent=True))
+
+
+def _settle(child: nn.Module) -> None:
+    """Keep in float32 what is floating, and as a buffer what does not train."""
+    for module in child.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
+            if not parameter.requires_grad:
+                del module._parameters[name]
+                module.register_buffer(name, parameter.data)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.float()

@@ -1,0 +1,76 @@
+"""What the peft library writes for LoRA and DoRA: `adapter_config.json` and `adapter_model.safetensors`.
+
+base_model.model.<layer>.lora_A.weight            (r, in); of a convolution (r, in, *kernel)
+base_model.model.<layer>.lora_B.weight            (out, r); of a convolution (out, r, 1, ...)
+base_model.model.<layer>.lora_magnitude_vector    (out,); of a convolution (1, out, 1, ...); DoRA only
+base_model.model.<parameter>                      of the modules in `modules_to_save`
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lit_adapters.errors import AdapterError
+from lit_adapters.methods.peft import SAFE_INITS, require_peft
+
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+LAYER_KEY = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_magnitude_vector)")
+# Settings of a LoraConfig that `import_peft` follows, or that say nothing about the adapter's function.
+_UNDERSTOOD = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("fan_in_fan_out", "init_lora_weights", "eva_config", "inference_mode", "base_model_name_or_path", "revision"),
+    *("task_type", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"),
+}
+
+
+def read_lora(directory: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The LoraConfig, and the tensors by their names without the prefix.
+
+    Raises:
+        AdapterError: peft or a file is missing, a file is torn, a setting or a tensor has no counterpart in ours.
+    """
+    peft = require_peft()
+    for path in (directory / CONFIG, directory / TENSORS):
+        if not path.is_file():
+            pickled = " (adapter_model.bin is a pickle: load it with peft and save it again)" * (
+                path.name == TENSORS and (directory / "adapter_model.bin").is_file()
+            )
+            raise AdapterError(f"{path} does not exist; give a directory that peft saved{pickled}")
+    try:
+        raw = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        kind = raw["peft_type"]
+        tensors = load_file(directory / TENSORS)
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise AdapterError(f"{directory} is torn, or was not saved by peft: {error!r}") from error
+    if kind != "LORA":
+        raise AdapterError(f"{directory} holds {kind}; only LORA can be imported, others train as la.Peft(config)")
+    default = peft.LoraConfig()
+    known = {k: v for k, v in raw.items() if k in vars(default)}
+    for setting in (k for k in raw if k not in known and raw[k]):
+        raise AdapterError(f"{directory}: peft {peft.__version__} does not know {setting}={raw[setting]!r}; update it")
+    try:
+        config = peft.LoraConfig(**known)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"peft refuses {directory / CONFIG}: {error}") from error
+    if config.init_lora_weights not in SAFE_INITS:
+        raise AdapterError(
+            f"{directory}: init_lora_weights={config.init_lora_weights!r} changed the base model's weights; convert "
+            "with save_pretrained(..., path_initial_model_for_weight_conversion=...) of peft"
+        )
+    for setting, value in vars(config).items():
+        if setting not in _UNDERSTOOD and value != getattr(default, setting):
+            raise AdapterError(f"{directory}: {setting}={value!r} has no counterpart in la.LoRA or la.DoRA")
+    for key in tensors:
+        rest = key.removeprefix(PREFIX)
+        if rest == key or (".lora_" in rest and not LAYER_KEY.fullmatch(rest)):
+            raise AdapterError(f"{directory}: {key!r} is not a tensor of a LoRA on linear layers or convolutions")
+    return config, {key.removeprefix(PREFIX): t for key, t in tensors.items()}
