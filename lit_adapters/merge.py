@@ -79,7 +79,17 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
     kept = [name for name, _ in found if name not in weights]
     if unload:
         remove_adapters(model, _successor)
+    if dequantised and unload and not any(hasattr(p, "quant_state") for p in model.parameters()):
+        _forget_quantisation(model)
     return MergeReport(max(e for e, _ in errors), max(e for _, e in errors), list(weights), kept, dequantised)
+
+
+def _forget_quantisation(model: nn.Module) -> None:
+    """Take back transformers' note that a model is quantised, with which it could not be saved and loaded again."""
+    for module in model.modules():
+        quantizer = getattr(module, "hf_quantizer", None)
+        if hasattr(quantizer, "remove_quantization_config"):
+            quantizer.remove_quantization_config(module)
 
 
 def _successor(adapter: AdapterModule) -> nn.Module:

@@ -266,3 +266,13 @@ def test_a_language_model(method, dtype, pretrained):
         expected = model(tokens).logits
         assert len(la.merge(model).dequantised) == 14
         assert error(model(tokens).logits, expected.double()) <= (1e-5 if dtype == WIDE else 5e-2)
+
+
+def test_a_merged_language_model_is_saved_as_a_plain_one(pretrained, tmp_path):
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=WIDE)
+    model = LlamaForCausalLM.from_pretrained(pretrained, quantization_config=quantisation, device_map="cpu")
+    la.attach(model, la.LoRA(rank=2))
+    la.merge(move(model).eval())
+    model.save_pretrained(tmp_path)
+    tokens = torch.arange(12).view(2, 6)
+    assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path).eval()(tokens).logits, model(tokens).logits)
