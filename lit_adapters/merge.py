@@ -88,7 +88,7 @@ def _forget_quantisation(model: nn.Module) -> None:
     """Take back transformers' note that a model is quantised, with which it could not be saved and loaded again."""
     for module in model.modules():
         quantizer = getattr(module, "hf_quantizer", None)
-        if hasattr(quantizer, "remove_quantization_config"):
+        if quantizer is not None and hasattr(quantizer, "remove_quantization_config"):
             quantizer.remove_quantization_config(module)
 
 

@@ -6,7 +6,6 @@ import math
 import warnings
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
@@ -89,7 +88,6 @@ class Annealer:
             )
         self._loss = 0.0
 
-    @torch.no_grad()
     def _move(self, elapsed: float) -> None:
         progress = min(1.0, self._step / self._total) if self._total else 1.0
         for i, (adapter, schedule) in enumerate(self._layers):
@@ -98,7 +96,7 @@ class Annealer:
                 self._betas[i] = schedule.advance(self._betas[i], progress, elapsed, rising=fast > slow)
             else:
                 self._betas[i] = schedule(progress)
-            adapter.beta.fill_(self._betas[i])  # type: ignore[operator, union-attr]
+            adapter.set_beta(self._betas[i])  # type: ignore[operator]
 
     def finish(self) -> None:
         """Warn if the training ended before the annealing did."""

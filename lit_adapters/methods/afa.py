@@ -27,6 +27,7 @@ from lit_adapters.schedules import Linear, Schedule, to_schedule
 RATIONAL = "rational"
 _RANGE = (-6.0, 6.0)  # of the fit of a learnable activation
 _CODE_STD = 1.0  # assumed of the code A x, when the steps of the coefficients are scaled
+_PATIENCE = 100  # training passes without annealing before it counts as forgotten
 _SCALE = 0.3  # a step of 1 along one coefficient changes the function by this rms, as in NoRA
 
 
@@ -89,7 +90,8 @@ class AFAAdapter(LowRankAdapter):
     def reset_parameters(self) -> None:
         """As LoRA; beta where the schedule begins, a learnable sigma at SiLU."""
         super().reset_parameters()
-        self.set_progress(0.0)
+        self.set_beta(self.schedule(0.0))
+        self._idle_passes: int | None = 0  # forward passes of a training that nobody anneals
         if self.activation == RATIONAL:
             x = torch.linspace(-5 * _CODE_STD, 5 * _CODE_STD, 2001, dtype=torch.float64, device="cpu")
             effects = coefficient_effects(x, torch.exp(-0.5 * (x / _CODE_STD) ** 2), self.fit)
@@ -102,10 +104,34 @@ class AFAAdapter(LowRankAdapter):
         """The coefficients of a learnable sigma."""
         return [p for name, p in self.adapter_parameters().items() if name.startswith("sigma")]
 
-    @torch.no_grad()
     def set_progress(self, progress: float) -> None:
         """beta to where the schedule has it."""
-        self.beta.fill_(self.schedule(progress))
+        self.set_beta(self.schedule(progress))
+
+    @torch.no_grad()
+    def set_beta(self, beta: float) -> None:
+        """Move beta."""
+        self.beta.fill_(beta)
+        self._idle_passes = None
+
+    def _require_annealing(self) -> None:
+        """Count the training passes until something moves beta; a compiled graph is not counted.
+
+        Raises:
+            AdapterError: there were too many: the annealing was forgotten.
+        """
+        if (
+            self._idle_passes is None
+            or not (self.training and torch.is_grad_enabled())
+            or torch.compiler.is_compiling()
+        ):
+            return
+        self._idle_passes += 1
+        if self._idle_passes > _PATIENCE and self.schedule(1.0) != self.schedule(0.0):
+            raise AdapterError(
+                f"{self.qualified_name!r} has trained for {_PATIENCE} passes and nobody moves its beta: train with "
+                "AdapterCallback, or call lit_adapters.set_progress(model, step / steps) after every step"
+            )
 
     def sigma(self) -> Callable[[Tensor], Tensor]:
         """The activation as it is now; codes (..., r), or (N, r, ...) for a convolution."""
@@ -124,6 +150,7 @@ class AFAAdapter(LowRankAdapter):
         y = self.unadapted(x)
         if not self.in_effect:
             return y
+        self._require_annealing()
         return y + self.lifted(annealed(self.code(x), self.sigma(), self.beta)).to(y.dtype)
 
     def weight_to_read(self) -> Tensor:

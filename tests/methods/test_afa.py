@@ -135,6 +135,23 @@ def test_set_progress_follows_each_schedule():
         la.set_progress(nn.Linear(2, 2), 0.5)
 
 
+def test_training_without_annealing_is_noticed():
+    adapter, x = layer(), torch.randn(2, 12)
+    for _ in range(100):
+        adapter(x).sum().backward()
+    with torch.no_grad():
+        adapter(x)
+    adapter.eval()(x)
+    with pytest.raises(
+        la.AdapterError, match=r"'0' has trained for 100 passes and nobody moves its beta: train with Adap"
+    ):
+        adapter.train()(x)
+    adapter.set_progress(0.0)
+    held = layer(schedule=Hold(1.0))
+    for _ in range(102):
+        adapter(x), held(x)
+
+
 def test_beta_is_saved_and_loaded(tmp_path):
     network = nn.Sequential(nn.Linear(12, 12))
     la.attach(network, la.AFALoRA(rank=2, schedule=Linear(end=1.0)))
