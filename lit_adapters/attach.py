@@ -97,6 +97,8 @@ def attach(
         if adapter is None:
             adapter = method.wrap(target.module, target.name, target.parent)
         adapter.qualified_name = adapter.qualified_name or target.name
+        if isinstance(target.parent, nn.TransformerEncoderLayer):
+            adapter.register_forward_hook(_keep_unfused)
         if _has_parameters(target.module):
             shared[id(target.module)] = adapter
         wrapped.append((target, adapter))
@@ -245,6 +247,10 @@ def frozen_keys(model: nn.Module) -> set[str]:
     frozen = {n: getattr(p, "quant_state", None) for n, p in named if id(p) not in own and not p.requires_grad}
     scales = {f"{n}.{key}" for n, state in frozen.items() if state is not None for key in state.as_dict(packed=True)}
     return set(frozen) | scales
+
+
+def _keep_unfused(module: nn.Module, args: Any, output: Any) -> None:
+    """Does nothing, but having a hook: in eval PyTorch's encoder layer would read all weights and call no layer."""
 
 
 def _note_prefix(model: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:

@@ -172,11 +172,13 @@ def set_progress(model: nn.Module, progress: float) -> None:
         progress: share of the optimiser steps that are done.
 
     Raises:
-        AdapterError: the model has no adapters, or progress lies outside [0, 1].
+        AdapterError: the model has no adapters, an annealed one is merged, or progress lies outside [0, 1].
     """
     if not 0.0 <= progress <= 1.0:
         raise AdapterError(f"progress {progress} must lie in [0, 1]")
-    for _, adapter in _require_adapters(model):
+    for name, adapter in _require_adapters(model):
+        if adapter.merged and adapter.schedule is not None:
+            raise AdapterError(f"{name!r} is merged at its linear end; call lit_adapters.unmerge(model) first")
         adapter.set_progress(progress)
 
 

@@ -67,7 +67,8 @@ def channel_layout(parent: nn.Module, attribute: str) -> Layout:
     after = [m for i, m in siblings if i > 0 and _inputs(m) is not None]
     dims = {d for _, m in siblings if (d := _channel_dim(m)) is not None}
     following = next((m for i, m in siblings if i > 0 and not isinstance(m, (nn.Dropout, nn.Identity))), None)
-    if before and following is not None and (_channel_dim(before[-1]), _channel_dim(following)) == (1, -1):
+    convolution = bool(before) and isinstance(before[-1], nn.modules.conv._ConvNd)
+    if convolution and following is not None and _channel_dim(following) == -1:
         return Layout(None, reason=f"its neighbours are {type(before[-1]).__name__} and {type(following).__name__}")
     if before:
         channel_dim = _channel_dim(before[-1])

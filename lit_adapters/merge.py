@@ -60,14 +60,15 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
     Args:
         model: the module given to `attach`.
         unload: final, no wrapper left: linear layers are the base's own again, adapted activations become
-            `RationalActivation`, and quantised weights plain ones. False keeps the wrappers and puts a merged weight
-            beside every pretrained one, so that `unmerge` restores the model bit for bit.
+            `RationalActivation`, quantised weights plain ones, and requires_grad is as before `attach`. False keeps
+            the wrappers and puts a merged weight beside every pretrained one, so that `unmerge` restores the model
+            bit for bit.
 
     Raises:
         AdapterError: the model has no adapters or is merged already; an adapter is nonlinear at present (AFA-LoRA
             before beta = 0); or a weight is on the meta device or tied to another layer. The model is then as before.
     """
-    attachment(model)
+    state = attachment(model)
     found = list(adapters(model))
     done = [name for name, adapter in found if adapter.merged]
     if done:
@@ -79,6 +80,8 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
     kept = [name for name, _ in found if name not in weights]
     if unload:
         remove_adapters(model, _successor)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(state.required_grad.get(name, False))
     if dequantised and unload and not any(hasattr(p, "quant_state") for p in model.parameters()):
         _forget_quantisation(model)
     return MergeReport(max(e for e, _ in errors), max(e for _, e in errors), list(weights), kept, dequantised)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +24,12 @@ from typing import Any
 from lit_adapters.errors import AdapterError
 
 
-class Schedule:
+class Schedule(ABC):
     """Base of the schedules; each subclass is a frozen dataclass. A plain class for the sake of jsonargparse."""
 
+    @abstractmethod
     def __call__(self, progress: float) -> float:
         """beta at training progress in [0, 1]."""
-        raise NotImplementedError
 
     def to_config(self) -> dict[str, Any]:
         """The `{class_path, init_args}` form."""
@@ -42,7 +43,7 @@ class Ramp(Schedule):
 
     Args:
         start: progress at which beta leaves 1.
-        end: progress from which beta is 0; below 1, so that the last steps are linear.
+        end: progress from which beta is 0; below 1 it leaves linear steps at the end.
 
     Raises:
         AdapterError: not 0 <= start < end <= 1.
@@ -62,9 +63,9 @@ class Ramp(Schedule):
             return 1.0
         return 0.0 if progress >= self.end else self.shape((progress - self.start) / (self.end - self.start))
 
+    @abstractmethod
     def shape(self, t: float) -> float:
         """beta at share t in (0, 1) of the annealing."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class Exponential(Ramp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rate > 0:
-            raise AdapterError(f"Exponential: rate {self.rate} must be positive")
+        if not 0.01 <= self.rate <= 100:
+            raise AdapterError(f"Exponential: rate {self.rate} must lie in [0.01, 100]; Linear is the limit at 0")
 
     def shape(self, t: float) -> float:
         floor = math.exp(-self.rate)
@@ -134,8 +135,8 @@ class Step(Ramp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1:
-            raise AdapterError(f"Step: steps {self.steps} must be at least 1")
+        if self.steps < 1 or self.steps != int(self.steps):
+            raise AdapterError(f"Step: steps {self.steps} must be a whole number, at least 1")
 
     def shape(self, t: float) -> float:
         return 1.0 - math.floor(t * self.steps + 1e-9) / self.steps  # t is a rounded quotient

@@ -122,10 +122,29 @@ def find_targets(model: nn.Module, method: Method, train: str | Sequence[str] = 
         def selected(t: Target) -> bool:
             return matches(t.name, spec)
 
-    found = [t for t in places(model) if selected(t) and not matches(t.name, tuple(method.exclude))]
+    names = [t.name for t in places(model)]
+    for suffix in method.exclude:
+        if not any(matches(name, [suffix]) for name in names):
+            raise TargetsNotFound(
+                f"{type(method).__name__}: exclude {suffix!r} matches no module of {type(model).__name__}."
+                f"{near_misses([suffix], names)}"
+            )
+    found = [t for t in places(model) if selected(t) and not _within(t.name, tuple(method.exclude))]
     if not found:
         raise TargetsNotFound(_nothing_found(model, method))
+    for pattern in getattr(method, "rank_pattern", None) or {}:
+        if not any(re.fullmatch(pattern, t.name) for t in found):
+            raise TargetsNotFound(
+                f"{type(method).__name__}: rank_pattern {pattern!r} matches none of its {len(found)} layers, such as "
+                f"{found[0].name!r}; it is a regular expression for the whole name"
+            )
     return found
+
+
+def _within(name: str, suffixes: Sequence[str]) -> bool:
+    """Whether a module, or one that holds it, is named by one of `suffixes`."""
+    parts = name.split(".")
+    return any(matches(".".join(parts[: i + 1]), suffixes) for i in range(len(parts)))
 
 
 def _nothing_found(model: nn.Module, method: Method) -> str:

@@ -68,7 +68,7 @@ def test_forms_that_to_methods_takes():
         ({"class_path": "nowhere.LoRA"}, "no adapter method 'nowhere.LoRA'"),
         ({"class_path": "..LoRA"}, r"no adapter method '\.\.LoRA'"),
         ({"class_path": ""}, "no adapter method ''"),
-        ({"class_path": "lit_adapters.LoRA", "init_args": {"rank": 0}}, "rank 0 must be at least 1"),
+        ({"class_path": "lit_adapters.LoRA", "init_args": {"rank": 0}}, "rank 0 must be a whole number"),
         ({"class_path": "lit_adapters.NoRA", "init_args": {"groups": "8"}}, r"lit_adapters\.NoRA: "),
         ({"class_path": "torch.nn.Linear"}, "'torch.nn.Linear' is not an adapter method"),
         ({"class_path": "lit_adapters.LoRA", "init_args": {"rnak": 3}}, "rnak"),

@@ -46,6 +46,7 @@ def test_a_merged_model_is_an_ordinary_one_again():
     la.merge(model)
     assert [type(m) for m in model] == [nn.Linear, nn.GELU, nn.Linear]
     assert list(model.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert all(p.requires_grad for p in model.parameters())
     for call in (la.merge, la.unmerge, la.detach):
         with pytest.raises(la.AdapterError):
             call(model)

@@ -148,7 +148,7 @@ class AdapterCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if something is still nonlinear."""
         if not trainer.interrupted:
-            self._annealer.finish()
+            self._annealer.finish(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """What an adaptive schedule has seen of the loss."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
@@ -57,7 +59,8 @@ class Annealer:
                 f"{self._layers[0][1]} is a function of training progress, and this training has no end; "
                 "set max_epochs or max_steps"
             )
-        self._total, self._step = int(total), trainer.global_step
+        # Lightning counts the steps of every optimiser, of which manual optimisation may have several.
+        self._total, self._step = int(total) * max(1, len(trainer.optimizers)), trainer.global_step
         if len(self._betas) != len(self._layers):
             self._betas = [a.beta.item() for a, _ in self._layers]  # type: ignore[operator, union-attr]
         self._move(0.0)
@@ -95,11 +98,17 @@ class Annealer:
                 fast, slow = self._means.get(schedule.window, (0.0, 0.0))
                 self._betas[i] = schedule.advance(self._betas[i], progress, elapsed, rising=fast > slow)
             else:
-                self._betas[i] = schedule(progress)
+                self._betas[i] = min(self._betas[i], schedule(progress))  # what is linear by now stays so
             adapter.set_beta(self._betas[i])  # type: ignore[operator]
 
-    def finish(self) -> None:
-        """Warn if the training ended before the annealing did."""
+    def finish(self, trainer: Trainer) -> None:
+        """Warn if the training ended before the annealing did, or the best checkpoint was written before."""
+        for callback in trainer.checkpoint_callbacks if self._layers and trainer.is_global_zero else ():
+            path = getattr(callback, "best_model_path", "")
+            if getattr(callback, "monitor", None) and path and Path(path).is_file():
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+                if any(key.endswith(".beta") and value.item() > 0 for key, value in state.items()):
+                    warnings.warn(f"{path} is the best by {callback.monitor!r} and still nonlinear", stacklevel=2)  # type: ignore[attr-defined]
         held = [a.qualified_name for (a, _), beta in zip(self._layers, self._betas, strict=True) if beta > 0]
         if held:
             warnings.warn(

@@ -27,7 +27,7 @@ from lit_adapters.schedules import Linear, Schedule, to_schedule
 RATIONAL = "rational"
 _RANGE = (-6.0, 6.0)  # of the fit of a learnable activation
 _CODE_STD = 1.0  # assumed of the code A x, when the steps of the coefficients are scaled
-_PATIENCE = 100  # training passes without annealing before it counts as forgotten
+_PATIENCE = 100  # training steps without annealing before it counts as forgotten
 _SCALE = 0.3  # a step of 1 along one coefficient changes the function by this rms, as in NoRA
 
 
@@ -75,6 +75,8 @@ class AFAAdapter(LowRankAdapter):
     sigma_denominator: nn.Parameter
     sigma_numerator_scale: Tensor
     sigma_denominator_scale: Tensor
+    sigma_base_numerator: Tensor
+    sigma_base_denominator: Tensor
 
     def __init__(self, base: nn.Module, layer: LinearLayer, rank: int, config: AFALoRA) -> None:
         super().__init__(base, layer, rank, config)
@@ -85,13 +87,15 @@ class AFAAdapter(LowRankAdapter):
             for part, width in (("numerator", 6), ("denominator", 4)):
                 self.add_parameter(f"sigma_{part}", torch.empty(config.groups, width, device=device))
                 self.add_buffer(f"sigma_{part}_scale", torch.empty(width, device=device))
+                self.add_buffer(f"sigma_base_{part}", torch.empty(width, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """As LoRA; beta where the schedule begins, a learnable sigma at SiLU."""
         super().reset_parameters()
         self.set_beta(self.schedule(0.0))
-        self._idle_passes: int | None = 0  # forward passes of a training that nobody anneals
+        self._idle_steps: int | None = 0  # of a training that nobody anneals
+        self._written = -1  # version of B when last looked at
         if self.activation == RATIONAL:
             x = torch.linspace(-5 * _CODE_STD, 5 * _CODE_STD, 2001, dtype=torch.float64, device="cpu")
             effects = coefficient_effects(x, torch.exp(-0.5 * (x / _CODE_STD) ** 2), self.fit)
@@ -99,6 +103,8 @@ class AFAAdapter(LowRankAdapter):
                 for part, effect in zip(("numerator", "denominator"), effects, strict=True):
                     getattr(self, f"sigma_{part}").zero_()
                     getattr(self, f"sigma_{part}_scale").copy_(_SCALE / effect)
+                    base = getattr(self, f"sigma_base_{part}")
+                    base.copy_(torch.tensor(getattr(self.fit, part), device="cpu"))
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """The coefficients of a learnable sigma."""
@@ -112,24 +118,21 @@ class AFAAdapter(LowRankAdapter):
     def set_beta(self, beta: float) -> None:
         """Move beta."""
         self.beta.fill_(beta)
-        self._idle_passes = None
+        self._idle_steps = None
 
     def _require_annealing(self) -> None:
-        """Count the training passes until something moves beta; a compiled graph is not counted.
+        """Count the steps (writings to B) of a training until something moves beta; not in a compiled graph.
 
         Raises:
             AdapterError: there were too many: the annealing was forgotten.
         """
-        if (
-            self._idle_passes is None
-            or not (self.training and torch.is_grad_enabled())
-            or torch.compiler.is_compiling()
-        ):
+        if self._idle_steps is None or not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return
-        self._idle_passes += 1
-        if self._idle_passes > _PATIENCE and self.schedule(1.0) != self.schedule(0.0):
+        if self.lora_B._version != self._written:
+            self._idle_steps, self._written = self._idle_steps + 1, self.lora_B._version
+        if self._idle_steps > _PATIENCE and self.beta.item() != self.schedule(1.0):
             raise AdapterError(
-                f"{self.qualified_name!r} has trained for {_PATIENCE} passes and nobody moves its beta: train with "
+                f"{self.qualified_name!r} has trained for {_PATIENCE} steps and nobody moves its beta: train with "
                 "AdapterCallback, or call lit_adapters.set_progress(model, step / steps) after every step"
             )
 
@@ -137,13 +140,8 @@ class AFAAdapter(LowRankAdapter):
         """The activation as it is now; codes (..., r), or (N, r, ...) for a convolution."""
         if self.activation != RATIONAL:
             return SIGMAS[self.activation]
-        a, b = (
-            torch.tensor(base, device=self.beta.device, dtype=torch.float32) + update * scale
-            for base, update, scale in (
-                (self.fit.numerator, self.sigma_numerator, self.sigma_numerator_scale),
-                (self.fit.denominator, self.sigma_denominator, self.sigma_denominator_scale),
-            )
-        )
+        a = self.sigma_base_numerator + self.sigma_numerator * self.sigma_numerator_scale
+        b = self.sigma_base_denominator + self.sigma_denominator * self.sigma_denominator_scale
         return lambda z: rational(z, a, b, "abs-of-sum", self.layer.channel_dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -49,6 +49,10 @@ class Method:
 
     def normalise_targets(self) -> None:
         """Give `targets` and `exclude` one form, so that a method equals its round trip through YAML or JSON."""
+        if not isinstance(self.targets, (str, Iterable)):
+            raise AdapterError(
+                f"targets {self.targets!r} must be a keyword, a regular expression or a list of suffixes"
+            )
         if isinstance(self.exclude, str):
             raise AdapterError(f"exclude {self.exclude!r} must be a list of name suffixes: [{self.exclude!r}]")
         self.targets = self.targets if isinstance(self.targets, str) else list(self.targets)
@@ -124,6 +128,8 @@ class AdapterModule(nn.Module):
         self._buffers.update(base._buffers)
         self._non_persistent_buffers_set |= base._non_persistent_buffers_set
         self._modules.update(base._modules)
+        # Sizes and the like, which other code may ask a layer for.
+        self.__dict__.update({k: v for k, v in vars(base).items() if k[0] != "_" and k not in self.__dict__})
         self._adapter_parameters: list[str] = []
         self._adapter_buffers: list[str] = []
         self._derived_buffers: list[str] = []

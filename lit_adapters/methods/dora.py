@@ -54,6 +54,10 @@ class DoRAAdapter(LowRankAdapter):
         with torch.no_grad():
             self.magnitude.copy_(self.base_square.sqrt())
 
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """The magnitudes: zero is no resting place of a norm."""
+        return [self.magnitude]
+
     @torch.no_grad()
     def _measure_base(self) -> None:
         """Keep ||W0||^2 of every row (out,); on the meta device there is nothing to measure yet."""
@@ -116,3 +120,6 @@ class DoRAAdapter(LowRankAdapter):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}weight" in state_dict:
             self._measure_base()
+            if f"{prefix}magnitude" not in state_dict and not self.lora_B.any():  # another base, nothing trained yet
+                with torch.no_grad():
+                    self.magnitude.copy_(self.base_square.sqrt())

@@ -60,8 +60,10 @@ class LoRAN(LowRank):
         if self.function not in WEIGHT_FUNCTIONS:
             raise AdapterError(f"function {self.function!r} is none of {', '.join(WEIGHT_FUNCTIONS)}")
         for name in ("amplitude", "frequency"):
-            if not math.isfinite(getattr(self, name)):
-                raise AdapterError(f"{name} {getattr(self, name)} must be finite")
+            if not isinstance(getattr(self, name), (int, float)) or not math.isfinite(getattr(self, name)):
+                raise AdapterError(f"{name} {getattr(self, name)!r} must be a finite number")
+        if self.function == "sine" and self.frequency == 0:
+            raise AdapterError("frequency 0 makes sine zero everywhere, and it would never learn; try 10 to 200")
 
     def adapter(self, base: nn.Module, layer: LinearLayer, rank: int) -> LoRANAdapter:
         return LoRANAdapter(base, layer, rank, self)
@@ -89,6 +91,10 @@ class LoRANAdapter(LowRankAdapter):
             self.frequency.fill_(self.initial_frequency)
             if self.update.f.flat_at_zero:
                 self.lora_B.normal_(std=_NUDGE / math.sqrt(self.rank))
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """The frequency, if it is learned."""
+        return [self.frequency] if isinstance(self.frequency, nn.Parameter) else []
 
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """s f(B A), (out, in)."""

@@ -49,11 +49,20 @@ class LowRank(Method):
 
     def __post_init__(self) -> None:
         self.normalise_targets()
+        if not isinstance(self.rank_pattern or {}, Mapping):
+            raise AdapterError(f"rank_pattern {self.rank_pattern!r} must map regular expressions to ranks")
         for rank in (self.rank, *(self.rank_pattern or {}).values()):
-            if rank < 1:
-                raise AdapterError(f"rank {rank} must be at least 1")
-        if not 0.0 <= self.dropout < 1.0:
-            raise AdapterError(f"dropout {self.dropout} must lie in [0, 1)")
+            if not isinstance(rank, int) or rank < 1:
+                raise AdapterError(f"rank {rank!r} must be a whole number, at least 1")
+        for pattern in self.rank_pattern or {}:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise AdapterError(f"rank_pattern {pattern!r} is not a regular expression: {error}") from error
+        if not _is_number(self.alpha) or self.alpha == 0:
+            raise AdapterError(f"alpha {self.alpha!r} must be a finite number other than 0")
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise AdapterError(f"dropout {self.dropout!r} must lie in [0, 1)")
 
     def rank_for(self, qualified_name: str) -> int:
         """The rank of one target."""
@@ -87,6 +96,10 @@ class LowRank(Method):
     def adapter(self, base: nn.Module, layer: LinearLayer, rank: int) -> LowRankAdapter:
         """The adapter of this method for a layer that can carry it."""
         raise NotImplementedError
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 class LowRankAdapter(WeightAdapter):

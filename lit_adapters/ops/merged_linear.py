@@ -101,7 +101,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     g, x2 = gradient.reshape(-1, b.shape[0]), x.reshape(-1, a.shape[1])
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     update: Update = ctx.update
-    merged = ctx.merged
+    # A kept weight is a constant, and second derivatives need more.
+    merged: Any = None if torch.is_grad_enabled() else ctx.merged
     building = needs_x and merged is None
     if building:
         merged = _empty(matrix, a, b, x.dtype)

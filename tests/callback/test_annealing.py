@@ -143,6 +143,27 @@ def test_ending_early_warns_and_merging_is_refused(tmp_path):
     assert_equal_bits(before, state(task))
 
 
+def test_training_on_does_not_heat_up_what_is_linear(tmp_path):
+    task, record = Task(afa(Linear(end=0.5))), Betas()
+    fit(tmp_path, task, la.AdapterCallback())
+    assert betas(task) == {0.0}
+    fit(tmp_path, task, la.AdapterCallback(), record)
+    assert set(record.seen) == {0.0}
+    la.set_progress(task, 0.0)
+    fit(tmp_path, task, la.AdapterCallback(), again := Betas())
+    assert again.seen[0] == 1.0
+
+
+def test_a_best_checkpoint_from_before_the_end_is_named(tmp_path):
+    class Worse(Task):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", torch.tensor(float(self.trainer.global_step)))
+
+    saver = ModelCheckpoint(tmp_path / "best", monitor="val/loss")
+    with pytest.warns(UserWarning, match=r"epoch=0-step=6.ckpt is the best by 'val/loss' and still nonlinear"):
+        fit(tmp_path, Worse(afa(Linear(end=0.9))), la.AdapterCallback(), saver, max_epochs=2)
+
+
 def test_holding_ends_unmergeable_and_says_so(tmp_path):
     task = Task(afa(Hold(0.5)))
     with pytest.warns(UserWarning, match="still nonlinear"):

@@ -135,21 +135,31 @@ def test_set_progress_follows_each_schedule():
         la.set_progress(nn.Linear(2, 2), 0.5)
 
 
+def steps(adapter: AFAAdapter, count: int, passes: int = 1) -> None:
+    optimizer = torch.optim.SGD([adapter.lora_A, adapter.lora_B], 1e-4)
+    for _ in range(count):
+        for _ in range(passes):
+            adapter(torch.randn(2, 12)).square().sum().backward()
+        optimizer.step()
+
+
 def test_training_without_annealing_is_noticed():
-    adapter, x = layer(), torch.randn(2, 12)
-    for _ in range(100):
-        adapter(x).sum().backward()
-    with torch.no_grad():
-        adapter(x)
-    adapter.eval()(x)
+    adapter = layer()
     with pytest.raises(
-        la.AdapterError, match=r"'0' has trained for 100 passes and nobody moves its beta: train with Adap"
+        la.AdapterError, match=r"'0' has trained for 100 steps and nobody moves its beta: train with Adapt"
     ):
-        adapter.train()(x)
-    adapter.set_progress(0.0)
-    held = layer(schedule=Hold(1.0))
-    for _ in range(102):
-        adapter(x), held(x)
+        steps(adapter, 110)
+    steps(adapter.eval(), 2)
+    adapter.train().set_progress(0.0)
+    steps(adapter, 5)
+
+
+def test_other_trainings_are_left_alone():
+    steps(layer(schedule=Hold(1.0)), 110)
+    steps(layer(), 3, passes=60)
+    done = layer()
+    done.load_state_dict(done.state_dict() | {"beta": torch.tensor(0.0)})
+    steps(done, 110)
 
 
 def test_beta_is_saved_and_loaded(tmp_path):
@@ -177,6 +187,10 @@ def test_merging_is_refused_before_the_end_with_the_reason():
         network[1].delta_weight()
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     la.set_progress(network, 0.5)
+    la.merge(network, unload=False)
+    with pytest.raises(la.AdapterError, match=r"'1' is merged at its linear end; call lit_adapters.unmerge"):
+        la.set_progress(network, 0.0)
+    la.unmerge(network)
     la.merge(network)
     assert [type(m) for m in network] == [nn.Linear, nn.Linear]
 

@@ -119,6 +119,18 @@ def test_the_base_norm_is_measured_once_and_follows_the_base(monkeypatch):
     assert len(measured) == 3
 
 
+def test_weights_loaded_after_attaching_are_the_start():
+    network, source, x = nn.Sequential(nn.Linear(12, 8)), nn.Sequential(nn.Linear(12, 8)), torch.randn(5, 12)
+    la.attach(network, la.DoRA(rank=2, targets=["0"]))
+    network.load_state_dict(source.state_dict(), strict=False)
+    assert torch.equal(network(x), source(x))
+
+
+def test_magnitudes_do_not_decay():
+    adapter = layer()
+    assert [id(p) for p in adapter.undecayed_parameters()] == [id(adapter.magnitude)]
+
+
 def test_dropout_acts_on_the_update_alone():
     adapter = layer(dropout=0.5)
     x = torch.ones(4000, 12)

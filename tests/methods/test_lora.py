@@ -84,6 +84,42 @@ def test_rank_above_the_size_of_a_layer(settings):
         la.attach(network, la.LoRA(**settings))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 2.5}, "rank 2.5 must be a whole number"),
+        ({"rank": "8"}, "rank '8' must be a whole number"),
+        ({"alpha": float("nan")}, "alpha nan must be a finite number other than 0"),
+        ({"alpha": 0.0}, "alpha 0.0"),
+        ({"dropout": 1.0}, r"dropout 1.0 must lie in \[0, 1\)"),
+        ({"dropout": "0.1"}, "dropout '0.1'"),
+        ({"rank_pattern": [4]}, r"rank_pattern \[4\] must map"),
+        ({"rank_pattern": {"([": 2}}, "is not a regular expression"),
+        ({"targets": None}, "targets None must be a keyword"),
+    ],
+)
+def test_values_out_of_range(settings, message):
+    with pytest.raises(la.AdapterError, match=message):
+        la.LoRA(**settings)
+
+
+def test_patterns_that_match_nothing():
+    def network() -> nn.Module:
+        return nn.ModuleDict({"query": nn.Linear(12, 8), "block": nn.ModuleDict({"value": nn.Linear(12, 8)})})
+
+    with pytest.raises(la.TargetsNotFound, match="rank_pattern 'quer' matches none of its 2 layers, such as 'query'"):
+        la.attach(network(), la.LoRA(rank=4, rank_pattern={"quer": 2}))
+    with pytest.raises(la.TargetsNotFound, match=r"exclude 'qvery' matches no module.*Near misses: query"):
+        la.attach(network(), la.LoRA(rank=4, exclude=["qvery"]))
+    report = la.attach(network(), la.LoRA(rank=4, exclude=["block"]))
+    assert [name for name, _, _ in report.adapters] == ["query"]
+
+
+def test_sizes_can_be_asked_for():
+    adapter = layer()
+    assert (adapter.in_features, adapter.out_features) == (12, 8)
+
+
 def test_a_parametrised_weight_is_refused():
     network = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(12, 8)), nn.Linear(8, 2))
     with pytest.raises(la.AdapterError, match="'0' is computed by a parametrisation"):

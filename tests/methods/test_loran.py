@@ -286,6 +286,20 @@ def test_on_request_the_weight_is_kept_over_micro_batches(monkeypatch):
     torch.testing.assert_close(adapter.lora_A, plain.lora_A)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_second_derivatives_with_a_kept_weight(kept):
+    adapter = layer(function="tanh", cache_weight=kept).double()
+    x, trained = torch.randn(5, 12, dtype=torch.float64, requires_grad=True), [adapter.lora_A, adapter.lora_B]
+    (slope,) = torch.autograd.grad(adapter(x).square().sum(), x, create_graph=True)
+    actual = torch.autograd.grad(slope.square().sum(), trained)
+    a, b = (t.detach().double().requires_grad_() for t in trained)
+    y = F.linear(x, adapter.base.weight + adapter.scaling * torch.tanh(b @ a), adapter.base.bias)
+    (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    expected = torch.autograd.grad(slope.square().sum(), (a, b))
+    for got, want in zip(actual, expected, strict=True):
+        assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+
+
 def test_a_copy_does_not_carry_the_kept_weight():
     adapter = layer().eval()
     with torch.no_grad():
@@ -349,6 +363,12 @@ def test_convolutions_of_any_grouping(groups):
     torch.testing.assert_close([g.double() for g in actual], list(expected), rtol=1e-4, atol=1e-4)
 
 
+def test_the_frequency_does_not_decay():
+    adapter = layer(function="sine", frequency=7.0)
+    assert [id(p) for p in adapter.undecayed_parameters()] == [id(adapter.frequency)]
+    assert layer().undecayed_parameters() == []
+
+
 def test_statistics():
     adapter = layer(function="sine", frequency=7.0)
     product, update = adapter.product(torch.float64), adapter.delta_weight(torch.float64)
@@ -362,8 +382,10 @@ def test_statistics():
     ("settings", "message"),
     [
         ({"function": "sin"}, "function 'sin' is none of sinter, sine"),
-        ({"frequency": float("inf")}, "frequency inf must be finite"),
-        ({"amplitude": float("nan")}, "amplitude nan must be finite"),
+        ({"frequency": float("inf")}, "frequency inf must be a finite number"),
+        ({"amplitude": float("nan")}, "amplitude nan must be a finite number"),
+        ({"frequency": "1e4"}, "frequency '1e4' must be a finite number"),
+        ({"function": "sine", "frequency": 0.0}, "frequency 0 makes sine zero everywhere"),
     ],
 )
 def test_refusals(settings, message):
