@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lit_adapters.errors import AdapterError
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_QUANTISED = {"Linear4bit", "Linear8bitLt", "QuantLinear"}  # by name, as their libraries are optional
 _PLAIN_FORWARDS = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 
 
@@ -201,7 +202,7 @@ def is_plain(module: nn.Module) -> bool:
     """
     if type(module).forward in _PLAIN_FORWARDS or not isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
         return True
-    if any(kind.__name__ == "Linear4bit" for kind in type(module).__mro__):
+    if {kind.__name__ for kind in type(module).__mro__} & _QUANTISED:  # `matrix_layer` takes or refuses them
         return True
     weight: Tensor = module.weight  # type: ignore[assignment]
     layer: LinearLayer
@@ -238,7 +239,7 @@ def matrix_layer(base: nn.Module, qualified_name: str, method: str) -> LinearLay
     names = {kind.__name__ for kind in type(base).__mro__}
     if "Linear4bit" in names:
         kind = QuantisedLayer(base)
-    elif names & {"Linear8bitLt", "QuantLinear"}:
+    elif names & _QUANTISED:
         raise AdapterError(
             f"{method} cannot read the quantised weight of {qualified_name!r}, a {type(base).__name__}; quantise to 4 "
             f"bit with bitsandbytes, or {leave_out}"
