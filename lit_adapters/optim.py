@@ -52,7 +52,8 @@ def parameter_groups(
     return [
         {
             "params": parameters,
-            "name": name,
+            # Lightning wants names to differ; where all of a method's parameters are alike, it keeps its own.
+            "name": name if decays or (name, True) not in groups else f"{name}/no_decay",
             "lr": lr * scale.get(name, 1.0),
             "weight_decay": weight_decay if decays else 0.0,
         }

@@ -30,6 +30,20 @@ def test_groups_hold_every_trainable_parameter_once():
     torch.optim.AdamW(groups)
 
 
+def test_names_differ_where_a_method_has_parameters_of_both_kinds():
+    model = mlp()
+    la.attach(model, [la.DoRA(rank=2, targets=["0"]), la.LoRAN(rank=2, function="sine", targets=["2"])], train=["3"])
+    groups = parameter_groups(model, lr=1e-2, weight_decay=0.1, lr_scale={"dora": 2.0})
+    found = {g["name"]: (g["lr"], g["weight_decay"], len(g["params"])) for g in groups}
+    assert found == {
+        "dora": (2e-2, 0.1, 2),
+        "dora/no_decay": (2e-2, 0.0, 1),
+        "loran": (1e-2, 0.1, 2),
+        "loran/no_decay": (1e-2, 0.0, 1),
+        "head": (1e-2, 0.1, 2),
+    }
+
+
 def test_a_rational_activation_that_trains_does_not_decay():
     model = attached()
     la.merge(model)
