@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from lit_adapters.assets import resolve
+from lit_adapters.callback.epoch_sampler import EpochSampler
 from lit_adapters.errors import DataError
 from vision import sources
 from vision.images import ImageDataset, decode, keep_batch
-from vision.sampling import EpochSampler, balanced_subset, hold_out
+from vision.sampling import balanced_subset, hold_out
 from vision.sources import DatasetName, Split, SplitName
 
 DEFAULT_ROOT = "data"

@@ -1,27 +1,16 @@
-"""Which samples, and in which order: seeded splits, class-balanced subsets, the order of every epoch and its flips.
+"""Which samples: seeded splits, class-balanced subsets, and the flips of every epoch.
 
 Everything here is a pure function of its arguments and of a key such as (seed, epoch, sample index). Nothing reads a
 global random state, so results do not depend on worker processes, on what ran before, or on resuming.
 """
 
-import hashlib
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
 
+from lit_adapters.callback.epoch_sampler import hash_key, permutation
 from lit_adapters.errors import DataError
-
-
-def hash_key(*key: int | str) -> int:
-    """A well-mixed 63-bit integer that depends on the key alone, on every platform and in every process."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
-
-
-def permutation(n: int, *key: int | str) -> Tensor:
-    """The permutation of 0..n-1, shape (n,), that belongs to the key."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(hash_key(*key)))
 
 
 def flips(seed: int, epoch: int, index: int) -> bool:
@@ -94,28 +83,3 @@ def balanced_subset(labels: Tensor, size: int, classes: Sequence[str], argument:
 def _shuffled_members(labels: Tensor, label: int, *key: int | str) -> Tensor:
     members = (labels == label).nonzero().flatten()
     return members[permutation(len(members), "class", label, *key)]
-
-
-class EpochSampler(DistributedSampler):
-    """Yields (epoch, index) pairs in the order that belongs to (seed, epoch).
-
-    The epoch travels with each index, so worker processes (persistent ones too) know it. Lightning calls
-    ``set_epoch`` before every epoch and leaves a ``DistributedSampler`` in place; a plain sampler it would wrap,
-    and the wrapper does not pass the epoch on. With several replicas each takes every ``num_replicas``-th sample,
-    the order being padded from its start so that all replicas draw equally many.
-
-    Args:
-        dataset: The data set; only its length is used.
-        seed: Seeds the orders.
-        num_replicas: Number of processes that share an epoch.
-        rank: This process's place among them.
-    """
-
-    def __init__(self, dataset: Sized, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = permutation(len(self.dataset), "order", self.seed, self.epoch)  # type: ignore[arg-type]
-        padded = order.repeat(-(-self.total_size // len(order)))[: self.total_size]
-        epoch = self.epoch
-        return iter([(epoch, index) for index in padded[self.rank :: self.num_replicas].tolist()])

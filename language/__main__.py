@@ -1,0 +1,118 @@
+"""Command line: python -m language fit|validate|test|predict --config FILE.yaml [--key=value ...], or generate."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import torch
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from language.data import InstructionDataModule
+from language.formats import FORMATS, FormatName, Record
+from language.generate import generate
+from language.models import context_length
+from language.module import CausalLMTuner
+from language.templates import Renderer
+from language.tokenise import Encoder
+from lit_adapters.callback import AdapterCLI
+from lit_adapters.callback.console import run
+from lit_adapters.errors import AdapterError
+
+
+class LanguageCLI(AdapterCLI):
+    """The tokenizer is the model's own."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link what data and model share."""
+        super().add_arguments_to_parser(parser)
+        parser.link_arguments("model.model", "data.tokenizer")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise AdapterError(f"{message} (generate --help lists what it takes)")
+
+
+def main(args: ArgsType = None, **kwargs: Any) -> LanguageCLI | str:
+    """Run a subcommand; returns the finished CLI, or the text that `generate` made.
+
+    Further arguments are those of LightningCLI.
+    """
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given[:1] == ["generate"]:
+        return generate_command(given[1:])
+    return LanguageCLI(CausalLMTuner, InstructionDataModule, args=args, **kwargs)
+
+
+def generate_command(args: Sequence[str]) -> str:
+    """`python -m language generate --ckpt FILE --prompt TEXT`: print a fine-tuned model's answer, and return it.
+
+    Raises:
+        AdapterError: the arguments are not valid, or the checkpoint is missing, torn or another class's.
+    """
+    parser = _Parser("python -m language generate", description="Answer a prompt with a fine-tuned model.")
+    parser.add_argument("--ckpt", required=True, type=Path, help="checkpoint that fit has written")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--format", choices=get_args(FormatName), help="data.format of the training; default: no frame")
+    parser.add_argument("--use_chat_template", action="store_true", help="data.use_chat_template of the training")
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    parser.add_argument("--seed", type=int, default=0, help="of a temperature above 0")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args(args)
+    tuner = _load(given.ckpt).to(given.device).eval()
+    room = context_length(tuner.model)  # type: ignore[arg-type]
+    row = prompt_tokens(tuner.tokenizer, given.prompt, given.format, given.use_chat_template, room or sys.maxsize)
+    streamer = TextStreamer(tuner.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+    torch.manual_seed(given.seed)
+    return generate(tuner.model, tuner.tokenizer, [row], given.max_new_tokens, given.temperature, streamer)[0]
+
+
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, name: FormatName | None, chat: bool, room: int
+) -> list[int]:
+    """The tokens of a prompt, framed as `language.data` frames it in training; at most `room`.
+
+    Args:
+        tokenizer: the model's own.
+        prompt: an instruction, question, message or text, whatever the format asks for.
+        name: the format; None takes the prompt as it is.
+        chat: frame by the tokenizer's chat template; format chat always does.
+        room: most tokens.
+
+    Raises:
+        DataError: the prompt is longer, or there is no chat template where one is needed.
+    """
+    if name is None and not chat:
+        return list(tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]
+    end: Any = tokenizer.eos_token
+    renderer = Renderer(tokenizer, end, name or "chat", chat=chat)
+    if name in FORMATS:
+        record = Record({FORMATS[name].fields[0]: prompt, FORMATS[name].optional: ""}, origin="--prompt")
+    else:
+        record = Record(messages=(("user", prompt), ("assistant", "")), origin="--prompt")
+    end_id: Any = tokenizer.eos_token_id
+    return Encoder(tokenizer, end_id, room, True, plain=not renderer.chat).prompt(renderer.example(record))
+
+
+def _load(path: Path) -> CausalLMTuner:
+    if not path.is_file():
+        raise AdapterError(f"--ckpt {str(path)!r} does not exist; give a file that a fit has written")
+    if not zipfile.is_zipfile(path):
+        raise AdapterError(f"--ckpt {str(path)!r} is torn or no checkpoint; give another one")
+    try:
+        return CausalLMTuner.load_from_checkpoint(path, map_location="cpu")
+    except AdapterError:
+        raise
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise AdapterError(f"--ckpt {str(path)!r} is no checkpoint of `python -m language fit`: {error}") from error
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,83 @@
+"""Continuing prompts token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from language.models import context_length
+from language.tokenise import IGNORED
+from lit_adapters.errors import AdapterError, DataError
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    streamer: Any = None,
+) -> list[str]:
+    """Continue prompts up to the model's end token; one text for each, without the prompt.
+
+    Keys and values of earlier tokens are kept, so every token costs one pass of one token. The model is in eval mode
+    meanwhile; an adapter that forms a weight, as LoRAN does, then forms it once.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: the model's own.
+        prompts: token ids, at least one each; shorter rows are padded on the left.
+        max_new_tokens: where to stop at the latest.
+        temperature: 0 takes the likeliest token each time; else tokens are drawn from softmax(logits / temperature).
+        streamer: a transformers streamer that is told of each token, for a single prompt.
+
+    Raises:
+        AdapterError: an argument is out of range, or prompt and continuation do not fit into the model's context.
+    """
+    if temperature < 0:
+        raise AdapterError(f"temperature {temperature} must be at least 0")
+    if max_new_tokens < 1:
+        raise AdapterError(f"max_new_tokens {max_new_tokens} must be at least 1")
+    if not all(prompts):
+        raise AdapterError("a prompt has no tokens; give at least one")
+    longest, context = max(map(len, prompts)), context_length(model)
+    if context is not None and longest + max_new_tokens > context:
+        raise AdapterError(
+            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the context of {context}: "
+            "shorten the prompt or lower max_new_tokens"
+        )
+    pad: Any = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    drawing = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        tokens = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer,
+            do_sample=temperature > 0, use_cache=True, **drawing,
+        )  # fmt: skip
+    finally:
+        if was_training:
+            model.train()
+    return tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
+
+
+def prompt_rows(batch: dict[str, Tensor]) -> list[list[int]]:
+    """The prompt of each row of a padded batch: its tokens before the first that is learned.
+
+    Raises:
+        DataError: the batch is packed, so that a row holds several documents.
+    """
+    if "attention_mask" not in batch:
+        raise DataError("packed rows hold several prompts; set data.packing to none to predict")
+    given = batch["attention_mask"].bool()
+    if "labels" in batch:
+        given &= (batch["labels"] != IGNORED).cumsum(1) == 0
+    return [row[kept].tolist() for row, kept in zip(batch["input_ids"], given, strict=True)]

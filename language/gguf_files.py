@@ -1,0 +1,70 @@
+"""Language models in GGUF files, converted once to the directory that transformers loads in a second."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_adapters.errors import AdapterError, AssetError
+
+logger = logging.getLogger(__name__)
+
+
+def converted(file: Path) -> Path:
+    """The directory with the model and tokenizer of a GGUF file, in safetensors and float32.
+
+    Made at the first call, kept in `$LIT_ADAPTERS_CACHE/gguf` (else `~/.cache/lit_adapters/gguf`), and made anew when
+    the file changes. It takes four bytes a parameter. Reading GGUF itself takes transformers about a minute for
+    135M parameters, and what it loads so cannot be saved; the converted model has bit-identical logits.
+
+    Raises:
+        AssetError: there is no such file, it is torn, or of an architecture that transformers cannot convert.
+        AdapterError: the packages that read GGUF are not installed.
+    """
+    if not file.is_file():
+        raise AssetError(f"no model file {str(file)!r}: give a path, a package:// address or a name of the model hub")
+    found = file.stat()
+    key = hashlib.sha256(f"{file.resolve()} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()[:16]
+    root = Path(os.environ.get("LIT_ADAPTERS_CACHE") or "~/.cache/lit_adapters").expanduser() / "gguf"
+    folder = root / f"{file.stem}-{key}"
+    if folder.is_dir():
+        return folder
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise AdapterError(f"{file.name!r} needs the package {package!r}: run pip install 'lit-adapters[language]'")
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{folder.name}.lock"):
+        if not folder.is_dir():
+            logger.info("converting %s, once", file.name)
+            with tempfile.TemporaryDirectory(dir=root, prefix=f".{folder.name}.") as work:
+                _convert(file, Path(work) / "model")
+                # Last, so that a directory of this name is whole.
+                os.replace(Path(work) / "model", folder)
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    except Exception as error:  # numpy, struct, transformers: each raises its own
+        raise AssetError(f"{str(file)!r} is not a GGUF language model that transformers can read: {error}") from error
+    config = loaded.config
+    del config.quantization_config  # with it transformers takes the model for a quantised one, which it will not save
+    plain: Any = type(loaded)(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for written in folder.iterdir():
+        with written.open("rb") as content:
+            os.fsync(content.fileno())

@@ -1,0 +1,282 @@
+"""Fine-tuning of a causal language model with adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics import Metric
+from transformers import PreTrainedTokenizerBase
+
+import lit_adapters as la
+from language.generate import generate, prompt_rows
+from language.models import (
+    SMOLLM2,
+    Dtype,
+    Quantization,
+    context_length,
+    create_model,
+    create_tokenizer,
+    vocabulary_size,
+)
+from language.tokenise import IGNORED
+from lit_adapters.methods.base import to_methods
+
+Batch = dict[str, Tensor]
+
+
+class TokenLoss(Metric):
+    """The mean of -log p over all learned tokens, however they fall into batches and processes."""
+
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, tokens: int) -> None:
+        """Add the sum of -log p over some tokens."""
+        self.total += total
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        """Nats per token."""
+        return self.total / self.tokens
+
+
+class CausalLMTuner(LightningModule):
+    """A transformers causal language model, its adapters, and the next-token loss on the tokens with a label.
+
+    A batch holds input_ids and labels, int64 (B, T), and attention_mask (B, T); a packed one holds position_ids (B, T),
+    which begin anew with each document, in the place of attention_mask. Labels stand at the places of their own tokens.
+
+    Optimiser and schedule come from the YAML of `python -m language`. In Python give the model a
+    `configure_optimizers`; `lit_adapters.callback.build_optimizers` makes what it returns from the same sections.
+
+    Args:
+        model: name, directory or file; see `language.models.create_model`.
+        adapters: a method, a list of methods, or none. Python callers may give `{class_path, init_args}` forms too.
+        train: modules that train besides the adapters, as a list of name suffixes or a regular expression; ".*" is
+            full fine-tuning.
+        quantization: "nf4" packs the frozen weights into 4 bit.
+        dtype: of the weights as they are loaded; the trainer's `bf16-true` casts them again. Adapters stay float32.
+        gradient_checkpointing: less memory for one more forward pass a step.
+        max_new_tokens: of `predict`, which continues each row's prompt.
+        init_seed: seeds what no pretrained weight fills: the adapters, or all of a random model. Kept in checkpoints,
+            which hold no frozen parameter, so that loading finds the same ones again. By default the seed of torch's
+            global generator, which `seed_everything` sets.
+
+    Raises:
+        AdapterError: `adapters` is no method, or its values are out of range. The model's own errors come when it is
+            built, in `configure_model`.
+        DataError: a batch whose labels are all masked, token ids that the model does not have, or sequences longer
+            than it was made for.
+    """
+
+    def __init__(
+        self,
+        model: str = SMOLLM2,
+        adapters: la.Method | list[la.Method] | None = None,
+        train: str | list[str] = (),  # type: ignore[assignment]
+        quantization: Quantization | None = None,
+        dtype: Dtype = "float32",
+        gradient_checkpointing: bool = False,
+        max_new_tokens: int = 128,
+        init_seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.methods = to_methods(adapters)
+        self.train_modules: str | Sequence[str] = train if isinstance(train, str) else list(train)
+        # Plain values: a checkpoint then loads under weights_only, by the command line and by load_from_checkpoint.
+        self.save_hyperparameters(
+            {
+                "model": model,
+                "adapters": [m.to_config() for m in self.methods],
+                "train": self.train_modules,
+                "quantization": quantization,
+                "dtype": dtype,
+                "gradient_checkpointing": gradient_checkpointing,
+                "max_new_tokens": max_new_tokens,
+                "init_seed": torch.initial_seed() if init_seed is None else init_seed,
+            }
+        )
+        self.model: nn.Module | None = None
+        self.report: la.AdapterReport | None = None
+        self.learned_tokens = 0
+        self.val_loss, self.test_loss = TokenLoss(), TokenLoss()
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that belongs to the model."""
+        if self._tokenizer is None:
+            self._tokenizer = create_tokenizer(self.hparams["model"])
+        return self._tokenizer
+
+    def configure_model(self) -> None:
+        """Create the model and attach its adapters; once, though Lightning calls this for every stage."""
+        if self.model is None:
+            self._build()
+        data = getattr(self._trainer, "datamodule", None)
+        if data is not None:
+            self._check_data(data)
+
+    def _build(self) -> None:
+        h = self.hparams
+        # On the CPU whatever the trainer's device: its random values are the same everywhere.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(h["init_seed"])
+            model = create_model(
+                h["model"],
+                dtype=h["dtype"],
+                quantization=h["quantization"],
+                gradient_checkpointing=h["gradient_checkpointing"],
+            )
+            # transformers loads in eval mode, in which neither dropout nor checkpointing would take place.
+            model.train(self.training)
+            self.report = la.attach(model, self.methods, train=self.train_modules)
+        self.model = model
+        rank_zero_info(str(self.report))
+
+    def _check_data(self, data: Any) -> None:
+        """Compare a data module's tokenizer and length with the model before any time is spent."""
+        vocabulary, context = vocabulary_size(self._built), context_length(self._built)
+        tokenizer, longest = getattr(data, "tokenizer", None), getattr(data, "max_length", 0)
+        if tokenizer is not None and len(tokenizer) > vocabulary:
+            raise la.DataError(
+                f"the data's tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocabulary}: set "
+                f"data.tokenizer to {self.hparams['model']!r}"
+            )
+        if context is not None and longest > context:
+            raise la.DataError(
+                f"data.max_length {longest} exceeds the model's {context} positions: set it to {context}"
+            )
+
+    @property
+    def _built(self) -> nn.Module:
+        assert self.model is not None, "configure_model has not run"
+        return self.model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (B, T, V)."""
+        check_tokens(batch, vocabulary_size(self._built), context_length(self._built))
+        # Without a mask and without a cache transformers tells packed documents apart by their positions.
+        output = self._built(
+            input_ids=batch["input_ids"],
+            attention_mask=batch.get("attention_mask"),
+            position_ids=batch.get("position_ids"),
+            use_cache=False,
+        )
+        return output.logits  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        total, tokens = self._loss(batch)
+        loss = total / tokens
+        self.learned_tokens += tokens
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/learned_tokens", float(self.learned_tokens), sync_dist=True, reduce_fx="sum")
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.val_loss)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.test_loss)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_loss("val", self.val_loss)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_loss("test", self.test_loss)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Any:
+        """A continuation of each row's prompt, the tokens before its first learned one; a list of B texts.
+
+        In `fit`, where calibration and the search for a NaN send training batches through here, the logits (B, T, V).
+        """
+        if self._trainer is not None and self._trainer.training:
+            return self(batch)
+        rows = prompt_rows(batch)
+        return generate(self._built, self.tokenizer, rows, max_new_tokens=self.hparams["max_new_tokens"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the count of learned tokens."""
+        checkpoint["learned_tokens"] = self.learned_tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the count up again."""
+        self.learned_tokens = checkpoint["learned_tokens"]
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """The sum of -log p over the learned tokens of a batch, in float32, and their number."""
+        learned = learned_tokens(batch)
+        target = batch["labels"][learned]
+        if not len(target):
+            raise la.DataError(
+                f"all labels of a batch of {len(learned)} rows are masked, so there is nothing to learn: raise "
+                "data.max_length or shorten the prompts"
+            )
+        # Token t + 1 is learned from the logits of t; only those are taken to float32.
+        chosen = self(batch)[:, :-1][learned[:, 1:]].float()
+        return F.cross_entropy(chosen, target, reduction="sum"), len(target)
+
+    def _evaluate(self, batch: Batch, metric: TokenLoss) -> None:
+        metric.update(*self._loss(batch))
+
+    def _log_loss(self, split: str, metric: TokenLoss) -> None:
+        loss = metric.compute()
+        metric.reset()
+        self.log_dict({f"{split}/loss": loss, f"{split}/perplexity": loss.exp()}, prog_bar=split == "val")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLMTuner:
+        """Move and cast everything but the frequencies of rotary embeddings, which are moved only.
+
+        In bfloat16 they would turn late positions by whole radians; transformers too keeps them in float32.
+        """
+        frequencies = [(m, n, b) for m in self.modules() for n, b in m.named_buffers(recurse=False) if "inv_freq" in n]
+        super()._apply(fn, recurse)
+        for module, name, before in frequencies:
+            after = getattr(module, name)
+            if after.dtype != before.dtype:
+                setattr(module, name, before.to(after.device))
+        return self
+
+
+def learned_tokens(batch: Batch) -> Tensor:
+    """Which tokens (B, T) have a label and something before them to be predicted from."""
+    learned = batch["labels"] != IGNORED
+    learned[:, 0] = False
+    if "position_ids" in batch:
+        learned &= batch["position_ids"] != 0  # a document's first token does not follow from the one before it
+    return learned
+
+
+def check_tokens(batch: Batch, vocabulary: int, context: int | None) -> None:
+    """Raise for tokens that a model cannot read.
+
+    Args:
+        batch: input_ids (B, T) and, packed, position_ids.
+        vocabulary: token ids that the model has.
+        context: longest sequence that it was made for; None for any.
+
+    Raises:
+        DataError: a token is out of range, or a sequence too long.
+    """
+    largest = int(batch["input_ids"].max())
+    if largest >= vocabulary:
+        raise la.DataError(
+            f"token {largest} is outside the model's vocabulary of {vocabulary}: the data were tokenised for another "
+            "model; give them the tokenizer of this one"
+        )
+    length = int(batch["position_ids"].max()) + 1 if "position_ids" in batch else batch["input_ids"].shape[1]
+    if context is not None and length > context:
+        raise la.DataError(
+            f"a sequence of {length} tokens is longer than the model's {context} positions: lower data.max_length"
+        )

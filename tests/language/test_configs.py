@@ -1,0 +1,149 @@
+"""Every recipe runs: the smoke ones as they are, the others with the tiny model, all through the real command line."""
+
+import functools
+import math
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import lit_adapters as la
+from language.models import SMOLLM2
+from language.module import CausalLMTuner
+from lit_adapters.methods.base import to_methods
+from lit_adapters.targets import find_targets
+from tests.language.tiny import CONFIGS, batch, command, events, log_dir
+
+RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
+REAL = [name for name in RECIPES if name not in SMOKE]
+ARMS = {"lora", "dora", "loran", "afa", "nora", "nora_plus_plus", "qlora"}
+OVERRIDES = [
+    *("--model.model=tiny_llama", "--data.format=alpaca", "--data.use_chat_template=false", "--data.batch_size=4"),
+    *("--data.max_length=400", "--data.train_subset=4", "--data.val_subset=2", "--data.val_fraction=0.2"),
+    *("--trainer.accelerator=cpu", "--trainer.fast_dev_run=true"),
+]
+SHAPES = {
+    "meta-llama/Meta-Llama-3-8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+    "meta-llama/Llama-3.2-1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+    SMOLLM2: {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
+}
+HEADS = {"meta-llama/Meta-Llama-3-8B": (32, 8), "meta-llama/Llama-3.2-1B": (32, 8), SMOLLM2: (9, 3)}
+
+
+@pytest.fixture(autouse=True)
+def no_arguments_of_pytest(monkeypatch, tmp_path):
+    """LightningCLI warns when it is given arguments and the process has some too; what is written is temporary."""
+    monkeypatch.setattr("sys.argv", ["language"])
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_recipes_are_complete():
+    groups = {name.split("/")[0] for name in RECIPES}
+    assert groups == {"smoke", "llama3_8b", "llama32_1b", "smollm2"}
+    for group in groups:
+        wanted = ARMS if group == "llama3_8b" else ARMS | {"full"}
+        assert {name.split("/")[1] for name in RECIPES if name.startswith(f"{group}/")} >= wanted, group
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_smoke_recipes_fit_and_load(tmp_path, name):
+    fitted = command("fit", name, tmp_path)
+    assert fitted.trainer.global_step == 4
+    board = events(log_dir(fitted))
+    tags = board.Tags()
+    assert {"train/loss", "train/learned_tokens", "val/loss", "val/perplexity"} <= set(tags["scalars"])
+    assert ("adapter/functions" in tags["images"]) == ("nora" in name)
+    assert any(t.startswith("adapter/summary/") for t in tags["scalars"]) == (name != "smoke/full")
+    rates = [tag for tag in tags["scalars"] if tag.startswith("lr-")]
+    assert rates
+    assert all(board.Scalars(tag)[-1].value < 0.01 * max(r.value for r in board.Scalars(tag)) for tag in rates)
+
+    path = log_dir(fitted) / "checkpoints" / "last.ckpt"
+    rows = batch(9, 14)
+    with torch.no_grad():
+        loaded = CausalLMTuner.load_from_checkpoint(path).eval()
+        assert torch.equal(loaded(rows), fitted.model.eval()(rows))
+    if name != "smoke/lora":
+        return
+    tested = command("test", name, tmp_path, f"--ckpt_path={path}")
+    measured = {k: v.item() for k, v in tested.trainer.callback_metrics.items()}
+    assert measured == pytest.approx(fitted.trainer.test(loaded, datamodule=fitted.datamodule, verbose=False)[0])
+    assert measured["test/perplexity"] == pytest.approx(math.exp(measured["test/loss"]), rel=1e-5)
+
+
+# A second each: the others are in the slow tier.
+QUICK = {"smollm2/nora", "llama3_8b/loran", "llama3_8b/openorca_nora_plus_plus"}
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in REAL])
+def test_other_recipes_run_on_the_tiny_model(tmp_path, name):
+    rank = ["--model.adapters.rank=4"] if name.endswith(("loran", "qlora")) else []  # 64 is more than the tiny one has
+    cli = command("fit", name, tmp_path, *OVERRIDES, *rank)
+    assert cli.trainer.global_step == 1
+    optimizer, scheduler = cli.trainer.optimizers[0], cli.trainer.lr_scheduler_configs[0]
+    assert type(optimizer) is torch.optim.AdamW
+    assert scheduler.interval == "step"
+    assert scheduler.scheduler.total_steps == 1
+    scale = cli.config.fit.lr_scale
+    rates = {g["name"]: g["max_lr"] / scale.get(g["name"], 1.0) for g in optimizer.param_groups}
+    assert list(rates.values()) == pytest.approx([cli.config.fit.optimizer.init_args.lr] * len(rates))
+
+
+@functools.cache
+def meta_model(name: str) -> torch.nn.Module:
+    heads, groups = HEADS[name]
+    config = LlamaConfig(
+        **SHAPES[name],
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        vocab_size=49152 if name == SMOLLM2 else 128256,
+        tie_word_embeddings=name != "meta-llama/Meta-Llama-3-8B",
+    )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def test_the_architectures_have_the_sizes_of_the_models():
+    sizes = {name: sum(p.numel() for p in meta_model(name).parameters()) for name in SHAPES}
+    assert sizes == {
+        "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+        "meta-llama/Llama-3.2-1B": 1_235_814_400,
+        SMOLLM2: 134_515_008,
+    }
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_other_recipes_fit_their_own_model(name):
+    """Without weights: every method finds its targets in the architecture, and groups divide its channels."""
+    recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    section = recipe["model"]
+    model, blocks = meta_model(section["model"]), SHAPES[section["model"]]["num_hidden_layers"]
+    arm = name.split("/")[1].removeprefix("openorca_")
+    for method in to_methods(section["adapters"]):
+        for part in method.parts():
+            found = find_targets(model, part, section.get("train", ()))
+            places = {t.name.split(".layers.")[1].partition(".")[2] for t in found}
+            assert len(found) == blocks * len(places)
+            if part.name == "nora":
+                assert places == {"mlp.act_fn"}
+                assert SHAPES[section["model"]]["intermediate_size"] % part.groups == 0
+            elif arm in ("loran", "qlora"):
+                assert places == {"self_attn.q_proj", "self_attn.v_proj"}
+            else:
+                assert len(places) == 7
+                assert not any("lm_head" in t.name for t in found)
+    assert recipe["lr_scheduler"]["init_args"]["max_lr"] == recipe["optimizer"]["init_args"]["lr"]
+    assert ("quantization" in section) == (arm == "qlora" or (arm == "loran" and "llama" in section["model"]))
+
+
+def test_the_constants_that_loran_published():
+    for group in ("llama3_8b", "llama32_1b"):
+        section = yaml.safe_load((CONFIGS / group / "loran.yaml").read_text())["model"]
+        (method,) = to_methods(section["adapters"])
+        expected = la.LoRAN(
+            rank=64, alpha=16.0, dropout=0.2, targets=["q_proj", "v_proj"], amplitude=5e-5, frequency=1e4
+        )
+        assert method == expected
+        assert section["quantization"] == "nf4"
