@@ -278,6 +278,10 @@ class InstructionDataModule(lightning.LightningDataModule):
         """Test batches, in a fixed order."""
         return self._loader(self._ready("test", "test"))
 
+    def predict_dataloader(self) -> DataLoader:
+        """Test batches, whose prompts the module continues; not of packed rows, which hold several."""
+        return self.test_dataloader()
+
     def _ready(self, split: str, stage: str) -> TokenDataset:
         if split not in self._datasets:
             raise DataError(f"setup({stage!r}) has not run: let the Trainer call it, or call it first")

@@ -140,3 +140,9 @@ def test_a_real_process(checkpoint):
     assert failed.returncode == 1
     assert failed.stdout == ""
     assert failed.stderr.strip().split("\n")[-1].startswith("error: the following arguments are required: --prompt")
+
+
+def test_predict_continues_the_test_rows():
+    few = ["--data.test_subset=2", "--trainer.limit_predict_batches=1", "--model.max_new_tokens=3"]
+    cli = quick_main(["predict", f"--config={LORA}", f"--data.path={ROWS}", *QUIET, *few])
+    assert len(cli.datamodule.predict_dataloader().dataset) == 2
