@@ -275,12 +275,10 @@ class InstructionDataModule(lightning.LightningDataModule):
         return self._loader(self._ready("val", "validate")) if self._has("val") else []
 
     def test_dataloader(self) -> DataLoader:
-        """Test batches, in a fixed order."""
+        """Test batches, in a fixed order; `predict` continues their prompts, unless rows are packed."""
         return self._loader(self._ready("test", "test"))
 
-    def predict_dataloader(self) -> DataLoader:
-        """Test batches, whose prompts the module continues; not of packed rows, which hold several."""
-        return self.test_dataloader()
+    predict_dataloader = test_dataloader
 
     def _ready(self, split: str, stage: str) -> TokenDataset:
         if split not in self._datasets:
@@ -288,13 +286,14 @@ class InstructionDataModule(lightning.LightningDataModule):
         return self._datasets[split]
 
     def _loader(self, dataset: TokenDataset, sampler: Sampler | None = None) -> DataLoader:
+        collate = (PackedCollator if self.packing == "packed" else PaddedCollator)(self.pad_id)
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
+            self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            collate_fn=(PackedCollator if self.packing == "packed" else PaddedCollator)(self.pad_id),
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             # Its own generator: otherwise every new iterator draws from the global random state.
             generator=torch.Generator().manual_seed(self.order_seed),
