@@ -289,7 +289,7 @@ class InstructionDataModule(lightning.LightningDataModule):
         collate = (PackedCollator if self.packing == "packed" else PaddedCollator)(self.pad_id)
         return DataLoader(
             dataset,
-            self.batch_size,
+            batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
