@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import constants as hub_constants
-from huggingface_hub.utils import get_session
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -26,6 +24,7 @@ from transformers import (
 
 from language.gguf_files import converted
 from lit_adapters.assets import is_package_address, resolve
+from lit_adapters.callback.hub import short_hub_waits
 from lit_adapters.errors import AdapterError, AssetError
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -34,8 +33,6 @@ SMOLLM2_ADDRESS = (
     "#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 )
 TINY_LLAMA = "tiny_llama"
-
-HUB_PROBE_SECONDS = 5.0
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["nf4"]
@@ -150,7 +147,7 @@ def _loading(name: str) -> Iterator[str]:
     else:
         source, is_local = address, Path(address).is_dir()
     try:
-        with _short_hub_waits(not is_local):
+        with short_hub_waits(not is_local):
             yield source
     except OSError as error:  # every download error of huggingface_hub and requests is one
         reason = str(error).strip().split("\n")[0]
@@ -162,25 +159,6 @@ def _loading(name: str) -> Iterator[str]:
         ) from error
     except Exception as error:  # transformers, tokenizers and safetensors have their own, and use the built-in ones
         raise AdapterError(f"transformers cannot load the model {name!r}: {error}") from error
-
-
-@contextlib.contextmanager
-def _short_hub_waits(needed: bool) -> Iterator[None]:
-    """Go offline for the duration if the hub does not answer, so that only the local cache is tried.
-
-    huggingface_hub would otherwise retry each of several files for half a minute.
-    """
-    if not needed or hub_constants.HF_HUB_OFFLINE:
-        yield
-        return
-    try:
-        get_session().head(hub_constants.ENDPOINT, timeout=HUB_PROBE_SECONDS)
-    except Exception:  # which library's error it is depends on the version of huggingface_hub
-        hub_constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        hub_constants.HF_HUB_OFFLINE = False
 
 
 def _tiny_llama(options: dict[str, Any]) -> Any:

