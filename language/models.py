@@ -26,6 +26,7 @@ from language.gguf_files import converted
 from lit_adapters.assets import is_package_address, resolve
 from lit_adapters.callback.hub import short_hub_waits
 from lit_adapters.errors import AdapterError, AssetError
+from lit_adapters.methods.layers import is_quantised, stop_repacking
 
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_ADDRESS = (
@@ -79,6 +80,9 @@ def create_model(
     else:
         with _loading(name) as source:
             model = AutoModelForCausalLM.from_pretrained(source, **options)
+    for module in model.modules():
+        if is_quantised(module):
+            stop_repacking(module)
     if gradient_checkpointing:
         _checkpoint_blocks(model)
     return model.eval()

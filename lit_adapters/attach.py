@@ -10,6 +10,7 @@ from torch import nn
 
 from lit_adapters.errors import AdapterError, TargetsNotFound
 from lit_adapters.methods.base import AdapterModule, Config, Method, to_methods
+from lit_adapters.methods.layers import is_quantised, stop_repacking
 from lit_adapters.report import AdapterReport
 from lit_adapters.targets import Target, find_targets, head_modules, matches, near_misses, places
 
@@ -113,6 +114,9 @@ def attach(
     )
     for name, parameter in named.items():
         parameter.requires_grad_(name in trained)
+    for module in model.modules():  # those without an adapter too: gradients pass through them
+        if is_quantised(module):
+            stop_repacking(module)
     for target, adapter in wrapped:
         adapter.adopt()
         setattr(target.parent, target.attribute, adapter)

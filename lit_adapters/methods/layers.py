@@ -124,26 +124,12 @@ class ConvolutionLayer(LinearLayer):
 
 
 class QuantisedLayer(LinearLayer):
-    """bitsandbytes' Linear4bit: the matrix is the weight dequantised to what the layer computes in, as it does itself.
-
-    On processors with AVX512-bf16 bitsandbytes 0.50 repacks the weight in the first forward without gradients in eval
-    mode; it then dequantises to wrong values, and training gives the input no gradient. So repacking is turned off
-    here, and undone where it has happened; it has rounded the scales of the blocks to bfloat16 by then.
-    """
+    """bitsandbytes' Linear4bit: the matrix is the weight dequantised to what the layer computes in, as it does."""
 
     keeps_dtype = True
 
     def __init__(self, base: Any) -> None:
-        base.support_avx512bf16_for_cpu = False
-        state = getattr(base.weight, "quant_state", None)
-        if state is not None and getattr(state, "packing_format_for_cpu", False):
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-            dtype, state.original_dtype = state.original_dtype, torch.float32  # scales quantised twice are float32 too
-            base.weight.data, base.weight.quant_state = _convert_weight_packed_for_cpu_inverse(base.weight.data, state)
-            state.dtype = dtype
-            if not state.nested:  # those not quantised are still in the order of the repacked weight
-                state.absmax = state.absmax.T.flatten().float()
+        stop_repacking(base)
 
     def dtype(self, base: Any) -> torch.dtype:
         state = getattr(base.weight, "quant_state", None)
@@ -173,6 +159,31 @@ class QuantisedLayer(LinearLayer):
         if base.bias is not None:
             plain.bias = nn.Parameter(base.bias.detach().to(weight.dtype), base.bias.requires_grad)
         return plain.train(base.training)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether it is bitsandbytes' Linear4bit, told by name, as the library is optional."""
+    return any(kind.__name__ == "Linear4bit" for kind in type(module).__mro__)
+
+
+def stop_repacking(layer: Any) -> None:
+    """Keep a Linear4bit's weight as quantisation left it.
+
+    On processors with AVX512-bf16 bitsandbytes 0.50 repacks the weight in the first forward without gradients in eval
+    mode; it then dequantises to wrong values, and training gives the input no gradient. So repacking is turned off, and
+    undone where it has happened; it has rounded the scales of the blocks to bfloat16 by then.
+    """
+    layer.support_avx512bf16_for_cpu = False
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None or not getattr(state, "packing_format_for_cpu", False):
+        return
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    dtype, state.original_dtype = state.original_dtype, torch.float32  # scales quantised twice are float32 too
+    layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+    state.dtype = dtype
+    if not state.nested:  # those not quantised are still in the order of the repacked weight
+        state.absmax = state.absmax.T.flatten().float()
 
 
 def reads_weight(parent: nn.Module, attribute: str) -> bool:
@@ -236,10 +247,9 @@ def matrix_layer(base: nn.Module, qualified_name: str, method: str) -> LinearLay
             f"{qualified_name!r} belongs to an nn.MultiheadAttention, which reads its weights without calling it: no "
             f"adapter on it would run; {leave_out}"
         )
-    names = {kind.__name__ for kind in type(base).__mro__}
-    if "Linear4bit" in names:
+    if is_quantised(base):
         kind = QuantisedLayer(base)
-    elif names & _QUANTISED:
+    elif {kind.__name__ for kind in type(base).__mro__} & _QUANTISED:
         raise AdapterError(
             f"{method} cannot read the quantised weight of {qualified_name!r}, a {type(base).__name__}; quantise to 4 "
             f"bit with bitsandbytes, or {leave_out}"

@@ -20,7 +20,7 @@ from torch import nn
 
 from lit_adapters.errors import AdapterError, TargetsNotFound
 from lit_adapters.methods.base import AdapterModule, Method
-from lit_adapters.methods.layers import QuantisedLayer
+from lit_adapters.methods.layers import is_quantised, stop_repacking
 from lit_adapters.methods.peft_adapter import PeftAdapter
 
 _ADAPTER = "default"  # peft's name for the first adapter of a layer
@@ -128,8 +128,8 @@ class Peft(Method):
         config = self._build()
         kind = config.peft_type.value
         for module in model.modules():
-            if type(module).__name__ == "Linear4bit":
-                QuantisedLayer(module)  # undoes and forbids a repacking after which its weight cannot be read
+            if is_quantised(module):
+                stop_repacking(module)  # peft is about to read its weight
         with _restored(model):
             try:
                 PEFT_TYPE_TO_TUNER_MAPPING[kind](model, config, adapter_name=_ADAPTER)

@@ -194,3 +194,22 @@ def test_an_evaluation_leaves_the_weight_and_later_gradients_alone(method):
         with la.disabled(model):
             model(inputs())
     assert all(torch.equal(a, b) for a, b in zip(look(), before, strict=True))
+
+
+def test_an_evaluation_leaves_layers_without_an_adapter_alone():
+    """Gradients pass through them. One of 40 outputs cannot even be repacked."""
+    model = nn.Sequential(layer((128, 64)), nn.GELU(), layer((64, 96)), nn.GELU(), layer((96, 40)))
+    for linear in (model[0], model[2], model[4]):
+        linear.support_avx512bf16_for_cpu = True
+    repack(model[2])
+    la.attach(model, la.LoRA(rank=4, targets=["0"]))
+    move(model)
+    x = inputs().requires_grad_()
+    (expected,) = torch.autograd.grad(model.train()(x).square().sum(), x)
+    assert expected.any()
+    with torch.no_grad():
+        value = model.eval()(inputs())
+    (gradient,) = torch.autograd.grad(model.train()(x).square().sum(), x)
+    assert torch.equal(gradient, expected)
+    assert torch.equal(model(x), value)
+    assert not any(model[i].support_avx512bf16_for_cpu for i in (2, 4))
