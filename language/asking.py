@@ -15,7 +15,7 @@ from language.choice import PromptEncoder, score_choices
 from language.data import InstructionDataModule
 from language.formats import FormatName
 from language.generate import generate
-from language.metrics import Estimate, exact_match, find_option, held_out_loss, proportion, rouge
+from language.metrics import Estimate, exact_match, find_option, held_out_loss, proportion, rouge, row_losses
 from language.mmlu import read_mmlu, summarise_mmlu
 from language.models import context_length
 from language.sources import read_rows
@@ -74,17 +74,28 @@ def plan(name: str, model: PreTrainedModel, tokenizer: Any, root: Path, s: Setti
         DataError: Missing or bad data (file and line).
     """
     chosen: dict[str, Any] = {"chat": s.chat, "limit": s.limit, "seed": s.seed}
-    if name == "mmlu":
-        return partial(_mmlu, model, tokenizer, read_mmlu(root / s.mmlu, s.shots, s.per_subject, s.seed), s)
     if name == "perplexity":
         return partial(_perplexity, model, _held_out(root / s.perplexity, model, tokenizer, s))
     if name == "summarisation":
         return partial(_summaries, model, tokenizer, *read_summaries(root / s.summarisation, tokenizer, **chosen), s)
-    if name == "classification":
-        questions = read_classification(root / s.classification, tokenizer, **chosen)
-    else:
-        questions = read_commonsense(root / s.commonsense, name, tokenizer, **chosen)
+    questions = read_questions(name, tokenizer, root, s)
+    if name == "mmlu":
+        return partial(_mmlu, model, tokenizer, questions, s)
     return partial(_choose if s.answers == "choice" else _generate, name, model, tokenizer, questions, s)
+
+
+def read_questions(name: str, tokenizer: Any, root: Path, s: Settings) -> list[Question]:
+    """The questions of a multiple-choice task: mmlu, classification or a common-sense one.
+
+    Raises:
+        DataError: An unknown task, or missing or bad data (file and line).
+    """
+    chosen: dict[str, Any] = {"chat": s.chat, "limit": s.limit, "seed": s.seed}
+    if name == "mmlu":
+        return read_mmlu(root / s.mmlu, s.shots, s.per_subject, s.seed)
+    if name == "classification":
+        return read_classification(root / s.classification, tokenizer, **chosen)
+    return read_commonsense(root / s.commonsense, name, tokenizer, **chosen)
 
 
 def _mmlu(model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: Settings) -> dict[str, Any]:
@@ -165,4 +176,4 @@ def _held_out(path: Path, model: PreTrainedModel, tokenizer: Any, s: Settings) -
 
 
 def _perplexity(model: PreTrainedModel, data: InstructionDataModule) -> dict[str, Any]:
-    return {"metrics": held_out_loss(model, data.test_dataloader())}
+    return {"metrics": held_out_loss(row_losses(model, data.test_dataloader()))}

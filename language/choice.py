@@ -90,6 +90,20 @@ def score_choices(
             zip(prompts, choices, strict=True), total=len(prompts), desc=f"{description}: tokens", leave=False
         )
     ]
+    scores = score_tokens(model, questions, batch_size, description)
+    sizes = [[len(choice.encode()) for choice in options] for options in choices]
+    return ChoiceScores(scores, sizes, encoder.truncated)
+
+
+@torch.no_grad()
+def score_tokens(
+    model: PreTrainedModel, questions: Sequence[TokenQuestion], batch_size: int = 8, description: str = "scoring"
+) -> list[list[float]]:
+    """The same for questions that are tokens already: one value for each continuation of each question.
+
+    Raises:
+        AdapterError: The model's output is not a number.
+    """
     scores: list[list[float]] = [[]] * len(questions)
     reader = _Reader(model)
     with evaluating(model), tqdm(total=len(questions), desc=description, leave=False) as bar:
@@ -99,8 +113,7 @@ def score_choices(
                     raise AdapterError(f"the model's output for prompt {index} is not a number; its weights are broken")
                 scores[index] = row
             bar.update(len(batch))
-    sizes = [[len(choice.encode()) for choice in options] for options in choices]
-    return ChoiceScores(scores, sizes, encoder.truncated)
+    return scores
 
 
 @contextmanager
@@ -116,7 +129,9 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Question:
+class TokenQuestion:
+    """Tokens of a prompt, and of each continuation to choose from; none of them empty."""
+
     context: list[int]
     continuations: list[list[int]]
 
@@ -145,7 +160,7 @@ class PromptEncoder:
         """Tokens of a prompt, at least one, that leave space for ``room - 1`` further tokens."""
         return self._fit(self.tokens([text])[0], room)
 
-    def question(self, prompt: str, choices: Sequence[str]) -> _Question:
+    def question(self, prompt: str, choices: Sequence[str]) -> TokenQuestion:
         """Context and continuations; their concatenations are the tokens of prompt + choice."""
         alone, *whole = self.tokens([prompt, *(prompt + choice for choice in choices)])
         shared = _common_prefix([alone, *whole])
@@ -153,7 +168,7 @@ class PromptEncoder:
         for choice, tokens in zip(choices, continuations, strict=True):
             if not tokens:
                 raise DataError(f"choice {choice!r} after prompt ...{prompt[-60:]!r} has no tokens; give it a text")
-        return _Question(self._fit(alone[:shared], max(map(len, continuations))), continuations)
+        return TokenQuestion(self._fit(alone[:shared], max(map(len, continuations))), continuations)
 
     def _fit(self, context: list[int], room: int) -> list[int]:
         if not context:
@@ -194,7 +209,7 @@ def _batches(order: list[int], size: int) -> Iterator[list[int]]:
     yield from (order[i : i + size] for i in range(0, len(order), size))
 
 
-def _score(reader: _Reader, batch: list[_Question]) -> list[list[float]]:
+def _score(reader: _Reader, batch: list[TokenQuestion]) -> list[list[float]]:
     contexts = [question.context for question in batch]
     pairs = [(row, tokens) for row, question in enumerate(batch) for tokens in question.continuations]
     longer = [(i, row, tokens) for i, (row, tokens) in enumerate(pairs) if len(tokens) > 1]

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from language.loss import IGNORED, Batch
 from language.models import context_length
-from language.tokenise import IGNORED
 from lit_adapters.errors import AdapterError, DataError
 
 
@@ -69,7 +68,7 @@ def generate(
     return tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
 
 
-def prompt_rows(batch: dict[str, Tensor]) -> list[list[int]]:
+def prompt_rows(batch: Batch) -> list[list[int]]:
     """The prompt of each row of a padded batch: its tokens before the first that is learned.
 
     Raises:

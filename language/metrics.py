@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 from torchmetrics.functional.text.rouge import rouge_score
 from tqdm import tqdm
 
 from language.choice import evaluating
+from language.loss import Batch, token_losses
 from lit_adapters.errors import AdapterError, DataError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 # Named, because torchmetrics' default includes rougeLsum, which fetches a sentence splitter.
 ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
-IGNORED = -100
 _RESAMPLES = 1000
 
 
@@ -73,14 +72,44 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0, resamples: int = _RES
     return Estimate(data.mean().item(), means.std().item(), len(values))
 
 
+@dataclass(frozen=True)
+class RowLosses:
+    """What `row_losses` measured, one entry for each row with a learned token.
+
+    Attributes:
+        sums: -log p over the row's learned tokens, in nats.
+        counts: their number.
+    """
+
+    sums: list[float]
+    counts: list[int]
+
+
 @torch.no_grad()
-def held_out_loss(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Estimate]:
-    """Mean negative log-likelihood in nats, and perplexity, over all labelled tokens; every token counts the same.
+def row_losses(model: PreTrainedModel, batches: Iterable[Batch]) -> RowLosses:
+    """-log p of held-out rows.
 
     Args:
         model: A causal language model of transformers. Its training mode is left as it was.
-        batches: ``input_ids`` and ``labels`` (B, T), -100 where nothing is to be predicted, and whatever else the
-            model takes. labels[t] is predicted from input_ids[< t].
+        batches: As `language.loss.token_losses` takes them.
+
+    Raises:
+        DataError: A batch without a learned token.
+    """
+    device = next(model.parameters()).device
+    sums: list[float] = []
+    counts: list[int] = []
+    with evaluating(model):
+        for batch in tqdm(batches, desc="held-out loss", leave=False):
+            losses, learned = token_losses(model, {name: value.to(device) for name, value in batch.items()})
+            of_row = learned.sum(1).tolist()
+            sums += [row.double().sum().item() for row in losses.split(of_row) if len(row)]
+            counts += filter(None, of_row)
+    return RowLosses(sums, counts)
+
+
+def held_out_loss(rows: RowLosses) -> dict[str, Estimate]:
+    """Mean negative log-likelihood in nats, and perplexity, over all learned tokens; every token counts the same.
 
     Returns:
         ``loss`` and ``perplexity`` = exp(loss). Standard errors take rows as drawn independently, tokens of a row not:
@@ -88,41 +117,34 @@ def held_out_loss(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]
         perplexity times that.
 
     Raises:
-        DataError: No labelled token at all.
+        DataError: No learned token at all.
         AdapterError: The loss is not finite.
     """
-    device = next(model.parameters()).device
-    sums: list[float] = []
-    counts: list[int] = []
-    with evaluating(model):
-        for batch in tqdm(batches, desc="held-out loss", leave=False):
-            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-            labels = batch["labels"].to(device)[:, 1:]
-            logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-            losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-            sums += losses.view_as(labels).double().sum(1).tolist()
-            counts += (labels != IGNORED).sum(1).tolist()
-    total = sum(counts)
+    total, count = sum(rows.counts), len(rows.counts)
     if not total:
         raise DataError("no token of the held-out data has a label: check the format and the prompt mask")
-    loss = sum(sums) / total
+    loss = sum(rows.sums) / total
     if not math.isfinite(loss):
         raise AdapterError(f"the held-out loss is {loss}; the model's weights are broken")
-    rows = sum(count > 0 for count in counts)
-    squares = sum((s - loss * count) ** 2 for s, count in zip(sums, counts, strict=True))
-    error = math.sqrt(squares * rows / (rows - 1)) / total if rows > 1 else math.nan
+    squares = sum((s - loss * n) ** 2 for s, n in zip(rows.sums, rows.counts, strict=True))
+    error = math.sqrt(squares * count / (count - 1)) / total if count > 1 else math.nan
     perplexity = math.exp(min(loss, 700.0))
     return {"loss": Estimate(loss, error, total), "perplexity": Estimate(perplexity, perplexity * error, total)}
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str], seed: int = 0) -> dict[str, Estimate]:
-    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L, without stemming, with bootstrap standard errors over texts."""
+    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L, with bootstrap standard errors over texts."""
+    return {key: bootstrap_mean(v, seed) for key, v in rouge_of_texts(predictions, references).items()}
+
+
+def rouge_of_texts(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+    """F-measure of ROUGE-1, ROUGE-2 and ROUGE-L of each text, without stemming."""
     values: dict[str, list[float]] = {key: [] for key in ROUGE_KEYS}
     for prediction, reference in zip(predictions, references, strict=True):
         scores = rouge_score(prediction, reference, rouge_keys=ROUGE_KEYS)
         for key in ROUGE_KEYS:
             values[key].append(float(scores[f"{key}_fmeasure"]))
-    return {key: bootstrap_mean(value, seed) for key, value in values.items()}
+    return values
 
 
 def normalised(text: str) -> str:
@@ -168,8 +190,9 @@ class ChoiceAccuracy(Metric):
                 f"log_likelihoods {tuple(log_likelihoods.shape)} and target {tuple(target.shape)} "
                 "must be (B, C) and (B,)"
             )
-        self.correct += (log_likelihoods.argmax(1) == target).sum()
-        self.total += len(target)
+        # Not in place: what Lightning resets in its inference mode is an inference tensor, which fit may not write to.
+        self.correct = self.correct + (log_likelihoods.argmax(1) == target).sum()
+        self.total = self.total + len(target)
 
     def compute(self) -> Tensor:
         """Accuracy so far, in [0, 1]."""

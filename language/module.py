@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 import lit_adapters as la
 from language.generate import generate, prompt_rows
+from language.loss import Batch, read, token_losses
 from language.models import (
     SMOLLM2,
     Dtype,
@@ -24,10 +24,7 @@ from language.models import (
     create_tokenizer,
     vocabulary_size,
 )
-from language.tokenise import IGNORED
 from lit_adapters.methods.base import to_methods
-
-Batch = dict[str, Tensor]
 
 
 class TokenLoss(Metric):
@@ -43,8 +40,9 @@ class TokenLoss(Metric):
 
     def update(self, total: Tensor, tokens: int) -> None:
         """Add the sum of -log p over some tokens."""
-        self.total += total
-        self.tokens += tokens
+        # Not in place: what Lightning resets in its inference mode is an inference tensor, which fit may not write to.
+        self.total = self.total + total
+        self.tokens = self.tokens + tokens
 
     def compute(self) -> Tensor:
         """Nats per token."""
@@ -166,15 +164,7 @@ class CausalLMTuner(LightningModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, T, V)."""
-        check_tokens(batch, vocabulary_size(self._built), context_length(self._built))
-        # Without a mask and without a cache transformers tells packed documents apart by their positions.
-        output = self._built(
-            input_ids=batch["input_ids"],
-            attention_mask=batch.get("attention_mask"),
-            position_ids=batch.get("position_ids"),
-            use_cache=False,
-        )
-        return output.logits  # type: ignore[no-any-return]
+        return read(self._built, batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         total, tokens = self._loss(batch)
@@ -216,16 +206,8 @@ class CausalLMTuner(LightningModule):
 
     def _loss(self, batch: Batch) -> tuple[Tensor, int]:
         """The sum of -log p over the learned tokens of a batch, in float32, and their number."""
-        learned = learned_tokens(batch)
-        target = batch["labels"][learned]
-        if not len(target):
-            raise la.DataError(
-                f"all labels of a batch of {len(learned)} rows are masked, so there is nothing to learn: raise "
-                "data.max_length or shorten the prompts"
-            )
-        # Token t + 1 is learned from the logits of t; only those are taken to float32.
-        chosen = self(batch)[:, :-1][learned[:, 1:]].float()
-        return F.cross_entropy(chosen, target, reduction="sum"), len(target)
+        losses, _ = token_losses(self._built, batch)
+        return losses.sum(), len(losses)
 
     def _evaluate(self, batch: Batch, metric: TokenLoss) -> None:
         metric.update(*self._loss(batch))
@@ -247,36 +229,3 @@ class CausalLMTuner(LightningModule):
             if after.dtype != before.dtype:
                 setattr(module, name, before.to(after.device))
         return self
-
-
-def learned_tokens(batch: Batch) -> Tensor:
-    """Which tokens (B, T) have a label and something before them to be predicted from."""
-    learned = batch["labels"] != IGNORED
-    learned[:, 0] = False
-    if "position_ids" in batch:
-        learned &= batch["position_ids"] != 0  # a document's first token does not follow from the one before it
-    return learned
-
-
-def check_tokens(batch: Batch, vocabulary: int, context: int | None) -> None:
-    """Raise for tokens that a model cannot read.
-
-    Args:
-        batch: input_ids (B, T) and, packed, position_ids.
-        vocabulary: token ids that the model has.
-        context: longest sequence that it was made for; None for any.
-
-    Raises:
-        DataError: a token is out of range, or a sequence too long.
-    """
-    largest = int(batch["input_ids"].max())
-    if largest >= vocabulary:
-        raise la.DataError(
-            f"token {largest} is outside the model's vocabulary of {vocabulary}: the data were tokenised for another "
-            "model; give them the tokenizer of this one"
-        )
-    length = int(batch["position_ids"].max()) + 1 if "position_ids" in batch else batch["input_ids"].shape[1]
-    if context is not None and length > context:
-        raise la.DataError(
-            f"a sequence of {length} tokens is longer than the model's {context} positions: lower data.max_length"
-        )

@@ -14,11 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from language.formats import Record
+from language.loss import IGNORED
 from language.templates import Example, Piece, Renderer
 from lit_adapters.checkpoint import write_atomically
 from lit_adapters.errors import DataError
-
-IGNORED = -100
 
 _CACHE_VERSION = 1  # of the rules below: a new one makes older cached files unused
 _CHUNK = 256  # records tokenised at a time

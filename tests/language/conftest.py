@@ -44,6 +44,7 @@ def write(tmp_path: Path):
 
     def jsonl(rows: list[dict], name: str = "rows.jsonl") -> str:
         path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(path)
 

@@ -17,6 +17,7 @@ from language.metrics import (
     mean_of_groups,
     proportion,
     rouge,
+    row_losses,
 )
 from lit_adapters.errors import AdapterError, DataError
 
@@ -40,7 +41,7 @@ def padded(rows: list[list[int]], prompt: int) -> dict[str, torch.Tensor]:
 def test_held_out_loss(model):
     rows = [[1, 5, 7, 3], [2, 9, 9, 9, 9, 4, 8], [3, 3], [1, 2, 3, 4, 5]]
     batches = [padded(rows[:3], 2), padded(rows[3:], 1)]
-    result = held_out_loss(model, batches)
+    result = held_out_loss(row_losses(model, batches))
     assert model.training
     model.eval()
     losses = []
@@ -61,14 +62,14 @@ def test_held_out_loss(model):
 def test_held_out_loss_of_packed_rows(model):
     """Documents side by side in one row give the loss they have alone."""
     one, two = [1, 5, 7, 3], [2, 9, 4]
-    alone = held_out_loss(model, [padded([one, two], 1)])["loss"]
+    alone = held_out_loss(row_losses(model, [padded([one, two], 1)]))["loss"]
     labels = [-100, *one[1:], -100, *two[1:]]
     packed = {
         "input_ids": torch.tensor([one + two]),
         "labels": torch.tensor([labels]),
         "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]]),
     }
-    together = held_out_loss(model, [packed])["loss"]
+    together = held_out_loss(row_losses(model, [packed]))["loss"]
     assert together.value == pytest.approx(alone.value, abs=1e-6)
     assert together.n == alone.n == 5
     assert math.isnan(together.stderr)
@@ -76,10 +77,12 @@ def test_held_out_loss_of_packed_rows(model):
 
 def test_held_out_loss_errors(model):
     with pytest.raises(DataError, match="no token of the held-out data has a label"):
-        held_out_loss(model, [padded([[1, 2]], 2)])
+        held_out_loss(row_losses(model, []))
+    with pytest.raises(DataError, match="all labels of a batch of 1 rows are masked"):
+        row_losses(model, [padded([[1, 2]], 2)])
     torch.nn.init.constant_(model.lm_head.weight, math.inf)
     with pytest.raises(AdapterError, match="held-out loss is nan"):
-        held_out_loss(model, [padded([[1, 2]], 1)])
+        held_out_loss(row_losses(model, [padded([[1, 2]], 1)]))
 
 
 def f_measure(hits: int, predicted: int, reference: int) -> float:

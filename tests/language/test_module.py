@@ -1,16 +1,19 @@
 """The tuner: its loss, what it reads and refuses, and that what was trained is found again."""
 
 import copy
+import functools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import seed_everything
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 import lit_adapters as la
-from language.module import CausalLMTuner, learned_tokens
+from language.loss import learned_tokens, token_losses
+from language.module import CausalLMTuner
 from tests.language.tiny import batch, built, data, moved, trainer, tuner
 
 
@@ -52,6 +55,33 @@ def test_the_first_token_of_a_packed_document_is_not_learned():
     row = packed(4, 3)
     row["labels"] = row["input_ids"].clone()
     assert learned_tokens(row).tolist() == [[False, True, True, True, False, True, True]]
+
+
+def without_logits_to_keep(forward, input_ids, attention_mask, position_ids, use_cache):
+    return forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("rows", [batch(12, 7, 9), packed(4, 3, 6)], ids=["padded", "packed"])
+def test_logits_of_learned_tokens_alone_give_the_same_loss_and_gradient(monkeypatch, rows):
+    """Against the logits of all positions, in float64; and a model without `logits_to_keep` computes those."""
+    module = moved(built()).double()
+    learned = learned_tokens(rows)
+    expected = F.cross_entropy(module(rows)[:, :-1][learned[:, 1:]], rows["labels"][learned], reduction="sum")
+    weight = module.model.model.layers[0].mlp.up_proj.lora_B
+    (reference,) = torch.autograd.grad(expected, weight)
+    widths = []
+    module.model.lm_head.register_forward_hook(lambda _, args, out: widths.append(out.shape[1]))
+    for fewer in (True, False):
+        if not fewer:
+            monkeypatch.setattr(
+                module.model, "forward", functools.partial(without_logits_to_keep, module.model.forward)
+            )
+        losses, found = token_losses(module.model, rows)
+        assert torch.equal(found, learned)
+        assert losses.sum().item() == pytest.approx(expected.item(), rel=1e-6)
+        (gradient,) = torch.autograd.grad(losses.sum(), weight)
+        torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-7)
+    assert widths[0] == int(learned[:, 1:].any(0).sum()) < widths[1] == rows["input_ids"].shape[1]
 
 
 def test_how_the_model_is_called():

@@ -1,0 +1,97 @@
+"""The next-token loss: which tokens of a batch are learned, and -log p of each of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from language.models import context_length, vocabulary_size
+from lit_adapters.errors import DataError
+
+IGNORED = -100  # the label of what is not learned
+
+Batch = Mapping[str, Tensor]
+
+
+def read(model: nn.Module, batch: Batch, positions: Tensor | None = None) -> Tensor:
+    """Logits (B, T, V) of a batch, or (B, P, V) at some of its positions.
+
+    Args:
+        model: a causal language model of transformers.
+        batch: input_ids (B, T), and attention_mask or position_ids of the same shape.
+        positions: int64 (P,); the others are never multiplied by the head, which is most of what a small model costs.
+            A model that offers no `logits_to_keep` computes them all the same.
+
+    Raises:
+        DataError: token ids that the model does not have, or sequences longer than it was made for.
+    """
+    check_tokens(batch, vocabulary_size(model), context_length(model))
+    fewer = positions is not None and "logits_to_keep" in inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"logits_to_keep": positions} if fewer else {}
+    # Without a mask and without a cache transformers tells packed documents apart by their positions.
+    logits: Tensor = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch.get("attention_mask"),
+        position_ids=batch.get("position_ids"),
+        use_cache=False,
+        **options,
+    ).logits
+    return logits if positions is None or fewer else logits[:, positions]
+
+
+def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """-log p of each learned token in nats, float32 (n,), row by row, and which tokens they are, bool (B, T).
+
+    Labels stand at the places of their own tokens: labels[t] is predicted from input_ids[<t].
+
+    Raises:
+        DataError: nothing is learned; or as `read`.
+    """
+    learned = learned_tokens(batch)
+    following = learned[:, 1:]
+    if not following.any():
+        raise DataError(
+            f"all labels of a batch of {len(learned)} rows are masked, so there is nothing to learn: raise "
+            "data.max_length or shorten the prompts"
+        )
+    positions = following.any(0).nonzero()[:, 0]
+    # Only the logits of learned tokens are taken to float32.
+    chosen = read(model, batch, positions)[following[:, positions]].float()
+    return F.cross_entropy(chosen, batch["labels"][learned], reduction="none"), learned
+
+
+def learned_tokens(batch: Batch) -> Tensor:
+    """Which tokens (B, T) have a label and something before them to be predicted from."""
+    learned = batch["labels"] != IGNORED
+    learned[:, 0] = False
+    if "position_ids" in batch:
+        learned &= batch["position_ids"] != 0  # a document's first token does not follow from the one before it
+    return learned
+
+
+def check_tokens(batch: Batch, vocabulary: int, context: int | None) -> None:
+    """Raise for tokens that a model cannot read.
+
+    Args:
+        batch: input_ids (B, T) and, packed, position_ids.
+        vocabulary: token ids that the model has.
+        context: longest sequence that it was made for; None for any.
+
+    Raises:
+        DataError: a token is out of range, or a sequence too long.
+    """
+    largest = int(batch["input_ids"].max())
+    if largest >= vocabulary:
+        raise DataError(
+            f"token {largest} is outside the model's vocabulary of {vocabulary}: the data were tokenised for another "
+            "model; give them the tokenizer of this one"
+        )
+    length = int(batch["position_ids"].max()) + 1 if "position_ids" in batch else batch["input_ids"].shape[1]
+    if context is not None and length > context:
+        raise DataError(
+            f"a sequence of {length} tokens is longer than the model's {context} positions: lower data.max_length"
+        )
