@@ -21,7 +21,7 @@ def environment() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    packages = ("torch", "lightning", "timm", "lit-adapters")
+    packages = ("torch", "lightning", "timm", "transformers", "lit-adapters")
     return {
         "date": date.today().isoformat(),
         "cpu": models[0] if models else platform.processor(),

@@ -1,0 +1,171 @@
+"""What do the methods learn on a language model? SmolLM2-135M by the recipes in configs/language/smollm2.
+
+    python -m benchmarks.language_tuning --root DATA --task alpaca [--arms lora afa ...] [--threads 1]
+
+Tasks: `alpaca` (75 steps of 4 rows; loss on 100 held-out rows, and MMLU zero-shot, 5 questions a subject), `newsgroups`
+(75 steps of 16 texts, out of 2,000 of 20 Newsgroups; the share of 500 test texts whose class is written out exactly),
+`samsum` (40 steps of 4 dialogues; ROUGE of greedy summaries of 100 test dialogues). DATA holds the folders alpaca_demo,
+mmlu, newsgroups20 and samsum.
+
+Protocol: the learning rate of each arm is chosen among two by the loss on held-out training rows, after 25, 20 or 15
+steps of a one-cycle schedule of their own. Then one run at that rate, of which the test rows are asked. AdamW, one
+seed, equal data and order; weights in float32, computed under bf16 autocast; eager attention, which is faster here.
+Finished runs are kept in results/language_TASK.json and skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+import lit_adapters as la
+from benchmarks.cifar10_accuracy import Steps, peak_memory_mib
+from benchmarks.results_file import RESULTS, append, environment, load
+from language.__main__ import LanguageCLI
+from language.__main__ import main as language
+from language.asking import Settings
+from language.choice import score_tokens
+from language.evaluate import evaluate
+from language.metrics import ROUGE_KEYS, held_out_loss, normalised, proportion, rouge, rouge_of_texts, row_losses
+from language.validation import choice_questions
+
+RATES = (5e-4, 2e-3)
+# Recipe, and what is changed in it.
+ARMS: dict[str, tuple[str, list[str]]] = {
+    "untouched": ("lora", []),  # at its start, where it is the pretrained model
+    "lora": ("lora", []),
+    "afa": ("afa", []),
+    "nora_plus_plus": ("nora_plus_plus", []),
+    "dora": ("dora", []),
+    "loran": ("loran", []),
+    "loran_identity": ("loran", ["--model.adapters.init_args.amplitude=0.0"]),
+}
+# Optimiser steps to compare two rates by, and of the run that is asked.
+STEPS = {"alpaca": (25, 75), "newsgroups": (20, 75), "samsum": (15, 40)}
+DATA = {
+    "alpaca": [
+        *("--data.path={root}/alpaca_demo/train.jsonl", "--data.format=alpaca", "--data.max_length=192"),
+        *("--data.batch_size=4", "--data.val_fraction=0.1", "--data.val_subset=50"),
+        *("--data.test_fraction=0.1", "--data.test_subset=100"),
+    ],
+    "newsgroups": [
+        *("--data.path={root}/newsgroups20", "--data.format=classification", "--data.columns.label=label_name"),
+        *("--data.max_length=64", "--data.batch_size=16", "--data.train_subset=2000"),
+        *("--data.val_fraction=0.1", "--data.val_subset=100", "--data.test_subset=500"),
+        "--model.max_new_tokens=16",
+    ],
+    "samsum": [
+        *("--data.path={root}/samsum", "--data.format=summarisation", "--data.max_length=192", "--data.batch_size=4"),
+        *("--data.drop_empty=true", "--data.train_subset=2000", "--data.val_subset=50", "--data.test_subset=100"),
+        "--model.max_new_tokens=48",
+    ],
+}
+
+
+class _Measured(Steps):
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.model.set_attn_implementation("eager")  # type: ignore[union-attr, operator]
+
+
+def ask(cli: LanguageCLI, task: str, arm: str, root: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Estimates on the test split, and what they average: one value a row, question or text, for paired comparison."""
+    module, data = cli.model, cli.datamodule
+    if task == "alpaca":
+        data.setup("test")
+        rows = row_losses(module.model, data.test_dataloader())
+        mmlu = evaluate(module.model, module.tokenizer, "mmlu", root, Settings(shots=0, per_subject=5, batch_size=16))
+        answers = mmlu["results"]["mmlu"]
+        estimates = {"loss": held_out_loss(rows)["loss"], "mmlu": answers["metrics"]["micro"]}
+        estimates |= {f"mmlu {name}": averages["micro"] for name, averages in answers["categories"].items()}
+        right = [float(p == a) for p, a in zip(answers["predictions"], answers["answers"], strict=True)]
+        losses = [s / n for s, n in zip(rows.sums, rows.counts, strict=True)]
+        return estimates, {"loss": losses, "tokens": [float(n) for n in rows.counts], "mmlu": right}
+    texts = [text.strip() for batch in cli.trainer.predict(module, datamodule=data) for text in batch]
+    references = [example.response for example in data.examples("test")]
+    if task == "samsum":
+        each = rouge_of_texts(texts, references)
+        return rouge(texts, references), {key: [round(value, 4) for value in each[key]] for key in ROUGE_KEYS}
+    right = [normalised(text) == normalised(reference) for text, reference in zip(texts, references, strict=True)]
+    estimates = {"accuracy": proportion(right)}
+    if arm == "untouched":  # it does not know the names to write, but may find them likely
+        questions, answers = choice_questions(data, "test")
+        scores = score_tokens(module.model, questions, batch_size=16, description=task)
+        chosen = [row.index(max(row)) for row in scores]
+        estimates["accuracy by likelihood"] = proportion([c == a for c, a in zip(chosen, answers, strict=True)])
+    return estimates, {"accuracy": [float(r) for r in right]}
+
+
+def run(task: str, arm: str, rate: float, steps: int, protocol: str, root: Path) -> dict[str, Any]:
+    """Train one arm through the command line of the application, and measure it."""
+    recipe, changes = ARMS[arm]
+    peak_memory_mib(reset=True)
+    start, measured = time.perf_counter(), _Measured()
+    callbacks = [measured, la.AdapterCallback(statistics=[], figures=False)]
+    cli = language(
+        [
+            *("fit", f"--config=configs/language/smollm2/{recipe}.yaml", *changes),
+            *(option.format(root=root) for option in DATA[task]),
+            *(f"--optimizer.lr={rate}", f"--lr_scheduler.max_lr={rate}", "--trainer.precision=bf16-mixed"),
+            *("--trainer.max_epochs=-1", f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"),
+            *("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.callbacks=null"),
+            *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+        ],
+        trainer_defaults={"callbacks": callbacks},
+        save_config_callback=None,
+    )
+    seconds, memory = time.perf_counter() - start, peak_memory_mib()
+    report, data = cli.model.report, cli.datamodule
+    record = {
+        **{"task": task, "arm": arm, "protocol": protocol, "rate": rate, "steps": steps},
+        "trainable": 0 if arm == "untouched" else report.trainable,
+        "fit_seconds": round(seconds, 1),
+        "seconds_per_step": round(measured.median(), 3) if len(measured.ends) > 1 else None,
+        "peak_memory_mib": round(memory),
+        "environment": environment(),
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        if protocol == "rate":
+            loss = held_out_loss(row_losses(cli.model.model, data.val_dataloader()))["loss"]
+            return record | {"metrics": {"loss": asdict(loss)}}
+        estimates, items = ask(cli, task, arm, root)
+    return record | {"metrics": {name: asdict(e) for name, e in estimates.items()}, "items": items}
+
+
+def main() -> None:
+    """Run what is missing in the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True, type=Path, help="folder with the data sets")
+    parser.add_argument("--task", required=True, choices=list(DATA))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    task, path = arguments.task, RESULTS / f"language_{arguments.task}.json"
+
+    def once(arm: str, protocol: str, rate: float, steps: int) -> dict[str, Any]:
+        key = {"arm": arm, "protocol": protocol, "rate": rate, "steps": steps}
+        known = [r for r in load(path) if key.items() <= r.items()]
+        if not known:
+            append(path, run(task, arm, rate, steps, protocol, arguments.root))
+            known = [r for r in load(path) if key.items() <= r.items()]
+        shown = ", ".join(f"{n} {m['value']:.4f}" for n, m in known[0]["metrics"].items())
+        print(f"{task} {arm:<16} {protocol:<5} lr {rate:g}: {shown}", flush=True)
+        return known[0]
+
+    for arm in arguments.arms:
+        if arm == "untouched":
+            once(arm, "full", RATES[0], 0)
+            continue
+        tried = [once(arm, "rate", rate, STEPS[task][0]) for rate in RATES]
+        best = min(tried, key=lambda r: r["metrics"]["loss"]["value"])["rate"]
+        once(arm, "full", best, STEPS[task][1])
+
+
+if __name__ == "__main__":
+    main()
