@@ -1,28 +1,38 @@
-# make demo | test | slow | lint | bench ROOT=<folder with CIFAR-10>     Each creates .venv itself on a fresh machine.
+# make demo | demo-language | test | slow | lint | bench ROOT=<folder with data>   Each creates .venv on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/.complete
 
-.PHONY: demo test slow lint bench clean
+.PHONY: demo demo-language test slow lint bench clean
 
 demo: $(ENVIRONMENT)  ## fine-tune a pretrained ViT on real images with NoRA++, against the head alone
 	$(BIN)/python -m vision.demo $(DEMO)
 
+demo-language: $(ENVIRONMENT)  ## fine-tune a language model with AFA-LoRA, merge it, and load it in peft
+	$(BIN)/python -m language.demo $(DEMO)
+
+# A process for each core, at most 8: each takes about a gigabyte.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+
 test: $(ENVIRONMENT)  ## fast tests: no network, under six minutes
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: $(ENVIRONMENT)  ## real weights, compiled kernels, several processes
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(ENVIRONMENT)  ## measure everything that docs/results.md shows; ROOT holds CIFAR-10 as an image folder or archives
-	@test -n "$(ROOT)" || { echo 'error: make bench ROOT=DIR, with DIR/train and DIR/test or their .tar.gz archives'; exit 1; }
+# ROOT holds cifar10/ (train and test, folders or .tar.gz), alpaca_demo/, mmlu/, newsgroups20/ and samsum/.
+bench: $(ENVIRONMENT)  ## measure everything that docs/results.md and docs/results-language.md show: hours
+	@test -n "$(ROOT)" || { echo 'error: make bench ROOT=DIR, the folder with cifar10/, alpaca_demo/, mmlu/, ...'; exit 1; }
 	$(BIN)/python -m benchmarks.step_time
-	$(BIN)/python -m benchmarks.cifar10_accuracy --root $(ROOT)
+	$(BIN)/python -m benchmarks.cifar10_accuracy --root $(ROOT)/cifar10
+	$(BIN)/python -m benchmarks.language_step_time
+	for task in alpaca newsgroups samsum; do \
+		$(BIN)/python -m benchmarks.language_tuning --root $(ROOT) --task $$task || exit 1; done
 	$(BIN)/python -m benchmarks.tables
 
 # The marker is written last, so that an interrupted installation is repeated.

@@ -62,11 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     steps = {arm: step_of(arm, arguments.image_size, arguments.batch) for arm in ARMS}
-    first = {arm: _timed(step) for arm, step in steps.items()}  # compiles
-    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for _ in tqdm(range(arguments.rounds), desc="rounds"):
-        for arm, step in steps.items():
-            times[arm].append(_timed(step))
+    first, times = alternate(steps, arguments.rounds)
     for arm, seconds in times.items():
         ratios = {
             f"over_{other}": statistics.median(a / b for a, b in zip(seconds, times[other], strict=True))
@@ -85,6 +81,16 @@ def main() -> None:
         append(RESULTS / "step_time.json", record)
         shown = "   ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
         print(f"{arm:<16} {record['seconds']:.3f} s   {shown}")
+
+
+def alternate(steps: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Seconds of each step's first call, which compiles, and of `rounds` further ones, in turns."""
+    first = {arm: _timed(step) for arm, step in steps.items()}
+    times: dict[str, list[float]] = {arm: [] for arm in steps}
+    for _ in tqdm(range(rounds), desc="rounds"):
+        for arm, step in steps.items():
+            times[arm].append(_timed(step))
+    return first, times
 
 
 def _timed(step: Callable[[], None]) -> float:

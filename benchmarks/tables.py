@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks import language_tables
 from benchmarks.results_file import RESULTS, load
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +96,7 @@ def step_table(records: list[dict[str, Any]]) -> str:
 def machine(records: list[dict[str, Any]]) -> str:
     """Where and with what the latest record was measured."""
     e = records[-1]["environment"]
-    versions = ", ".join(f"{k} {e[k]}" for k in ("torch", "lightning", "timm"))
+    versions = ", ".join(f"{k} {e[k]}" for k in ("torch", "lightning", "timm", "transformers") if k in e)
     return f"{e['cores']} cores of {e['cpu']}, {e['threads']} thread(s) a process, {versions}, {e['date']}."
 
 
@@ -139,6 +140,30 @@ def main() -> None:
         accuracy_figure(accuracy, ROOT / "docs" / "accuracy.png")
     if steps:
         replace_block(results, "steps", f"{step_table(steps)}\n\n{machine(steps)}")
+    language()
+
+
+def language() -> None:
+    """Fill the blocks of the language measurements."""
+    page = ROOT / "docs" / "results-language.md"
+    measured = {task: load(RESULTS / f"language_{task}.json") for task in language_tables.TASKS}
+    measured = {task: records for task, records in measured.items() if records}
+    for task, records in measured.items():
+        columns = language_tables.TASKS[task]
+        shown = table(language_tables.header(*columns), language_tables.rows_of(records, *columns))
+        replace_block(page, task, f"{shown}\n\n{machine(records)}")
+    if measured:
+        header = ["arm", *(f"{task}, validation loss by rate" for task in measured)]
+        by_arm: dict[str, list[str]] = {}
+        for records in measured.values():
+            for arm, text in language_tables.rates(records):
+                by_arm.setdefault(arm, []).append(text)
+        replace_block(page, "rates", table(header, [[arm, *texts] for arm, texts in by_arm.items()]))
+        language_tables.figure(measured, ROOT / "docs" / "language.png")
+    costs = load(RESULTS / "language_step_time.json")
+    if costs:
+        header = ["arm", "seconds a step (quartiles)", "/ LoRA", "peak memory, MiB"]
+        replace_block(page, "costs", f"{table(header, language_tables.costs(costs))}\n\n{machine(costs)}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,13 @@ SHAPES = {
 HEADS = {"meta-llama/Meta-Llama-3-8B": (32, 8), "meta-llama/Llama-3.2-1B": (32, 8), SMOLLM2: (9, 3)}
 
 
+# Recipes with rows of their own kind.
+TASKS = {
+    "samsum_loran": ("summarisation", [{"dialogue": f"A: hi {i}\nB: hello", "summary": "they meet"} for i in range(8)]),
+    "newsgroups_loran": ("classification", [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]),
+}
+
+
 @pytest.fixture(autouse=True)
 def no_arguments_of_pytest(monkeypatch, tmp_path):
     """LightningCLI warns when it is given arguments and the process has some too; what is written is temporary."""
@@ -44,6 +51,7 @@ def test_the_recipes_are_complete():
     assert groups == {"smoke", "llama3_8b", "llama32_1b", "smollm2"}
     for group in groups:
         wanted = ARMS if group == "llama3_8b" else ARMS | {"full"}
+        wanted = wanted if group == "smoke" else wanted | set(TASKS)
         assert {name.split("/")[1] for name in RECIPES if name.startswith(f"{group}/")} >= wanted, group
 
 
@@ -74,13 +82,17 @@ def test_smoke_recipes_fit_and_load(tmp_path, name):
 
 
 # A second each: the others are in the slow tier.
-QUICK = {"smollm2/nora", "llama3_8b/loran", "llama3_8b/openorca_nora_plus_plus"}
+QUICK = {"smollm2/nora", "llama3_8b/newsgroups_loran", "llama3_8b/openorca_nora_plus_plus"}
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in REAL])
-def test_other_recipes_run_on_the_tiny_model(tmp_path, name):
-    rank = ["--model.adapters.rank=4"] if name.endswith(("loran", "qlora")) else []  # 64 is more than the tiny one has
-    cli = command("fit", name, tmp_path, *OVERRIDES, *rank)
+def test_other_recipes_run_on_the_tiny_model(tmp_path, write, name):
+    changes = ["--model.adapters.rank=4"] if name.endswith(("loran", "qlora")) else []  # 64 is more than the tiny has
+    if own := TASKS.get(name.split("/")[1]):
+        assert yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["data"]["format"] == own[0]
+        changes += [f"--data.format={own[0]}", f"--data.path={write(own[1])}", "--data.columns=null"]
+    cli = command("fit", name, tmp_path, *OVERRIDES, *changes)
+    assert ("val/classification_accuracy" in cli.trainer.callback_metrics) == ("newsgroups" in name)
     assert cli.trainer.global_step == 1
     optimizer, scheduler = cli.trainer.optimizers[0], cli.trainer.lr_scheduler_configs[0]
     assert type(optimizer) is torch.optim.AdamW
@@ -120,7 +132,7 @@ def test_other_recipes_fit_their_own_model(name):
     recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     section = recipe["model"]
     model, blocks = meta_model(section["model"]), SHAPES[section["model"]]["num_hidden_layers"]
-    arm = name.split("/")[1].removeprefix("openorca_")
+    arm = name.split("/")[1].removeprefix("openorca_").removeprefix("samsum_").removeprefix("newsgroups_")
     for method in to_methods(section["adapters"]):
         for part in method.parts():
             found = find_targets(model, part, section.get("train", ()))
@@ -135,12 +147,14 @@ def test_other_recipes_fit_their_own_model(name):
                 assert len(places) == 7
                 assert not any("lm_head" in t.name for t in found)
     assert recipe["lr_scheduler"]["init_args"]["max_lr"] == recipe["optimizer"]["init_args"]["lr"]
-    assert ("quantization" in section) == (arm == "qlora" or (arm == "loran" and "llama" in section["model"]))
+    packed = arm == "qlora" or (arm == "loran" and "llama" in section["model"]) or name.split("/")[1] in TASKS
+    assert ("quantization" in section) == packed
 
 
 def test_the_constants_that_loran_published():
-    for group in ("llama3_8b", "llama32_1b"):
-        section = yaml.safe_load((CONFIGS / group / "loran.yaml").read_text())["model"]
+    files = [f"{g}/{a}" for g in ("llama3_8b", "llama32_1b", "smollm2") for a in TASKS]
+    for name in ("llama3_8b/loran", "llama32_1b/loran", *files):
+        section = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"]
         (method,) = to_methods(section["adapters"])
         expected = la.LoRAN(
             rank=64, alpha=16.0, dropout=0.2, targets=["q_proj", "v_proj"], amplitude=5e-5, frequency=1e4

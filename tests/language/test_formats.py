@@ -115,6 +115,26 @@ def test_hub_without_datasets(monkeypatch):
         read_rows("hub:some/name", "train")
 
 
+def test_hub_data_through_datasets(tmp_path, monkeypatch):
+    """A folder stands for a name on the hub: the package itself reads both alike; its cache is temporary."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "repository").mkdir()
+    for split, count in (("train", 3), ("validation", 2)):
+        rows = [ALPACA | {"instruction": f"{split} {i}"} for i in range(count)]
+        file = tmp_path / "repository" / f"{split}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    address = f"hub:{tmp_path / 'repository'}"
+    assert [row.values["instruction"] for row in read_rows(address, "train")] == [f"train {i}" for i in range(3)]
+    assert has_split(address, "val")
+    assert not has_split(address, "test")
+    assert read_rows(address, "val")[1].origin == f"{address} validation row 2"
+    with pytest.raises(DataError, match="has no test split: give its file in val_path or test_path, or a fraction"):
+        read_rows(address, "test")
+    with pytest.raises(DataError, match=r"cannot reach hub:.*nothing.*Check the name and the network"):
+        read_rows(f"hub:{tmp_path / 'nothing'}", "train")
+
+
 # Formats
 
 

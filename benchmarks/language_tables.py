@@ -1,0 +1,131 @@
+"""Tables and figure of the language measurements; called by `python -m benchmarks.tables`.
+
+Differences from LoRA are paired: the same rows, questions or texts, so that what makes one hard for both cancels.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+NAMES = {
+    "untouched": "untouched model",
+    "lora": "LoRA, r = 8 (AFA-LoRA at beta = 0)",
+    "afa": "AFA-LoRA, r = 8",
+    "nora_plus_plus": "NoRA++, anchored, LoRA r = 8",
+    "dora": "DoRA, r = 8",
+    "loran": "LoRAN, r = 64, q and v",
+    "loran_identity": "LoRAN, amplitude 0",
+    "lora_like_loran": "LoRA, r = 64, q and v",
+    "full": "full fine-tuning",
+}
+CATEGORIES = ("STEM", "Humanities", "Social Sciences", "Other")
+Record = dict[str, Any]
+
+
+def items(record: Record, name: str) -> list[float]:
+    """One value for each test row, question or text."""
+    return [float(value) for value in record["items"][name].split()]
+
+
+def paired(record: Record, other: Record, name: str) -> tuple[float, float]:
+    """Mean difference of two runs on the same items, and its standard error; losses weigh rows by their tokens."""
+    pairs = zip(items(record, name), items(other, name), strict=True)
+    differences = [a - b for a, b in pairs]
+    if name != "loss":
+        return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    tokens = items(record, "tokens")
+    mean = sum(d * n for d, n in zip(differences, tokens, strict=True)) / sum(tokens)
+    squares = sum(((d - mean) * n) ** 2 for d, n in zip(differences, tokens, strict=True))
+    rows = len(tokens)
+    return mean, math.sqrt(squares * rows / (rows - 1)) / sum(tokens)
+
+
+def rows_of(records: list[Record], metrics: dict[str, str], difference: str) -> list[list[str]]:
+    """A row an arm: parameters, rate, each metric, and the difference from LoRA in one of them."""
+    full = {r["arm"]: r for r in records if r["protocol"] == "full"}
+    rows = []
+    for arm, name in NAMES.items():
+        if not any(r["arm"] == arm for r in records):
+            continue
+        if arm not in full:
+            rows.append([name, *["not run"] * (len(metrics) + 3)])
+            continue
+        record = full[arm]
+        row = [name, f"{record['trainable']:,}", f"{record['rate']:g}" if record["steps"] else ""]
+        row += [_estimate(record["metrics"][key]) for key in metrics]
+        if arm in ("lora", "untouched") or "lora" not in full:
+            rows.append([*row, ""])
+            continue
+        mean, error = paired(record, full["lora"], difference)
+        rows.append([*row, f"{mean:+.3f} ± {error:.3f}{'' if abs(mean) > 2 * error else ', within error'}"])
+    return rows
+
+
+def _estimate(metric: dict[str, Any]) -> str:
+    return f"{metric['value']:.3f} ± {metric['stderr']:.3f}"
+
+
+def header(metrics: dict[str, str], difference: str) -> list[str]:
+    """Names of the columns of `rows_of`."""
+    return ["arm", "trained", "rate", *metrics.values(), f"{difference}: minus LoRA, paired"]
+
+
+TASKS: dict[str, tuple[dict[str, str], str]] = {
+    "alpaca": (
+        {"loss": "held-out loss", "mmlu": "MMLU", **{f"mmlu {c}": c for c in CATEGORIES}},
+        "loss",
+    ),
+    "newsgroups": ({"accuracy": "accuracy"}, "accuracy"),
+    "samsum": ({"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}, "rougeL"),
+}
+
+
+def rates(records: list[Record]) -> list[list[str]]:
+    """Validation loss of every rate tried."""
+    tried = [r for r in records if r["protocol"] == "rate"]
+    return [
+        [name, ", ".join(f"{r['rate']:g}: {r['metrics']['loss']['value']:.3f}" for r in tried if r["arm"] == arm)]
+        for arm, name in NAMES.items()
+        if any(r["arm"] == arm for r in tried)
+    ]
+
+
+def costs(records: list[Record]) -> list[list[str]]:
+    """The latest step time and memory of each arm."""
+    latest = {r["arm"]: r for r in records}
+    return [
+        [
+            NAMES[arm],
+            f"{r['seconds']:.2f} ({r['quartiles'][0]:.2f} to {r['quartiles'][1]:.2f})",
+            f"{r['over_lora']:.2f}",
+            f"{r['peak_memory_mib']:,}",
+        ]
+        for arm, r in latest.items()
+    ]
+
+
+def figure(measured: dict[str, list[Record]], path: Path) -> None:
+    """Differences from LoRA in each task, with two standard errors."""
+    picture = Figure(figsize=(9, 2.6), layout="constrained")
+    panels = picture.subplots(1, len(measured), squeeze=False)[0]
+    for panel, (task, records) in zip(panels, measured.items(), strict=True):
+        full = {r["arm"]: r for r in records if r["protocol"] == "full"}
+        arms = [a for a in NAMES if a in full and a not in ("lora", "untouched")]
+        for row, arm in enumerate(arms):
+            mean, error = paired(full[arm], full["lora"], TASKS[task][1])
+            panel.errorbar(mean, row, xerr=2 * error, fmt="o", color="#2f5d94", capsize=3)
+        panel.axvline(0, color="gray", linewidth=0.8)
+        panel.set_yticks(
+            range(len(arms)), [NAMES[a].split(",")[0] if a != "loran_identity" else NAMES[a] for a in arms]
+        )
+        panel.set_ylim(len(arms) - 0.5, -0.5)
+        panel.tick_params(labelsize=8)
+        better = "less is better" if task == "alpaca" else "more is better"
+        metric = {"alpaca": "held-out loss", "newsgroups": "accuracy", "samsum": "ROUGE-L"}[task]
+        panel.set_title(f"{task}: {metric} minus LoRA's\n{better}, two standard errors", fontsize=8)
+    picture.savefig(path, dpi=110)
