@@ -89,7 +89,7 @@ def main() -> None:
     texts.append(answers(model, tokenizer, batch))
     logits = peft_difference(model, module.hparams["model"], batch)
     la.save_adapters(model, RUNS / "adapter")
-    beta = max(adapter.beta.item() for _, adapter in la.adapters(model))
+    beta = max(float(adapter.beta) for _, adapter in la.adapters(model))  # type: ignore[arg-type]
     report = la.merge(model)
     losses["merged"] = row_losses(model, loader)
 
