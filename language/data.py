@@ -44,6 +44,8 @@ class InstructionDataModule(lightning.LightningDataModule):
         test_path: Test data; without it path's own test files, or test_fraction of the training rows.
         columns: The files' names of fields where they differ, such as ``{label: label_name}``.
         max_length: Most tokens of a document, and of a row of packed documents.
+        max_answer_length: Of those, tokens kept for the answer in formats summarisation and classification, whose long
+            texts lose their beginning; default a quarter.
         batch_size: Rows per batch and process.
         packing: none pads documents side by side; buckets does so with documents of similar length; packed puts as
             many documents into a row as fit.
@@ -78,6 +80,7 @@ class InstructionDataModule(lightning.LightningDataModule):
         test_path: str | list[str] | None = None,
         columns: dict[str, str] | None = None,
         max_length: int = 512,
+        max_answer_length: int | None = None,
         batch_size: int = 8,
         packing: Literal["none", "packed", "buckets"] = "none",
         val_fraction: float = 0.1,
@@ -103,6 +106,7 @@ class InstructionDataModule(lightning.LightningDataModule):
         self.paths = {"val": val_path, "test": test_path}
         self.columns = columns
         self.max_length = max_length
+        self.max_answer_length = max_answer_length
         self.batch_size = batch_size
         self.packing = packing
         self.val_fraction = val_fraction
@@ -131,6 +135,10 @@ class InstructionDataModule(lightning.LightningDataModule):
                 raise DataError(f"{name}={value} must be at least 1")
         if self.max_length < 2:
             raise DataError(f"max_length={self.max_length} must be at least 2: a prompt and an answer")
+        if self.max_answer_length is not None and not 0 < self.max_answer_length < self.max_length:
+            raise DataError(
+                f"max_answer_length={self.max_answer_length} must be at least 1 and below max_length={self.max_length}"
+            )
         if self.num_workers < 0:
             raise DataError(f"num_workers={self.num_workers} must be at least 0")
         for name in ("val_fraction", "test_fraction"):
@@ -162,7 +170,14 @@ class InstructionDataModule(lightning.LightningDataModule):
     @cached_property
     def encoder(self) -> Encoder:
         """Turns the text of a row into tokens."""
-        return Encoder(self.tokenizer, self._end[1], self.max_length, self.mask_prompt, plain=not self.renderer.chat)
+        return Encoder(
+            self.tokenizer,
+            self._end[1],
+            self.max_length,
+            self.mask_prompt,
+            plain=not self.renderer.chat,
+            max_answer_length=self.max_answer_length,
+        )
 
     @cached_property
     def _end(self) -> tuple[str, int]:

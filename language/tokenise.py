@@ -19,7 +19,7 @@ from language.templates import Example, Piece, Renderer
 from lit_adapters.checkpoint import write_atomically
 from lit_adapters.errors import DataError
 
-_CACHE_VERSION = 1  # of the rules below: a new one makes older cached files unused
+_CACHE_VERSION = 2  # of the rules below: a new one makes older cached files unused
 _CHUNK = 256  # records tokenised at a time
 
 
@@ -63,11 +63,12 @@ class Encoder:
     A beginning token is put before plain prompts if the tokenizer does so; chat templates bring their own. A document
     whose last token is not the end token gets it appended, learned.
 
-    A document longer than ``max_length`` loses
+    Where the format has a body (dialogue or text), a prompt longer than ``max_length - max_answer_length`` loses the
+    beginning of its body, and an answer longer than ``max_answer_length`` its end. The room of a prompt does not depend
+    on its answer: else the length of a shortened prompt would tell that of the answer, in training and in tests. A
+    document is dropped if none of the body would be left.
 
-    - the beginning of its body (dialogue or text), where the format has one: the rest of the prompt and the answer
-      stay whole; it is dropped if none of the body would be left;
-    - otherwise its end. It is dropped if no learned token would be left.
+    In other formats a document longer than ``max_length`` loses its end, and is dropped if no learned token is left.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -75,33 +76,47 @@ class Encoder:
         max_length: Most tokens of a document.
         mask_prompt: Learn answers only; otherwise all tokens.
         plain: Whether prompts are plain text rather than rendered by a chat template.
+        max_answer_length: Tokens kept for an answer beside a body, the end token included; default a quarter of
+            ``max_length``.
     """
 
-    def __init__(self, tokenizer: Any, end_id: int, max_length: int, mask_prompt: bool, plain: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        end_id: int,
+        max_length: int,
+        mask_prompt: bool,
+        plain: bool,
+        max_answer_length: int | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.end_id = end_id
         self.max_length = max_length
         self.mask_prompt = mask_prompt
+        self.max_answer_length = max(1, max_length // 4) if max_answer_length is None else max_answer_length
         begin = tokenizer.bos_token_id
         self.begin = [begin] if plain and begin is not None and tokenizer("a")["input_ids"][0] == begin else []
 
     @property
     def settings(self) -> tuple:
         """Everything but the text that the tokens depend on."""
-        return (_fingerprint(self.tokenizer), self.end_id, self.max_length, self.mask_prompt, self.begin)
+        return (
+            _fingerprint(self.tokenizer),
+            self.end_id,
+            self.max_length,
+            self.max_answer_length,
+            self.mask_prompt,
+            self.begin,
+        )
 
-    def prompt(self, example: Example, room: int | None = None) -> list[int]:
+    def prompt(self, example: Example) -> list[int]:
         """Tokens of a prompt to be answered, equal to those it has in training.
-
-        Args:
-            example: The example.
-            room: Most tokens; default ``max_length``. A longer prompt loses the beginning of its body.
 
         Raises:
             DataError: A prompt that does not fit and has no body to shorten.
         """
-        room = self.max_length if room is None else room
         ids = self.begin + self._ids([example.prompt])[0]
+        room = self._room(example.body)
         if len(ids) > room:
             shorter = self._shorten(example.prompt, example.body, room)
             if shorter is None:
@@ -121,9 +136,9 @@ class Encoder:
                 encoded = iter(self._ids([text for document in pieces for text, _ in document]))
                 for record, document in zip(chunk, pieces, strict=True):
                     full, flags = self._join(document, encoded)
-                    if len(full) > self.max_length:
-                        cut += 1
-                        full, flags = self._cut(full, flags, document[0][0], renderer.body(record))
+                    whole = len(full)
+                    full, flags = self._cut(full, flags, document[0][0], renderer.body(record))
+                    cut += len(full) < whole
                     flags = self._flags(flags)
                     if not any(flags):
                         dropped += 1
@@ -158,14 +173,22 @@ class Encoder:
         """The first token of a document has nothing before it to be predicted from."""
         return [False, *(flags[1:] if self.mask_prompt else [True] * (len(flags) - 1))]
 
+    def _room(self, body: str) -> int:
+        """Most tokens of a prompt."""
+        return self.max_length - self.max_answer_length if body else self.max_length
+
     def _cut(self, ids: list[int], flags: list[bool], prompt: str, body: str) -> tuple[list[int], list[bool]]:
+        """What of a document is kept; nothing where none of its body is."""
         if not body:
             return ids[: self.max_length], flags[: self.max_length]
-        answer = ids[flags.index(True) :]
-        shorter = self._shorten(prompt, body, self.max_length - len(answer))
-        if shorter is None:
+        start = flags.index(True)
+        kept: list[int] | None = ids[:start]
+        if start > self._room(body):
+            kept = self._shorten(prompt, body, self._room(body))
+        if kept is None:
             return [], []
-        return shorter + answer, [False] * len(shorter) + [True] * len(answer)
+        answer = ids[start:][: self.max_answer_length]
+        return kept + answer, [False] * len(kept) + [True] * len(answer)
 
     def _shorten(self, prompt: str, body: str, room: int) -> list[int] | None:
         """The prompt without the beginning of its body, at most ``room`` tokens; None if none of the body is left."""

@@ -32,16 +32,22 @@ def choice_questions(data: InstructionDataModule, split: SplitName) -> tuple[lis
         The questions, and the index of each right class in `data.classes`.
 
     Raises:
-        DataError: The data are no classification, or a row has a class that no training row has.
+        DataError: The data are no classification, a class is longer than an answer may be, or no training row has a
+            row's class.
     """
     classes, encoder = data.classes, data.encoder
     choices = [[*ids, encoder.end_id] for ids in data.tokenizer(classes, add_special_tokens=False)["input_ids"]]
     longest = max(map(len, choices))
+    if longest > encoder.max_answer_length:
+        raise DataError(
+            f"a class has {longest} tokens, more than the {encoder.max_answer_length} kept for an answer: set "
+            f"max_answer_length to {longest}"
+        )
     questions, answers = [], []
     for example in data.examples(split):
         if example.response not in classes:
             raise DataError(f"{example.origin}: class {example.response!r} occurs in no training row")
-        questions.append(TokenQuestion(encoder.prompt(example, encoder.max_length - longest), choices))
+        questions.append(TokenQuestion(encoder.prompt(example), choices))
         answers.append(classes.index(example.response))
     return questions, answers
 

@@ -96,14 +96,34 @@ def test_long_text_loses_its_beginning(write, tokenizer, chat):
     whole, _ = only(fitted(path, tokenizer, format="summarisation", val_fraction=0, use_chat_template=chat))
     data = fitted(path, tokenizer, format="summarisation", val_fraction=0, max_length=60, use_chat_template=chat)
     ids, labels = only(data)
-    assert len(ids) == 60 < len(whole)
+    assert int((labels == IGNORED).sum()) == 45 < len(whole)
     prompt = tokenizer.decode(ids[labels == IGNORED])
     assert "Summarize this dialogue.\n\n" in prompt
     assert "word0 " not in prompt
     assert "word48 word49" in prompt
     assert learned(tokenizer, labels) == "Words.</s>"
     (example,) = data.examples("train")
-    assert data.encoder.prompt(example, room=int((labels == IGNORED).sum())) == ids[labels == IGNORED].tolist()
+    assert data.encoder.prompt(example) == ids[labels == IGNORED].tolist()
+
+
+def test_a_shortened_prompt_does_not_tell_the_length_of_its_answer(write, tokenizer):
+    """One text of every length with a short answer, a longer one, and one that is too long."""
+    answers = ["No.", "Words, many words.", "words " * 20]
+    rows = [{"dialogue": "a b c d e f g h i j k l"[:n], "summary": answer} for n in range(1, 24) for answer in answers]
+    settings = {"format": "summarisation", "val_fraction": 0, "prompt_template": "{dialogue} ="}
+    data = fitted(write(rows), tokenizer, max_length=24, max_answer_length=10, **settings)
+    dataset = data.train_dataloader().dataset
+    assert len(dataset) == len(rows)
+    examples = data.examples("train")
+    for start in range(0, len(rows), 3):
+        prompts = [ids[labels == IGNORED].tolist() for ((ids, labels),) in (dataset[start + i] for i in range(3))]
+        assert prompts[0] == prompts[1] == prompts[2] == data.encoder.prompt(examples[start])
+        assert len(prompts[0]) <= 14
+        ((_, labels),) = dataset[start + 2]
+        assert int((labels != IGNORED).sum()) == 10
+    assert len(prompts[0]) == 14
+    with pytest.raises(DataError, match="max_answer_length=24 must be at least 1 and below max_length=24"):
+        fitted(write(rows), tokenizer, max_length=24, max_answer_length=24, **settings)
 
 
 def test_long_answers_lose_their_end_and_long_prompts_are_dropped(write, tokenizer, caplog):

@@ -43,12 +43,14 @@ def test_rows_are_asked_in_the_tokens_of_training(colours, chat):
 
 
 def test_long_texts_lose_their_beginning(colours):
-    whole, _ = choice_questions(colours(), "val")
-    short, _ = choice_questions(colours(max_length=20), "val")
-    for full, cut in zip(whole, short, strict=True):
-        longest = max(map(len, cut.continuations))
-        assert len(cut.context) == min(len(full.context), 20 - longest) < len(full.context)
-        assert full.context[-len(cut.context) :] == cut.context
+    whole, _ = choice_questions(colours(max_answer_length=10), "val")
+    given = colours(max_length=20, max_answer_length=8)
+    short, answers = choice_questions(given, "val")
+    given.setup("fit")
+    for full, cut, answer, row in zip(whole, short, answers, given.val_dataloader().dataset, strict=True):
+        assert len(cut.context) == 12 < len(full.context)
+        assert full.context[-12:] == cut.context
+        assert row[0][0].tolist() == cut.context + cut.continuations[answer]
 
 
 def test_a_class_that_is_the_beginning_of_another_can_lose(colours):
@@ -106,6 +108,8 @@ def test_what_cannot_be_asked(tmp_path, colours, write):
     strange = colours(val_path=write([{"text": "coal", "label": "black"}], "black.jsonl"))
     with pytest.raises(la.DataError, match=r"black.jsonl line 1: class 'black' occurs in no training row"):
         choice_questions(strange, "val")
+    with pytest.raises(la.DataError, match=r"a class has 7 tokens, more than the 5 kept .* set max_answer_length to 7"):
+        choice_questions(colours(max_length=20), "val")
     rows = DataLoader([batch(5, 4)], batch_size=None)
     with pytest.raises(la.DataError, match="asks the rows of an InstructionDataModule"):
         trainer(tmp_path, callbacks=[ChoiceValidation()]).validate(tuner(), rows, verbose=False)
