@@ -1,9 +1,10 @@
-"""What a training step of SmolLM2-135M costs: every method of benchmarks.language_tuning, and full fine-tuning.
+"""What a training step of SmolLM2-135M costs: the methods of benchmarks.language_tuning, and full fine-tuning.
 
     python -m benchmarks.language_step_time [--rows 4] [--tokens 128] [--rounds 7]
 
 Under bf16 autocast, sdpa attention, a quarter of the tokens learned. All arms stand in one process and take turns;
-ratios are medians over the rounds. Peak memory is that of three steps of one arm in a process of its own.
+ratios are medians over the rounds. LoRA at LoRAN's rank and targets stands beside LoRAN. Peak memory is that of three
+steps of one arm in a process of its own.
 """
 
 from __future__ import annotations

@@ -57,17 +57,30 @@ def rows_of(records: list[Record], metrics: dict[str, str], difference: str) -> 
             continue
         record = full[arm]
         row = [name, f"{record['trainable']:,}", f"{record['rate']:g}" if record["steps"] else ""]
-        row += [_estimate(record["metrics"][key]) for key in metrics]
+        row += [_estimate(record["metrics"][key]) if key in record["metrics"] else "" for key in metrics]
         if arm in ("lora", "untouched") or "lora" not in full:
             rows.append([*row, ""])
             continue
-        mean, error = paired(record, full["lora"], difference)
-        rows.append([*row, f"{mean:+.3f} ± {error:.3f}{'' if abs(mean) > 2 * error else ', within error'}"])
+        rows.append([*row, _difference(record, full["lora"], difference)])
     return rows
 
 
+def control(records: list[Record], difference: str) -> str:
+    """What Sinter adds to its own control, in a sentence; empty until both were run."""
+    full = {r["arm"]: r for r in records if r["protocol"] == "full"}
+    if not {"loran", "loran_identity"} <= set(full):
+        return ""
+    shown = _difference(full["loran"], full["loran_identity"], difference)
+    return f"LoRAN minus the same with amplitude 0, paired: {shown}."
+
+
+def _difference(record: Record, other: Record, name: str) -> str:
+    mean, error = paired(record, other, name)
+    return f"{mean:+.4f} ± {error:.4f}{'' if abs(mean) > 2 * error else ', within error'}"
+
+
 def _estimate(metric: dict[str, Any]) -> str:
-    return f"{metric['value']:.3f} ± {metric['stderr']:.3f}"
+    return f"{metric['value']:.4f} ± {metric['stderr']:.4f}"
 
 
 def header(metrics: dict[str, str], difference: str) -> list[str]:
@@ -80,19 +93,23 @@ TASKS: dict[str, tuple[dict[str, str], str]] = {
         {"loss": "held-out loss", "mmlu": "MMLU", **{f"mmlu {c}": c for c in CATEGORIES}},
         "loss",
     ),
-    "newsgroups": ({"accuracy": "accuracy"}, "accuracy"),
+    "newsgroups": ({"accuracy": "accuracy", "accuracy by likelihood": "by likelihood"}, "accuracy"),
     "samsum": ({"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}, "rougeL"),
 }
 
 
-def rates(records: list[Record]) -> list[list[str]]:
-    """Validation loss of every rate tried."""
-    tried = [r for r in records if r["protocol"] == "rate"]
-    return [
-        [name, ", ".join(f"{r['rate']:g}: {r['metrics']['loss']['value']:.3f}" for r in tried if r["arm"] == arm)]
-        for arm, name in NAMES.items()
-        if any(r["arm"] == arm for r in tried)
-    ]
+def rates(measured: dict[str, list[Record]]) -> list[list[str]]:
+    """Validation loss of every rate tried: a row an arm, a column a task."""
+    tried = {task: [r for r in records if r["protocol"] == "rate"] for task, records in measured.items()}
+    rows = []
+    for arm, name in NAMES.items():
+        cells = []
+        for runs in tried.values():
+            losses = [(r["rate"], r["metrics"]["loss"]["value"]) for r in runs if r["arm"] == arm]
+            cells.append(", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses))
+        if any(cells):
+            rows.append([name, *cells])
+    return rows
 
 
 def costs(records: list[Record]) -> list[list[str]]:
@@ -115,7 +132,7 @@ def figure(measured: dict[str, list[Record]], path: Path) -> None:
     panels = picture.subplots(1, len(measured), squeeze=False)[0]
     for panel, (task, records) in zip(panels, measured.items(), strict=True):
         full = {r["arm"]: r for r in records if r["protocol"] == "full"}
-        arms = [a for a in NAMES if a in full and a not in ("lora", "untouched")]
+        arms = [a for a in NAMES if a in full and "lora" in full and a not in ("lora", "untouched")]
         for row, arm in enumerate(arms):
             mean, error = paired(full[arm], full["lora"], TASKS[task][1])
             panel.errorbar(mean, row, xerr=2 * error, fmt="o", color="#2f5d94", capsize=3)

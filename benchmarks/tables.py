@@ -1,4 +1,4 @@
-"""Write the tables of docs/results.md and README.md from the files in benchmarks/results.
+"""Write the tables and figures of docs/results.md, docs/results-language.md and README.md from benchmarks/results.
 
 python -m benchmarks.tables
 """
@@ -151,14 +151,11 @@ def language() -> None:
     for task, records in measured.items():
         columns = language_tables.TASKS[task]
         shown = table(language_tables.header(*columns), language_tables.rows_of(records, *columns))
-        replace_block(page, task, f"{shown}\n\n{machine(records)}")
+        notes = f"{language_tables.control(records, columns[1])} {machine(records)}".strip()
+        replace_block(page, task, f"{shown}\n\n{notes}")
     if measured:
         header = ["arm", *(f"{task}, validation loss by rate" for task in measured)]
-        by_arm: dict[str, list[str]] = {}
-        for records in measured.values():
-            for arm, text in language_tables.rates(records):
-                by_arm.setdefault(arm, []).append(text)
-        replace_block(page, "rates", table(header, [[arm, *texts] for arm, texts in by_arm.items()]))
+        replace_block(page, "rates", table(header, language_tables.rates(measured)))
         language_tables.figure(measured, ROOT / "docs" / "language.png")
     costs = load(RESULTS / "language_step_time.json")
     if costs:

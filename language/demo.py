@@ -108,7 +108,9 @@ def main() -> None:
     print(f"merged - after         {change.value:+.1e}   {report}")
     print(f"peft on a fresh base   logits differ by {logits:.1e}; files in {RUNS / 'peft'}")
     print(f"\nLook inside:  {Path(sys.executable).parent / 'tensorboard'} --logdir {RUNS}")
-    print("  adapter/beta falls to 0 in the first third; train/loss, val/loss, adapter/summary/relative_norm")
+    print(
+        "  adapter/beta falls to 0 in the first third of the steps; train/loss, val/loss, adapter/summary/relative_norm"
+    )
     if abs(change.value) > TOLERANCE or logits > TOLERANCE * 10:
         sys.exit("error: merging or peft changed what the model computes; please report it")
     if not short and gain.value + 2 * gain.stderr >= 0:
