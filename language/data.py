@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Sampler
 
-from language.formats import FORMATS, FormatName, Record, check_template, parse
+from language.data_settings import check_settings
+from language.formats import FormatName, Record, parse
 from language.models import create_tokenizer
 from language.packing import BucketSampler, PackedCollator, PaddedCollator, TokenDataset, pack
 from language.sources import SplitName, has_split, read_rows
@@ -124,30 +125,9 @@ class InstructionDataModule(lightning.LightningDataModule):
         self.seed = seed
         self.order_seed = seed if order_seed is None else order_seed
         self._tokenizer = tokenizer
-        self._check_settings()
+        check_settings(self)
         self._parsed: dict[str, list[Record]] = {}
         self._datasets: dict[str, TokenDataset] = {}
-
-    def _check_settings(self) -> None:
-        subsets = {f"{split}_subset": size for split, size in self.subsets.items()}
-        for name, value in {"batch_size": self.batch_size, **subsets}.items():
-            if value is not None and value < 1:
-                raise DataError(f"{name}={value} must be at least 1")
-        if self.max_length < 2:
-            raise DataError(f"max_length={self.max_length} must be at least 2: a prompt and an answer")
-        if self.max_answer_length is not None and not 0 < self.max_answer_length < self.max_length:
-            raise DataError(
-                f"max_answer_length={self.max_answer_length} must be at least 1 and below max_length={self.max_length}"
-            )
-        if self.num_workers < 0:
-            raise DataError(f"num_workers={self.num_workers} must be at least 0")
-        for name in ("val_fraction", "test_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise DataError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        if self.format == "chat" and self.prompt_template is not None:
-            raise DataError("prompt_template has no meaning for format=chat: set chat_template")
-        if self.prompt_template is not None:
-            check_template(self.prompt_template, FORMATS[self.format], self.format)
 
     @cached_property
     def tokenizer(self) -> Any:
