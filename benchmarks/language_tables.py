@@ -126,13 +126,20 @@ def costs(records: list[Record]) -> list[list[str]]:
     ]
 
 
+def _compared(records: list[Record]) -> list[str]:
+    """Arms that stand beside LoRA."""
+    full = {r["arm"] for r in records if r["protocol"] == "full"}
+    return [a for a in NAMES if a in full and "lora" in full and a not in ("lora", "untouched")]
+
+
 def figure(measured: dict[str, list[Record]], path: Path) -> None:
     """Differences from LoRA in each task, with two standard errors."""
+    measured = {task: records for task, records in measured.items() if _compared(records)}
     picture = Figure(figsize=(9, 2.6), layout="constrained")
     panels = picture.subplots(1, len(measured), squeeze=False)[0]
     for panel, (task, records) in zip(panels, measured.items(), strict=True):
         full = {r["arm"]: r for r in records if r["protocol"] == "full"}
-        arms = [a for a in NAMES if a in full and "lora" in full and a not in ("lora", "untouched")]
+        arms = _compared(records)
         for row, arm in enumerate(arms):
             mean, error = paired(full[arm], full["lora"], TASKS[task][1])
             panel.errorbar(mean, row, xerr=2 * error, fmt="o", color="#2f5d94", capsize=3)
