@@ -149,6 +149,7 @@ def figure(measured: dict[str, list[Record]], path: Path) -> None:
         )
         panel.set_ylim(len(arms) - 0.5, -0.5)
         panel.tick_params(labelsize=8)
+        panel.locator_params(axis="x", nbins=5)
         better = "less is better" if task == "alpaca" else "more is better"
         metric = {"alpaca": "held-out loss", "newsgroups": "accuracy", "samsum": "ROUGE-L"}[task]
         panel.set_title(f"{task}: {metric} minus LoRA's\n{better}, two standard errors", fontsize=8)
