@@ -73,11 +73,11 @@ def plan(name: str, model: PreTrainedModel, tokenizer: Any, root: Path, s: Setti
     Raises:
         DataError: Missing or bad data (file and line).
     """
-    chosen: dict[str, Any] = {"chat": s.chat, "limit": s.limit, "seed": s.seed}
     if name == "perplexity":
         return partial(_perplexity, model, _held_out(root / s.perplexity, model, tokenizer, s))
     if name == "summarisation":
-        return partial(_summaries, model, tokenizer, *read_summaries(root / s.summarisation, tokenizer, **chosen), s)
+        tasks, skipped = read_summaries(root / s.summarisation, tokenizer, s.chat, s.limit, s.seed)
+        return partial(_summaries, model, tokenizer, tasks, skipped, s)
     questions = read_questions(name, tokenizer, root, s)
     if name == "mmlu":
         return partial(_mmlu, model, tokenizer, questions, s)

@@ -115,7 +115,9 @@ class ChoiceValidation(Callback):
             data = getattr(trainer, "datamodule", None)
             if not isinstance(data, InstructionDataModule):
                 raise DataError("ChoiceValidation of classification asks the rows of an InstructionDataModule: use one")
-            questions, answers = choice_questions(data, "val")
+            pairs = list(zip(*choice_questions(data, "val"), strict=True))
+            chosen = subset(pairs, self.limit, self.seed, self.task)
+            questions, answers = [q for q, _ in chosen], [a for _, a in chosen]
         else:
             assert self.root is not None
             settings = Settings(shots=self.shots, per_subject=self.limit, limit=self.limit, seed=self.seed)
@@ -123,7 +125,4 @@ class ChoiceValidation(Callback):
             encoder = PromptEncoder(pl_module.tokenizer, context_length(model))
             questions = [encoder.question(q.prompt, q.choices) for q in asked]
             answers = [q.answer for q in asked]
-        if self.task != "mmlu":
-            chosen = subset(range(len(questions)), self.limit, self.seed, self.task)
-            questions, answers = [questions[i] for i in chosen], [answers[i] for i in chosen]
         self.questions, self.answers = questions, answers
