@@ -1,6 +1,7 @@
-"""What an adapted function does, as pure functions of sampled values.
+"""What adapters have learned, as pure functions of sampled values and of factors.
 
-A function is given by its values on a grid of D points, an observed density by D non-negative weights on that grid.
+A function is given by its values on a grid of D points, an observed density by D non-negative weights on that grid. A
+low-rank update B A is analysed through its factors (QR and an SVD of size r): the matrix itself is never formed.
 """
 
 from __future__ import annotations
@@ -42,3 +43,112 @@ def drift(current: Tensor, initial: Tensor, density: Tensor) -> Drift:
 def slope_bound(values: Tensor, grid: Tensor) -> Tensor:
     """max |phi'| by finite differences on the grid, (..., D) -> (...)."""
     return (values.diff(dim=-1) / grid.diff()).abs().amax(-1)
+
+
+def stable_rank(singular_values: Tensor) -> float:
+    """sum s_i^2 / max s_i^2: between 1 and the rank; 0 of a zero matrix."""
+    energy = singular_values.double().square()
+    return (energy.sum() / energy.max()).item() if energy.any() else 0.0
+
+
+def effective_rank(singular_values: Tensor) -> float:
+    """exp of the entropy of p_i = s_i^2 / sum s^2: between 1 and the rank; 0 of a zero matrix."""
+    energy = singular_values.double().square()
+    if not energy.any():
+        return 0.0
+    return torch.special.entr(energy / energy.sum()).sum().exp().item()
+
+
+def components(singular_values: Tensor, share: float) -> int:
+    """The fewest leading singular values whose squares make up `share` of all; 0 of a zero matrix."""
+    energy = singular_values.double().square().sort(descending=True).values
+    if not energy.any():
+        return 0
+    return min(len(energy), int((energy.cumsum(0) < share * energy.sum()).sum()) + 1)
+
+
+def product_spectrum(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (out, r) and singular values (r,) of B A, for B (out, r) and A (r, in), in float64.
+
+    B = Q R and A^T = P S give B A = Q (R S^T) P^T, so that an SVD of the r x r matrix in the middle is enough.
+    """
+    q, r = torch.linalg.qr(b.double())
+    s = torch.linalg.qr(a.double().T, mode="r").R
+    u, values, _ = torch.linalg.svd(r @ s.T)
+    return q @ u, values
+
+
+def leading_space(matrix: Tensor, k: int, iterations: int = 4) -> Tensor:
+    """An orthonormal basis (out, k) of the space of the k leading left singular vectors of `matrix` (out, in).
+
+    Subspace iteration with oversampling (Halko et al., arXiv 0909.4061, algorithm 4.4) from a start of its own, so that
+    no global random state is read. Directions whose singular values hardly differ are told apart only roughly.
+    """
+    matrix = matrix.detach().float()
+    width = min(k + 8, *matrix.shape)
+    start = torch.randn(matrix.shape[1], width, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(matrix @ start.to(matrix.device)).Q
+    for _ in range(iterations):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    u = torch.linalg.svd(basis.T @ matrix, full_matrices=False).U
+    return basis @ u[:, :k]
+
+
+def principal_angles(first: Tensor, second: Tensor) -> Tensor:
+    """Angles in radians, ascending, between the spaces of two orthonormal bases (n, k) and (n, l): (min(k, l),)."""
+    cosines = torch.linalg.svdvals(first.double().T @ second.double())
+    return cosines.clamp(max=1.0).acos()
+
+
+def overlap(first: Tensor, second: Tensor) -> float:
+    """mean cos^2 of the principal angles: 1 if one space holds the other, 0 if orthogonal, l / n by chance (k <= l).
+
+    Args:
+        first: an orthonormal basis (n, k).
+        second: another (n, l).
+    """
+    shared = (first.double().T @ second.double()).square().sum()
+    return (shared / min(first.shape[1], second.shape[1])).item()
+
+
+def cosine(first: Tensor, second: Tensor) -> float:
+    """<x, y> / (|x| |y|) of two arrays of one shape; 0 if one is zero."""
+    x, y = first.double().flatten(), second.double().flatten()
+    norm = x.norm() * y.norm()
+    return (x @ y / norm).item() if norm > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class FunctionalSubspace:
+    """The space that the changes of many functions span.
+
+    Attributes:
+        singular_values: of the stack (N, D) of the changes, each weighted by the root of its own density, so that
+            sum s^2 is the sum of the squared drifts in L2(data); descending.
+        directions: the leading right singular vectors (k, D), orthonormal, on `grid`.
+        grid: (D,).
+    """
+
+    singular_values: Tensor
+    directions: Tensor
+    grid: Tensor
+
+
+def functional_subspace(changes: Tensor, densities: Tensor, grid: Tensor, k: int = 4) -> FunctionalSubspace:
+    """Principal components of functions, uncentred: zero is where all of them started.
+
+    Args:
+        changes: phi - phi0 of N functions on the common grid, (N, D).
+        densities: of the inputs of each function on that grid, (N, D); each row is normalised to sum 1.
+        grid: (D,).
+        k: directions to keep.
+    """
+    weights = densities.double() / densities.double().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    _, values, directions = torch.linalg.svd(changes.double() * weights.sqrt(), full_matrices=False)
+    return FunctionalSubspace(values, directions[:k], grid)
+
+
+def histogram(values: Tensor, low: float, high: float, bins: int) -> Tensor:
+    """Counts (bins + 2,): of values below `low`, in `bins` equal parts of [low, high], and above `high`."""
+    places = ((values.detach().float() - low) * (bins / (high - low))).floor().clamp(-1, bins)
+    return torch.bincount((places + 1).long().flatten(), minlength=bins + 2)
