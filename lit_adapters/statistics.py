@@ -127,11 +127,13 @@ class FunctionalSubspace:
             sum s^2 is the sum of the squared drifts in L2(data); descending.
         directions: the leading right singular vectors (k, D), orthonormal, on `grid`.
         grid: (D,).
+        stack: the weighted changes themselves (N, D).
     """
 
     singular_values: Tensor
     directions: Tensor
     grid: Tensor
+    stack: Tensor
 
 
 def functional_subspace(changes: Tensor, densities: Tensor, grid: Tensor, k: int = 4) -> FunctionalSubspace:
@@ -144,8 +146,9 @@ def functional_subspace(changes: Tensor, densities: Tensor, grid: Tensor, k: int
         k: directions to keep.
     """
     weights = densities.double() / densities.double().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    _, values, directions = torch.linalg.svd(changes.double() * weights.sqrt(), full_matrices=False)
-    return FunctionalSubspace(values, directions[:k], grid)
+    stack = changes.double() * weights.sqrt()
+    _, values, directions = torch.linalg.svd(stack, full_matrices=False)
+    return FunctionalSubspace(values, directions[:k], grid, stack)
 
 
 def histogram(values: Tensor, low: float, high: float, bins: int) -> Tensor:

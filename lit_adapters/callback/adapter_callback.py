@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lit_adapters.attach import adapters
 from lit_adapters.callback.annealing import Annealer
-from lit_adapters.callback.attached import adapter_layers, attached_models, redundant_keys
+from lit_adapters.callback.attached import attached_models, redundant_keys
 from lit_adapters.callback.calibration import calibrate_in_trainer
-from lit_adapters.callback.figures import functions_figure
-from lit_adapters.callback.nonfinite import broken_values, locate_nonfinite
+from lit_adapters.callback.nonfinite import broken_values, locate_nonfinite, nonfinite_gradient
 from lit_adapters.callback.probe import Probe
+from lit_adapters.callback.recorder import Recorder
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.nora import NoRAActivation
 
-Statistic = Literal["functions", "weights"]
+Statistic = Literal["functions", "weights", "subspace"]
 
 
 class AdapterCallback(Callback):
@@ -30,18 +28,22 @@ class AdapterCallback(Callback):
     Annealed adapters move with every optimiser step, by the share of all steps that are done; the largest beta is in
     the progress bar and logged as `adapter/beta`.
 
-    Scalars go to every logger: `adapter/<method>/<layer>/<statistic>` and, averaged over the layers,
-    `adapter/summary/<statistic>`; layers are named as in the report of `attach`. TensorBoard also gets figures of the
-    learned functions and of what changed in them, at every end of an epoch.
+    Scalars go to every logger: `adapter/<method>/<layer>/<statistic>`, averaged over the layers
+    `adapter/summary/<statistic>`, and of all functions together `adapter/subspace/<statistic>`; layers are named as in
+    the report of `attach`, statistics explained in docs/reading-tensorboard.md. TensorBoard also gets a page of charts,
+    the recipe, the final metrics beside the hyperparameters, and at every end of an epoch figures and histograms.
 
     Args:
         log_every_n_steps: optimiser steps between two records.
-        statistics: "functions" (drift of NoRA's activations), "weights" (relative norm of weight updates).
-        figures: draw the learned functions.
+        statistics: "functions" (drift and slope of NoRA's activations, their inputs), "weights" (size and nonlinearity
+            of weight updates), "subspace" (ranks and spectra of what these learned).
+        figures: draw functions, spectra and maps of the layers, and histograms.
         save_adapters_only: leave frozen base parameters out of checkpoints; loading takes them from the base model.
         calibration_batches: training batches shown to the adapters before the first step, where a method asks for it;
             they pass through the module's `predict_step`.
         allow_unused: regular expressions of trainable parameters that may receive no gradient.
+        finalize: put an early stop (`EarlyStopping`, `Timer`) off until annealing has ended and a twentieth of the
+            training has been linear; otherwise stopping early only warns that the adapters are still nonlinear.
 
     Raises:
         AdapterError: an argument is out of range; no module of the tree was prepared by `lit_adapters.attach`; there is
@@ -53,28 +55,30 @@ class AdapterCallback(Callback):
     def __init__(
         self,
         log_every_n_steps: int = 50,
-        statistics: Sequence[Statistic] = ("functions", "weights"),
+        statistics: Sequence[Statistic] = ("functions", "weights", "subspace"),
         figures: bool = True,
         save_adapters_only: bool = True,
         calibration_batches: int = 4,
         allow_unused: Sequence[str] = (),
+        finalize: bool = False,
     ) -> None:
         for name, value in (("log_every_n_steps", log_every_n_steps), ("calibration_batches", calibration_batches)):
             if value < 1:
                 raise AdapterError(f"{name} {value} must be at least 1")
-        unknown = sorted(set(statistics) - {"functions", "weights"})
+        unknown = sorted(set(statistics) - set(get_args(Statistic)))
         if unknown:
-            raise AdapterError(f"unknown statistics {unknown}; choose among 'functions' and 'weights'")
+            raise AdapterError(f"unknown statistics {unknown}; choose among 'functions', 'weights' and 'subspace'")
         self.log_every_n_steps = log_every_n_steps
         self.statistics = tuple(statistics)
         self.figures = figures
         self.save_adapters_only = save_adapters_only
         self.calibration_batches = calibration_batches
         self.allow_unused = tuple(allow_unused)
+        self.finalize = finalize
         self._annealer = Annealer()
         self._probe: Probe | None = None
+        self._recorder: Recorder | None = None
         self._batch: Any = None
-        self._logged_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse checkpoints that would bypass this callback; forget an earlier run."""
@@ -96,19 +100,22 @@ class AdapterCallback(Callback):
         merged = [name for name, adapter in adapters(pl_module) if adapter.merged]
         if merged:
             raise AdapterError(f"{merged[0]!r} is merged and would not learn; call lit_adapters.unmerge(model) first")
-        self._logged_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate what asks for it and was not by the run being resumed; anneal; record the start; watch."""
         if any(adapter.awaits_calibration for _, adapter in adapters(pl_module)):
             calibrate_in_trainer(trainer, pl_module, self.calibration_batches)
-        self._annealer.start(trainer, pl_module)
+        self._annealer.start(trainer, pl_module, self.finalize)
         self._probe = Probe(pl_module, self.allow_unused)
-        self._log(trainer, pl_module)
+        self._recorder = Recorder(pl_module, self.statistics)
+        self._recorder.start(trainer)
+        self._recorder.record(trainer, self._annealer.beta)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the batch at hand while it trains, to find the layer if its loss is not finite."""
+        """Keep the batch at hand while it trains, to find the layer if its loss is not finite; observe its inputs."""
         self._batch = batch
+        if self._recorder is not None:
+            self._recorder.before_batch(trainer, self.log_every_n_steps)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check that all adapters took part in the first batch; stop at a loss that is not finite, whenever."""
@@ -125,30 +132,41 @@ class AdapterCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Check gradients in the first steps."""
+        """Check gradients: that there are some in the first steps, that they are finite in all."""
         if self._probe is not None:
             self._probe.before_step(optimizer, trainer.optimizers)
+        broken = nonfinite_gradient(pl_module, trainer.precision_plugin)
+        if broken:
+            raise AdapterError(
+                f"the gradient of {broken!r} is not finite at step {trainer.global_step}, though the loss was. Lower "
+                "the learning rate or clip gradients; checkpoints were written before this step"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Anneal; log every `log_every_n_steps` optimiser steps."""
         self._batch = None
+        assert self._recorder is not None
+        self._recorder.after_batch()
         self._annealer.after_batch(trainer, outputs.get("loss") if isinstance(outputs, dict) else outputs)
         if self._annealer.beta is not None:
             pl_module.log("adapter/beta", self._annealer.beta, prog_bar=True, logger=False, batch_size=1)
         if trainer.global_step % self.log_every_n_steps == 0:
-            self._log(trainer, pl_module)
+            self._recorder.record(trainer, self._annealer.beta)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log, and draw the functions."""
-        self._log(trainer, pl_module)
-        self._draw(trainer, pl_module)
+        """Log, and draw."""
+        assert self._recorder is not None
+        self._recorder.record(trainer, self._annealer.beta)
+        if self.figures:
+            self._recorder.draw(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if something is still nonlinear."""
-        if not trainer.interrupted:
+        """Say so if something is still nonlinear; record the final metrics."""
+        if self._recorder is not None and not trainer.interrupted:
             self._annealer.finish(trainer)
+            self._recorder.finish(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """What an adaptive schedule has seen of the loss."""
@@ -169,34 +187,3 @@ class AdapterCallback(Callback):
         if self.save_adapters_only:
             redundant = redundant_keys(pl_module)
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in redundant}
-
-    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Send the statistics of this step to all loggers, once."""
-        if trainer.global_step == self._logged_step or not trainer.is_global_zero:
-            return
-        self._logged_step = trainer.global_step
-        scalars: dict[str, float] = {}
-        collected: dict[str, list[float]] = {}
-        for name, adapter in adapter_layers(pl_module).items():
-            if ("functions" if isinstance(adapter, NoRAActivation) else "weights") not in self.statistics:
-                continue
-            for statistic, value in adapter.statistics().items():
-                scalars[f"adapter/{adapter.method}/{name}/{statistic}"] = value
-                collected.setdefault(statistic, []).append(value)
-        if self._annealer.beta is not None:
-            scalars["adapter/beta"] = self._annealer.beta
-        for statistic, values in collected.items():
-            scalars[f"adapter/summary/{statistic}"] = sum(values) / len(values)
-        for logger in trainer.loggers:
-            if scalars:
-                logger.log_metrics(scalars, step=trainer.global_step)
-
-    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the figures of this step to TensorBoard."""
-        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        functions = {n: a for n, a in adapter_layers(pl_module).items() if isinstance(a, NoRAActivation)}
-        if not (self.figures and writers and functions and trainer.is_global_zero):
-            return
-        for tag, changes in (("adapter/functions", False), ("adapter/changes", True)):
-            for writer in writers:
-                writer.add_figure(tag, functions_figure(functions, changes), trainer.global_step)

@@ -16,6 +16,8 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.schedules import Adaptive, Schedule
 
+_LINEAR_SHARE = 0.05  # of the training, at its end, if an early stop is put off
+
 
 class Annealer:
     """Keeps every scheduled adapter at the progress of the training, and watches the loss for adaptive schedules.
@@ -44,8 +46,10 @@ class Annealer:
         self._betas, self._loss = list(state["betas"]), state["loss"]
         self._means = {int(w): (fast, slow) for w, (fast, slow) in state["means"].items()}
 
-    def start(self, trainer: Trainer, module: nn.Module) -> None:
+    def start(self, trainer: Trainer, module: nn.Module, finalize: bool = False) -> None:
         """Look up the scheduled adapters and the number of steps, and put the adapters where this step has them.
+
+        With `finalize` the trainer may not stop before the step after which a twentieth of the training was linear.
 
         Raises:
             AdapterError: there is a schedule, and no end of the training to relate it to.
@@ -64,6 +68,16 @@ class Annealer:
         if len(self._betas) != len(self._layers):
             self._betas = [a.beta.item() for a, _ in self._layers]  # type: ignore[operator, union-attr]
         self._move(0.0)
+        if finalize:
+            trainer.fit_loop.epoch_loop.min_steps = max(self._earliest_end(), trainer.fit_loop.min_steps or 0)
+
+    def _earliest_end(self) -> int:
+        """The step before which a run may not end: what anneals to 0 is there, and the linear steps have passed."""
+        schedules = [f for _, f in self._layers if f(1.0) == 0.0]
+        if not schedules:
+            return 0
+        ends = (s for s in range(self._total + 1) if all(f(s / self._total) == 0.0 for f in schedules))
+        return min(self._total, next(ends, self._total) + math.ceil(_LINEAR_SHARE * self._total))
 
     @property
     def beta(self) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 from matplotlib import colormaps
@@ -12,6 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from torch import Tensor
 
 from lit_adapters.methods.nora import NoRAActivation
 
@@ -20,12 +22,20 @@ _SEEN = 1e-3  # of the largest density: where inputs are rarer, a function is no
 _DENSITY_HEIGHT = 0.3  # of a panel
 
 
-def functions_figure(layers: Mapping[str, NoRAActivation], changes: bool = False) -> Figure:
+What = Literal["functions", "changes", "slopes"]
+_LABELS = {"functions": "output", "changes": "output - pretrained output", "slopes": "slope of the output"}
+
+
+def functions_figure(
+    layers: Mapping[str, NoRAActivation], what: What = "functions", seen: Mapping[str, Tensor] | None = None
+) -> Figure:
     """One panel a layer, where its inputs lie: the pretrained function and the current one of each group.
 
     Args:
         layers: adapted activations by name.
-        changes: draw the differences from the pretrained function, on one scale for all layers, and not the values.
+        what: the functions; how they changed, on one scale for all layers; or their slopes.
+        seen: by layer, shares of the inputs seen in training on the layer's grid, drawn beside the density that the
+            statistics use.
     """
     columns = min(_COLUMNS, len(layers))
     rows = math.ceil(len(layers) / columns)
@@ -33,32 +43,37 @@ def functions_figure(layers: Mapping[str, NoRAActivation], changes: bool = False
     figure = Figure(figsize=(width, height))
     # Margins for labels and legend, in inches; matplotlib's own layout engines take as long as the drawing.
     figure.subplots_adjust(0.75 / width, 0.55 / height, 1 - 0.15 / width, 1 - 0.8 / height, wspace=0.2, hspace=0.3)
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=changes).flatten()
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=what == "changes").flatten()
+    seen = seen or {}
     for panel, (name, adapter) in zip(panels, layers.items(), strict=False):
-        _draw(panel, adapter, changes)
+        _draw(panel, adapter, what, seen.get(name))
         panel.set_title(f"{name}  drift {adapter.statistics()['relative_drift']:.1%}", fontsize=8)
         panel.tick_params(labelsize=7, labelleft=True)
         panel.locator_params(nbins=7)
     for panel in panels[len(layers) :]:
         panel.set_axis_off()
     figure.text(0.5, 0.12 / height, "input", ha="center", fontsize=9)
-    label = "output - pretrained output" if changes else "output"
-    figure.text(0.15 / width, 0.5, label, va="center", rotation="vertical", fontsize=9)
-    handles = _legend(list(layers.values()))
+    figure.text(0.15 / width, 0.5, _LABELS[what], va="center", rotation="vertical", fontsize=9)
+    handles = _legend(list(layers.values()), bool(seen))
     figure.legend(handles=handles, loc="upper center", ncols=3 if columns <= 2 else len(handles), fontsize=8)
     return figure
 
 
-def _draw(panel: Axes, adapter: NoRAActivation, changes: bool) -> None:
+def _draw(panel: Axes, adapter: NoRAActivation, what: What, seen: Tensor | None) -> None:
     grid, initial, current = (t.numpy() for t in adapter.functions())
     density = adapter.density.cpu().numpy()
-    if changes:
+    if what == "changes":
         initial, current = np.zeros_like(initial), current - initial
-    seen = density > _SEEN * density.max()
-    shown = slice(seen.argmax(), len(seen) - seen[::-1].argmax())
-    x = grid[shown]
+    elif what == "slopes":
+        initial, current = np.gradient(initial, grid), np.gradient(current, grid, axis=-1)
+    visible = density > _SEEN * density.max()
+    shown = slice(visible.argmax(), len(visible) - visible[::-1].argmax())
+    x, transform = grid[shown], panel.get_xaxis_transform()
     height = density[shown] / density.max() * _DENSITY_HEIGHT
-    panel.fill_between(x, height, color="0.87", linewidth=0, transform=panel.get_xaxis_transform())
+    panel.fill_between(x, height, color="0.87", linewidth=0, transform=transform)
+    if seen is not None:
+        height = seen.numpy()[shown] / seen.max().item() * _DENSITY_HEIGHT
+        panel.plot(x, height, color="tab:orange", linewidth=0.8, transform=transform)
     for row, colour in zip(current[:, shown], _palette(len(current)), strict=True):
         panel.plot(x, row, color=colour, linewidth=1.0)
     panel.plot(x, initial[shown], color="black", linewidth=1.0, linestyle="--")
@@ -68,7 +83,7 @@ def _draw(panel: Axes, adapter: NoRAActivation, changes: bool) -> None:
     panel.set_xlim(x[0], x[-1])
 
 
-def _legend(adapters: list[NoRAActivation]) -> list[Line2D | Patch]:
+def _legend(adapters: list[NoRAActivation], seen: bool) -> list[Line2D | Patch]:
     groups = max(adapter.config.groups for adapter in adapters)
     colours = _palette(groups)
     chosen = dict.fromkeys((0, groups - 1))
@@ -77,6 +92,7 @@ def _legend(adapters: list[NoRAActivation]) -> list[Line2D | Patch]:
         Line2D([], [], color="black", linestyle="--", label="pretrained"),
         *(Line2D([], [], color=colours[g], label=f"group {g + 1} of {groups}") for g in chosen),
         Patch(color="0.87", label=f"{'measured' if measured else 'assumed'} density of inputs"),
+        *([Line2D([], [], color="tab:orange", label="inputs seen in training")] if seen else []),
         Line2D([], [], color="tab:red", linestyle=":", label="end of the fitted range"),
     ]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -38,6 +39,16 @@ def _first_layer(pl_module: LightningModule, batch: Any) -> str | None:
         for handle in handles:
             handle.remove()
     return found[0] if found else None
+
+
+def nonfinite_gradient(module: nn.Module, precision: Precision) -> str | None:
+    """The name of a trainable parameter whose gradient holds NaN or inf; None while a gradient scaler handles these."""
+    if getattr(precision, "scaler", None) is not None:
+        return None
+    named = [(n, p.grad) for n, p in module.named_parameters() if p.requires_grad and p.grad is not None]
+    if not named or torch.isfinite(torch.nn.utils.get_total_norm([g for _, g in named])):
+        return None
+    return next((name for name, gradient in named if not _finite(gradient)), None)
 
 
 def _finite(values: Any) -> bool:

@@ -28,6 +28,7 @@ RATIONAL = "rational"
 _RANGE = (-6.0, 6.0)  # of the fit of a learnable activation
 _CODE_STD = 1.0  # assumed of the code A x, when the steps of the coefficients are scaled
 _PATIENCE = 100  # training steps without annealing before it counts as forgotten
+_SAMPLE = 256  # inputs that an observation looks at
 _SCALE = 0.3  # a step of 1 along one coefficient changes the function by this rms, as in NoRA
 
 
@@ -191,6 +192,18 @@ class AFAAdapter(LowRankAdapter):
     def check_mergeable(self) -> None:
         self.check_linear()
         super().check_mergeable()
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> dict[str, float]:
+        """nonlinearity: ||phi_beta(z) - z|| / ||z|| over the codes z = A x of a regular sample of x."""
+        x = (
+            x[:1]
+            if self.layer.channel_dim == 1
+            else x.reshape(-1, x.shape[-1])[:: max(1, x[..., 0].numel() // _SAMPLE)]
+        )
+        code = self.layer.down(self.base, x, self.lora_A.to(x.dtype)).float()
+        residual = annealed(code, self.sigma(), self.beta) - code
+        return {"nonlinearity": (residual.norm() / code.norm().clamp_min(torch.finfo(code.dtype).tiny)).item()}
 
     def statistics(self) -> dict[str, float]:
         """relative_norm, of s B A as for LoRA; beta."""

@@ -174,6 +174,14 @@ class AdapterModule(nn.Module):
         """Scalars that say what this adapter has learned; each method says what they mean."""
         return {}
 
+    def singular_values(self) -> dict[str, Tensor]:
+        """Spectra of what this adapter has learned, by the name of the matrix; descending. None by default."""
+        return {}
+
+    def observe(self, x: Tensor) -> dict[str, float]:
+        """Scalars that say what this adapter does to its own input x of the present batch; by default none."""
+        return {}
+
     @property
     def merged(self) -> bool:
         """Whether the adapter's effect is inside the base weight at present."""

@@ -188,6 +188,5 @@ class LoRANAdapter(LowRankAdapter):
         """relative_norm: ||s f(B A)||_F / ||W0||_F; nonlinearity: ||f(B A) - B A||_F / ||B A||_F."""
         product, tiny = self.product(torch.float32), torch.finfo(torch.float32).tiny
         update = self.update.value(product, self.frequency)
-        weight = self.base_matrix().float().norm().clamp_min(tiny)
         residual = (update / self.scaling - product).norm() / product.norm().clamp_min(tiny)
-        return {"relative_norm": (update.norm() / weight).item(), "nonlinearity": residual.item()}
+        return {"relative_norm": update.norm().item() / self.base_norm(), "nonlinearity": residual.item()}

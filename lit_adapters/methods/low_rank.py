@@ -16,6 +16,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.layers import LinearLayer, matrix_layer, reads_weight
 from lit_adapters.methods.weight_adapter import WeightAdapter
+from lit_adapters.statistics import product_spectrum
 
 
 @dataclass
@@ -154,8 +155,16 @@ class LowRankAdapter(WeightAdapter):
         """relative_norm: ||s B A||_F / ||W0||_F, from the r x r products alone (the d x d update is never formed)."""
         a, b = self.lora_A.detach().double(), self.lora_B.detach().double()
         squared = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
-        weight = self.base_matrix().detach().double().norm().clamp_min(torch.finfo(torch.float64).tiny)
-        return {"relative_norm": (self.scaling * squared.sqrt() / weight).item()}
+        return {"relative_norm": abs(self.scaling) * squared.sqrt().item() / self.base_norm()}
+
+    def update_spectrum(self) -> tuple[Tensor, Tensor]:
+        """Left singular vectors (out, r) and singular values (r,) of s B A, float64."""
+        u, values = product_spectrum(self.lora_B.detach(), self.lora_A.detach())
+        return u, abs(self.scaling) * values
+
+    def singular_values(self) -> dict[str, Tensor]:
+        """Of s B A."""
+        return {"update": self.update_spectrum()[1].cpu()}
 
     def extra_repr(self) -> str:
         return f"{self.base.extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"

@@ -14,13 +14,14 @@ from lit_adapters.activations.sensitivity import coefficient_effects
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.ops import rational
-from lit_adapters.statistics import drift
+from lit_adapters.statistics import drift, histogram, slope_bound
 
 if TYPE_CHECKING:
     from lit_adapters.methods.nora import NoRA
 
 PRESET_RANGE = (-6.0, 6.0)
 _GRID = 256  # points on which functions and densities are kept
+_SAMPLE = 1 << 14  # inputs that an observation looks at
 _ASSUMED_STD = 2.0  # of pre-activations before any were seen; normal with mean 0
 _LEAST_SPREAD = 1e-3  # of inputs to calibrate on
 
@@ -197,15 +198,63 @@ class NoRAActivation(AdapterModule):
                 current = initial[:, None] + rational(columns, a, b, form, base=(a0, b0))
         return grid, initial, current.T
 
-    def statistics(self) -> dict[str, float]:
-        """Drift of the functions from the pretrained activation, the largest over the groups, density-weighted."""
+    def change(self, grid: Tensor) -> Tensor:
+        """What training has added to the start: R(x; a, b) - R(x; a0, b0) on a grid (D,), as (G, D) in float64."""
+        a, b = (c.detach().double().cpu() for c in self.coefficients())
+        a0, b0 = (c.double().cpu() for c in self.base_coefficients())
+        columns = grid.double()[:, None].expand(-1, self.config.groups)
+        with torch.no_grad():
+            return rational(columns, a, b, self.config.denominator, base=(a0, b0)).T
+
+    def group_drift(self) -> Tensor:
+        """Drift of each group's function from the pretrained activation, relative to it, (G,)."""
         _, initial, current = self.functions()
+        return drift(current, initial, self.density.double().cpu()).relative
+
+    def statistics(self) -> dict[str, float]:
+        """How the functions differ from the pretrained activation; over the groups, the one that differs most.
+
+        drift, relative_drift, sup_drift as in `lit_adapters.statistics.drift`, under the layer's density; max_slope:
+        max |phi'|, with relative_max_slope that over the pretrained one's; min_denominator: min Q on the grid.
+        """
+        grid, initial, current = self.functions()
         moved = drift(current, initial, self.density.double().cpu())
+        slope = slope_bound(current, grid).max()
         return {
             "drift": moved.l2.max().item(),
             "relative_drift": moved.relative.max().item(),
             "sup_drift": moved.sup.max().item(),
+            "max_slope": slope.item(),
+            "relative_max_slope": (slope / slope_bound(initial, grid)).item(),
+            "min_denominator": self._least_denominator(grid),
         }
+
+    def _least_denominator(self, grid: Tensor) -> float:
+        b = self.coefficients()[1].detach().double().cpu()
+        if self.config.denominator == "abs-of-sum":
+            powers = torch.stack([grid ** (j + 1) for j in range(b.shape[1])])
+            return 1.0 + (b @ powers).abs().min().item()
+        powers = torch.stack([grid.abs() ** (j + 1) for j in range(b.shape[1])])
+        return 1.0 + (b.abs() @ powers).min().item()
+
+    def singular_values(self) -> dict[str, Tensor]:
+        """Of the updates of numerator (G, m+1) and denominator (G, n), each in units of its effect on the function."""
+        with torch.no_grad():
+            updates = {p: self._update(p) / getattr(self, f"{p}_scale") for p in ("numerator", "denominator")}
+        return {part: torch.linalg.svdvals(update.double().cpu()) for part, update in updates.items()}
+
+    def input_histogram(self, x: Tensor) -> Tensor:
+        """Counts of a regular sample of x: below the grid, in each of its parts, above it; (D + 2,) on the CPU."""
+        values = x.detach().flatten()
+        low, high = self.grid_range.tolist()
+        return histogram(values[:: max(1, len(values) // _SAMPLE)], low, high, _GRID).cpu()
+
+    def observe(self, x: Tensor) -> dict[str, float]:
+        """outside_range: share of the inputs outside the interval of the fit."""
+        values = x.detach().flatten()
+        values = values[:: max(1, len(values) // _SAMPLE)]
+        low, high = self.fit_range.tolist()
+        return {"outside_range": ((values < low) | (values > high)).float().mean().item()}
 
     def folded(self) -> RationalActivation:
         """The same function with plain coefficients: no factors, no configuration."""

@@ -104,13 +104,13 @@ def test_adaptive_annealing_waits_while_the_loss_rises_until_its_deadline(tmp_pa
 
 
 class Stop(Callback):
-    """Ends a training after so many optimiser steps."""
+    """Asks for the end of a training after so many optimiser steps, and keeps asking."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, step: int) -> None:
+        self.step = step
 
-    def on_train_batch_end(self, trainer, *_):
-        trainer.should_stop = trainer.global_step >= self.steps
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.should_stop or trainer.global_step >= self.step
 
 
 def test_adaptive_annealing_resumes_bit_for_bit(tmp_path):
@@ -141,6 +141,28 @@ def test_ending_early_warns_and_merging_is_refused(tmp_path):
     with pytest.raises(la.AdapterError, match=r"'blocks.0.fc1' is nonlinear at beta = 0\.[0-9]+, and no weight"):
         la.merge(task.net)
     assert_equal_bits(before, state(task))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "finalize", "end"),
+    [
+        (Linear(end=0.5), True, 33),  # of 60 steps: half, and a twentieth that is linear
+        (Adaptive(duration=0.3, end=0.8), True, 51),
+        (Hold(0.0), True, 4),
+        (Hold(1.0), True, 4),  # never linear, so there is nothing to wait for
+        (Linear(end=0.5), False, 4),
+    ],
+    ids=["linear", "adaptive", "linear-from-the-start", "never", "not-asked"],
+)
+def test_an_early_stop_waits_for_linear_steps_if_asked(tmp_path, schedule, finalize, end):
+    task = Task(afa(schedule))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        running = fit(tmp_path, task, la.AdapterCallback(finalize=finalize), Stop(4), max_epochs=10)
+    assert running.global_step == end
+    nonlinear = schedule(1.0) > 0 or (not finalize and schedule(0.0) > 0)
+    assert any("still nonlinear" in str(w.message) for w in caught) == nonlinear
+    assert (betas(task) == {0.0}) != nonlinear
 
 
 def test_training_on_does_not_heat_up_what_is_linear(tmp_path):

@@ -1,16 +1,22 @@
 """What a logger receives is what the adapters say, under the names the contract gives."""
 
 import csv
+import re
 
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 import lit_adapters as la
 from lit_adapters import AdapterCallback
 from lit_adapters.callback.attached import adapter_layers
+from lit_adapters.callback.board import PAGE, layout
 from lit_adapters.callback.figures import functions_figure
-from tests.callback.tiny_task import Task, both, events, fit, nora
+from lit_adapters.callback.subspace import functional_subspace_of
+from lit_adapters.statistics import components, effective_rank, overlap, stable_rank
+from tests.callback.tiny_task import Task, assert_equal_bits, both, events, fit, loader, nora, state
 
 
 def expected(task):
@@ -33,15 +39,17 @@ def test_scalars_in_tensorboard_are_the_adapters_statistics(tmp_path):
     start = expected(task)
     board = tensorboard(tmp_path, task, AdapterCallback(log_every_n_steps=4, figures=False), max_epochs=2)
     end = expected(task)
-    tags = {t for t in board.Tags()["scalars"] if t.startswith("adapter/") and not t.startswith("adapter/summary/")}
-    assert tags == end.keys()
-    assert {"adapter/nora/blocks.0.act/drift", "adapter/lora/blocks.1.fc2/relative_norm"} <= tags
-    for tag in tags:
+    assert {"adapter/nora/blocks.0.act/drift", "adapter/lora/blocks.1.fc2/relative_norm"} <= end.keys()
+    for tag, value in end.items():
         records = board.Scalars(tag)
         assert [r.step for r in records] == [0, 4, 6, 8, 12]  # the start, every fourth step, and ends of epochs
         assert records[0].value == pytest.approx(start[tag])
-        assert records[-1].value == pytest.approx(end[tag])
+        assert records[-1].value == pytest.approx(value)
     assert end["adapter/nora/blocks.0.act/drift"] > 2 * start["adapter/nora/blocks.0.act/drift"] > 0
+    further = {t for t in board.Tags()["scalars"] if t.startswith(("adapter/nora", "adapter/lora"))} - end.keys()
+    assert {t.split("/")[3] for t in further} == {
+        "outside_range", "numerator_stable_rank", "denominator_stable_rank", "stable_rank", "effective_rank", "overlap",
+    }  # fmt: skip
 
 
 def test_the_summary_is_the_mean_over_layers(tmp_path):
@@ -53,11 +61,83 @@ def test_the_summary_is_the_mean_over_layers(tmp_path):
         assert summary.value == pytest.approx(sum(values) / len(values))
 
 
+def test_inputs_are_observed_in_the_batches_of_recorded_steps(tmp_path):
+    """Against the inputs of the layer, computed again with the weights of that step."""
+
+    class Watching(Task):
+        def training_step(self, batch, batch_idx):
+            outside[self.global_step + 1] = inputs(self.net, batch[0])
+            return super().training_step(batch, batch_idx)
+
+    def inputs(net, x):
+        with torch.no_grad():
+            values = net.blocks[0].fc1(x)
+        return ((values < -0.5) | (values > 0.5)).float().mean().item()
+
+    outside = {}
+    task = Watching(nora(fit_range=(-0.5, 0.5)))
+    board = tensorboard(tmp_path, task, AdapterCallback(log_every_n_steps=4, figures=False))
+    records = board.Scalars("adapter/nora/blocks.0.act/outside_range")
+    assert [r.step for r in records] == [4, 6]
+    assert [r.value for r in records] == pytest.approx([outside[4], outside[6]])
+    assert 0 < outside[4] < 1
+
+
+def test_the_nonlinearity_of_afa_goes_with_beta(tmp_path):
+    task = Task(la.AFALoRA(rank=2, activation="relu", schedule=la.schedules.Linear(end=0.5)), lr=1e-3)
+    one_batch = {"data": loader(24, batch_size=24), "max_epochs": 12}
+    board = tensorboard(tmp_path, task, AdapterCallback(log_every_n_steps=1, figures=False), **one_batch)
+    residual = {r.step: r.value for r in board.Scalars("adapter/afa/blocks.0.fc1/nonlinearity")}
+    # At first a ReLU on codes of both signs: it takes away the negative ones.
+    assert 0.2 < residual[1] < 0.9
+    assert residual[1] > residual[3] > residual[5] > 0
+    assert residual[8] == residual[12] == 0
+
+
+def test_the_functional_subspace_in_tensorboard(tmp_path):
+    task = Task(nora(), lr=3e-2)
+    board = tensorboard(tmp_path, task, AdapterCallback(log_every_n_steps=3, figures=False), max_epochs=2)
+    space = functional_subspace_of(adapter_layers(task))
+    values = space.singular_values
+    assert len(values) == 8  # two layers of four groups
+    assert board.Scalars("adapter/subspace/effective_rank")[-1].value == pytest.approx(effective_rank(values))
+    assert board.Scalars("adapter/subspace/components_90")[-1].value == components(values, 0.9)
+    # Nothing has changed at step 0, and the first change has none before it to compare with.
+    assert [r.step for r in board.Scalars("adapter/subspace/effective_rank")] == [3, 6, 9, 12]
+    assert [r.step for r in board.Scalars("adapter/subspace/drift_cosine")] == [6, 9, 12]
+    assert all(0.5 < r.value <= 1 for r in board.Scalars("adapter/subspace/drift_cosine"))
+    assert all(0 <= r.value <= 1.571 for r in board.Scalars("adapter/subspace/rotation"))
+
+
+def test_the_spectrum_of_a_layer_in_tensorboard(tmp_path):
+    task = Task(la.LoRA(rank=2))
+    board = tensorboard(tmp_path, task)
+    layer = task.net.blocks[1].fc2
+    values = torch.linalg.svdvals(layer.delta_weight(torch.float64))
+    u, _, _ = torch.linalg.svd(layer.base.weight.double())
+    column_space = torch.linalg.svd(layer.delta_weight(torch.float64)).U[:, :2]
+    tag = "adapter/lora/blocks.1.fc2"
+    assert board.Scalars(f"{tag}/stable_rank")[-1].value == pytest.approx(stable_rank(values), rel=1e-4)
+    assert board.Scalars(f"{tag}/effective_rank")[-1].value == pytest.approx(effective_rank(values), rel=1e-4)
+    assert board.Scalars(f"{tag}/overlap")[-1].value == pytest.approx(overlap(u[:, :2], column_space), rel=1e-3)
+
+
+def test_recording_leaves_the_training_alone(tmp_path):
+    """Everything that is recorded, at every step, against nothing at all: equal weights, bit for bit."""
+    methods = [nora(), la.AFALoRA(rank=2, dropout=0.1, targets=["fc1"]), la.LoRAN(rank=2, targets=["fc2"])]
+    watched, alone = Task(methods), Task(methods)
+    alone.load_state_dict(watched.state_dict())
+    tensorboard(tmp_path, watched, AdapterCallback(log_every_n_steps=1), max_epochs=2)
+    fit(tmp_path, alone, AdapterCallback(log_every_n_steps=1000, statistics=[], figures=False), max_epochs=2)
+    assert_equal_bits(state(watched), state(alone))
+
+
 @pytest.mark.parametrize(("statistics", "method"), [(["functions"], "nora"), (["weights"], "lora")])
 def test_statistics_by_choice(tmp_path, statistics, method):
     board = tensorboard(tmp_path, Task(), AdapterCallback(statistics=statistics, figures=False))
     tags = [t for t in board.Tags()["scalars"] if t.startswith("adapter/") and "summary" not in t]
     assert {t.split("/")[1] for t in tags} == {method}
+    assert not [t for t in tags if "rank" in t]
 
 
 def test_several_adapted_models_keep_their_names_apart(tmp_path):
@@ -76,17 +156,73 @@ def test_several_adapted_models_keep_their_names_apart(tmp_path):
 
 def test_figures_at_every_end_of_an_epoch(tmp_path):
     board = tensorboard(tmp_path, Task(), AdapterCallback(), max_epochs=2)
-    for tag in ("adapter/functions", "adapter/changes"):
-        assert [image.step for image in board.Images(tag)] == [6, 12]
-    images = [image.encoded_image_string for image in board.Images("adapter/changes")]
-    assert len(set(images)) == 2
+    names = ("functions", "changes", "slopes", "drift_map", "functional_subspace", "norm_map", "weight_spectra")
+    assert set(board.Tags()["images"]) == {f"adapter/{name}" for name in names}
+    for name in names:
+        images = board.Images(f"adapter/{name}")
+        assert [image.step for image in images] == [6, 12]
+        assert images[0].encoded_image_string != images[1].encoded_image_string
+
+
+def test_histograms_of_inputs_and_parameters(tmp_path):
+    task = Task()
+    board = tensorboard(tmp_path, task, AdapterCallback(log_every_n_steps=2))
+    counts = board.Histograms("adapter/nora/blocks.0.act/inputs")[-1].histogram_value
+    assert counts.num == sum(counts.bucket) == 3 * 4 * 16  # three recorded batches of 4 rows, 16 channels
+    factor = board.Histograms("adapter/lora/blocks.1.fc2/lora_B")[-1].histogram_value
+    assert factor.num == task.net.blocks[1].fc2.lora_B.numel()
+    assert factor.sum == pytest.approx(task.net.blocks[1].fc2.lora_B.sum().item(), rel=1e-3, abs=1e-5)
+
+
+def test_the_page_of_charts_matches_tags_that_are_there(tmp_path):
+    methods = [nora(), la.AFALoRA(rank=2)]
+    board = tensorboard(
+        tmp_path, Task(methods), AdapterCallback(log_every_n_steps=2, figures=False), log_every_n_steps=1
+    )
+    written = layout_pb2.Layout.FromString(board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    (page,) = written.category
+    tags = board.Tags()["scalars"]
+    for chart in page.chart:
+        patterns = chart.multiline.tag
+        assert [t for t in tags if any(re.fullmatch(p, t) for p in patterns)], chart.title
+    titles = [chart.title for chart in page.chart]
+    assert any(t.startswith("functions:") for t in titles)
+    assert any(t.startswith("AFA:") for t in titles)
+    assert not any(
+        t.startswith("functions:") for t in layout({"fc": next(la.adapters(Task(la.LoRA(rank=2))))[1]})[PAGE]
+    )
+
+
+def test_final_metrics_stand_beside_the_hyperparameters(tmp_path):
+    class Known(Task):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"width": 8})
+
+    board = tensorboard(tmp_path, Known(), max_epochs=2)
+    data = plugin_data_pb2.HParamsPluginData.FromString(
+        board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    )
+    assert data.session_start_info.hparams["width"].number_value == 8
+    assert board.Scalars("final/val/loss")[-1].value == board.Scalars("val/loss")[-1].value
+    experiment = plugin_data_pb2.HParamsPluginData.FromString(
+        board.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    )
+    assert "final/val/loss" in [m.name.tag for m in experiment.experiment.metric_infos]
+
+
+def test_the_recipe_as_text(tmp_path):
+    board = tensorboard(tmp_path, Task(nora(groups=2)))
+    text = board.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "class_path: lit_adapters.NoRA" in text
+    assert "groups: 2" in text
 
 
 @pytest.mark.parametrize(
     ("methods", "callback"),
-    [(both(), AdapterCallback(figures=False)), (la.LoRA(rank=2), AdapterCallback()), ([], AdapterCallback())],
+    [(both(), AdapterCallback(figures=False)), (both(), AdapterCallback(statistics=[])), ([], AdapterCallback())],
 )
-def test_no_figures_unasked_or_without_functions(tmp_path, methods, callback):
+def test_no_figures_unasked_or_without_adapters(tmp_path, methods, callback):
     board = tensorboard(tmp_path, Task(methods), callback)
     assert board.Tags()["images"] == []
     assert "train/loss" in board.Tags()["scalars"]
@@ -133,7 +269,7 @@ def test_a_figure_shows_the_functions_within_the_range_of_the_inputs(base):
 
 def test_a_figure_of_changes_has_the_pretrained_function_at_zero():
     layers = moved_layers("anchored", groups=1)
-    panel = functions_figure(layers, changes=True).axes[0]
+    panel = functions_figure(layers, "changes").axes[0]
     group, pretrained = [line for line in panel.lines if len(line.get_xdata()) > 2]
     assert not pretrained.get_ydata().any()
     _, initial, current = layers["blocks.0.act"].functions()

@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import lit_adapters as la
 from lit_adapters import AdapterCallback, AdapterError
-from tests.callback.tiny_task import Block, Net, Task, both, fit, loader, nora
+from tests.callback.tiny_task import Block, Net, Task, assert_equal_bits, both, fit, loader, nora, state
 
 
 class Bypassing(Block):
@@ -170,6 +170,21 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path,
     assert [p.name for p in (tmp_path / "kept").iterdir() if "last" in p.name] == ["last.ckpt"]
     kept = torch.load(tmp_path / "kept" / "last.ckpt", weights_only=True)
     assert all(torch.isfinite(v).all() for v in kept["state_dict"].values() if v.is_floating_point())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
+    """The loss was finite; the parameters are still those of the step before."""
+
+    class Broken(Task):
+        def on_after_backward(self):
+            if self.global_step == 2:
+                self.net.blocks[1].fc2.lora_B.grad[0, 0] = float("inf")
+                self.before = state(self)
+
+    task = Broken()
+    with pytest.raises(AdapterError, match=r"the gradient of 'net.blocks.1.fc2.lora_B' is not finite at step 2"):
+        fit(tmp_path, task)
+    assert_equal_bits(state(task), task.before)
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):

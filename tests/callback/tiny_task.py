@@ -106,7 +106,7 @@ def fit(
 
 def events(folder: str | Path) -> EventAccumulator:
     """What TensorBoard reads."""
-    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
 
 
 def state(task: nn.Module) -> dict[str, Tensor]:

@@ -192,7 +192,11 @@ def test_functions_and_statistics_follow_the_coefficients():
     grid, initial, current = adapter.functions()
     assert torch.equal(initial, F.gelu(grid))
     assert torch.equal(current, initial.expand(4, -1))
-    assert adapter.statistics() == {"drift": 0.0, "relative_drift": 0.0, "sup_drift": 0.0}
+    start = adapter.statistics()
+    assert {start[key] for key in ("drift", "relative_drift", "sup_drift")} == {0.0}
+    assert start["relative_max_slope"] == 1.0
+    assert start["max_slope"] == pytest.approx(1.1289, abs=1e-3)  # of GELU, at sqrt 2
+    assert not adapter.change(grid).any()
     with torch.no_grad():
         adapter.numerator_delta[2, 0] = 1.0  # adds sigma / Q, largest at 0 where Q = 1
     _, _, current = adapter.functions()
@@ -202,3 +206,31 @@ def test_functions_and_statistics_follow_the_coefficients():
     statistics = adapter.statistics()
     assert statistics["sup_drift"] == pytest.approx(shift, rel=1e-2)
     assert 0 < statistics["drift"] < shift
+    torch.testing.assert_close(adapter.change(grid), current - initial)
+    assert adapter.group_drift().tolist() == pytest.approx([0, 0, statistics["relative_drift"], 0])
+
+
+@pytest.mark.parametrize("denominator", ["abs-of-sum", "sum-of-abs"])
+def test_the_least_denominator(denominator):
+    adapter = adapted_activation(0.3, denominator=denominator)
+    b = adapter.coefficients()[1].detach().double()
+    grid = adapter.functions()[0]
+    terms = torch.stack([b[:, j, None] * grid ** (j + 1) for j in range(4)])
+    q = 1 + (terms.sum(0).abs() if denominator == "abs-of-sum" else terms.abs().sum(0))
+    assert adapter.statistics()["min_denominator"] == pytest.approx(q.min().item())
+
+
+def test_singular_values_are_in_units_of_the_effect_on_the_function():
+    """Whatever the scaling, one unit of every direction: what the factors multiply to, with alpha / rank."""
+    adapter = adapted_activation(0.3)
+    factor = adapter.config.alpha / adapter.config.rank
+    expected = torch.linalg.svdvals(factor * (adapter.numerator_B @ adapter.numerator_A).detach().double())
+    torch.testing.assert_close(adapter.singular_values()["numerator"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_what_an_observation_counts():
+    adapter = adapted_activation(0.0, fit_range=(-1.0, 2.0))
+    x = torch.tensor([-20.0, -1.5, -0.5, 0.0, 1.0, 2.5, 0.25, 30.0]).view(2, 4)
+    assert adapter.observe(x) == {"outside_range": 0.5}
+    counts = adapter.input_histogram(x)
+    assert (counts[0], counts[-1], counts.sum()) == (1, 1, 8)

@@ -1,0 +1,157 @@
+"""What only TensorBoard shows: a page of charts that answers first, the recipe, histograms and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from lit_adapters.attach import attachment
+from lit_adapters.callback.attached import attached_models
+from lit_adapters.callback.figures import functions_figure
+from lit_adapters.callback.observer import InputObserver
+from lit_adapters.callback.subspace import functional_subspace_of
+from lit_adapters.callback.subspace_figures import (
+    drift_map,
+    functional_subspace_figure,
+    norm_map,
+    weight_spectra_figure,
+)
+from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.nora import NoRAActivation
+
+PAGE = "what the adapters learn"
+_MOST_PANELS = 48  # layers whose functions are drawn one by one; of more, evenly chosen ones
+
+# Charts of the page "Custom Scalars", by title: what their tags match. Those without a tag in this run are left out.
+_CHARTS = {
+    "does it learn? losses": r"(train|val)/loss(_step|_epoch)?",
+    "AFA: beta (linear at 0)": "adapter/beta",
+    "AFA and LoRAN: nonlinear share of the update, each layer": "adapter/.+/nonlinearity",
+    "weights: ||dW|| / ||W||, mean over layers": "adapter/summary/relative_norm",
+    "weights: ||dW|| / ||W||, each layer": "adapter/(?!summary).+/relative_norm",
+    "weights: rank of the update in effect, mean over layers": "adapter/summary/(stable|effective)_rank",
+    "functions: drift from the pretrained ones, each layer": "adapter/(?!summary).+/relative_drift",
+    "functions: dimension of all changes together": "adapter/subspace/(effective_rank|components_9.)",
+    "functions: do they still turn? cosine to the record before": "adapter/subspace/drift_cosine",
+    "functions: share of inputs outside the fit": "adapter/(?!summary).+/outside_range",
+}
+_FUNCTIONS, _SCHEDULED, _NONLINEAR = "functions:", "AFA:", "AFA and LoRAN:"
+
+
+def layout(layers: Mapping[str, AdapterModule]) -> dict[str, dict[str, list[Any]]]:
+    """The page for `SummaryWriter.add_custom_scalars`, with the charts that these adapters fill."""
+    functions = any(isinstance(a, NoRAActivation) for a in layers.values())
+    weights = any(not isinstance(a, NoRAActivation) for a in layers.values())
+    present = {
+        "does": True,
+        _SCHEDULED: any(a.schedule is not None for a in layers.values()),
+        _NONLINEAR: any(a.method in ("afa", "loran") for a in layers.values()),
+        "weights:": weights,
+        _FUNCTIONS: functions,
+    }
+    charts = {
+        t: ["Multiline", [tags]]
+        for t, tags in _CHARTS.items()
+        if any(t.startswith(p) and on for p, on in present.items())
+    }
+    return {PAGE: charts}
+
+
+def describe(trainer: Trainer, pl_module: LightningModule, logger: TensorBoardLogger) -> None:
+    """Add the page of charts and, as text, the recipe."""
+    layers = {n: a for n, a in pl_module.named_modules() if isinstance(a, AdapterModule)}
+    if trainer.is_global_zero:
+        logger.experiment.add_custom_scalars(layout(layers))
+        logger.experiment.add_text("recipe", recipe(trainer, pl_module), trainer.global_step)
+
+
+def recipe(trainer: Trainer, pl_module: LightningModule) -> str:
+    """The command line's configuration as Markdown, or what is known without one: methods and hyperparameters."""
+    text = ""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SaveConfigCallback):
+            text = callback.parser.dump(callback.config, skip_none=False)
+    if not text:
+        methods = {
+            name or type(model).__name__: attachment(model).methods
+            for name, model in attached_models(pl_module).items()
+        }
+        known = {"adapters": methods, "hparams": {k: _plain(v) for k, v in pl_module.hparams.items()}}
+        text = yaml.safe_dump(known, sort_keys=False)
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str, type(None), list, dict)) else repr(value)
+
+
+def draw(
+    boards: Sequence[Any], layers: Mapping[str, AdapterModule], observer: InputObserver, subspace: bool, step: int
+) -> None:
+    """Add the figures that these adapters have."""
+    functions = {n: a for n, a in layers.items() if isinstance(a, NoRAActivation)}
+    weights = {n: a for n, a in layers.items() if "update" in a.singular_values()}
+    figures: dict[str, Any] = {}
+    if functions:
+        chosen = dict(list(functions.items())[:: -(-len(functions) // _MOST_PANELS)])
+        seen = {name: density for name in chosen if (density := observer.density(name)) is not None}
+        figures["adapter/functions"] = functions_figure(chosen, "functions", seen)
+        figures["adapter/changes"] = functions_figure(chosen, "changes", seen)
+        figures["adapter/slopes"] = functions_figure(chosen, "slopes", seen)
+        figures["adapter/drift_map"] = drift_map(functions)
+        if subspace:
+            figures["adapter/functional_subspace"] = functional_subspace_figure(
+                functional_subspace_of(functions), functions
+            )
+    statistics = {n: a.statistics() for n, a in layers.items() if n not in functions}
+    norms = {n: values["relative_norm"] for n, values in statistics.items() if "relative_norm" in values}
+    if norms:
+        figures["adapter/norm_map"] = norm_map(norms)
+    if weights and subspace:
+        figures["adapter/weight_spectra"] = weight_spectra_figure(weights)
+    for tag, figure in figures.items():
+        for board in boards:
+            board.add_figure(tag, figure, step)
+
+
+def draw_histograms(
+    boards: Sequence[Any], layers: Mapping[str, AdapterModule], observer: InputObserver, step: int
+) -> None:
+    """Add the inputs that adapted activations saw, and the values of all adapter parameters of weights."""
+    for name, adapter in layers.items():
+        if isinstance(adapter, NoRAActivation):
+            if name in observer.counts:
+                for board in boards:
+                    _add_counts(board, f"adapter/{adapter.method}/{name}/inputs", adapter, observer.counts[name], step)
+            continue
+        for key, parameter in adapter.adapter_parameters().items():
+            for board in boards:
+                board.add_histogram(f"adapter/{adapter.method}/{name}/{key}", parameter.detach().float().cpu(), step)
+
+
+def _add_counts(board: Any, tag: str, adapter: NoRAActivation, counts: Tensor, step: int) -> None:
+    """Inputs outside the grid are put at its ends."""
+    low, high = adapter.grid_range.tolist()
+    inside = counts[1:-1].double().clone()
+    inside[0] += counts[0]
+    inside[-1] += counts[-1]
+    limits = torch.linspace(low, high, len(inside) + 1, dtype=torch.float64)
+    middle = (limits[1:] + limits[:-1]) / 2
+    board.add_histogram_raw(
+        tag,
+        min=low,
+        max=high,
+        num=int(inside.sum()),
+        sum=float(inside @ middle),
+        sum_squares=float(inside @ middle**2),
+        bucket_limits=limits[1:].tolist(),
+        bucket_counts=inside.tolist(),
+        global_step=step,
+    )

@@ -1,0 +1,60 @@
+"""Looks at the inputs of adapters while they train, in the batches whose step is going to be recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.nora import NoRAActivation
+
+
+class InputObserver:
+    """Histograms of the inputs of adapted activations, added up over a run, and what adapters say of their inputs.
+
+    Each forward pass contributes a regular sample of a few thousand values, so that a batch costs next to nothing. A
+    model that was compiled as a whole may ignore hooks: then nothing is seen.
+
+    Attributes:
+        counts: by layer, (D + 2,): below the layer's grid, in each of its parts, above it.
+        scalars: by layer, what `AdapterModule.observe` returned in the batch observed last.
+    """
+
+    def __init__(self, layers: Mapping[str, AdapterModule]) -> None:
+        self._layers = dict(layers)
+        self._handles: list[Any] = []
+        self.counts: dict[str, Tensor] = {}
+        self.scalars: dict[str, dict[str, float]] = {}
+
+    def start(self) -> None:
+        """Watch from now on."""
+        self.stop()
+        for name, adapter in self._layers.items():
+            hook = self._hook(name)
+            self._handles.append(adapter.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, name: str) -> Any:
+        @torch.no_grad()
+        def observe(adapter: AdapterModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            self.scalars[name] = adapter.observe(x)
+            if isinstance(adapter, NoRAActivation):
+                counted = adapter.input_histogram(x)
+                before = self.counts.get(name)
+                self.counts[name] = counted if before is None else before + counted
+
+        return observe
+
+    def density(self, name: str) -> Tensor | None:
+        """Shares of the inputs seen so far, on the parts of the layer's grid (D,); None if nothing was seen there."""
+        inside = self.counts[name][1:-1].double() if name in self.counts else torch.zeros(1)
+        return inside / inside.sum() if inside.any() else None

@@ -1,0 +1,101 @@
+"""Collects what the adapters of a run say at a step, and sends it to the run's loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lit_adapters.callback.attached import adapter_layers
+from lit_adapters.callback.board import describe, draw, draw_histograms
+from lit_adapters.callback.observer import InputObserver
+from lit_adapters.callback.subspace import SubspaceTracker
+from lit_adapters.methods.nora import NoRAActivation
+
+
+class Recorder:
+    """Scalars for every logger; histograms, figures, a page of charts and the recipe for TensorBoard.
+
+    All processes compute, as sharded parameters have to be gathered by all; the first one writes.
+
+    Args:
+        pl_module: holds the adapters.
+        statistics: "functions" (NoRA's activations), "weights" (updates of weights), "subspace" (spectra of both).
+    """
+
+    def __init__(self, pl_module: LightningModule, statistics: Sequence[str]) -> None:
+        self._module, self._chosen = pl_module, set(statistics)
+        layers = adapter_layers(pl_module)
+        self._layers = {n: a for n, a in layers.items() if _kind(a) in self._chosen}
+        self._tracker = SubspaceTracker(layers) if "subspace" in self._chosen else None
+        self._observer = InputObserver(self._layers)
+        self._step = -1
+
+    def start(self, trainer: Trainer) -> None:
+        """Tell TensorBoard what is to come."""
+        for logger in _boards(trainer):
+            describe(trainer, self._module, logger)
+
+    def before_batch(self, trainer: Trainer, every: int) -> None:
+        """Observe this batch's inputs if the step that it belongs to is going to be recorded."""
+        if (trainer.global_step + 1) % every == 0 or trainer.is_last_batch:
+            self._observer.start()
+
+    def after_batch(self) -> None:
+        """Observe no longer."""
+        self._observer.stop()
+
+    def record(self, trainer: Trainer, beta: float | None) -> None:
+        """Send the statistics of this step to all loggers, once."""
+        if trainer.global_step == self._step or not trainer.loggers:
+            return
+        self._step = trainer.global_step
+        scalars: dict[str, float] = {}
+        collected: dict[str, list[float]] = {}
+        for name, adapter in self._layers.items():
+            values = adapter.statistics() | self._observer.scalars.get(name, {})
+            values |= self._tracker.layer(name) if self._tracker else {}
+            for statistic, value in values.items():
+                scalars[f"adapter/{adapter.method}/{name}/{statistic}"] = value
+                collected.setdefault(statistic, []).append(value)
+        if self._tracker is not None:
+            scalars |= {
+                f"adapter/subspace/{statistic}": value for statistic, value in self._tracker.functions().items()
+            }
+        if beta is not None:
+            scalars["adapter/beta"] = beta
+        for statistic, values_ in collected.items():
+            scalars[f"adapter/summary/{statistic}"] = sum(values_) / len(values_)
+        if scalars and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(scalars, step=trainer.global_step)
+
+    def draw(self, trainer: Trainer) -> None:
+        """Add histograms and figures of this step to TensorBoard."""
+        boards = [logger.experiment for logger in _boards(trainer)]
+        if not (boards and self._layers and trainer.is_global_zero):
+            return
+        draw(boards, self._layers, self._observer, "subspace" in self._chosen, trainer.global_step)
+        draw_histograms(boards, self._layers, self._observer, trainer.global_step)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Put the final metrics beside the hyperparameters."""
+        if trainer.is_global_zero:
+            for logger in _boards(trainer):
+                _log_final_metrics(logger, trainer.callback_metrics, trainer.global_step)
+
+
+def _kind(adapter: object) -> str:
+    return "functions" if isinstance(adapter, NoRAActivation) else "weights"
+
+
+def _boards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _log_final_metrics(logger: TensorBoardLogger, metrics: Mapping[str, object], step: int) -> None:
+    final = {f"final/{name}": float(value) for name, value in metrics.items()}  # type: ignore[arg-type]
+    if final and logger.hparams:
+        logger.log_hyperparams(dict(logger.hparams), final, step)
+        logger.save()
