@@ -31,7 +31,8 @@ class AdapterCallback(Callback):
     Scalars go to every logger: `adapter/<method>/<layer>/<statistic>`, averaged over the layers
     `adapter/summary/<statistic>`, and of all functions together `adapter/subspace/<statistic>`; layers are named as in
     the report of `attach`, statistics explained in docs/reading-tensorboard.md. TensorBoard also gets a page of charts,
-    the recipe, the final metrics beside the hyperparameters, and at every end of an epoch figures and histograms.
+    the recipe, the final metrics beside the hyperparameters, and figures and histograms: at the end of the training,
+    and of epochs that take fifty times as long as the drawing.
 
     Args:
         log_every_n_steps: optimiser steps between two records.
@@ -161,6 +162,11 @@ class AdapterCallback(Callback):
         self._recorder.record(trainer, self._annealer.beta)
         if self.figures:
             self._recorder.draw(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw how it ended."""
+        if self._recorder is not None and self.figures:
+            self._recorder.draw(trainer, last=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if something is still nonlinear; record the final metrics."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,6 +13,8 @@ from lit_adapters.callback.board import describe, draw, draw_histograms
 from lit_adapters.callback.observer import InputObserver
 from lit_adapters.callback.subspace import SubspaceTracker
 from lit_adapters.methods.nora import NoRAActivation
+
+_DRAWING_SHARE = 0.02  # of the time of a training, at most, apart from its last figures
 
 
 class Recorder:
@@ -30,7 +33,8 @@ class Recorder:
         self._layers = {n: a for n, a in layers.items() if _kind(a) in self._chosen}
         self._tracker = SubspaceTracker(layers) if "subspace" in self._chosen else None
         self._observer = InputObserver(self._layers)
-        self._step = -1
+        self._step = self._drawn_step = -1
+        self._drawn_at, self._drawing_seconds = time.monotonic(), 0.0
 
     def start(self, trainer: Trainer) -> None:
         """Tell TensorBoard what is to come."""
@@ -71,13 +75,21 @@ class Recorder:
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=trainer.global_step)
 
-    def draw(self, trainer: Trainer) -> None:
-        """Add histograms and figures of this step to TensorBoard."""
+    def draw(self, trainer: Trainer, last: bool = False) -> None:
+        """Add histograms and figures of this step to TensorBoard, the `last` ones whatever time that takes.
+
+        Others are left out if drawing would take more than a fiftieth of the time since the figures before.
+        """
         boards = [logger.experiment for logger in _boards(trainer)]
-        if not (boards and self._layers and trainer.is_global_zero):
+        if not (boards and self._layers and trainer.is_global_zero) or self._drawn_step == trainer.global_step:
+            return
+        start = time.monotonic()
+        if not last and start - self._drawn_at < self._drawing_seconds / _DRAWING_SHARE:
             return
         draw(boards, self._layers, self._observer, "subspace" in self._chosen, trainer.global_step)
         draw_histograms(boards, self._layers, self._observer, trainer.global_step)
+        self._drawn_step, self._drawn_at = trainer.global_step, time.monotonic()
+        self._drawing_seconds = self._drawn_at - start
 
     def finish(self, trainer: Trainer) -> None:
         """Put the final metrics beside the hyperparameters."""
