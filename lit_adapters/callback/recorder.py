@@ -15,6 +15,7 @@ from lit_adapters.callback.subspace import SubspaceTracker
 from lit_adapters.methods.nora import NoRAActivation
 
 _DRAWING_SHARE = 0.02  # of the time of a training, at most, apart from its last figures
+_DRAWING_SECONDS = 2.0  # taken for granted before anything was drawn
 
 
 class Recorder:
@@ -34,7 +35,7 @@ class Recorder:
         self._tracker = SubspaceTracker(layers) if "subspace" in self._chosen else None
         self._observer = InputObserver(self._layers)
         self._step = self._drawn_step = -1
-        self._drawn_at, self._drawing_seconds = time.monotonic(), 0.0
+        self._drawn_at, self._drawing_seconds = time.monotonic(), _DRAWING_SECONDS
 
     def start(self, trainer: Trainer) -> None:
         """Tell TensorBoard what is to come."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,14 +27,24 @@ _NEGLIGIBLE = 1e-7  # of the largest singular value: directions of smaller ones 
 _LEADING = 3  # directions whose turning is followed
 
 
-def functional_subspace_of(layers: Mapping[str, NoRAActivation], k: int = 4) -> FunctionalSubspace:
+Change = Callable[[NoRAActivation, Tensor], Tensor]
+
+
+def functional_subspace_of(
+    layers: Mapping[str, NoRAActivation], k: int = 4, change: Change = NoRAActivation.change
+) -> FunctionalSubspace:
     """The space of all learned changes R(x; a, b) - R(x; a0, b0), one a layer and group.
 
     The grid covers all layers' ranges; each change is weighted by its own layer's density on it.
+
+    Args:
+        layers: adapted activations by name.
+        k: leading directions to keep.
+        change: the changes (G, D) of a layer's functions on a grid (D,), where they are not those it has learned.
     """
     ends = torch.stack([layer.grid_range.cpu() for layer in layers.values()])
     grid = torch.linspace(ends.min().item(), ends.max().item(), _POINTS, dtype=torch.float64)
-    changes = torch.cat([layer.change(grid) for layer in layers.values()])
+    changes = torch.cat([change(layer, grid) for layer in layers.values()])
     densities = torch.cat([_on(layer, grid).expand(layer.config.groups, -1) for layer in layers.values()])
     return functional_subspace(changes, densities, grid, k)
 

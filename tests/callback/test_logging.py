@@ -11,6 +11,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 import lit_adapters as la
 from lit_adapters import AdapterCallback
+from lit_adapters.callback import recorder
 from lit_adapters.callback.attached import adapter_layers
 from lit_adapters.callback.board import PAGE, layout
 from lit_adapters.callback.figures import functions_figure
@@ -154,7 +155,8 @@ def test_several_adapted_models_keep_their_names_apart(tmp_path):
     assert layers == {"net.blocks.0.act", "net.blocks.1.act", "other.blocks.0.act", "other.blocks.1.act"}
 
 
-def test_figures_at_every_end_of_an_epoch(tmp_path):
+def test_figures_at_ends_of_epochs_where_drawing_is_cheap(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "_DRAWING_SHARE", 1e9)
     board = tensorboard(tmp_path, Task(), AdapterCallback(), max_epochs=2)
     names = ("functions", "changes", "slopes", "drift_map", "functional_subspace", "norm_map", "weight_spectra")
     assert set(board.Tags()["images"]) == {f"adapter/{name}" for name in names}
@@ -162,6 +164,11 @@ def test_figures_at_every_end_of_an_epoch(tmp_path):
         images = board.Images(f"adapter/{name}")
         assert [image.step for image in images] == [6, 12]
         assert images[0].encoded_image_string != images[1].encoded_image_string
+
+
+def test_figures_at_the_end_where_drawing_takes_longer_than_training(tmp_path):
+    board = tensorboard(tmp_path, Task(), AdapterCallback(), max_epochs=3)
+    assert [image.step for image in board.Images("adapter/functions")] == [18]
 
 
 def test_histograms_of_inputs_and_parameters(tmp_path):
