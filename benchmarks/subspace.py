@@ -79,16 +79,16 @@ def train(application: str, recipe: str, options: tuple[str, ...], root: Path, f
             *("fit", f"--config=configs/{settings['folder']}/{recipe}.yaml", *settings["data"], *options),
             *("--trainer.callbacks=null", "--trainer.limit_val_batches=0", "--trainer.enable_checkpointing=false"),
             *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
-            *("--trainer.logger=null", *logger, "--trainer.logger.name=run", "--trainer.logger.version=0"),
+            *("--trainer.logger=null", *logger, "--trainer.logger.name=run"),
         ],
         trainer_defaults={"callbacks": [la.AdapterCallback(log_every_n_steps=2, figures=False)]},
         save_config_callback=None,
     )
 
 
-def series(folder: str, *wanted: str) -> dict[str, dict[str, float]]:
+def series(folder: str | Path, *wanted: str) -> dict[str, dict[str, float]]:
     """Values by step of some summary or subspace statistics."""
-    with open(Path(folder) / "run" / "0" / "metrics.csv", newline="") as file:
+    with open(Path(folder) / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return {w: {r["step"]: float(r[w]) for r in rows if r.get(w)} for w in wanted if rows and w in rows[0]}
 
@@ -169,7 +169,7 @@ def run(arm: str, root: Path) -> dict[str, Any]:
         summary = "adapter/summary/"
         wanted = ("nonlinearity", "beta", "relative_norm", "relative_drift")
         tags = [f"{summary}{w}" for w in wanted] + ["adapter/subspace/effective_rank", "adapter/subspace/drift_cosine"]
-        record["series"] = series(folder, *tags, "train/loss")
+        record["series"] = series(cli.trainer.log_dir, *tags, "train/loss")
     if "nora" in arm:
         record["functional"] = functional(layers)
     if "loran" in arm:
