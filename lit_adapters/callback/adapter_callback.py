@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lit_adapters.attach import adapters
 from lit_adapters.callback.annealing import Annealer
-from lit_adapters.callback.attached import adapter_layers, attached_models, redundant_keys
+from lit_adapters.callback.attached import adapter_layers, adapter_record, attached_models, redundant_keys
 from lit_adapters.callback.calibration import calibrate_in_trainer
 from lit_adapters.callback.figures import functions_figure
 from lit_adapters.callback.nonfinite import broken_values, locate_nonfinite
 from lit_adapters.callback.probe import Probe
+from lit_adapters.checkpoint import RECORD
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.nora import NoRAActivation
 
@@ -166,6 +167,7 @@ class AdapterCallback(Callback):
                 f"{broken[0]!r} is not finite at step {trainer.global_step}: no checkpoint was written, "
                 "earlier ones are kept. Lower the learning rate or check the data"
             )
+        checkpoint[RECORD] = adapter_record(pl_module)
         if self.save_adapters_only:
             redundant = redundant_keys(pl_module)
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in redundant}

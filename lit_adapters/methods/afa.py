@@ -46,6 +46,8 @@ class AFALoRA(LowRank):
     """
 
     name: ClassVar[str] = "afa"
+    merges: ClassVar[str] = "at beta = 0"
+    exports: ClassVar[str] = "at beta = 0"
 
     activation: str = "relu"
     schedule: Schedule = field(default_factory=Linear)
@@ -174,7 +176,11 @@ class AFAAdapter(LowRankAdapter):
         return super().delta_weight(dtype)
 
     def check_linear(self) -> None:
-        """Raise unless beta is exactly 0."""
+        """Raise unless beta is exactly 0.
+
+        Raises:
+            AdapterError: it is not.
+        """
         beta = self.beta.item()
         if beta != 0.0:
             if self.schedule(1.0) == 0.0:
@@ -187,10 +193,6 @@ class AFAAdapter(LowRankAdapter):
             raise AdapterError(
                 f"{self.qualified_name!r} is nonlinear at beta = {beta:g}, and no weight is equal to it; {fix}"
             )
-
-    def check_mergeable(self) -> None:
-        self.check_linear()
-        super().check_mergeable()
 
     def statistics(self) -> dict[str, float]:
         """relative_norm, of s B A as for LoRA; beta."""
