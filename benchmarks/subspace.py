@@ -32,10 +32,10 @@ from benchmarks.language_tuning import DATA
 from benchmarks.results_file import RESULTS, append, environment, load
 from language.__main__ import main as language
 from lit_adapters.callback.attached import adapter_layers
-from lit_adapters.callback.subspace import functional_subspace_of
 from lit_adapters.methods.nora import NoRAActivation
 from lit_adapters.ops import rational
 from lit_adapters.statistics import FunctionalSubspace, components, effective_rank
+from lit_adapters.subspace import learned_subspace
 from vision.__main__ import main as vision
 
 DRAWS = 20  # of random updates
@@ -127,12 +127,12 @@ def functional(layers: dict[str, NoRAActivation]) -> dict[str, Any]:
     """The learned space beside random ones."""
     rank = next(iter(layers.values())).config.rank
     record: dict[str, Any] = {"functions": sum(a.config.groups for a in layers.values())}
-    record["learned"] = spectrum(functional_subspace_of(layers))
+    record["learned"] = spectrum(learned_subspace(list(layers.values())))
     for name, used in {"random": None, "random, rank 3": 3}.items():
         if used is not None and rank is None:
             continue
         change = partial(random_change, rank=used, generator=torch.Generator().manual_seed(0))
-        draws = [spectrum(functional_subspace_of(layers, change=change)) for _ in range(DRAWS)]
+        draws = [spectrum(learned_subspace(list(layers.values()), change=change)) for _ in range(DRAWS)]
         record[name] = {
             key: [statistics.mean(d[key] for d in draws), statistics.stdev(d[key] for d in draws)]
             for key in ("effective_rank", "components_90", "components_99")

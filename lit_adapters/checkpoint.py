@@ -29,6 +29,7 @@ TENSORS, HEADER = "lit_adapter.safetensors", "lit_adapter.json"
 _FORMAT = 1
 _KEY = "lit_adapter"
 _SAMPLES = 16
+RECORD, RECORD_FORMAT = "lit_adapters", 1  # of the entry that Lightning checkpoints have
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -41,6 +42,13 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return {n: t.detach() for n, t in tensors.items()}
 
 
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What `attach` did to `model`, as plain values: `methods`, `train`, and the method's name by adapted layer."""
+    state = attachment(model)
+    kinds = {name: adapter.method for name, adapter in adapters(model)}
+    return {"methods": state.methods, "train": state.train, "adapters": kinds}
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, force it to disk, and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,13 +59,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~umask())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions that this process withholds from new files."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -76,7 +85,6 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
         AdapterError: the model has no adapters, or a value to be saved is not finite.
     """
     directory = Path(directory)
-    state = attachment(model)
     tensors = {n: t.cpu().contiguous() for n, t in adapter_state(model).items()}
     broken = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:
@@ -84,9 +92,7 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
     header = {
         "format": _FORMAT,
         "lit_adapters": version("lit-adapters"),
-        "methods": state.methods,
-        "train": state.train,
-        "adapters": {name: adapter.method for name, adapter in adapters(model)},
+        **describe(model),
         "base": {"shapes": _base_shapes(model), "weights": _fingerprint(model, tensors)},
     }
     text = json.dumps(header, indent=1)
@@ -111,7 +117,7 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
             unexpected. The model is then as before.
     """
     directory = Path(directory)
-    header, tensors = _read(directory)
+    header, tensors = read_directory(directory)
     mine, theirs = _base_shapes(model), header["base"]["shapes"]
     different = [k for k in theirs if mine.get(k) != theirs[k]] + [k for k in mine if k not in theirs]
     if different:
@@ -140,7 +146,12 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
     return report
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of an adapter directory; no model is needed.
+
+    Raises:
+        AdapterError: no such file, torn, foreign or newer, or header and readable copy differ.
+    """
     path = directory / TENSORS
     if not path.is_file():
         raise AdapterError(f"{path} does not exist; give the directory that save_adapters wrote")

@@ -83,11 +83,11 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(state.required_grad.get(name, False))
     if dequantised and unload and not any(hasattr(p, "quant_state") for p in model.parameters()):
-        _forget_quantisation(model)
+        forget_quantisation(model)
     return MergeReport(max(e for e, _ in errors), max(e for _, e in errors), list(weights), kept, dequantised)
 
 
-def _forget_quantisation(model: nn.Module) -> None:
+def forget_quantisation(model: nn.Module) -> None:
     """Take back transformers' note that a model is quantised, with which it could not be saved and loaded again."""
     for module in model.modules():
         quantizer = getattr(module, "hf_quantizer", None)

@@ -46,7 +46,7 @@ def export_peft(model: nn.Module, directory: str | Path) -> None:
             Nothing is written then.
     """
     peft, state = require_peft(), attachment(model)
-    found = {name: _expressible(name, adapter) for name, adapter in adapters(model)}
+    found = {name: check_expressible(name, adapter) for name, adapter in adapters(model)}
     if not found:
         raise AdapterError("the model has no adapters: peft has no format for modules of `train` alone")
     dora = {name for name, adapter in found.items() if isinstance(adapter, DoRAAdapter)}
@@ -98,8 +98,12 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _expressible(name: str, adapter: Any) -> LowRankAdapter:
-    """The adapter, if peft has a layer of the same function."""
+def check_expressible(name: str, adapter: Any) -> LowRankAdapter:
+    """The adapter, if peft has a layer of the same function.
+
+    Raises:
+        AdapterError: it has not, or not at present.
+    """
     if not isinstance(adapter, (LoRAAdapter, DoRAAdapter, AFAAdapter)):
         raise AdapterError(f"{name!r} has {adapter.method}, which the LoRA format of peft cannot express")
     if isinstance(adapter, AFAAdapter):

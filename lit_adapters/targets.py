@@ -100,6 +100,9 @@ def _activations(model: nn.Module) -> Callable[[Target], bool]:
     return selected
 
 
+KEYWORDS = {"all-linear": _all_linear, "activations": _activations}
+
+
 def find_targets(model: nn.Module, method: Method, train: str | Sequence[str] = ()) -> list[Target]:
     """The places of `model` that `method` adapts; modules in a `train` list or in the method's `exclude` are left out.
 
@@ -107,10 +110,9 @@ def find_targets(model: nn.Module, method: Method, train: str | Sequence[str] = 
         TargetsNotFound: nothing matches; the message lists the nearest names and, for activations, the MLPs that call
             a function in place of a module.
     """
-    keywords = {"all-linear": _all_linear, "activations": _activations}
     spec = method.targets
-    if isinstance(spec, str) and spec in keywords:
-        wanted = keywords[spec](model)
+    if isinstance(spec, str) and spec in KEYWORDS:
+        wanted = KEYWORDS[spec](model)
         # A list names particular modules, such as a head that no getter tells of; a regular expression may mean all.
         named = () if isinstance(train, str) else tuple(train)
         trained = [t.name for t in places(model) if matches(t.name, named)]
@@ -129,7 +131,7 @@ def find_targets(model: nn.Module, method: Method, train: str | Sequence[str] = 
                 f"{type(method).__name__}: exclude {suffix!r} matches no module of {type(model).__name__}."
                 f"{near_misses([suffix], names)}"
             )
-    found = [t for t in places(model) if selected(t) and not _within(t.name, tuple(method.exclude))]
+    found = [t for t in places(model) if selected(t) and not within(t.name, tuple(method.exclude))]
     if not found:
         raise TargetsNotFound(_nothing_found(model, method))
     for pattern in getattr(method, "rank_pattern", None) or {}:
@@ -141,7 +143,7 @@ def find_targets(model: nn.Module, method: Method, train: str | Sequence[str] = 
     return found
 
 
-def _within(name: str, suffixes: Sequence[str]) -> bool:
+def within(name: str, suffixes: Sequence[str]) -> bool:
     """Whether a module, or one that holds it, is named by one of `suffixes`."""
     parts = name.split(".")
     return any(matches(".".join(parts[: i + 1]), suffixes) for i in range(len(parts)))

@@ -11,9 +11,10 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(p for room in ("lit_adapters", "vision", "language") for p in (ROOT / room).rglob("*.py"))
 
 # Each room may import those before it.
-ORDER = ["errors", "ops", "activations", "schedules", "statistics", "layout", "methods"]
+ORDER = ["errors", "console", "ops", "activations", "schedules", "statistics", "layout", "methods"]
 ORDER += ["targets", "report", "attach", "control", "merge", "checkpoint", "peft_format"]
-ORDER += ["optim", "callback", "assets", "cli"]
+ORDER += ["subspace", "saved", "inspection", "comparison", "plots", "output"]
+ORDER += ["optim", "callback", "assets", "loading", "cli"]
 FOREIGN = {"timm", "transformers", "torchvision", "vision", "language"}
 EXTRAS = {"peft", "bitsandbytes"}  # imported where they are needed, never with the library
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lit_adapters.attach import adapters
 from lit_adapters.callback.annealing import Annealer
-from lit_adapters.callback.attached import attached_models, redundant_keys
+from lit_adapters.callback.attached import adapter_record, attached_models, redundant_keys
 from lit_adapters.callback.calibration import calibrate_in_trainer
 from lit_adapters.callback.nonfinite import broken_values, locate_nonfinite, nonfinite_gradient
 from lit_adapters.callback.probe import Probe
 from lit_adapters.callback.recorder import Recorder
+from lit_adapters.checkpoint import RECORD
 from lit_adapters.errors import AdapterError
 
 Statistic = Literal["functions", "weights", "subspace"]
@@ -190,6 +191,7 @@ class AdapterCallback(Callback):
                 f"{broken[0]!r} is not finite at step {trainer.global_step}: no checkpoint was written, "
                 "earlier ones are kept. Lower the learning rate or check the data"
             )
+        checkpoint[RECORD] = adapter_record(pl_module)
         if self.save_adapters_only:
             redundant = redundant_keys(pl_module)
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in redundant}

@@ -16,7 +16,6 @@ from lit_adapters.attach import attachment
 from lit_adapters.callback.attached import attached_models
 from lit_adapters.callback.figures import functions_figure
 from lit_adapters.callback.observer import InputObserver
-from lit_adapters.callback.subspace import functional_subspace_of
 from lit_adapters.callback.subspace_figures import (
     drift_map,
     functional_subspace_figure,
@@ -25,6 +24,7 @@ from lit_adapters.callback.subspace_figures import (
 )
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.nora import NoRAActivation
+from lit_adapters.subspace import learned_subspace
 
 PAGE = "what the adapters learn"
 _MOST_PANELS = 48  # layers whose functions are drawn one by one; of more, evenly chosen ones
@@ -108,7 +108,7 @@ def draw(
         figures["adapter/drift_map"] = drift_map(functions)
         if subspace:
             figures["adapter/functional_subspace"] = functional_subspace_figure(
-                functional_subspace_of(functions), functions
+                learned_subspace(list(functions.values())), functions
             )
     statistics = {n: a.statistics() for n, a in layers.items() if n not in functions}
     norms = {n: values["relative_norm"] for n, values in statistics.items() if "relative_norm" in values}

@@ -12,8 +12,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from torch.optim import Optimizer
 
-from lit_adapters.callback.console import one_line
 from lit_adapters.callback.optimizers import TOTALS, build_optimizers
+from lit_adapters.console import one_line
 from lit_adapters.errors import AdapterError
 
 _KEYWORDS = ("best", "last", "hpc", "registry")  # what ckpt_path may be besides a file

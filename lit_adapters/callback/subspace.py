@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from lit_adapters.methods.base import AdapterModule
@@ -15,47 +14,15 @@ from lit_adapters.statistics import (
     components,
     cosine,
     effective_rank,
-    functional_subspace,
     leading_space,
     overlap,
     principal_angles,
     stable_rank,
 )
+from lit_adapters.subspace import learned_subspace
 
-_POINTS = 1024  # of the grid on which all layers' functions are compared
 _NEGLIGIBLE = 1e-7  # of the largest singular value: directions of smaller ones are rounding errors
 _LEADING = 3  # directions whose turning is followed
-
-
-Change = Callable[[NoRAActivation, Tensor], Tensor]
-
-
-def functional_subspace_of(
-    layers: Mapping[str, NoRAActivation], k: int = 4, change: Change = NoRAActivation.change
-) -> FunctionalSubspace:
-    """The space of all learned changes R(x; a, b) - R(x; a0, b0), one a layer and group.
-
-    The grid covers all layers' ranges; each change is weighted by its own layer's density on it.
-
-    Args:
-        layers: adapted activations by name.
-        k: leading directions to keep.
-        change: the changes (G, D) of a layer's functions on a grid (D,), where they are not those it has learned.
-    """
-    ends = torch.stack([layer.grid_range.cpu() for layer in layers.values()])
-    grid = torch.linspace(ends.min().item(), ends.max().item(), _POINTS, dtype=torch.float64)
-    changes = torch.cat([change(layer, grid) for layer in layers.values()])
-    densities = torch.cat([_on(layer, grid).expand(layer.config.groups, -1) for layer in layers.values()])
-    return functional_subspace(changes, densities, grid, k)
-
-
-def _on(layer: NoRAActivation, grid: Tensor) -> Tensor:
-    """The layer's density on another grid, (D,); by the nearest of its own points."""
-    low, high = layer.grid_range.tolist()
-    own = layer.density.double().cpu()
-    places = ((grid - low) / (high - low) * (len(own) - 1)).round().long()
-    inside = (places >= 0) & (places < len(own))
-    return torch.where(inside, own[places.clamp(0, len(own) - 1)], 0.0)
 
 
 class SubspaceTracker:
@@ -106,7 +73,7 @@ class SubspaceTracker:
         """
         if not self._functions:
             return {}
-        space = functional_subspace_of(self._functions, _LEADING)
+        space = learned_subspace(list(self._functions.values()), _LEADING)
         if not space.singular_values.any():
             return {}
         scalars = {

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.nora import NoRAActivation
 from lit_adapters.statistics import FunctionalSubspace, components, effective_rank
+from lit_adapters.subspace import common_grid
 
 _TINY = 1e-12
 _SHOWN = 10  # singular values of the functional subspace: as many as a function has coefficients
@@ -37,11 +38,12 @@ def functional_subspace_figure(space: FunctionalSubspace, layers: Mapping[str, N
         fontsize=9,
     )
     grid = space.grid.numpy()
-    density = np.mean([_density_on(layer, grid) for layer in layers.values()], axis=0)
+    shares = common_grid(list(layers.values()))[1].mean(0).numpy()
+    density = shares / np.gradient(grid)
     visible = density > 1e-3 * density.max()
-    for number, direction in enumerate(space.directions.numpy(), 1):
-        if number <= np.count_nonzero(values > 1e-9 * max(values[0], _TINY)):
-            right.plot(grid[visible], (direction / np.sqrt(density.clip(_TINY)))[visible], label=f"direction {number}")
+    known = np.count_nonzero(values > 1e-9 * max(values[0], _TINY))
+    for number, direction in enumerate(space.directions.numpy()[:known], 1):
+        right.plot(grid[visible], (direction / np.sqrt(shares.clip(_TINY)))[visible], label=f"direction {number}")
     right.fill_between(
         grid[visible], 0.3 * density[visible] / density.max(), color="0.87", transform=right.get_xaxis_transform()
     )
@@ -49,13 +51,6 @@ def functional_subspace_figure(space: FunctionalSubspace, layers: Mapping[str, N
     right.title.set_fontsize(9)
     right.legend(fontsize=8)
     return figure
-
-
-def _density_on(layer: NoRAActivation, grid: np.ndarray) -> np.ndarray:
-    own = layer.density.double().cpu().numpy()
-    low, high = layer.grid_range.tolist()
-    density: np.ndarray = np.interp(grid, np.linspace(low, high, len(own)), own, left=0.0, right=0.0)
-    return density / density.sum()
 
 
 def drift_map(layers: Mapping[str, NoRAActivation]) -> Figure:

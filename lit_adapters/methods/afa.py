@@ -47,6 +47,8 @@ class AFALoRA(LowRank):
     """
 
     name: ClassVar[str] = "afa"
+    merges: ClassVar[str] = "at beta = 0"
+    exports: ClassVar[str] = "at beta = 0"
 
     activation: str = "relu"
     schedule: Schedule = field(default_factory=Linear)
@@ -175,7 +177,11 @@ class AFAAdapter(LowRankAdapter):
         return super().delta_weight(dtype)
 
     def check_linear(self) -> None:
-        """Raise unless beta is exactly 0."""
+        """Raise unless beta is exactly 0.
+
+        Raises:
+            AdapterError: it is not.
+        """
         beta = self.beta.item()
         if beta != 0.0:
             if self.schedule(1.0) == 0.0:
@@ -189,18 +195,14 @@ class AFAAdapter(LowRankAdapter):
                 f"{self.qualified_name!r} is nonlinear at beta = {beta:g}, and no weight is equal to it; {fix}"
             )
 
-    def check_mergeable(self) -> None:
-        self.check_linear()
-        super().check_mergeable()
-
     @torch.no_grad()
     def observe(self, x: Tensor) -> dict[str, float]:
         """nonlinearity: ||phi_beta(z) - z|| / ||z|| over the codes z = A x of a regular sample of x."""
-        x = (
-            x[:1]
-            if self.layer.channel_dim == 1
-            else x.reshape(-1, x.shape[-1])[:: max(1, x[..., 0].numel() // _SAMPLE)]
-        )
+        if self.layer.channel_dim == 1:
+            x = x[:1]
+        else:
+            x = x.reshape(-1, x.shape[-1])
+            x = x[:: max(1, len(x) // _SAMPLE)]
         code = self.layer.down(self.base, x, self.lora_A.to(x.dtype)).float()
         residual = annealed(code, self.sigma(), self.beta) - code
         return {"nonlinearity": (residual.norm() / code.norm().clamp_min(torch.finfo(code.dtype).tiny)).item()}

@@ -25,6 +25,8 @@ class Method:
 
     name: ClassVar[str]  # in reports, tags and lr_scale
     kind: ClassVar[str]  # "linear" or "activation": what "targets" selects among
+    merges: ClassVar[str] = "yes"  # whether `merge` folds it into weights, in a few words
+    exports: ClassVar[str] = "no"  # whether `export_peft` can write it
     targets: str | Sequence[str]
     exclude: Sequence[str]
 

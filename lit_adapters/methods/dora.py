@@ -28,6 +28,7 @@ class DoRA(LowRank):
     """Configuration of DoRA; the settings are those of `LowRank`."""
 
     name: ClassVar[str] = "dora"
+    exports: ClassVar[str] = "yes"
 
     def adapter(self, base: nn.Module, layer: LinearLayer, rank: int) -> DoRAAdapter:
         return DoRAAdapter(base, layer, rank, self)

@@ -25,6 +25,7 @@ class LoRA(LowRank):
     """Configuration of LoRA; the settings are those of `LowRank`."""
 
     name: ClassVar[str] = "lora"
+    exports: ClassVar[str] = "yes"
 
     def adapter(self, base: nn.Module, layer: LinearLayer, rank: int) -> LoRAAdapter:
         return LoRAAdapter(base, layer, rank, self)

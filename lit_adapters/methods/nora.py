@@ -58,6 +58,7 @@ class NoRA(Method):
     """
 
     name: ClassVar[str] = "nora"
+    merges: ClassVar[str] = "no, it stays a function"
     kind: ClassVar[str] = "activation"
 
     groups: int = 8

@@ -182,29 +182,32 @@ class NoRAActivation(AdapterModule):
         y: Tensor = self.base(x)
         return y + change.to(y.dtype)
 
+    def grid(self) -> Tensor:
+        """The points (D,) that `density` belongs to, float64 on the CPU."""
+        low, high = self.grid_range.tolist()
+        return torch.linspace(low, high, _GRID, dtype=torch.float64, device="cpu")
+
+    @torch.no_grad()
+    def learned_change(self, x: Tensor) -> Tensor:
+        """R(x; a, b) - R(x; a0, b0) of every group at inputs x (D,): (G, D), float64 on the CPU.
+
+        What training did, without the error of the fit that it started from; zero at the start.
+        """
+        a, b = (c.double().cpu() for c in self.coefficients())
+        a0, b0 = (c.double().cpu() for c in self.base_coefficients())
+        columns = x[:, None].expand(-1, self.config.groups)
+        return rational(columns, a, b, self.config.denominator, base=(a0, b0)).T
+
+    @torch.no_grad()
     def functions(self) -> tuple[Tensor, Tensor, Tensor]:
         """Grid (D,), the pretrained activation on it (D,), and the G current functions (G, D), float64 on the CPU."""
-        low, high = self.grid_range.tolist()
-        grid = torch.linspace(low, high, _GRID, dtype=torch.float64, device="cpu")
-        a, b = (c.detach().double().cpu() for c in self.coefficients())
-        form = self.config.denominator
+        grid = self.grid()
+        initial = self.base(grid)
+        if self.config.base == "anchored":
+            return grid, initial, initial + self.learned_change(grid)
+        a, b = (c.double().cpu() for c in self.coefficients())
         columns = grid[:, None].expand(-1, self.config.groups)
-        with torch.no_grad():
-            initial = self.base(grid)
-            if self.config.base == "rational":
-                current = rational(columns, a, b, form)
-            else:
-                a0, b0 = (c.double().cpu() for c in self.base_coefficients())
-                current = initial[:, None] + rational(columns, a, b, form, base=(a0, b0))
-        return grid, initial, current.T
-
-    def change(self, grid: Tensor) -> Tensor:
-        """What training has added to the start: R(x; a, b) - R(x; a0, b0) on a grid (D,), as (G, D) in float64."""
-        a, b = (c.detach().double().cpu() for c in self.coefficients())
-        a0, b0 = (c.double().cpu() for c in self.base_coefficients())
-        columns = grid.double()[:, None].expand(-1, self.config.groups)
-        with torch.no_grad():
-            return rational(columns, a, b, self.config.denominator, base=(a0, b0)).T
+        return grid, initial, rational(columns, a, b, self.config.denominator).T
 
     def group_drift(self) -> Tensor:
         """Drift of each group's function from the pretrained activation, relative to it, (G,)."""

@@ -24,6 +24,7 @@ class NoRAPlusPlus(Method):
     """
 
     name: ClassVar[str] = "nora++"
+    merges: ClassVar[str] = "its LoRA or DoRA"
     kind: ClassVar[str] = "composition"
 
     # Declared as Method so that YAML may choose a subclass by class_path.

@@ -76,6 +76,7 @@ class Peft(Method):
     """
 
     name: ClassVar[str] = "peft"
+    merges: ClassVar[str] = "where peft can"
     kind: ClassVar[str] = "linear"
 
     config: Any

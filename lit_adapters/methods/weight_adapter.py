@@ -84,12 +84,20 @@ class WeightAdapter(AdapterModule):
         y: Tensor = self.base(x)
         return y
 
+    def check_linear(self) -> None:
+        """Raise if no weight could hold this adapter's effect, whatever the base; most methods are linear throughout.
+
+        Raises:
+            AdapterError: it is nonlinear at present.
+        """
+
     def check_mergeable(self) -> None:
         """Raise if there is no weight that holds this adapter's effect.
 
         Raises:
             AdapterError: it is nonlinear at present, or the base has no weight to merge into.
         """
+        self.check_linear()
         if self.base.weight.is_meta:  # type: ignore[union-attr]
             raise AdapterError(f"{self.qualified_name!r} is on the meta device: load its weights first")
         if not self.base_matrix().is_floating_point():

@@ -8,7 +8,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_adapters import AdapterError, AssetError, DataError
-from lit_adapters.callback.console import one_line, run
+from lit_adapters.callback.console import run
+from lit_adapters.console import one_line
 
 UNION = """Parser key "model.adapters":
   Does not validate against any of the Union subtypes

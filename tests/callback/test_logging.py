@@ -15,8 +15,8 @@ from lit_adapters.callback import recorder
 from lit_adapters.callback.attached import adapter_layers
 from lit_adapters.callback.board import PAGE, layout
 from lit_adapters.callback.figures import functions_figure
-from lit_adapters.callback.subspace import functional_subspace_of
 from lit_adapters.statistics import components, effective_rank, overlap, stable_rank
+from lit_adapters.subspace import learned_subspace
 from tests.callback.tiny_task import Task, assert_equal_bits, both, events, fit, loader, nora, state
 
 
@@ -98,7 +98,7 @@ def test_the_nonlinearity_of_afa_goes_with_beta(tmp_path):
 def test_the_functional_subspace_in_tensorboard(tmp_path):
     task = Task(nora(), lr=3e-2)
     board = tensorboard(tmp_path, task, AdapterCallback(log_every_n_steps=3, figures=False), max_epochs=2)
-    space = functional_subspace_of(adapter_layers(task))
+    space = learned_subspace(list(adapter_layers(task).values()))
     values = space.singular_values
     assert len(values) == 8  # two layers of four groups
     assert board.Scalars("adapter/subspace/effective_rank")[-1].value == pytest.approx(effective_rank(values))

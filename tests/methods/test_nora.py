@@ -196,7 +196,7 @@ def test_functions_and_statistics_follow_the_coefficients():
     assert {start[key] for key in ("drift", "relative_drift", "sup_drift")} == {0.0}
     assert start["relative_max_slope"] == 1.0
     assert start["max_slope"] == pytest.approx(1.1289, abs=1e-3)  # of GELU, at sqrt 2
-    assert not adapter.change(grid).any()
+    assert not adapter.learned_change(grid).any()
     with torch.no_grad():
         adapter.numerator_delta[2, 0] = 1.0  # adds sigma / Q, largest at 0 where Q = 1
     _, _, current = adapter.functions()
@@ -206,7 +206,7 @@ def test_functions_and_statistics_follow_the_coefficients():
     statistics = adapter.statistics()
     assert statistics["sup_drift"] == pytest.approx(shift, rel=1e-2)
     assert 0 < statistics["drift"] < shift
-    torch.testing.assert_close(adapter.change(grid), current - initial)
+    torch.testing.assert_close(adapter.learned_change(grid), current - initial)
     assert adapter.group_drift().tolist() == pytest.approx([0, 0, statistics["relative_drift"], 0])
 
 
