@@ -1,4 +1,4 @@
-"""Write the tables and figures of docs/results.md, docs/results-language.md and README.md from benchmarks/results.
+"""Write the tables and figures of README.md and docs/ from benchmarks/results.
 
 python -m benchmarks.tables
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import language_tables
+from benchmarks import language_tables, subspace_tables
 from benchmarks.results_file import RESULTS, load
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +141,24 @@ def main() -> None:
     if steps:
         replace_block(results, "steps", f"{step_table(steps)}\n\n{machine(steps)}")
     language()
+    subspaces()
+
+
+def subspaces() -> None:
+    """Fill the blocks on what the methods learn, and on what watching them costs."""
+    page, records = ROOT / "docs" / "functional-subspace.md", load(RESULTS / "subspace.json")
+    if records:
+        header = ["adaptation", "functions", "mean drift", "effective rank", "90% of the energy", "99%"]
+        shown = table(header, subspace_tables.dimension_rows(records))
+        replace_block(page, "dimension", f"{shown}\n\n{machine(records)}")
+        header = ["amplitude, frequency", "share of B A, mean over layers", "share of the logits' change"]
+        replace_block(page, "sinter", table(header, subspace_tables.sinter_rows(records)))
+        subspace_tables.figure(records, page.with_suffix(".png"))
+    overhead = load(RESULTS / "callback_overhead.json")
+    if overhead:
+        header = ["model, NoRA++", "steps", "callback's share of the time", "start, s", "last figures, s"]
+        shown = table(header, subspace_tables.overhead_rows(overhead))
+        replace_block(ROOT / "docs" / "reading-tensorboard.md", "overhead", f"{shown}\n\n{machine(overhead)}")
 
 
 def language() -> None:

@@ -1,0 +1,108 @@
+"""The tables and the figure of docs/functional-subspace.md, from results/subspace.json and callback_overhead.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Records = list[dict[str, Any]]
+_NAMES = {"vit": "ViT-S/14", "smollm2": "SmolLM2-135M"}
+_KEYS = ("effective_rank", "components_90", "components_99")
+
+
+def _named(arm: str) -> str:
+    model, _, rest = arm.partition(" ")
+    return f"{_NAMES[model]}, {rest.removeprefix('nora ')}"
+
+
+def dimension_rows(records: Records) -> list[list[str]]:
+    """One row for what was learned, one for each random control: effective rank, directions for 90% and 99%."""
+    rows = []
+    for record in records:
+        if "functional" not in record:
+            continue
+        f = record["functional"]
+        name = _named(record["arm"])
+        learned = f["learned"]
+        values = [f"{learned['effective_rank']:.2f}", str(learned["components_90"]), str(learned["components_99"])]
+        rows.append([name, str(f["functions"]), f"{f['drift']:.3f}", *values])
+        for control in ("random", "random, rank 3"):
+            if control in f:
+                shown = [f"{f[control][key][0]:.2f} ± {f[control][key][1]:.2f}" for key in _KEYS]
+                rows.append([f"{name}: {control}, equal norms", "", "", *shown])
+    return rows
+
+
+def sinter_rows(records: Records) -> list[list[str]]:
+    """One row a pair of constants: share of B A that Sinter adds, over layers, and its share in the logits' change."""
+    rows = []
+    for record in records:
+        if "logits" in record:
+            share = record["share"]
+            mean = sum(share) / len(share)
+            change = record["logits"]["sinter over update"]
+            row = [record["arm"].removeprefix("smollm2 loran "), f"{mean:.1e} ({min(share):.1e} to {max(share):.1e})"]
+            rows.append([*row, f"{change:.1e}"])
+    return rows
+
+
+def overhead_rows(records: Records) -> list[list[str]]:
+    """The latest record of each model."""
+    latest = {r["model"]: r for r in records}
+    return [
+        [
+            _NAMES[model],
+            f"{r['steps']} in {r['seconds']:.0f} s",
+            f"{r['share']:.1%}",
+            f"{r['start_seconds']:.1f}",
+            f"{r['last_figures_seconds']:.1f}",
+        ]
+        for model, r in latest.items()
+    ]
+
+
+def _series(record: dict[str, Any], name: str) -> tuple[list[int], list[float]]:
+    values = record["series"][name]
+    return [int(step) for step in values], list(values.values())
+
+
+def figure(records: Records, path: Path) -> None:
+    """Energies of the learned directions; AFA's residual and Sinter's share over the steps."""
+    drawn = Figure(figsize=(13, 3.8), layout="constrained")
+    first, second, third = drawn.subplots(1, 3)
+    styles = {"vit": "-", "smollm2": "--"}
+    for record in records:
+        model = record["arm"].split()[0]
+        if "functional" in record:
+            energy = record["functional"]["learned"]["energy"]
+            colour = "tab:orange" if "direct" in record["arm"] else "tab:blue"
+            shown = [max(e, 1e-7) for e in energy]
+            first.plot(
+                range(1, len(shown) + 1), shown, styles[model], color=colour, marker=".", label=_named(record["arm"])
+            )
+        elif " afa " in record["arm"]:
+            second.plot(*_series(record, "adapter/summary/nonlinearity"), label=record["arm"].split()[-1])
+            if "relu" in record["arm"]:
+                second.plot(*_series(record, "adapter/beta"), "k:", label="beta")
+        elif " loran " in record["arm"]:
+            third.plot(*_series(record, "adapter/summary/nonlinearity"), label=record["arm"].partition(" loran ")[2])
+    first.set(
+        yscale="log",
+        ylim=(1e-6, 1.5),
+        xlabel="direction",
+        ylabel="share of the energy",
+        title="NoRA: all learned changes",
+    )
+    second.set(
+        xlabel="optimiser step",
+        ylabel="||phi_beta(z) - z|| / ||z||",
+        title="AFA-LoRA: what is nonlinear",
+        ylim=(0, None),
+    )
+    third.set(yscale="log", xlabel="optimiser step", ylabel="||f(BA) - BA|| / ||BA||", title="LoRAN: what Sinter adds")
+    third.axhline(2**-9, color="0.5", linestyle=":", label="half a step of bfloat16")
+    for panel in (first, second, third):
+        panel.legend(fontsize=8)
+    drawn.savefig(path, dpi=110)
