@@ -12,7 +12,7 @@ FILES = sorted(p for room in ("lit_adapters", "vision", "language") for p in (RO
 
 # Each room may import those before it.
 ORDER = ["errors", "ops", "activations", "schedules", "statistics", "layout", "methods"]
-ORDER += ["targets", "report", "attach", "control", "merge", "checkpoint", "peft_format"]
+ORDER += ["targets", "report", "sharding", "attach", "control", "merge", "checkpoint", "peft_format"]
 ORDER += ["optim", "callback", "assets", "cli"]
 FOREIGN = {"timm", "transformers", "torchvision", "vision", "language"}
 EXTRAS = {"peft", "bitsandbytes"}  # imported where they are needed, never with the library

@@ -18,8 +18,10 @@ from lit_adapters.callback.calibration import calibrate_in_trainer
 from lit_adapters.callback.figures import functions_figure
 from lit_adapters.callback.nonfinite import broken_values, locate_nonfinite
 from lit_adapters.callback.probe import Probe
+from lit_adapters.callback.processes import raise_together
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.nora import NoRAActivation
+from lit_adapters.sharding import gathered, is_sharded
 
 Statistic = Literal["functions", "weights"]
 
@@ -112,15 +114,17 @@ class AdapterCallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check that all adapters took part in the first batch; stop at a loss that is not finite, whenever."""
-        if self._probe is not None:
-            self._probe.after_forward()
-        if torch.isfinite(loss).all():
-            return
-        raise AdapterError(
-            f"the loss is {loss.mean().item()} at step {trainer.global_step}: "
-            f"{locate_nonfinite(pl_module, self._batch)}. Lower the learning rate or check the data; checkpoints were "
-            "written before this step"
-        )
+        if self._probe is not None and self._probe.watching:
+            raise_together(trainer, self._probe.after_forward())
+        finite = bool(torch.isfinite(loss).all())
+        if not trainer.strategy.reduce_boolean_decision(finite):
+            # In every process, whosever loss it is: a sharded model runs in all of them together.
+            where = locate_nonfinite(pl_module, self._batch)
+            failure = (
+                f"the loss is {loss.mean().item()} at step {trainer.global_step}: {where}. Lower the learning rate or "
+                "check the data; checkpoints were written before this step"
+            )
+            raise_together(trainer, None if finite else failure)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -161,18 +165,21 @@ class AdapterCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what changed: adapters, modules of `train`, persistent buffers; never a parameter that is not finite."""
         broken = broken_values(pl_module)
-        if broken:
-            raise AdapterError(
-                f"{broken[0]!r} is not finite at step {trainer.global_step}: no checkpoint was written, "
-                "earlier ones are kept. Lower the learning rate or check the data"
-            )
+        failure = (
+            f"{broken[0]!r} is not finite at step {trainer.global_step}: no checkpoint was written, "
+            "earlier ones are kept. Lower the learning rate or check the data"
+            if broken
+            else None
+        )
+        raise_together(trainer, failure)
         if self.save_adapters_only:
             redundant = redundant_keys(pl_module)
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in redundant}
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Send the statistics of this step to all loggers, once."""
-        if trainer.global_step == self._logged_step or not trainer.is_global_zero:
+        sharded = is_sharded(pl_module)  # its layers are put together by all processes, in the same order
+        if trainer.global_step == self._logged_step or not (trainer.is_global_zero or sharded):
             return
         self._logged_step = trainer.global_step
         scalars: dict[str, float] = {}
@@ -180,7 +187,9 @@ class AdapterCallback(Callback):
         for name, adapter in adapter_layers(pl_module).items():
             if ("functions" if isinstance(adapter, NoRAActivation) else "weights") not in self.statistics:
                 continue
-            for statistic, value in adapter.statistics().items():
+            with gathered(adapter):
+                values_of_layer = adapter.statistics()
+            for statistic, value in values_of_layer.items():
                 scalars[f"adapter/{adapter.method}/{name}/{statistic}"] = value
                 collected.setdefault(statistic, []).append(value)
         if self._annealer.beta is not None:
@@ -195,8 +204,11 @@ class AdapterCallback(Callback):
         """Add the figures of this step to TensorBoard."""
         writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         functions = {n: a for n, a in adapter_layers(pl_module).items() if isinstance(a, NoRAActivation)}
-        if not (self.figures and writers and functions and trainer.is_global_zero):
+        if not (self.figures and functions and (writers or is_sharded(pl_module))):
             return
-        for tag, changes in (("adapter/functions", False), ("adapter/changes", True)):
-            for writer in writers:
-                writer.add_figure(tag, functions_figure(functions, changes), trainer.global_step)
+        with gathered(*functions.values()):
+            if not (writers and trainer.is_global_zero):
+                return
+            for tag, changes in (("adapter/functions", False), ("adapter/changes", True)):
+                for writer in writers:
+                    writer.add_figure(tag, functions_figure(functions, changes), trainer.global_step)
