@@ -19,6 +19,7 @@ from lit_adapters.callback.figures import functions_figure
 from lit_adapters.callback.nonfinite import broken_values, locate_nonfinite
 from lit_adapters.callback.probe import Probe
 from lit_adapters.callback.processes import raise_together
+from lit_adapters.callback.sharded_checkpoints import check_keys, expect_missing_keys
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.nora import NoRAActivation
 from lit_adapters.sharding import gathered, is_sharded
@@ -87,6 +88,9 @@ class AdapterCallback(Callback):
                     "ModelCheckpoint(save_weights_only=True) bypasses callbacks and would hold the whole base model; "
                     "use save_weights_only=False, or AdapterCallback(save_adapters_only=False)"
                 )
+
+        if self.save_adapters_only:
+            expect_missing_keys(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Require an attached model."""
@@ -175,6 +179,11 @@ class AdapterCallback(Callback):
         if self.save_adapters_only:
             redundant = redundant_keys(pl_module)
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in redundant}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Nothing but frozen parameters may be missing."""
+        if self.save_adapters_only:
+            check_keys(trainer, pl_module)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Send the statistics of this step to all loggers, once."""

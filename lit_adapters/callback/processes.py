@@ -1,4 +1,4 @@
-"""Agreement among the processes of a Trainer: what stops one of them has to stop all, or the others would wait for it."""
+"""Agreement among the processes of a Trainer: what stops one of them stops all, or the others would wait for it."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -13,6 +12,7 @@ import lit_adapters as la
 from language.data import InstructionDataModule
 from language.module import CausalLMTuner
 from lit_adapters.callback import build_optimizers
+from lit_adapters.sharding import whole
 from tests.scale.tasks import trainer
 from vision.data import CIFARDataModule
 from vision.module import ViTClassifier
@@ -67,5 +67,5 @@ def fit(folder: Path, name: str, devices: int, ckpt: Path | None = None, **chang
     running = trainer(folder / name, devices, callbacks=callbacks, enable_checkpointing=True, **limits | changes)
     running.fit(model, data, ckpt_path=ckpt)
     metrics = {key: value.item() for key, value in running.callback_metrics.items()}
-    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n: whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
     return {"batches": seen.batches, "losses": seen.losses, "metrics": metrics, "state": trained}

@@ -1,10 +1,8 @@
-"""Run by torchrun in two processes: everything that tests/scale/test_ddp.py reads, in one start. Writes to argv[1]."""
+"""What two processes do with DDP, for tests/scale/test_two_processes.py; see run.py."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import seed_everything
 from torch import nn
 
@@ -13,14 +11,14 @@ from tests.scale import applications
 from tests.scale.tasks import CASES, METHODS, Task, fit, loader, trainer
 
 
-def stopped(folder: Path, rank: int, task: Task) -> str:
+def stopped(folder: Path, task: Task) -> str:
     """What stops the training of `task`, in this process."""
     seed_everything(0, verbose=False)
     try:
         trainer(folder, 2).fit(task, loader("vit", 2))
     except AdapterError as error:
         return str(error)
-    return f"nothing, in process {rank}"
+    return "nothing"
 
 
 class Broken(Task):
@@ -50,16 +48,13 @@ class Uncallable(Task):
         return self(batch)
 
 
-def main(folder: Path) -> None:
-    """Train all cases, stop three runs, and save what this process saw."""
+def main(folder: Path) -> dict[str, Any]:
+    """Train all cases and stop three runs; what this process saw."""
     results: dict[str, Any] = {f"{name}-{method}": fit(folder, name, method, 2) for name, method in CASES}
-    rank = torch.distributed.get_rank()
     results |= {name: applications.fit(folder, name, 2) for name in applications.APPLICATIONS}
-    results["inf"] = stopped(folder / "inf", rank, Broken("vit", METHODS["lora"]))
-    results["bypassed"] = stopped(folder / "bypassed", rank, Bypassing("vit", METHODS["nora"]))
-    results["uncalibrated"] = stopped(folder / "uncalibrated", rank, Uncallable("vit", METHODS["calibrated"]))
-    torch.save(results, folder / f"rank{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    results["stopped"] = {
+        "inf": stopped(folder / "inf", Broken("vit", METHODS["lora"])),
+        "bypassed": stopped(folder / "bypassed", Bypassing("vit", METHODS["nora"])),
+        "uncalibrated": stopped(folder / "uncalibrated", Uncallable("vit", METHODS["calibrated"])),
+    }
+    return results
