@@ -130,6 +130,8 @@ def test_calibration_is_the_first_process_s(two):
     """It is measured on that one's batches; how the parameters are laid out makes no difference."""
     first, second = (seen["ddp"]["vit-calibrated"] for seen in two[1:])
     assert first["losses"] == second["losses"]
+    # DDP would send the first one's buffers along with each pass; FSDP2 sends none.
+    assert two[1]["fsdp"]["vit-calibrated"]["losses"] == pytest.approx(first["losses"], rel=1e-5)
     sharded = load_file(two[0] / "fsdp" / "vit" / "calibrated" / "adapters" / "lit_adapter.safetensors")
     for i in (0, 1):
         for key in ("calibrated", "fit_range", "base_numerator", "numerator_scale", "density"):
