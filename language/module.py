@@ -25,6 +25,7 @@ from language.models import (
     vocabulary_size,
 )
 from lit_adapters.methods.base import to_methods
+from lit_adapters.sharding import refuse_sharded, shard
 
 
 class TokenLoss(Metric):
@@ -121,12 +122,12 @@ class CausalLMTuner(LightningModule):
     def configure_model(self) -> None:
         """Create the model and attach its adapters; once, though Lightning calls this for every stage."""
         if self.model is None:
-            self._build()
+            self.model = self._build() if self.device_mesh is None else shard(self._build, self.device_mesh)
         data = getattr(self._trainer, "datamodule", None)
         if data is not None:
             self._check_data(data)
 
-    def _build(self) -> None:
+    def _build(self) -> nn.Module:
         h = self.hparams
         # On the CPU whatever the trainer's device: its random values are the same everywhere.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
@@ -140,8 +141,8 @@ class CausalLMTuner(LightningModule):
             # transformers loads in eval mode, in which neither dropout nor checkpointing would take place.
             model.train(self.training)
             self.report = la.attach(model, self.methods, train=self.train_modules)
-        self.model = model
         rank_zero_info(str(self.report))
+        return model
 
     def _check_data(self, data: Any) -> None:
         """Compare a data module's tokenizer and length with the model before any time is spent."""
@@ -168,9 +169,10 @@ class CausalLMTuner(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         total, tokens = self._loss(batch)
-        loss = total / tokens
+        # Processes average their gradients: so that a token counts as much in each, all divide by the mean number.
+        loss = total / self._over_processes(tokens, "mean")
         self.learned_tokens += tokens
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         self.log("train/learned_tokens", float(self.learned_tokens), sync_dist=True, reduce_fx="sum")
         return loss
 
@@ -193,21 +195,29 @@ class CausalLMTuner(LightningModule):
         """
         if self._trainer is not None and self._trainer.training:
             return self(batch)
+        refuse_sharded(self._built, "generating")  # answers end at different tokens in different processes
         rows = prompt_rows(batch)
         return generate(self._built, self.tokenizer, rows, max_new_tokens=self.hparams["max_new_tokens"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the count of learned tokens."""
-        checkpoint["learned_tokens"] = self.learned_tokens
+        """Keep the count of learned tokens, of all processes together."""
+        checkpoint["learned_tokens"] = int(self._over_processes(self.learned_tokens, "sum"))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the count up again."""
-        self.learned_tokens = checkpoint["learned_tokens"]
+        """Take the count up again, in one process: what is logged is the sum, however many there are by now."""
+        self.learned_tokens = checkpoint["learned_tokens"] if self.global_rank == 0 else 0
 
     def _loss(self, batch: Batch) -> tuple[Tensor, int]:
         """The sum of -log p over the learned tokens of a batch, in float32, and their number."""
         losses, _ = token_losses(self._built, batch)
         return losses.sum(), len(losses)
+
+    def _over_processes(self, number: int, operation: str) -> float:
+        """The sum or mean of a number over all processes; without a trainer there is one."""
+        if self._trainer is None or self._trainer.world_size == 1:
+            return number
+        counted = torch.tensor(number, dtype=torch.float64, device=self.device)
+        return float(self._trainer.strategy.reduce(counted, reduce_op=operation))
 
     def _evaluate(self, batch: Batch, metric: TokenLoss) -> None:
         metric.update(*self._loss(batch))
@@ -215,7 +225,10 @@ class CausalLMTuner(LightningModule):
     def _log_loss(self, split: str, metric: TokenLoss) -> None:
         loss = metric.compute()
         metric.reset()
-        self.log_dict({f"{split}/loss": loss, f"{split}/perplexity": loss.exp()}, prog_bar=split == "val")
+        # The metric has gone through all processes by now; averaging equal values tells Lightning so.
+        self.log_dict(
+            {f"{split}/loss": loss, f"{split}/perplexity": loss.exp()}, prog_bar=split == "val", sync_dist=True
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLMTuner:
         """Move and cast everything but the frequencies of rotary embeddings, which are moved only.

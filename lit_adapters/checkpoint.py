@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lit_adapters.attach import adapters, attach, attachment, detach
 from lit_adapters.errors import AdapterError
 from lit_adapters.report import AdapterReport
+from lit_adapters.sharding import is_sharded, whole
 
 TENSORS, HEADER = "lit_adapter.safetensors", "lit_adapter.json"
 _FORMAT = 1
@@ -75,7 +76,8 @@ def umask() -> int:
 def save_adapters(model: nn.Module, directory: str | Path) -> None:
     """Write the adapters of `model`, and its modules of `train`, to `directory`; each file is replaced atomically.
 
-    The base's persistent buffers go along: running statistics move while the model trains, frozen or not.
+    The base's persistent buffers go along: running statistics move while the model trains, frozen or not. Of a sharded
+    model every process calls this, and the first writes.
 
     Args:
         model: the module given to `attach`.
@@ -85,7 +87,7 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
         AdapterError: the model has no adapters, or a value to be saved is not finite.
     """
     directory = Path(directory)
-    tensors = {n: t.cpu().contiguous() for n, t in adapter_state(model).items()}
+    tensors = {n: whole(t).cpu().contiguous() for n, t in adapter_state(model).items()}
     broken = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:
         raise AdapterError(f"{broken[0]!r} is not finite; nothing was written to {directory}")
@@ -96,8 +98,12 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
         "base": {"shapes": _base_shapes(model), "weights": _fingerprint(model, tensors)},
     }
     text = json.dumps(header, indent=1)
-    write_atomically(directory / TENSORS, lambda path: save_file(tensors, path, metadata={_KEY: text}))
-    write_atomically(directory / HEADER, lambda path: _write_text(path, text + "\n"))
+    together = is_sharded(model)
+    if not together or torch.distributed.get_rank() == 0:
+        write_atomically(directory / TENSORS, lambda path: save_file(tensors, path, metadata={_KEY: text}))
+        write_atomically(directory / HEADER, lambda path: _write_text(path, text + "\n"))
+    if together:
+        torch.distributed.barrier()  # whoever goes on finds the files
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -209,7 +215,7 @@ def _fingerprint(model: nn.Module, trained: Iterable[str]) -> str | None:
             continue
         if parameter.is_meta:
             return None
-        flat = parameter.detach().reshape(-1)
+        flat = whole(parameter.detach()).reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16).float().cpu()
         digest.update(name.encode() + sample.numpy().tobytes())
     return digest.hexdigest()

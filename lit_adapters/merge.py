@@ -12,6 +12,7 @@ from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.layers import QuantisedLayer
 from lit_adapters.methods.peft_adapter import PeftAdapter
 from lit_adapters.methods.weight_adapter import WeightAdapter
+from lit_adapters.sharding import refuse_sharded
 
 _MERGING = (WeightAdapter, PeftAdapter)
 
@@ -66,9 +67,11 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
 
     Raises:
         AdapterError: the model has no adapters or is merged already; an adapter is nonlinear at present (AFA-LoRA
-            before beta = 0); or a weight is on the meta device or tied to another layer. The model is then as before.
+            before beta = 0); or a weight is on the meta device, sharded, or tied to another layer. The model is then
+            as before.
     """
     state = attachment(model)
+    refuse_sharded(model, "merging")
     found = list(adapters(model))
     done = [name for name, adapter in found if adapter.merged]
     if done:

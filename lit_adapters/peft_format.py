@@ -27,6 +27,7 @@ from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.peft import require_peft
 from lit_adapters.methods.peft_lora import CONFIG, LAYER_KEY, PREFIX, TENSORS, read_lora
 from lit_adapters.report import AdapterReport
+from lit_adapters.sharding import refuse_sharded
 from lit_adapters.targets import matches, places
 
 
@@ -42,10 +43,12 @@ def export_peft(model: nn.Module, directory: str | Path) -> None:
 
     Raises:
         AdapterError: peft is missing; or its format cannot express the model: another method, LoRA beside DoRA, AFA
-            before beta = 0, a merged adapter, a layer that stands at several places, names that peft would confuse.
+            before beta = 0, a merged adapter, a layer that stands at several places, names that peft would confuse,
+            a sharded model.
             Nothing is written then.
     """
     peft, state = require_peft(), attachment(model)
+    refuse_sharded(model, "export_peft")
     found = {name: check_expressible(name, adapter) for name, adapter in adapters(model)}
     if not found:
         raise AdapterError("the model has no adapters: peft has no format for modules of `train` alone")

@@ -12,7 +12,7 @@ FILES = sorted(p for room in ("lit_adapters", "vision", "language") for p in (RO
 
 # Each room may import those before it.
 ORDER = ["errors", "console", "ops", "activations", "schedules", "statistics", "layout", "methods"]
-ORDER += ["targets", "report", "attach", "control", "merge", "checkpoint", "peft_format"]
+ORDER += ["targets", "report", "sharding", "attach", "control", "merge", "checkpoint", "peft_format"]
 ORDER += ["subspace", "saved", "inspection", "comparison", "plots", "output"]
 ORDER += ["optim", "callback", "assets", "loading", "cli"]
 FOREIGN = {"timm", "transformers", "torchvision", "vision", "language"}

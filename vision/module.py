@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 import lit_adapters as la
 from lit_adapters.methods.base import to_methods
+from lit_adapters.sharding import shard
 from vision.backbones import create_backbone
 from vision.figures import confusion_figure
 
@@ -90,8 +91,10 @@ class ViTClassifier(LightningModule):
 
     def configure_model(self) -> None:
         """Create the backbone and attach its adapters; once, though Lightning calls this for every stage."""
-        if self.model is not None:
-            return
+        if self.model is None:
+            self.model = self._build() if self.device_mesh is None else shard(self._build, self.device_mesh)
+
+    def _build(self) -> nn.Module:
         h = self.hparams
         # On the CPU whatever the trainer's device: its random values are the same everywhere.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
@@ -100,8 +103,8 @@ class ViTClassifier(LightningModule):
                 h["backbone"], num_classes=h["num_classes"], pretrained=h["pretrained"], image_size=h["image_size"]
             )
         self.report = la.attach(model, self.methods, train=self.train_modules)
-        self.model = model
         rank_zero_info(str(self.report))
+        return model
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) to logits (B, num_classes)."""
@@ -111,7 +114,7 @@ class ViTClassifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = F.cross_entropy(self(images).float(), labels)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -124,7 +127,7 @@ class ViTClassifier(LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor], split: str, metrics: MetricCollection) -> Tensor:
         images, labels = batch
         logits = self(images).float()
-        self.log(f"{split}/loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log(f"{split}/loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
         metrics.update(logits.softmax(-1), labels)
         self.log_dict(metrics, prog_bar=split == "val", batch_size=len(labels))
         return logits

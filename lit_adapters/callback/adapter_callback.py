@@ -16,7 +16,9 @@ from lit_adapters.callback.attached import adapter_record, attached_models, redu
 from lit_adapters.callback.calibration import calibrate_in_trainer
 from lit_adapters.callback.nonfinite import broken_values, locate_nonfinite, nonfinite_gradient
 from lit_adapters.callback.probe import Probe
+from lit_adapters.callback.processes import raise_together
 from lit_adapters.callback.recorder import Recorder
+from lit_adapters.callback.sharded_checkpoints import check_keys, expect_missing_keys
 from lit_adapters.checkpoint import RECORD
 from lit_adapters.errors import AdapterError
 
@@ -92,6 +94,9 @@ class AdapterCallback(Callback):
                     "use save_weights_only=False, or AdapterCallback(save_adapters_only=False)"
                 )
 
+        if self.save_adapters_only:
+            expect_missing_keys(trainer, pl_module)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Require an attached model."""
         if not attached_models(pl_module):
@@ -121,15 +126,17 @@ class AdapterCallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check that all adapters took part in the first batch; stop at a loss that is not finite, whenever."""
-        if self._probe is not None:
-            self._probe.after_forward()
-        if torch.isfinite(loss).all():
-            return
-        raise AdapterError(
-            f"the loss is {loss.mean().item()} at step {trainer.global_step}: "
-            f"{locate_nonfinite(pl_module, self._batch)}. Lower the learning rate or check the data; checkpoints were "
-            "written before this step"
-        )
+        if self._probe is not None and self._probe.watching:
+            raise_together(trainer, self._probe.after_forward())
+        finite = bool(torch.isfinite(loss).all())
+        if not trainer.strategy.reduce_boolean_decision(finite):
+            # In every process, whosever loss it is: a sharded model runs in all of them together.
+            where = locate_nonfinite(pl_module, self._batch)
+            failure = (
+                f"the loss is {loss.mean().item()} at step {trainer.global_step}: {where}. Lower the learning rate or "
+                "check the data; checkpoints were written before this step"
+            )
+            raise_together(trainer, None if finite else failure)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -138,7 +145,7 @@ class AdapterCallback(Callback):
         if self._probe is not None:
             self._probe.before_step(optimizer, trainer.optimizers)
         broken = nonfinite_gradient(pl_module, trainer.precision_plugin)
-        if broken:
+        if broken:  # in all processes: gradients are reduced by now
             raise AdapterError(
                 f"the gradient of {broken!r} is not finite at step {trainer.global_step}, though the loss was. Lower "
                 "the learning rate or clip gradients; checkpoints were written before this step"
@@ -186,12 +193,19 @@ class AdapterCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what changed: adapters, modules of `train`, persistent buffers; never a parameter that is not finite."""
         broken = broken_values(pl_module)
-        if broken:
-            raise AdapterError(
-                f"{broken[0]!r} is not finite at step {trainer.global_step}: no checkpoint was written, "
-                "earlier ones are kept. Lower the learning rate or check the data"
-            )
+        failure = (
+            f"{broken[0]!r} is not finite at step {trainer.global_step}: no checkpoint was written, "
+            "earlier ones are kept. Lower the learning rate or check the data"
+            if broken
+            else None
+        )
+        raise_together(trainer, failure)
         checkpoint[RECORD] = adapter_record(pl_module)
         if self.save_adapters_only:
             redundant = redundant_keys(pl_module)
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in redundant}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Nothing but frozen parameters may be missing."""
+        if self.save_adapters_only:
+            check_keys(trainer, pl_module)

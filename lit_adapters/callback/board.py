@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from lit_adapters.attach import attachment
@@ -24,6 +25,7 @@ from lit_adapters.callback.subspace_figures import (
 )
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.nora import NoRAActivation
+from lit_adapters.sharding import gathered
 from lit_adapters.subspace import learned_subspace
 
 PAGE = "what the adapters learn"
@@ -95,45 +97,53 @@ def _plain(value: Any) -> Any:
 def draw(
     boards: Sequence[Any], layers: Mapping[str, AdapterModule], observer: InputObserver, subspace: bool, step: int
 ) -> None:
-    """Add the figures that these adapters have."""
+    """Add the figures and histograms that these adapters have; without boards, only gather what others draw."""
     functions = {n: a for n, a in layers.items() if isinstance(a, NoRAActivation)}
-    weights = {n: a for n, a in layers.items() if "update" in a.singular_values()}
-    figures: dict[str, Any] = {}
-    if functions:
-        chosen = dict(list(functions.items())[:: -(-len(functions) // _MOST_PANELS)])
-        seen = {name: density for name in chosen if (density := observer.density(name)) is not None}
-        figures["adapter/functions"] = functions_figure(chosen, "functions", seen)
-        figures["adapter/changes"] = functions_figure(chosen, "changes", seen)
-        figures["adapter/slopes"] = functions_figure(chosen, "slopes", seen)
-        figures["adapter/drift_map"] = drift_map(functions)
-        if subspace:
-            figures["adapter/functional_subspace"] = functional_subspace_figure(
-                learned_subspace(list(functions.values())), functions
-            )
-    statistics = {n: a.statistics() for n, a in layers.items() if n not in functions}
-    norms = {n: values["relative_norm"] for n, values in statistics.items() if "relative_norm" in values}
-    if norms:
+    with gathered(*functions.values()):
+        figures = _figures_of_functions(functions, observer, subspace) if boards and functions else {}
+    for name, activation in functions.items():
+        for board in boards if name in observer.counts else ():
+            _add_counts(board, f"adapter/{activation.method}/{name}/inputs", activation, observer.counts[name], step)
+    norms: dict[str, float] = {}
+    spectra: dict[str, Tensor] = {}
+    for name, adapter in layers.items():
+        if name in functions:
+            continue
+        with gathered(adapter):  # one at a time, as its pretrained weight comes with it
+            statistics = adapter.statistics()
+            if "relative_norm" in statistics:
+                norms[name] = statistics["relative_norm"]
+            if subspace:
+                found = adapter.singular_values()
+                spectra |= {name: found["update"]} if found else {}
+            for key, parameter in adapter.adapter_parameters().items():
+                for board in boards:
+                    values = parameter.detach().float().cpu()
+                    board.add_histogram(f"adapter/{adapter.method}/{name}/{key}", values, step)
+    if norms and boards:
         figures["adapter/norm_map"] = norm_map(norms)
-    if weights and subspace:
-        figures["adapter/weight_spectra"] = weight_spectra_figure(weights)
+    if spectra and boards:
+        figures["adapter/weight_spectra"] = weight_spectra_figure(spectra)
     for tag, figure in figures.items():
         for board in boards:
             board.add_figure(tag, figure, step)
 
 
-def draw_histograms(
-    boards: Sequence[Any], layers: Mapping[str, AdapterModule], observer: InputObserver, step: int
-) -> None:
-    """Add the inputs that adapted activations saw, and the values of all adapter parameters of weights."""
-    for name, adapter in layers.items():
-        if isinstance(adapter, NoRAActivation):
-            if name in observer.counts:
-                for board in boards:
-                    _add_counts(board, f"adapter/{adapter.method}/{name}/inputs", adapter, observer.counts[name], step)
-            continue
-        for key, parameter in adapter.adapter_parameters().items():
-            for board in boards:
-                board.add_histogram(f"adapter/{adapter.method}/{name}/{key}", parameter.detach().float().cpu(), step)
+def _figures_of_functions(
+    functions: Mapping[str, NoRAActivation], observer: InputObserver, subspace: bool
+) -> dict[str, Figure]:
+    chosen = dict(list(functions.items())[:: -(-len(functions) // _MOST_PANELS)])
+    seen = {name: density for name in chosen if (density := observer.density(name)) is not None}
+    figures = {
+        "adapter/functions": functions_figure(chosen, "functions", seen),
+        "adapter/changes": functions_figure(chosen, "changes", seen),
+        "adapter/slopes": functions_figure(chosen, "slopes", seen),
+        "adapter/drift_map": drift_map(functions),
+    }
+    if subspace:
+        space = learned_subspace(list(functions.values()))
+        figures["adapter/functional_subspace"] = functional_subspace_figure(space, functions)
+    return figures
 
 
 def _add_counts(board: Any, tag: str, adapter: NoRAActivation, counts: Tensor, step: int) -> None:

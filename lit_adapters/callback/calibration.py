@@ -10,8 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 
+from lit_adapters.attach import adapters
 from lit_adapters.control import calibrate
 from lit_adapters.errors import AdapterError
+from lit_adapters.methods.base import AdapterModule
 
 
 @dataclass
@@ -38,9 +40,34 @@ class _Predict(nn.Module):
 def calibrate_in_trainer(trainer: Trainer, pl_module: LightningModule, batches: int) -> None:
     """Calibrate the adapters of `pl_module` on its first `batches` training batches.
 
+    With several processes, all take what the first one measured on its own share of the data, so that they hold the
+    same functions. The others measure too, as the passes of a sharded model need every process.
+
     Raises:
         AdapterError: `predict_step` does not accept a training batch, or an adapter saw no input.
     """
+    failure = None
+    try:
+        _calibrate(trainer, pl_module, batches)
+    except AdapterError as error:
+        failure = error
+    if trainer.world_size == 1:
+        if failure is not None:
+            raise failure
+        return
+    measured = {n: {k: b.cpu() for k, b in a.named_buffers(recurse=False)} for n, a in _calibrated(pl_module)}
+    message, measured = trainer.strategy.broadcast((None if failure is None else str(failure), measured))
+    if message is not None:
+        raise AdapterError(message) from failure
+    for name, adapter in _calibrated(pl_module):
+        adapter.load_state_dict(measured[name], strict=False)
+
+
+def _calibrated(module: nn.Module) -> list[tuple[str, AdapterModule]]:
+    return [(n, a) for n, a in adapters(module) if type(a).calibrate is not AdapterModule.calibrate]
+
+
+def _calibrate(trainer: Trainer, pl_module: LightningModule, batches: int) -> None:
     loader = CombinedLoader(trainer.train_dataloader, "min_size")
     chosen = (_Batch(batch) for batch, _, _ in itertools.islice(iter(loader), batches))
     try:

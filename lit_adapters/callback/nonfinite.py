@@ -10,15 +10,17 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lit_adapters.sharding import whole
+
 
 def locate_nonfinite(pl_module: LightningModule, batch: Any) -> str:
     """Say what is broken first: a parameter, the batch, or the layer in which finite inputs turned into NaN or inf."""
     for name, parameter in pl_module.named_parameters():
         if not _finite(parameter):
             return f"the parameter {name!r} is no longer finite"
+    layer = _first_layer(pl_module, batch)  # whatever the batch holds: the other processes of a sharded model wait
     if not _finite(batch):
         return "the batch itself holds values that are not finite"
-    layer = _first_layer(pl_module, batch)
     return f"it came up in layer {layer!r}" if layer else "every layer's output is finite, so it came up in the loss"
 
 
@@ -46,14 +48,14 @@ def nonfinite_gradient(module: nn.Module, precision: Precision) -> str | None:
     if getattr(precision, "scaler", None) is not None:
         return None
     named = [(n, p.grad) for n, p in module.named_parameters() if p.requires_grad and p.grad is not None]
-    if not named or torch.isfinite(torch.nn.utils.get_total_norm([g for _, g in named])):
+    if not named or torch.isfinite(whole(torch.nn.utils.get_total_norm([g for _, g in named]))):
         return None
     return next((name for name, gradient in named if not _finite(gradient)), None)
 
 
 def _finite(values: Any) -> bool:
     tensors = (t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point())
-    return all(bool(torch.isfinite(t.detach()).all()) for t in tensors)
+    return all(bool(torch.isfinite(whole(t.detach())).all()) for t in tensors)
 
 
 def broken_values(module: nn.Module) -> list[str]:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lit_adapters.callback.processes import gather_objects
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.nora import NoRAActivation
 
@@ -19,7 +21,7 @@ class InputObserver:
     model that was compiled as a whole may ignore hooks: then nothing is seen.
 
     Attributes:
-        counts: by layer, (D + 2,): below the layer's grid, in each of its parts, above it.
+        counts: by layer, (D + 2,): below the layer's grid, in each of its parts, above it; of this process's inputs.
         scalars: by layer, what `AdapterModule.observe` returned in the batch observed last.
     """
 
@@ -53,6 +55,15 @@ class InputObserver:
                 self.counts[name] = counted if before is None else before + counted
 
         return observe
+
+    def means(self, trainer: Trainer) -> dict[str, dict[str, float]]:
+        """`scalars`, each the mean over the processes that saw the layer; all processes call this."""
+        collected: dict[str, dict[str, list[float]]] = {}
+        for scalars in gather_objects(trainer, self.scalars):
+            for name, values in scalars.items():
+                for key, value in values.items():
+                    collected.setdefault(name, {}).setdefault(key, []).append(value)
+        return {n: {k: sum(v) / len(v) for k, v in values.items()} for n, values in collected.items()}
 
     def density(self, name: str) -> Tensor | None:
         """Shares of the inputs seen so far, on the parts of the layer's grid (D,); None if nothing was seen there."""

@@ -15,6 +15,7 @@ from lit_adapters.attach import adapters
 from lit_adapters.callback.attached import adapter_layers
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.weight_adapter import WeightAdapter
+from lit_adapters.sharding import whole
 
 
 class Probe:
@@ -53,10 +54,13 @@ class Probe:
             if isinstance(adapter, WeightAdapter):
                 adapter.on_read = partial(self._ran.add, name)
 
-    def after_forward(self) -> None:
-        """Raise if an adapter was bypassed by the batch that has just passed; then stop watching."""
-        if not self._handles:
-            return
+    @property
+    def watching(self) -> bool:
+        """Whether the first batch is still to pass."""
+        return bool(self._handles)
+
+    def after_forward(self) -> str | None:
+        """Stop watching; what is wrong if the batch that has just passed went by an adapter."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -69,12 +73,13 @@ class Probe:
             for name, adapter in self._layers.items()
             if name not in self._ran and any(id(p) in required for p in adapter.adapter_parameters().values())
         ]
-        if idle:
-            raise AdapterError(
-                f"{len(idle)} of {len(self._layers)} adapters did not run: {', '.join(idle[:6])}. The model bypasses "
-                "these layers: exclude them, turn off the fusion that reads their weights, or name their parameters in "
-                "allow_unused"
-            )
+        if not idle:
+            return None
+        return (
+            f"{len(idle)} of {len(self._layers)} adapters did not run: {', '.join(idle[:6])}. The model bypasses "
+            "these layers: exclude them, turn off the fusion that reads their weights, or name their parameters in "
+            "allow_unused"
+        )
 
     def before_step(self, optimizer: Optimizer, optimizers: Sequence[Optimizer]) -> None:
         """Raise if a trainable parameter has no gradient, or one of exactly zero that no further step can change.
@@ -92,8 +97,9 @@ class Probe:
                     f"{name!r} trains but received no gradient: it takes no part in the loss. Exclude its module, "
                     "or name it in allow_unused"
                 )
-        awake = {name for name, parameter in watched.items() if parameter.grad.any()}  # type: ignore[union-attr]
-        self._silent -= awake
+        # In order, as the processes of a sharded model put each gradient together.
+        awake = [name for name, parameter in watched.items() if whole(parameter.grad).any()]  # type: ignore[arg-type]
+        self._silent -= set(awake)
         asleep = [name for name in watched if name not in awake]
         if asleep and self._stepped and not awake:
             raise AdapterError(
@@ -103,4 +109,4 @@ class Probe:
             )
         # A step at rate 0 (warm-up), or one that a gradient scaler will skip, moves nothing.
         rates = all(group["lr"] > 0 for group in optimizer.param_groups)
-        self._stepped = rates and all(bool(torch.isfinite(watched[name].grad).all()) for name in awake)  # type: ignore[arg-type]
+        self._stepped = rates and all(bool(torch.isfinite(whole(watched[name].grad)).all()) for name in awake)  # type: ignore[arg-type]

@@ -9,10 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_adapters.callback.attached import adapter_layers
-from lit_adapters.callback.board import describe, draw, draw_histograms
+from lit_adapters.callback.board import describe, draw
 from lit_adapters.callback.observer import InputObserver
 from lit_adapters.callback.subspace import SubspaceTracker
 from lit_adapters.methods.nora import NoRAActivation
+from lit_adapters.sharding import gathered, is_sharded
 
 _DRAWING_SHARE = 0.02  # of the time of a training, at most, apart from its last figures
 _DRAWING_SECONDS = 2.0  # taken for granted before anything was drawn
@@ -21,7 +22,7 @@ _DRAWING_SECONDS = 2.0  # taken for granted before anything was drawn
 class Recorder:
     """Scalars for every logger; histograms, figures, a page of charts and the recipe for TensorBoard.
 
-    All processes compute, as sharded parameters have to be gathered by all; the first one writes.
+    The first process computes and writes; of a sharded model all have to, as each gathers what the others hold.
 
     Args:
         pl_module: holds the adapters.
@@ -33,7 +34,9 @@ class Recorder:
         layers = adapter_layers(pl_module)
         self._layers = {n: a for n, a in layers.items() if _kind(a) in self._chosen}
         self._tracker = SubspaceTracker(layers) if "subspace" in self._chosen else None
+        self._functions = [a for a in layers.values() if isinstance(a, NoRAActivation)]
         self._observer = InputObserver(self._layers)
+        self._sharded = is_sharded(pl_module)
         self._step = self._drawn_step = -1
         self._drawn_at, self._drawing_seconds = time.monotonic(), _DRAWING_SECONDS
 
@@ -56,18 +59,22 @@ class Recorder:
         if trainer.global_step == self._step or not trainer.loggers:
             return
         self._step = trainer.global_step
+        observed = self._observer.means(trainer)
+        if not (trainer.is_global_zero or self._sharded):
+            return
         scalars: dict[str, float] = {}
         collected: dict[str, list[float]] = {}
         for name, adapter in self._layers.items():
-            values = adapter.statistics() | self._observer.scalars.get(name, {})
-            values |= self._tracker.layer(name) if self._tracker else {}
+            with gathered(adapter):
+                values = adapter.statistics() | observed.get(name, {})
+                values |= self._tracker.layer(name) if self._tracker else {}
             for statistic, value in values.items():
                 scalars[f"adapter/{adapter.method}/{name}/{statistic}"] = value
                 collected.setdefault(statistic, []).append(value)
         if self._tracker is not None:
-            scalars |= {
-                f"adapter/subspace/{statistic}": value for statistic, value in self._tracker.functions().items()
-            }
+            with gathered(*self._functions):
+                space = self._tracker.functions()
+            scalars |= {f"adapter/subspace/{statistic}": value for statistic, value in space.items()}
         if beta is not None:
             scalars["adapter/beta"] = beta
         for statistic, values_ in collected.items():
@@ -79,16 +86,18 @@ class Recorder:
     def draw(self, trainer: Trainer, last: bool = False) -> None:
         """Add histograms and figures of this step to TensorBoard, the `last` ones whatever time that takes.
 
-        Others are left out if drawing would take more than a fiftieth of the time since the figures before.
+        Others are left out if drawing would take more than a fiftieth of the time since the figures before, or the
+        model is sharded.
         """
-        boards = [logger.experiment for logger in _boards(trainer)]
-        if not (boards and self._layers and trainer.is_global_zero) or self._drawn_step == trainer.global_step:
+        takes_part = trainer.is_global_zero or self._sharded
+        if trainer.global_step == self._drawn_step or not (takes_part and _boards(trainer) and self._layers):
             return
         start = time.monotonic()
-        if not last and start - self._drawn_at < self._drawing_seconds / _DRAWING_SHARE:
+        # Clocks differ, and all processes of a sharded model have to draw together.
+        if not last and (self._sharded or start - self._drawn_at < self._drawing_seconds / _DRAWING_SHARE):
             return
+        boards = [logger.experiment for logger in _boards(trainer)] if trainer.is_global_zero else []
         draw(boards, self._layers, self._observer, "subspace" in self._chosen, trainer.global_step)
-        draw_histograms(boards, self._layers, self._observer, trainer.global_step)
         self._drawn_step, self._drawn_at = trainer.global_step, time.monotonic()
         self._drawing_seconds = self._drawn_at - start
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.nora import NoRAActivation
 from lit_adapters.statistics import FunctionalSubspace, components, effective_rank
 from lit_adapters.subspace import common_grid
@@ -94,15 +94,15 @@ def _map(values: np.ndarray, rows: list[str], columns: list[str], axis: str, lab
     return figure
 
 
-def weight_spectra_figure(layers: Mapping[str, AdapterModule]) -> Figure:
-    """Singular values of each layer's update, one line a layer, coloured from the first layer to the last."""
-    spectra = [a.singular_values()["update"].numpy() for a in layers.values()]
+def weight_spectra_figure(spectra: Mapping[str, Tensor]) -> Figure:
+    """Singular values of each layer's update (r,), one line a layer, coloured from the first layer to the last."""
+    rows = [s.numpy() for s in spectra.values()]
     figure = Figure(figsize=(6.0, 3.6), layout="constrained")
     panel = figure.subplots()
-    colours = colormaps["viridis"](np.linspace(0.0, 0.9, len(spectra)))
-    for values, colour in zip(spectra, colours, strict=True):
+    colours = colormaps["viridis"](np.linspace(0.0, 0.9, len(rows)))
+    for values, colour in zip(rows, colours, strict=True):
         panel.plot(range(1, len(values) + 1), np.maximum(values, _TINY), color=colour, linewidth=0.8)
-    top = max(values.max() for values in spectra)
+    top = max(values.max() for values in rows)
     panel.set_yscale("log")
     panel.set_ylim(1e-4 * max(top, _TINY), 2 * max(top, _TINY))
     panel.set(xlabel="singular value of the update (purple: first layers, green: last)", ylabel="size")

@@ -120,6 +120,7 @@ class AdapterModule(nn.Module):
     method: ClassVar[str]
     decays: ClassVar[bool] = True  # whether weight decay makes sense for the parameters
     schedule: Schedule | None = None  # of what is annealed while training
+    sharded = False  # whether the parameters are spread over processes, and whole only while the layer runs
     base: nn.Module
 
     def __init__(self, base: nn.Module) -> None:

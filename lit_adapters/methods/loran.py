@@ -134,7 +134,7 @@ class LoRANAdapter(LowRankAdapter):
         It is kept in eval mode when no gradient is wanted, and while training on request. What it was formed from must
         be the same tensors, not written to since: an optimiser step is such a writing.
         """
-        allowed = self.cache_weight if self.training else not torch.is_grad_enabled()
+        allowed = self.cache_weight if self.training else not (torch.is_grad_enabled() or self.sharded)
         if not allowed or torch.compiler.is_compiling():
             return None
         tensors = [self._parameters["weight"], self.lora_A, self.lora_B, self.frequency]
