@@ -18,6 +18,7 @@ from lit_adapters.callback.calibration import calibrate_in_trainer
 from lit_adapters.callback.figures import functions_figure
 from lit_adapters.callback.nonfinite import broken_values, locate_nonfinite
 from lit_adapters.callback.probe import Probe
+from lit_adapters.callback.resuming import Resuming
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.nora import NoRAActivation
 
@@ -75,10 +76,14 @@ class AdapterCallback(Callback):
         self._probe: Probe | None = None
         self._batch: Any = None
         self._logged_step = -1
+        self._resuming = Resuming()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse checkpoints that would bypass this callback; forget an earlier run."""
         self._annealer = Annealer()
+        self._logged_step = -1
+        self._resuming = Resuming()
+        self._resuming.setup(trainer)
         for callback in trainer.checkpoint_callbacks:
             if self.save_adapters_only and isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
                 raise AdapterError(
@@ -96,7 +101,6 @@ class AdapterCallback(Callback):
         merged = [name for name, adapter in adapters(pl_module) if adapter.merged]
         if merged:
             raise AdapterError(f"{merged[0]!r} is merged and would not learn; call lit_adapters.unmerge(model) first")
-        self._logged_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate what asks for it and was not by the run being resumed; anneal; record the start; watch."""
@@ -104,11 +108,14 @@ class AdapterCallback(Callback):
             calibrate_in_trainer(trainer, pl_module, self.calibration_batches)
         self._annealer.start(trainer, pl_module)
         self._probe = Probe(pl_module, self.allow_unused)
-        self._log(trainer, pl_module)
+        if self._logged_step < 0:
+            self._log(trainer, pl_module)
+        self._resuming.on_train_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch at hand while it trains, to find the layer if its loss is not finite."""
         self._batch = batch
+        self._resuming.on_train_batch_start(trainer, pl_module)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check that all adapters took part in the first batch; stop at a loss that is not finite, whenever."""
@@ -145,18 +152,31 @@ class AdapterCallback(Callback):
         self._log(trainer, pl_module)
         self._draw(trainer, pl_module)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note how far the loops are."""
+        self._resuming.on_validation_end(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save a checkpoint if SIGTERM is what stops the run."""
+        self._resuming.on_exception(trainer, exception)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if something is still nonlinear."""
         if not trainer.interrupted:
             self._annealer.finish(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """What an adaptive schedule has seen of the loss."""
-        return {"annealing": self._annealer.state_dict()}
+        """What an adaptive schedule has seen of the loss, and the step of the last record."""
+        return {"annealing": self._annealer.state_dict(), "logged_step": self._logged_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
         self._annealer.load_state_dict(state_dict["annealing"])
+        self._logged_step = state_dict["logged_step"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse what was not written by this run; keep the random states for the start of the training."""
+        self._resuming.on_load_checkpoint(trainer, checkpoint)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what changed: adapters, modules of `train`, persistent buffers; never a parameter that is not finite."""
@@ -169,6 +189,7 @@ class AdapterCallback(Callback):
         if self.save_adapters_only:
             redundant = redundant_keys(pl_module)
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in redundant}
+        self._resuming.on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Send the statistics of this step to all loggers, once."""

@@ -1,0 +1,69 @@
+"""Reading and writing of checkpoint files: whole or not at all, and checked before anything of them is used."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from lit_adapters.checkpoint import write_atomically
+from lit_adapters.errors import AdapterError
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A local checkpoint file, its tensors mapped and not read.
+
+    Raises:
+        AdapterError: the file is torn or no checkpoint.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise _explained(error, path) from error
+
+
+def _explained(error: Exception, path: Any) -> Exception:
+    """`error` itself if the file is whole, and torch has something to say about its contents."""
+    if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+        return error
+    return AdapterError(f"{str(path)!r} is torn or no checkpoint; give another one")
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Lightning's reading and writing of one checkpoint file, made safe.
+
+    A local file is written beside its place, forced to disk and renamed, so a kill at any moment leaves the old one or
+    the new one; Lightning's own writer fills a file in the system's temporary folder, from which a move to another file
+    system is a copy. What is read passes `check` before anything of it is used.
+
+    Args:
+        check: takes the checkpoint and its path, and raises for one that does not fit.
+    """
+
+    def __init__(self, check: Callable[[dict[str, Any], Any], None]) -> None:
+        self._check = check
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write atomically."""
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read and check.
+
+        Raises:
+            AdapterError: the file is torn, or `check` refuses it.
+        """
+        try:
+            checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise _explained(error, path) from error
+        self._check(checkpoint, path)
+        return checkpoint
