@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
+import contextlib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         AdapterError: the file is torn or no checkpoint.
     """
-    try:
+    with _torn_is_refused(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise _explained(error, path) from error
 
 
-def _explained(error: Exception, path: Any) -> Exception:
-    """`error` itself if the file is whole, and torch has something to say about its contents."""
-    if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
-        return error
-    return AdapterError(f"{str(path)!r} is torn or no checkpoint; give another one")
+@contextlib.contextmanager
+def _torn_is_refused(path: Any) -> Iterator[None]:
+    """Explain what torch says of a file that is not whole; its words on the contents of a whole one are its own."""
+    message = f"{str(path)!r} is torn or no checkpoint; give another one"
+    if Path(path).is_file() and not zipfile.is_zipfile(path):
+        raise AdapterError(message)
+    try:
+        yield
+    except RuntimeError as error:
+        raise AdapterError(message) from error
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -61,9 +64,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         Raises:
             AdapterError: the file is torn, or `check` refuses it.
         """
-        try:
+        with _torn_is_refused(path):
             checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise _explained(error, path) from error
         self._check(checkpoint, path)
         return checkpoint

@@ -77,14 +77,13 @@ class AdapterCLI(LightningCLI):
             self._check_resumable(Path(path), section.get("model") or {})
 
     def _check_resumable(self, path: Path, model: Any) -> None:
-        """Refuse what cannot be resumed; Lightning would let the checkpoint's settings win over the recipe's, silently."""
+        """Refuse what cannot be resumed; Lightning would let a checkpoint's settings win over the recipe's, unsaid."""
         checkpoint = read_checkpoint(path)
         check_format(checkpoint, path)
-        if not self.subclass_mode_model:
+        if isinstance(self._model_class, type) and not self.subclass_mode_model:
             check_class(checkpoint, self._model_class, path)
-        written = checkpoint[KEY]["methods"]
-        if "adapters" in model and len(written) == 1:
-            check_settings(*written.values(), [m.to_config() for m in to_methods(_plain(model["adapters"]))], path)
+        for written in checkpoint[KEY]["methods"].values() if "adapters" in model else ():
+            check_settings(written, [m.to_config() for m in to_methods(_plain(model["adapters"]))], path)
 
     def instantiate_classes(self) -> None:
         """Instantiate everything and give the model its `configure_optimizers`."""

@@ -55,8 +55,8 @@ def in_mid_epoch(trainer: Trainer) -> bool:
 
 def between_epochs(trainer: Trainer) -> bool:
     """Whether an epoch has ended and no other has begun."""
-    current = trainer.fit_loop.epoch_progress.current
-    return current.ready == current.started == current.processed
+    current: Any = trainer.fit_loop.epoch_progress.current
+    return bool(current.ready == current.started == current.processed)
 
 
 def prepare(trainer: Trainer) -> None:
@@ -77,7 +77,8 @@ def prepare(trainer: Trainer) -> None:
         epoch._restarting = epoch.val_loop._restarting = False
         fit.reset_restart_stage()
         epoch.reset_restart_stage()
-        for counter in (fit.epoch_progress.total, fit.epoch_progress.current):
+        counters: tuple[Any, ...] = (fit.epoch_progress.total, fit.epoch_progress.current)
+        for counter in counters:
             counter.completed = counter.processed
     elif epoch._num_ready_batches_reached() and not _validation_due(trainer):
         # Nothing is left to read, but Lightning looks: a loader that cannot go on would begin anew.

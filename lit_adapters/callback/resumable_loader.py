@@ -82,7 +82,8 @@ class ResumableLoader(DataLoader):
                 "resume with the same data, batch size and number of processes"
             )
         self._position, self._skip = (state["epoch"], state["batches"]), state["batches"]
-        for sampler in (self.sampler, self.batch_sampler):
+        samplers: tuple[Any, ...] = (self.sampler, self.batch_sampler)
+        for sampler in samplers:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(state["epoch"])
 

@@ -116,7 +116,7 @@ class Resuming:
 
     def on_exception(self, trainer: Trainer, exception: BaseException) -> None:
         """After SIGTERM, which Lightning hands on once the batch is done: save, and end with the usual status."""
-        if not isinstance(exception, SIGTERMException) or trainer.state.fn != "fit" or trainer.fast_dev_run:
+        if not isinstance(exception, SIGTERMException) or trainer.state.fn != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._interrupted = True
         saver = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath), None)
