@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -32,6 +33,7 @@ class Signal(Callback):
 def train(app: str, folder: Path, options: list[str], number: int = 0, batches: int = -1) -> None:
     """Fit, with a checkpoint `kept/step.ckpt` at each optimiser step, and leave the end in `end.ckpt`."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the workers, as in a process from a shell
     keep = ModelCheckpoint(folder / "kept", filename="step", every_n_train_steps=1, enable_version_counter=False)
     callbacks = [keep, *([Signal(number, batches)] if number else [])]
     save = [f"--trainer.logger.init_args.save_dir={folder}"]

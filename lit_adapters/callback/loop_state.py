@@ -16,31 +16,34 @@ from lightning.pytorch import Trainer
 _BATCH, _VALIDATION = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"
 
 
-def complete_batch(trainer: Trainer, loops: dict[str, Any], validated: bool) -> None:
+def complete_batch(trainer: Trainer, loops: dict[str, Any], interrupted: bool, validated: bool) -> None:
     """Change the saved state of the fit loop, in place, into that of a batch that is done.
 
     Args:
         trainer: of the checkpoint.
         loops: state of its fit loop.
-        validated: whether a validation has ended since the batch, and the loop has counted on after it.
+        interrupted: whether SIGTERM has ended the run, which it does after a batch or within a validation.
+        validated: whether a validation has ended since the batch.
     """
     batch, counts = loops[_BATCH], loops["epoch_loop.state_dict"]
     steps = 0 if trainer.fit_loop._should_accumulate() else 1
-    if batch["current"]["processed"] == batch["current"]["completed"]:
-        # A validation that is over is passed over, but its batch is then counted as a step for the second time.
-        if validated and not between_epochs(trainer):
-            counts["_batches_that_stepped"] -= steps
+    due = _validation_due(trainer)
+    if batch["current"]["processed"] > batch["current"]["completed"]:
+        for counter in (batch["total"], batch["current"]):
+            counter["completed"] = counter["processed"]
+        counts["_batches_that_stepped"] += 0 if due else steps
+    elif not interrupted or between_epochs(trainer) or not due:
         return
-    for counter in (batch["total"], batch["current"]):
-        counter["completed"] = counter["processed"]
-    if _validation_due(trainer):
+    elif validated:
+        # A validation that is over is passed over, but its batch is then counted as a step for the second time.
+        counts["_batches_that_stepped"] -= steps
+        return
+    if due:
         # An unfinished validation is what Lightning returns to; its first batch is the unfinished one.
         done = loops[_VALIDATION]["total"]["completed"]
         for name, total in (("ready", 1), ("started", 1), ("processed", 0), ("completed", 0)):
             loops[_VALIDATION]["total"][name] = done + total
             loops[_VALIDATION]["current"][name] = 0
-    else:
-        counts["_batches_that_stepped"] += steps
 
 
 def _validation_due(trainer: Trainer) -> bool:

@@ -61,7 +61,8 @@ class Resuming:
         }
         checkpoint[KEY] = {**record(pl_module), "processes": _gathered(own, trainer)}
         if trainer.state.fn == "fit":
-            loop_state.complete_batch(trainer, checkpoint["loops"]["fit_loop"], self._validated and self._interrupted)
+            loops = checkpoint["loops"]["fit_loop"]
+            loop_state.complete_batch(trainer, loops, self._interrupted, self._validated)
         # What came before the checkpoint must not be lost with the process.
         for logger in trainer.loggers:
             logger.save()
