@@ -18,6 +18,7 @@ from language.splits import hold_out, subset
 from language.templates import Example, Renderer
 from language.tokenise import Encoder, tokenise
 from lit_adapters.callback.epoch_sampler import EpochSampler
+from lit_adapters.callback.resumable_loader import ResumableLoader
 from lit_adapters.errors import DataError
 
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
@@ -282,7 +283,7 @@ class InstructionDataModule(lightning.LightningDataModule):
 
     def _loader(self, dataset: TokenDataset, sampler: Sampler | None = None) -> DataLoader:
         collate = (PackedCollator if self.packing == "packed" else PaddedCollator)(self.pad_id)
-        return DataLoader(
+        return (DataLoader if sampler is None else ResumableLoader)(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,

@@ -19,7 +19,7 @@ from lit_adapters.peft_format import export_peft, import_peft
 from lit_adapters.report import AdapterReport
 
 if TYPE_CHECKING:
-    from lit_adapters.callback import AdapterCallback
+    from lit_adapters.callback import AdapterCallback, ResumableLoader
 
 __all__ = [
     "AFALoRA",
@@ -38,6 +38,7 @@ __all__ = [
     "NoRAPlusPlus",
     "Peft",
     "RationalActivation",
+    "ResumableLoader",
     "TargetsNotFound",
     "adapters",
     "attach",
@@ -57,9 +58,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the callback, and Lightning with it, only when asked for."""
-    if name == "AdapterCallback":
-        from lit_adapters.callback import AdapterCallback
+    """Import what needs Lightning, and Lightning with it, only when asked for."""
+    if name in ("AdapterCallback", "ResumableLoader"):
+        from lit_adapters import callback
 
-        return AdapterCallback
+        return getattr(callback, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

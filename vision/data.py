@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from lit_adapters.assets import resolve
 from lit_adapters.callback.epoch_sampler import EpochSampler
+from lit_adapters.callback.resumable_loader import ResumableLoader
 from lit_adapters.errors import DataError
 from vision import sources
 from vision.images import ImageDataset, decode, keep_batch
@@ -249,7 +250,7 @@ class CIFARDataModule(lightning.LightningDataModule):
         return dataset
 
     def _loader(self, dataset: ImageDataset, sampler: Sampler | None = None) -> DataLoader:
-        return DataLoader(
+        return (DataLoader if sampler is None else ResumableLoader)(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,

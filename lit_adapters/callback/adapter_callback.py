@@ -12,14 +12,14 @@ from torch import Tensor
 
 from lit_adapters.attach import adapters
 from lit_adapters.callback.annealing import Annealer
-from lit_adapters.callback.attached import adapter_record, attached_models, redundant_keys
+from lit_adapters.callback.attached import attached_models, redundant_keys
 from lit_adapters.callback.calibration import calibrate_in_trainer
 from lit_adapters.callback.nonfinite import broken_values, locate_nonfinite, nonfinite_gradient
 from lit_adapters.callback.probe import Probe
 from lit_adapters.callback.processes import raise_together
 from lit_adapters.callback.recorder import Recorder
+from lit_adapters.callback.resuming import Resuming
 from lit_adapters.callback.sharded_checkpoints import check_keys, expect_missing_keys
-from lit_adapters.checkpoint import RECORD
 from lit_adapters.errors import AdapterError
 
 Statistic = Literal["functions", "weights", "subspace"]
@@ -83,10 +83,15 @@ class AdapterCallback(Callback):
         self._probe: Probe | None = None
         self._recorder: Recorder | None = None
         self._batch: Any = None
+        self._recorded: dict[str, Any] = {}  # of the run being resumed
+        self._resuming = Resuming()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse checkpoints that would bypass this callback; forget an earlier run."""
         self._annealer = Annealer()
+        self._recorder, self._recorded = None, {}
+        self._resuming = Resuming()
+        self._resuming.setup(trainer)
         for callback in trainer.checkpoint_callbacks:
             if self.save_adapters_only and isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
                 raise AdapterError(
@@ -114,15 +119,16 @@ class AdapterCallback(Callback):
             calibrate_in_trainer(trainer, pl_module, self.calibration_batches)
         self._annealer.start(trainer, pl_module, self.finalize)
         self._probe = Probe(pl_module, self.allow_unused)
-        self._recorder = Recorder(pl_module, self.statistics)
-        self._recorder.start(trainer)
-        self._recorder.record(trainer, self._annealer.beta)
+        self._recorder = Recorder(pl_module, self.statistics, self._recorded)
+        self._recorder.start(trainer, self._annealer.beta)
+        self._resuming.on_train_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch at hand while it trains, to find the layer if its loss is not finite; observe its inputs."""
         self._batch = batch
         if self._recorder is not None:
             self._recorder.before_batch(trainer, self.log_every_n_steps)
+        self._resuming.on_train_batch_start(trainer, pl_module)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check that all adapters took part in the first batch; stop at a loss that is not finite, whenever."""
@@ -176,6 +182,14 @@ class AdapterCallback(Callback):
         if self._recorder is not None and self.figures:
             self._recorder.draw(trainer, last=True)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note how far the loops are."""
+        self._resuming.on_validation_end(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save a checkpoint if SIGTERM is what stops the run."""
+        self._resuming.on_exception(trainer, exception)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if something is still nonlinear; record the final metrics."""
         if self._recorder is not None and not trainer.interrupted:
@@ -183,12 +197,20 @@ class AdapterCallback(Callback):
             self._recorder.finish(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """What an adaptive schedule has seen of the loss."""
-        return {"annealing": self._annealer.state_dict()}
+        """What an adaptive schedule has seen of the loss, and what the next record needs of the last."""
+        recorded = self._recorded if self._recorder is None else self._recorder.state_dict()
+        return {"annealing": self._annealer.state_dict(), "recorded": recorded}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
         self._annealer.load_state_dict(state_dict["annealing"])
+        self._recorded = state_dict["recorded"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse what was not written by this run; keep the random states for the start of the training."""
+        self._resuming.on_load_checkpoint(trainer, checkpoint)
+        if self.save_adapters_only:
+            check_keys(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what changed: adapters, modules of `train`, persistent buffers; never a parameter that is not finite."""
@@ -200,12 +222,7 @@ class AdapterCallback(Callback):
             else None
         )
         raise_together(trainer, failure)
-        checkpoint[RECORD] = adapter_record(pl_module)
         if self.save_adapters_only:
             redundant = redundant_keys(pl_module)
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in redundant}
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Nothing but frozen parameters may be missing."""
-        if self.save_adapters_only:
-            check_keys(trainer, pl_module)
+        self._resuming.on_save_checkpoint(trainer, pl_module, checkpoint)

@@ -117,7 +117,9 @@ class Annealer:
 
     def finish(self, trainer: Trainer) -> None:
         """Warn if the training ended before the annealing did, or the best checkpoint was written before."""
-        for callback in trainer.checkpoint_callbacks if self._layers and trainer.is_global_zero else ():
+        if not self._layers:  # nothing to anneal, or the run was over when it was resumed
+            return
+        for callback in trainer.checkpoint_callbacks if trainer.is_global_zero else ():
             path = getattr(callback, "best_model_path", "")
             if getattr(callback, "monitor", None) and path and Path(path).is_file():
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]

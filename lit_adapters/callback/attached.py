@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from lit_adapters.attach import adapters, attachment, frozen_keys
-from lit_adapters.checkpoint import RECORD_FORMAT, describe
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
 
@@ -32,19 +29,6 @@ def adapter_layers(module: nn.Module) -> dict[str, AdapterModule]:
     """
     models = attached_models(module)
     return dict(adapters(next(iter(models.values())) if len(models) == 1 else module))
-
-
-def adapter_record(module: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says of its adapters, in plain values, so that nobody has to build `module` to read them.
-
-    `module` is the class path; `models` has an entry for every attached model, by qualified name.
-    """
-    kind = type(module)
-    models = {
-        name: describe(model) | {"trained": attachment(model).trained_parameters}
-        for name, model in attached_models(module).items()
-    }
-    return {"format": RECORD_FORMAT, "module": f"{kind.__module__}.{kind.__qualname__}", "models": models}
 
 
 def redundant_keys(module: nn.Module) -> set[str]:

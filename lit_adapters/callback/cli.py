@@ -8,13 +8,18 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from torch.optim import Optimizer
 
+from lit_adapters.callback.checkpoint_io import read_checkpoint
+from lit_adapters.callback.checkpoint_record import check_class, check_format, check_settings
 from lit_adapters.callback.optimizers import TOTALS, build_optimizers
+from lit_adapters.checkpoint import RECORD
 from lit_adapters.console import one_line
 from lit_adapters.errors import AdapterError
+from lit_adapters.methods.base import to_methods
 
 _KEYWORDS = ("best", "last", "hpc", "registry")  # what ckpt_path may be besides a file
 
@@ -24,7 +29,7 @@ class AdapterCLI(LightningCLI):
 
     Raises:
         AdapterError: the arguments or the YAML are not valid (in the place of a usage text and `SystemExit`), or a
-            checkpoint file is missing or torn.
+            checkpoint file is missing, torn, or of another run.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -69,6 +74,17 @@ class AdapterCLI(LightningCLI):
             raise AdapterError(f"ckpt_path {str(path)!r} does not exist; give a file that a fit has written, or 'last'")
         if Path(path).is_file() and not zipfile.is_zipfile(path):
             raise AdapterError(f"ckpt_path {str(path)!r} is torn or no checkpoint; give another one")
+        if self.config.get("subcommand") == "fit":
+            self._check_resumable(Path(path), section.get("model") or {})
+
+    def _check_resumable(self, path: Path, model: Any) -> None:
+        """Refuse what cannot be resumed; Lightning would let a checkpoint's settings win over the recipe's, unsaid."""
+        checkpoint = read_checkpoint(path)
+        check_format(checkpoint, path)
+        if isinstance(self._model_class, type) and not self.subclass_mode_model:
+            check_class(checkpoint, self._model_class, path)
+        for written in checkpoint[RECORD]["models"].values() if "adapters" in model else ():
+            check_settings(written["methods"], [m.to_config() for m in to_methods(_plain(model["adapters"]))], path)
 
     def instantiate_classes(self) -> None:
         """Instantiate everything and give the model its `configure_optimizers`."""
@@ -89,3 +105,10 @@ class AdapterCLI(LightningCLI):
             self.model.configure_optimizers = MethodType(configure_optimizers, self.model)
         elif self.subcommand == "fit":
             raise AdapterError("no optimiser: add an `optimizer:` section with class_path and init_args to the YAML")
+
+
+def _plain(value: Any) -> Any:
+    """jsonargparse's namespaces as dictionaries."""
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value.as_dict() if isinstance(value, Namespace) else value

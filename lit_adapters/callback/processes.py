@@ -15,7 +15,7 @@ T = TypeVar("T")
 def gather_objects(trainer: Trainer, value: T) -> list[T]:
     """The values of all processes, in order, in each of them; all call this."""
     values = [value]
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and torch.distributed.is_initialized():
         values = values * trainer.world_size
         torch.distributed.all_gather_object(values, value)
     return values

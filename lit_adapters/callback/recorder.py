@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -27,23 +28,35 @@ class Recorder:
     Args:
         pl_module: holds the adapters.
         statistics: "functions" (NoRA's activations), "weights" (updates of weights), "subspace" (spectra of both).
+        state: what `state_dict` returned, in a run that is resumed.
     """
 
-    def __init__(self, pl_module: LightningModule, statistics: Sequence[str]) -> None:
+    def __init__(
+        self, pl_module: LightningModule, statistics: Sequence[str], state: Mapping[str, Any] | None = None
+    ) -> None:
         self._module, self._chosen = pl_module, set(statistics)
         layers = adapter_layers(pl_module)
         self._layers = {n: a for n, a in layers.items() if _kind(a) in self._chosen}
-        self._tracker = SubspaceTracker(layers) if "subspace" in self._chosen else None
+        state = state or {}
+        self._tracker = SubspaceTracker(layers, state.get("coefficients")) if "subspace" in self._chosen else None
         self._functions = [a for a in layers.values() if isinstance(a, NoRAActivation)]
         self._observer = InputObserver(self._layers)
+        self._observer.scalars = dict(state.get("observed", {}))
         self._sharded = is_sharded(pl_module)
-        self._step = self._drawn_step = -1
+        self._step, self._drawn_step = state.get("step", -1), -1
         self._drawn_at, self._drawing_seconds = time.monotonic(), _DRAWING_SECONDS
 
-    def start(self, trainer: Trainer) -> None:
-        """Tell TensorBoard what is to come."""
+    def state_dict(self) -> dict[str, Any]:
+        """What the next record of a resumed run needs."""
+        coefficients = {} if self._tracker is None else self._tracker.coefficients
+        return {"step": self._step, "observed": self._observer.scalars, "coefficients": coefficients}
+
+    def start(self, trainer: Trainer, beta: float | None) -> None:
+        """Tell TensorBoard what is to come, and record the start of a run that is not resumed."""
         for logger in _boards(trainer):
             describe(trainer, self._module, logger)
+        if self._step < 0:
+            self.record(trainer, beta)
 
     def before_batch(self, trainer: Trainer, every: int) -> None:
         """Observe this batch's inputs if the step that it belongs to is going to be recorded."""

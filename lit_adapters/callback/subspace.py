@@ -19,24 +19,34 @@ from lit_adapters.statistics import (
     principal_angles,
     stable_rank,
 )
-from lit_adapters.subspace import learned_subspace
+from lit_adapters.subspace import Change, learned_subspace
 
 _NEGLIGIBLE = 1e-7  # of the largest singular value: directions of smaller ones are rounding errors
 _LEADING = 3  # directions whose turning is followed
 
 
 class SubspaceTracker:
-    """Scalars of the subspaces, some of which compare with the record before; a resumed run starts these anew.
+    """Scalars of the subspaces, some of which compare with the record before.
 
     Args:
         layers: adapters by name.
+        coefficients: of the functions at the record before, in a run that is resumed.
+
+    Attributes:
+        coefficients: of the functions at the last record that found them changed, by layer.
     """
 
-    def __init__(self, layers: Mapping[str, AdapterModule]) -> None:
+    def __init__(
+        self, layers: Mapping[str, AdapterModule], coefficients: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    ) -> None:
         self._functions = {n: a for n, a in layers.items() if isinstance(a, NoRAActivation)}
         self._weights = {n: a for n, a in layers.items() if isinstance(a, LowRankAdapter)}
         self._leading: dict[str, Tensor] = {}  # of the pretrained weights; found when first needed
         self._before: FunctionalSubspace | None = None  # at the last record
+        self.coefficients = dict(coefficients or {})
+        if self.coefficients:
+            kept = {id(layer): self.coefficients[name] for name, layer in self._functions.items()}
+            self._before = self._space(lambda layer, grid: layer.learned_change(grid, kept[id(layer)]))
 
     def layer(self, name: str) -> dict[str, float]:
         """stable_rank and effective_rank of the update (NoRA: of numerator and of denominator updates).
@@ -73,7 +83,7 @@ class SubspaceTracker:
         """
         if not self._functions:
             return {}
-        space = learned_subspace(list(self._functions.values()), _LEADING)
+        space = self._space()
         if not space.singular_values.any():
             return {}
         scalars = {
@@ -85,4 +95,10 @@ class SubspaceTracker:
             scalars["drift_cosine"] = cosine(space.stack, self._before.stack)
             scalars["rotation"] = principal_angles(space.directions.T, self._before.directions.T).max().item()
         self._before = space
+        for name, layer in self._functions.items():
+            a, b = layer.coefficients()
+            self.coefficients[name] = a.detach().cpu(), b.detach().cpu()
         return scalars
+
+    def _space(self, change: Change = NoRAActivation.learned_change) -> FunctionalSubspace:
+        return learned_subspace(list(self._functions.values()), _LEADING, change)

@@ -188,12 +188,13 @@ class NoRAActivation(AdapterModule):
         return torch.linspace(low, high, _GRID, dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
-    def learned_change(self, x: Tensor) -> Tensor:
+    def learned_change(self, x: Tensor, coefficients: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """R(x; a, b) - R(x; a0, b0) of every group at inputs x (D,): (G, D), float64 on the CPU.
 
-        What training did, without the error of the fit that it started from; zero at the start.
+        What training did, without the error of the fit that it started from; zero at the start. `coefficients` are
+        those of another moment, (G, m+1) and (G, n).
         """
-        a, b = (c.double().cpu() for c in self.coefficients())
+        a, b = (c.double().cpu() for c in coefficients or self.coefficients())
         a0, b0 = (c.double().cpu() for c in self.base_coefficients())
         columns = x[:, None].expand(-1, self.config.groups)
         return rational(columns, a, b, self.config.denominator, base=(a0, b0)).T

@@ -74,12 +74,12 @@ def batch(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def quick_main(arguments: list[str]) -> Any:
+def quick_main(arguments: list[str], **settings: Any) -> Any:
     """`main` without the parsers of the other subcommands, which would take much of the time of a tiny run."""
     used = {name: skip for name, skip in LanguageCLI.subcommands().items() if name == arguments[0]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LanguageCLI, "subcommands", staticmethod(lambda: used))
-        return main(arguments)
+        return main(arguments, **settings)
 
 
 def command(subcommand: str, config: str, root: Path, *overrides: str) -> LanguageCLI:

@@ -19,12 +19,12 @@ class SmokeRun(NamedTuple):
     tested: VisionCLI
 
 
-def quick_main(arguments: list[str]) -> VisionCLI:
+def quick_main(arguments: list[str], **settings: Any) -> VisionCLI:
     """`main` without the parsers of the other subcommands, which would take much of the time of a tiny run."""
     used = {name: skip for name, skip in VisionCLI.subcommands().items() if name == arguments[0]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VisionCLI, "subcommands", staticmethod(lambda: used))
-        return main(arguments)
+        return main(arguments, **settings)
 
 
 def command(subcommand: str, config: str, root: Path, *overrides: str) -> VisionCLI:

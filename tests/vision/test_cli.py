@@ -11,7 +11,7 @@ import yaml
 
 from lit_adapters import AdapterError
 from lit_adapters.callback.console import run
-from tests.vision.smoke import CONFIGS, QUIET, quick_main
+from tests.vision.smoke import CONFIGS, QUIET, checkpoint, command, quick_main
 from vision.__main__ import main
 
 NORA = str(CONFIGS / "smoke/nora.yaml")
@@ -88,6 +88,22 @@ def test_a_torn_checkpoint(tmp_path):
         file.truncate(1000)
     line = error_line(["test", f"--config={NORA}", f"--ckpt_path={tmp_path / 'torn.ckpt'}"])
     assert "torn.ckpt' is torn" in line
+
+
+def test_a_checkpoint_of_other_adapters(tmp_path):
+    path = checkpoint(command("fit", "smoke/lora", tmp_path))
+    line = error_line(["fit", f"--config={LORA}", "--model.adapters.rank=3", f"--ckpt_path={path}"])
+    assert line.endswith(
+        "was trained with LoRA(rank=2), the model has LoRA(rank=3); resume with the settings it was trained with"
+    )
+    content = torch.load(path, weights_only=True)
+    content["lit_adapters"]["module"] = "language.module.CausalLMTuner"
+    torch.save(content, path)
+    line = error_line(["fit", f"--config={LORA}", f"--ckpt_path={path}"])
+    assert "is a checkpoint of language.module.CausalLMTuner, the model is a vision.module.ViTClassifier" in line
+    del content["lit_adapters"]
+    torch.save(content, path)
+    assert "was not written by a run with" in error_line(["fit", f"--config={LORA}", f"--ckpt_path={path}"])
 
 
 def test_help_is_still_there(capsys):

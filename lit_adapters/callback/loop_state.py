@@ -1,0 +1,88 @@
+"""Where in its loops Lightning goes on after a checkpoint.
+
+A checkpoint that ModelCheckpoint writes after a batch holds the loops in the middle of it: Lightning takes the batch
+for done, but leaves out what follows it (the validation that is due, the end of the epoch), and repeats after a stop
+what was done already. Here the loops are put right, once as they are saved and once before the first batch after
+resuming, so that all that an uninterrupted run does is done, once. The names are those of Lightning's loops; they have
+no public interface for this.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+_BATCH, _VALIDATION = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"
+
+
+def complete_batch(trainer: Trainer, loops: dict[str, Any], interrupted: bool, validated: bool) -> None:
+    """Change the saved state of the fit loop, in place, into that of a batch that is done.
+
+    Args:
+        trainer: of the checkpoint.
+        loops: state of its fit loop.
+        interrupted: whether SIGTERM has ended the run, which it does after a batch or within a validation.
+        validated: whether a validation has ended since the batch.
+    """
+    batch, counts = loops[_BATCH], loops["epoch_loop.state_dict"]
+    steps = 0 if trainer.fit_loop._should_accumulate() else 1
+    due = _validation_due(trainer)
+    if batch["current"]["processed"] > batch["current"]["completed"]:
+        for counter in (batch["total"], batch["current"]):
+            counter["completed"] = counter["processed"]
+        counts["_batches_that_stepped"] += 0 if due else steps
+    elif not interrupted or between_epochs(trainer) or not due:
+        return
+    elif validated:
+        # A validation that is over is passed over, but its batch is then counted as a step for the second time.
+        counts["_batches_that_stepped"] -= steps
+        return
+    if due:
+        # An unfinished validation is what Lightning returns to; its first batch is the unfinished one.
+        done = loops[_VALIDATION]["total"]["completed"]
+        for name, total in (("ready", 1), ("started", 1), ("processed", 0), ("completed", 0)):
+            loops[_VALIDATION]["total"][name] = done + total
+            loops[_VALIDATION]["current"][name] = 0
+
+
+def _validation_due(trainer: Trainer) -> bool:
+    fit = trainer.fit_loop
+    return bool(fit._data_fetcher is not None and fit.epoch_loop._should_check_val_fx(fit._data_fetcher))
+
+
+def in_mid_epoch(trainer: Trainer) -> bool:
+    """Whether the checkpoint that a trainer resumes from left batches of an epoch to train."""
+    return not between_epochs(trainer) and not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def between_epochs(trainer: Trainer) -> bool:
+    """Whether an epoch has ended and no other has begun."""
+    current: Any = trainer.fit_loop.epoch_progress.current
+    return bool(current.ready == current.started == current.processed)
+
+
+def prepare(trainer: Trainer) -> None:
+    """Put a resumed fit loop, about to start, right."""
+    fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    if in_mid_epoch(trainer) and fit._combined_loader_states_to_load:
+        # Whoever asks for the number of steps (schedules do) makes Lightning build the loaders before their states are
+        # there, and it never loads them then.
+        fit._load_combined_loader_states()
+        iter(fit._data_fetcher)  # type: ignore[arg-type]
+    # The learning rate schedules that follow a metric are held back for loops that restart: the metric is there again.
+    fit._restarting = False
+    # Batches come from an iterator made when the uninterrupted run made its own: after the hooks that begin an epoch.
+    fit._resuming_from_checkpoint = False
+    epoch.val_loop.batch_progress.reset()
+    if between_epochs(trainer):
+        # With max_steps Lightning would end the epoch for the second time.
+        epoch._restarting = epoch.val_loop._restarting = False
+        fit.reset_restart_stage()
+        epoch.reset_restart_stage()
+        counters: tuple[Any, ...] = (fit.epoch_progress.total, fit.epoch_progress.current)
+        for counter in counters:
+            counter.completed = counter.processed
+    elif epoch._num_ready_batches_reached() and not _validation_due(trainer):
+        # Nothing is left to read, but Lightning looks: a loader that cannot go on would begin anew.
+        vars(fit._data_fetcher).update(iterator=iter(()), batches=[])
