@@ -46,31 +46,36 @@ def paired(record: Record, other: Record, name: str) -> tuple[float, float]:
 
 
 def rows_of(records: list[Record], metrics: dict[str, str], difference: str) -> list[list[str]]:
-    """A row an arm: parameters, rate, each metric, and the difference from LoRA in one of them."""
-    full = {r["arm"]: r for r in records if r["protocol"] == "full"}
+    """A row an arm: parameters, rate, each metric, and the paired difference from LoRA of the same precision."""
     rows = []
     for arm, name in NAMES.items():
         if not any(r["arm"] == arm for r in records):
             continue
-        if arm not in full:
+        found = _full(records, arm)
+        if not found:
             rows.append([name, *["not run"] * (len(metrics) + 3)])
-            continue
-        record = full[arm]
-        row = [name, f"{record['trainable']:,}", f"{record['rate']:g}" if record["steps"] else ""]
-        row += [_estimate(record["metrics"][key]) if key in record["metrics"] else "" for key in metrics]
-        if arm in ("lora", "untouched") or "lora" not in full:
-            rows.append([*row, ""])
-            continue
-        rows.append([*row, _difference(record, full["lora"], difference)])
+        for precision, record in found.items():
+            shown = name if precision == "bf16-mixed" else f"{name} (fp32)"
+            row = [shown, f"{record['trainable']:,}", f"{record['rate']:g}" if record["steps"] else ""]
+            row += [_estimate(record["metrics"][key]) if key in record["metrics"] else "" for key in metrics]
+            lora = _full(records, "lora").get(precision)
+            known = lora is not None and arm not in ("lora", "untouched")
+            rows.append([*row, _difference(record, lora, difference) if known else ""])  # type: ignore[arg-type]
     return rows
+
+
+def _full(records: list[Record], arm: str) -> dict[str, Record]:
+    """The runs of an arm that were asked, by precision."""
+    return {r["precision"]: r for r in records if r["protocol"] == "full" and r["arm"] == arm}
 
 
 def control(records: list[Record], difference: str) -> str:
     """What Sinter adds to its own control, in a sentence; empty until both were run."""
-    full = {r["arm"]: r for r in records if r["protocol"] == "full"}
-    if not {"loran", "loran_identity"} <= set(full):
+    sinter, identity = _full(records, "loran"), _full(records, "loran_identity")
+    both = [precision for precision in sinter if precision in identity]
+    if not both:
         return ""
-    shown = _difference(full["loran"], full["loran_identity"], difference)
+    shown = _difference(sinter[both[0]], identity[both[0]], difference)
     return f"LoRAN minus the same with amplitude 0, paired: {shown}."
 
 
@@ -105,8 +110,8 @@ def rates(measured: dict[str, list[Record]]) -> list[list[str]]:
     for arm, name in NAMES.items():
         cells = []
         for runs in tried.values():
-            losses = [(r["rate"], r["metrics"]["loss"]["value"]) for r in runs if r["arm"] == arm]
-            cells.append(", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses))
+            losses = {r["rate"]: r["metrics"]["loss"]["value"] for r in runs if r["arm"] == arm}
+            cells.append(", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items()))
         if any(cells):
             rows.append([name, *cells])
     return rows
@@ -126,10 +131,14 @@ def costs(records: list[Record]) -> list[list[str]]:
     ]
 
 
-def _compared(records: list[Record]) -> list[str]:
-    """Arms that stand beside LoRA."""
-    full = {r["arm"] for r in records if r["protocol"] == "full"}
-    return [a for a in NAMES if a in full and "lora" in full and a not in ("lora", "untouched")]
+def _compared(records: list[Record]) -> dict[str, tuple[Record, Record]]:
+    """The run of each arm, and LoRA's of the same precision."""
+    lora, pairs = _full(records, "lora"), {}
+    for arm in NAMES:
+        found = [(run, lora[p]) for p, run in _full(records, arm).items() if p in lora]
+        if found and arm not in ("lora", "untouched"):
+            pairs[arm] = found[0]
+    return pairs
 
 
 def figure(measured: dict[str, list[Record]], path: Path) -> None:
@@ -138,10 +147,9 @@ def figure(measured: dict[str, list[Record]], path: Path) -> None:
     picture = Figure(figsize=(9, 2.6), layout="constrained")
     panels = picture.subplots(1, len(measured), squeeze=False)[0]
     for panel, (task, records) in zip(panels, measured.items(), strict=True):
-        full = {r["arm"]: r for r in records if r["protocol"] == "full"}
         arms = _compared(records)
-        for row, arm in enumerate(arms):
-            mean, error = paired(full[arm], full["lora"], TASKS[task][1])
+        for row, (run, lora) in enumerate(arms.values()):
+            mean, error = paired(run, lora, TASKS[task][1])
             panel.errorbar(mean, row, xerr=2 * error, fmt="o", color="#2f5d94", capsize=3)
         panel.axvline(0, color="gray", linewidth=0.8)
         panel.set_yticks(

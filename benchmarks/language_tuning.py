@@ -9,8 +9,8 @@ mmlu, newsgroups20 and samsum.
 
 Protocol: the learning rate of each arm is chosen among two by the loss on validation rows, after 25 or 20 steps of a
 one-cycle schedule of their own. Then one run at that rate, of which the test rows are asked. AdamW, one
-seed, equal data and order; weights in float32, computed under bf16 autocast; eager attention, which is faster here.
-Finished runs are kept in results/language_TASK.json and skipped.
+seed, equal data and order; weights in float32, computed under bf16 autocast (or --precision 32-true, where a processor
+has no bf16); eager attention, which is faster here. Finished runs are kept in results/language_TASK.json and skipped.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def ask(cli: LanguageCLI, task: str, arm: str, root: Path) -> tuple[dict[str, An
     return estimates, {"accuracy": [float(r) for r in right]}
 
 
-def run(task: str, arm: str, rate: float, steps: int, protocol: str, root: Path) -> dict[str, Any]:
+def run(task: str, arm: str, rate: float, steps: int, protocol: str, precision: str, root: Path) -> dict[str, Any]:
     """Train one arm through the command line of the application, and measure it."""
     recipe, changes = ARMS[arm]
     peak_memory_mib(reset=True)
@@ -121,7 +121,7 @@ def run(task: str, arm: str, rate: float, steps: int, protocol: str, root: Path)
         [
             *("fit", f"--config=configs/language/smollm2/{recipe}.yaml", *changes),
             *(option.format(root=root) for option in DATA[task]),
-            *(f"--optimizer.lr={rate}", f"--lr_scheduler.max_lr={rate}", "--trainer.precision=bf16-mixed"),
+            *(f"--optimizer.lr={rate}", f"--lr_scheduler.max_lr={rate}", f"--trainer.precision={precision}"),
             *("--trainer.max_epochs=-1", f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"),
             *("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.callbacks=null"),
             *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
@@ -133,13 +133,14 @@ def run(task: str, arm: str, rate: float, steps: int, protocol: str, root: Path)
     report, data = cli.model.report, cli.datamodule
     record = {
         **{"task": task, "arm": arm, "protocol": protocol, "rate": rate, "steps": steps},
+        "precision": precision,
         "trainable": 0 if arm == "untouched" else report.trainable,
         "fit_seconds": round(seconds, 1),
         "seconds_per_step": round(measured.median(), 3) if len(measured.ends) > 1 else None,
         "peak_memory_mib": round(memory),
         "environment": environment(),
     }
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
         if protocol == "rate":
             loss = held_out_loss(row_losses(cli.model.model, data.val_dataloader()))["loss"]
             return record | {"metrics": {"loss": asdict(loss)}}
@@ -154,16 +155,17 @@ def main() -> None:
     parser.add_argument("--root", required=True, type=Path, help="folder with the data sets")
     parser.add_argument("--task", required=True, choices=list(DATA))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     task, path = arguments.task, RESULTS / f"language_{arguments.task}.json"
 
     def once(arm: str, protocol: str, rate: float, steps: int) -> dict[str, Any]:
-        key = {"arm": arm, "protocol": protocol, "rate": rate, "steps": steps}
+        key = {"arm": arm, "protocol": protocol, "rate": rate, "steps": steps, "precision": arguments.precision}
         known = [r for r in load(path) if key.items() <= r.items()]
         if not known:
-            append(path, run(task, arm, rate, steps, protocol, arguments.root))
+            append(path, run(task, arm, rate, steps, protocol, arguments.precision, arguments.root))
             known = [r for r in load(path) if key.items() <= r.items()]
         shown = ", ".join(f"{n} {m['value']:.4f}" for n, m in known[0]["metrics"].items())
         print(f"{task} {arm:<16} {protocol:<5} lr {rate:g}: {shown}", flush=True)
