@@ -31,46 +31,52 @@ from lit_adapters.subspace import learned_subspace
 PAGE = "what the adapters learn"
 _MOST_PANELS = 48  # layers whose functions are drawn one by one; of more, evenly chosen ones
 
-# Charts of the page "Custom Scalars", by title: what their tags match. Those without a tag in this run are left out.
-_CHARTS = {
-    "does it learn? losses": r"(train|val)/loss(_step|_epoch)?",
-    "AFA: beta (linear at 0)": "adapter/beta",
-    "AFA and LoRAN: nonlinear share of the update, each layer": "adapter/(?!summary).+/nonlinearity",
-    "weights: ||dW|| / ||W||, mean over layers": "adapter/summary/relative_norm",
-    "weights: ||dW|| / ||W||, each layer": "adapter/(?!summary).+/relative_norm",
-    "weights: rank of the update in effect, mean over layers": "adapter/summary/(stable|effective)_rank",
-    "functions: drift from the pretrained ones, each layer": "adapter/(?!summary).+/relative_drift",
-    "functions: dimension of all changes together": "adapter/subspace/(effective_rank|components_9.)",
-    "functions: do they still turn? cosine to the record before": "adapter/subspace/drift_cosine",
-    "functions: share of inputs outside the fit": "adapter/(?!summary).+/outside_range",
-}
-_FUNCTIONS, _SCHEDULED, _NONLINEAR = "functions:", "AFA:", "AFA and LoRAN:"
+# Charts of the page "Custom Scalars": what fills them, their titles, and what their tags match.
+_CHARTS = (
+    ("any", "does it learn? train/loss and val/loss", r"(train|val)/loss(_step|_epoch)?"),
+    ("scheduled", "AFA: beta (linear at 0)", "adapter/beta"),
+    ("nonlinear", "AFA, LoRAN: distance from linear, each layer", "adapter/(?!summary).+/nonlinearity"),
+    ("weights", "weights: ||dW|| / ||W||, mean over layers", "adapter/summary/relative_norm"),
+    ("weights", "weights: ||dW|| / ||W||, each layer", "adapter/(?!summary).+/relative_norm"),
+    ("ranks", "weights: stable and effective rank, mean over layers", "adapter/summary/(stable|effective)_rank"),
+    ("functions", "functions: drift from the pretrained ones, each layer", "adapter/(?!summary).+/relative_drift"),
+    ("space", "functions: dimension of all changes together", "adapter/subspace/(effective_rank|components_9.)"),
+    ("space", "functions: cosine to the changes at the record before", "adapter/subspace/drift_cosine"),
+    ("functions", "functions: share of inputs outside the fit", "adapter/(?!summary).+/outside_range"),
+)
 
 
-def layout(layers: Mapping[str, AdapterModule]) -> dict[str, dict[str, list[Any]]]:
-    """The page for `SummaryWriter.add_custom_scalars`, with the charts that these adapters fill."""
+def layout(layers: Mapping[str, AdapterModule], subspace: bool) -> dict[str, dict[str, list[Any]]]:
+    """The page for `SummaryWriter.add_custom_scalars`, with the charts that the statistics of these layers fill.
+
+    Args:
+        layers: those of which "functions" or "weights" are recorded.
+        subspace: whether "subspace" is.
+    """
     functions = any(isinstance(a, NoRAActivation) for a in layers.values())
     weights = any(not isinstance(a, NoRAActivation) for a in layers.values())
-    present = {
-        "does": True,
-        _SCHEDULED: any(a.schedule is not None for a in layers.values()),
-        _NONLINEAR: any(a.method in ("afa", "loran") for a in layers.values()),
-        "weights:": weights,
-        _FUNCTIONS: functions,
+    filled = {
+        "any": True,
+        "scheduled": any(a.schedule is not None for a in layers.values()),
+        "nonlinear": any(a.method in ("afa", "loran") for a in layers.values()),
+        "weights": weights,
+        "ranks": weights and subspace,
+        "functions": functions,
+        "space": functions and subspace,
     }
-    charts = {
-        t: ["Multiline", [tags]]
-        for t, tags in _CHARTS.items()
-        if any(t.startswith(p) and on for p, on in present.items())
-    }
-    return {PAGE: charts}
+    return {PAGE: {title: ["Multiline", [tags]] for needs, title, tags in _CHARTS if filled[needs]}}
 
 
-def describe(trainer: Trainer, pl_module: LightningModule, logger: TensorBoardLogger) -> None:
-    """Add the page of charts and, as text, the recipe."""
-    layers = {n: a for n, a in pl_module.named_modules() if isinstance(a, AdapterModule)}
+def describe(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    layers: Mapping[str, AdapterModule],
+    subspace: bool,
+    logger: TensorBoardLogger,
+) -> None:
+    """Add the page of charts for `layers`, and, as text, the recipe."""
     if trainer.is_global_zero:
-        logger.experiment.add_custom_scalars(layout(layers))
+        logger.experiment.add_custom_scalars(layout(layers, subspace))
         logger.experiment.add_text("recipe", recipe(trainer, pl_module), trainer.global_step)
 
 

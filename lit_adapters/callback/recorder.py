@@ -13,6 +13,7 @@ from lit_adapters.callback.attached import adapter_layers
 from lit_adapters.callback.board import describe, draw
 from lit_adapters.callback.observer import InputObserver
 from lit_adapters.callback.subspace import SubspaceTracker
+from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.nora import NoRAActivation
 from lit_adapters.sharding import gathered, is_sharded
 
@@ -27,7 +28,8 @@ class Recorder:
 
     Args:
         pl_module: holds the adapters.
-        statistics: "functions" (NoRA's activations), "weights" (updates of weights), "subspace" (spectra of both).
+        statistics: "functions" (NoRA's activations), "weights" (updates of weights), "subspace" (ranks and spectra of
+            both, also where only these are asked for).
         state: what `state_dict` returned, in a run that is resumed.
     """
 
@@ -36,15 +38,18 @@ class Recorder:
     ) -> None:
         self._module, self._chosen = pl_module, set(statistics)
         layers = adapter_layers(pl_module)
-        self._layers = {n: a for n, a in layers.items() if _kind(a) in self._chosen}
+        self._layers = layers if "subspace" in self._chosen else self._of_chosen_kind(layers)
         state = state or {}
         self._tracker = SubspaceTracker(layers, state.get("coefficients")) if "subspace" in self._chosen else None
         self._functions = [a for a in layers.values() if isinstance(a, NoRAActivation)]
-        self._observer = InputObserver(self._layers)
+        self._observer = InputObserver(self._of_chosen_kind(layers))
         self._observer.scalars = dict(state.get("observed", {}))
         self._sharded = is_sharded(pl_module)
         self._step, self._drawn_step = state.get("step", -1), -1
         self._drawn_at, self._drawing_seconds = time.monotonic(), _DRAWING_SECONDS
+
+    def _of_chosen_kind(self, layers: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
+        return {n: a for n, a in layers.items() if _kind(a) in self._chosen}
 
     def state_dict(self) -> dict[str, Any]:
         """What the next record of a resumed run needs."""
@@ -54,7 +59,7 @@ class Recorder:
     def start(self, trainer: Trainer, beta: float | None) -> None:
         """Tell TensorBoard what is to come, and record the start of a run that is not resumed."""
         for logger in _boards(trainer):
-            describe(trainer, self._module, logger)
+            describe(trainer, self._module, self._of_chosen_kind(self._layers), self._tracker is not None, logger)
         if self._step < 0:
             self.record(trainer, beta)
 
@@ -79,7 +84,8 @@ class Recorder:
         collected: dict[str, list[float]] = {}
         for name, adapter in self._layers.items():
             with gathered(adapter):
-                values = adapter.statistics() | observed.get(name, {})
+                values = adapter.statistics() if _kind(adapter) in self._chosen else {}
+                values |= observed.get(name, {})
                 values |= self._tracker.layer(name) if self._tracker else {}
             for statistic, value in values.items():
                 scalars[f"adapter/{adapter.method}/{name}/{statistic}"] = value

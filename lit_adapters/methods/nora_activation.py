@@ -219,7 +219,7 @@ class NoRAActivation(AdapterModule):
         """How the functions differ from the pretrained activation; over the groups, the one that differs most.
 
         drift, relative_drift, sup_drift as in `lit_adapters.statistics.drift`, under the layer's density; max_slope:
-        max |phi'|, with relative_max_slope that over the pretrained one's; min_denominator: min Q on the grid.
+        max |phi'| on the grid, and relative_max_slope: that over the pretrained one's. (min Q would be Q(0) = 1.)
         """
         grid, initial, current = self.functions()
         moved = drift(current, initial, self.density.double().cpu())
@@ -230,19 +230,13 @@ class NoRAActivation(AdapterModule):
             "sup_drift": moved.sup.max().item(),
             "max_slope": slope.item(),
             "relative_max_slope": (slope / slope_bound(initial, grid)).item(),
-            "min_denominator": self._least_denominator(grid),
         }
 
-    def _least_denominator(self, grid: Tensor) -> float:
-        b = self.coefficients()[1].detach().double().cpu()
-        if self.config.denominator == "abs-of-sum":
-            powers = torch.stack([grid ** (j + 1) for j in range(b.shape[1])])
-            return 1.0 + (b @ powers).abs().min().item()
-        powers = torch.stack([grid.abs() ** (j + 1) for j in range(b.shape[1])])
-        return 1.0 + (b.abs() @ powers).min().item()
-
     def singular_values(self) -> dict[str, Tensor]:
-        """Of the updates of numerator (G, m+1) and denominator (G, n), each in units of its effect on the function."""
+        """Of the updates of numerator (G, m+1) and denominator (G, n), in the units that train.
+
+        With scaling="density" that is the effect of each coefficient on the function, otherwise the coefficient itself.
+        """
         with torch.no_grad():
             updates = {p: self._update(p) / getattr(self, f"{p}_scale") for p in ("numerator", "denominator")}
         return {part: torch.linalg.svdvals(update.double().cpu()) for part, update in updates.items()}

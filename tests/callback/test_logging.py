@@ -141,6 +141,16 @@ def test_statistics_by_choice(tmp_path, statistics, method):
     assert not [t for t in tags if "rank" in t]
 
 
+def test_subspaces_alone(tmp_path):
+    """Ranks of all layers and of all functions, and nothing else of them."""
+    board = tensorboard(tmp_path, Task(), AdapterCallback(statistics=["subspace"], figures=False))
+    tags = [t.split("/") for t in board.Tags()["scalars"] if t.startswith("adapter/") and "summary" not in t]
+    assert {t[1] for t in tags} == {"nora", "lora", "subspace"}
+    per_layer = {t[3] for t in tags if t[1] in ("nora", "lora")}
+    ranks = {"numerator_stable_rank", "denominator_stable_rank", "stable_rank", "effective_rank", "overlap"}
+    assert per_layer == ranks
+
+
 def test_several_adapted_models_keep_their_names_apart(tmp_path):
     class Pair(Task):
         def __init__(self):
@@ -195,9 +205,9 @@ def test_the_page_of_charts_matches_tags_that_are_there(tmp_path):
     titles = [chart.title for chart in page.chart]
     assert any(t.startswith("functions:") for t in titles)
     assert any(t.startswith("AFA:") for t in titles)
-    assert not any(
-        t.startswith("functions:") for t in layout({"fc": next(la.adapters(Task(la.LoRA(rank=2))))[1]})[PAGE]
-    )
+    without = layout(dict(la.adapters(Task(la.LoRA(rank=2)))), subspace=False)[PAGE]
+    assert any(t.startswith("weights:") for t in without)
+    assert not any(t.startswith(("functions:", "AFA", "weights: stable")) for t in without)
 
 
 def test_final_metrics_stand_beside_the_hyperparameters(tmp_path):

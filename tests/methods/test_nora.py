@@ -210,16 +210,6 @@ def test_functions_and_statistics_follow_the_coefficients():
     assert adapter.group_drift().tolist() == pytest.approx([0, 0, statistics["relative_drift"], 0])
 
 
-@pytest.mark.parametrize("denominator", ["abs-of-sum", "sum-of-abs"])
-def test_the_least_denominator(denominator):
-    adapter = adapted_activation(0.3, denominator=denominator)
-    b = adapter.coefficients()[1].detach().double()
-    grid = adapter.functions()[0]
-    terms = torch.stack([b[:, j, None] * grid ** (j + 1) for j in range(4)])
-    q = 1 + (terms.sum(0).abs() if denominator == "abs-of-sum" else terms.abs().sum(0))
-    assert adapter.statistics()["min_denominator"] == pytest.approx(q.min().item())
-
-
 def test_singular_values_are_in_units_of_the_effect_on_the_function():
     """Whatever the scaling, one unit of every direction: what the factors multiply to, with alpha / rank."""
     adapter = adapted_activation(0.3)
