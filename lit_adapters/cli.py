@@ -1,4 +1,4 @@
-"""Console script `lit-adapters`: look into saved adapters, compare, merge and convert them."""
+"""Look into saved adapters, compare, merge and convert them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lit_adapters.saved import read_saved
 
 _WEIGHTS = "model.safetensors"
 _SAVED = "adapter directory (lit_adapter.safetensors inside), or Lightning checkpoint written with AdapterCallback"
-_BASE = 'timm.create_model --base-args \'{"model_name": "vit_tiny_patch16_224", "pretrained": true}\''
+_BASE = 'timm.create_model --base-args \'{"model_name": "vit_tiny_patch16_224", "num_classes": 100}\''
 
 
 class _Parser(argparse.ArgumentParser):
@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     command("methods", list_methods, "list the adapter methods: what each is, whether it merges into weights", "")
     sub = command(
         "inspect", inspect, "show what adapters have learned, layer by layer; no base model",
-        "out/adapter --plot learned.png",
+        "out/ --plot learned.png",
     )  # fmt: skip
     sub.add_argument("path", type=Path, metavar="DIR|CKPT", help=_SAVED)
     sub.add_argument("--plot", type=Path, metavar="FILE", help="also draw it, as .png, .pdf or .svg")
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         ("merge", merge_command, "write the model with its updates added to the weights, free of adapters"),
         ("export-peft", export_command, "write LoRA, DoRA or annealed AFA-LoRA in the format of the peft library"),
     ):
-        sub = command(name, run, what, f"out/adapter --out result --base {_BASE}\n"
+        sub = command(name, run, what, f"out/ --out result --base {_BASE}\n"
                       f"          lit-adapters {name} runs/version_0/checkpoints/last.ckpt --out result")  # fmt: skip
         sub.add_argument("path", type=Path, metavar="DIR|CKPT", help=_SAVED)
         output(sub)

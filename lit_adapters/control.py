@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from math import gcd
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from lit_adapters.attach import adapters
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.weight_adapter import WeightAdapter
+from lit_adapters.statistics import regular_sample
 
 _VALUES_PER_CALL = 1 << 14
 
@@ -140,12 +140,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     samples: dict[str, list[Tensor]] = {name: [] for name, _ in found}
 
     def observe(name: str, x: Tensor) -> None:
-        flat = x.detach().flatten()
-        # A stride without a factor in common with the size visits all channels alike, without a random state.
-        step = max(1, flat.numel() // _VALUES_PER_CALL)
-        while gcd(step, flat.numel()) > 1:
-            step += 1
-        samples[name].append(flat[::step].float().cpu())
+        samples[name].append(regular_sample(x, _VALUES_PER_CALL).float().cpu())
 
     device = next(model.parameters()).device
     with _evaluating(model), _observed(found, observe):

@@ -6,6 +6,7 @@ low-rank update B A is analysed through its factors (QR and an SVD of size r): t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +87,8 @@ def leading_space(matrix: Tensor, k: int, iterations: int = 4) -> Tensor:
     """
     matrix = matrix.detach().float()
     width = min(k + 8, *matrix.shape)
-    start = torch.randn(matrix.shape[1], width, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[1], width, generator=generator, dtype=torch.float32, device="cpu")
     basis = torch.linalg.qr(matrix @ start.to(matrix.device)).Q
     for _ in range(iterations):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
@@ -151,7 +153,20 @@ def functional_subspace(changes: Tensor, densities: Tensor, grid: Tensor, k: int
     return FunctionalSubspace(values, directions[:k], grid, stack)
 
 
+def regular_sample(values: Tensor, count: int) -> Tensor:
+    """About `count` of the values, flat, a fixed distance apart: no random state is read.
+
+    The distance has no factor in common with their number, so that channels and tokens are all visited alike.
+    """
+    flat = values.detach().flatten()
+    step = max(1, flat.numel() // count)
+    while math.gcd(step, flat.numel()) > 1:
+        step += 1
+    return flat[::step]
+
+
 def histogram(values: Tensor, low: float, high: float, bins: int) -> Tensor:
-    """Counts (bins + 2,): of values below `low`, in `bins` equal parts of [low, high], and above `high`."""
-    places = ((values.detach().float() - low) * (bins / (high - low))).floor().clamp(-1, bins)
+    """Counts (bins + 2,): of values below `low`, in `bins` equal parts of [low, high], and above `high`; NaN apart."""
+    values = values.detach().float()
+    places = ((values[~values.isnan()] - low) * (bins / (high - low))).floor().clamp(-1, bins)
     return torch.bincount((places + 1).long().flatten(), minlength=bins + 2)

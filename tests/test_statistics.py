@@ -14,6 +14,7 @@ from lit_adapters.statistics import (
     overlap,
     principal_angles,
     product_spectrum,
+    regular_sample,
     slope_bound,
     stable_rank,
 )
@@ -141,6 +142,22 @@ def test_functions_count_where_their_own_inputs_are():
     densities = torch.stack([torch.ones_like(GRID), (GRID > 0).double()])
     values = functional_subspace(changes, densities, GRID).singular_values
     assert values.square().sum().item() == pytest.approx(1 / 3 + 1 / 3, rel=1e-2)
+
+
+def test_nan_is_counted_nowhere():
+    values = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.5])
+    assert histogram(values, 0.0, 1.0, 2).tolist() == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("shape", [(32, 128, 96), (256, 197, 8), (7,), (0,)])
+def test_a_regular_sample_visits_all_channels_alike(shape):
+    channels = torch.arange(shape[-1]).expand(shape)
+    sample = regular_sample(channels, 4096)
+    assert len(sample) <= max(channels.numel(), 1)
+    if channels.numel() > 10_000:
+        counts = torch.bincount(sample, minlength=shape[-1])
+        assert counts.max() - counts.min() <= 1
+        assert 2000 < len(sample) <= 4096
 
 
 def test_histogram_against_counting():

@@ -87,10 +87,10 @@ class AdapterCallback(Callback):
         self._resuming = Resuming()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse checkpoints that would bypass this callback; forget an earlier run."""
-        self._annealer = Annealer()
-        self._recorder, self._recorded = None, {}
-        self._resuming = Resuming()
+        """Refuse checkpoints that would bypass this callback; before a fit, forget an earlier one."""
+        if stage == "fit":
+            self._annealer, self._resuming = Annealer(), Resuming()
+            self._recorder, self._recorded = None, {}
         self._resuming.setup(trainer)
         for callback in trainer.checkpoint_callbacks:
             if self.save_adapters_only and isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
@@ -132,7 +132,7 @@ class AdapterCallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check that all adapters took part in the first batch; stop at a loss that is not finite, whenever."""
-        if self._probe is not None and self._probe.watching:
+        if self._probe is not None and self._probe.watching and pl_module.automatic_optimization:
             raise_together(trainer, self._probe.after_forward())
         finite = bool(torch.isfinite(loss).all())
         if not trainer.strategy.reduce_boolean_decision(finite):
@@ -163,7 +163,9 @@ class AdapterCallback(Callback):
         """Anneal; log every `log_every_n_steps` optimiser steps."""
         self._batch = None
         assert self._recorder is not None
-        self._recorder.after_batch()
+        self._recorder.after_batch(trainer)
+        if self._probe is not None and self._probe.watching:  # several losses may have taken turns
+            raise_together(trainer, self._probe.after_forward())
         self._annealer.after_batch(trainer, outputs.get("loss") if isinstance(outputs, dict) else outputs)
         if self._annealer.beta is not None:
             pl_module.log("adapter/beta", self._annealer.beta, prog_bar=True, logger=False, batch_size=1)
@@ -173,6 +175,7 @@ class AdapterCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, and draw."""
         assert self._recorder is not None
+        self._recorder.stop()  # a batch may have been broken off
         self._recorder.record(trainer, self._annealer.beta)
         if self.figures:
             self._recorder.draw(trainer)
@@ -187,7 +190,12 @@ class AdapterCallback(Callback):
         self._resuming.on_validation_end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save a checkpoint if SIGTERM is what stops the run."""
+        """Leave no hooks behind; save a checkpoint if SIGTERM is what stops the run."""
+        self._batch = None
+        if self._probe is not None:
+            self._probe.stop()
+        if self._recorder is not None:
+            self._recorder.stop()
         self._resuming.on_exception(trainer, exception)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,15 @@ class Annealer:
         if not self._layers:
             return
         total = trainer.estimated_stepping_batches
-        if not math.isfinite(total):
+        if not math.isfinite(total) or total < 0:  # -1: without end, as the length of the data is not known
             raise AdapterError(
-                f"{self._layers[0][1]} is a function of training progress, and this training has no end; "
-                "set max_epochs or max_steps"
+                f"{self._layers[0][1]} is a function of training progress, and this training has no end that is known; "
+                "set max_steps, or max_epochs where the data have a length"
             )
-        # Lightning counts the steps of every optimiser, of which manual optimisation may have several.
+        # Lightning counts the steps of every optimiser, of which manual optimisation may have several; max_steps too.
         self._total, self._step = int(total) * max(1, len(trainer.optimizers)), trainer.global_step
+        if trainer.max_steps != -1:
+            self._total = min(self._total, trainer.max_steps)
         if len(self._betas) != len(self._layers):
             self._betas = [a.beta.item() for a, _ in self._layers]  # type: ignore[operator, union-attr]
         self._move(0.0)
@@ -122,7 +125,10 @@ class Annealer:
         for callback in trainer.checkpoint_callbacks if trainer.is_global_zero else ():
             path = getattr(callback, "best_model_path", "")
             if getattr(callback, "monitor", None) and path and Path(path).is_file():
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+                try:
+                    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+                except pickle.UnpicklingError:  # it holds values of other classes, and this is no place to trust them
+                    continue
                 if any(key.endswith(".beta") and value.item() > 0 for key, value in state.items()):
                     warnings.warn(f"{path} is the best by {callback.monitor!r} and still nonlinear", stacklevel=2)  # type: ignore[attr-defined]
         held = [a.qualified_name for (a, _), beta in zip(self._layers, self._betas, strict=True) if beta > 0]

@@ -25,7 +25,7 @@ from lit_adapters.callback.subspace_figures import (
 )
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.nora import NoRAActivation
-from lit_adapters.sharding import gathered
+from lit_adapters.sharding import gathered, whole
 from lit_adapters.subspace import learned_subspace
 
 PAGE = "what the adapters learn"
@@ -91,13 +91,17 @@ def recipe(trainer: Trainer, pl_module: LightningModule) -> str:
             name or type(model).__name__: attachment(model).methods
             for name, model in attached_models(pl_module).items()
         }
-        known = {"adapters": methods, "hparams": {k: _plain(v) for k, v in pl_module.hparams.items()}}
-        text = yaml.safe_dump(known, sort_keys=False)
+        text = yaml.safe_dump(_plain({"adapters": methods, "hparams": dict(pl_module.hparams)}), sort_keys=False)
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, (bool, int, float, str, type(None), list, dict)) else repr(value)
+    """The value as YAML can hold it: subclasses of plain types, as NumPy's numbers, are written out."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if type(value) in (bool, int, float, str, type(None)) else repr(value)
 
 
 def draw(
@@ -123,8 +127,8 @@ def draw(
                 found = adapter.singular_values()
                 spectra |= {name: found["update"]} if found else {}
             for key, parameter in adapter.adapter_parameters().items():
+                values = whole(parameter.detach()).float().cpu()
                 for board in boards:
-                    values = parameter.detach().float().cpu()
                     board.add_histogram(f"adapter/{adapter.method}/{name}/{key}", values, step)
     if norms and boards:
         figures["adapter/norm_map"] = norm_map(norms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from lit_adapters.attach import adapters
 from lit_adapters.control import calibrate
@@ -67,8 +69,17 @@ def _calibrated(module: nn.Module) -> list[tuple[str, AdapterModule]]:
     return [(n, a) for n, a in adapters(module) if type(a).calibrate is not AdapterModule.calibrate]
 
 
+def _without_iterator(loader: Any) -> Any:
+    if getattr(loader, "_iterator", None) is None:
+        return loader
+    loader = copy.copy(loader)
+    loader._iterator = None
+    return loader
+
+
 def _calibrate(trainer: Trainer, pl_module: LightningModule, batches: int) -> None:
-    loader = CombinedLoader(trainer.train_dataloader, "min_size")
+    # Workers that persist make a loader give the one iterator that the training is going to read.
+    loader = CombinedLoader(tree_map(_without_iterator, trainer.train_dataloader), "min_size")
     chosen = (_Batch(batch) for batch, _, _ in itertools.islice(iter(loader), batches))
     try:
         calibrate(_Predict(trainer, pl_module), chosen)

@@ -23,6 +23,7 @@ class InputObserver:
     Attributes:
         counts: by layer, (D + 2,): below the layer's grid, in each of its parts, above it; of this process's inputs.
         scalars: by layer, what `AdapterModule.observe` returned in the batch observed last.
+        step: which that batch led to, in optimiser steps.
     """
 
     def __init__(self, layers: Mapping[str, AdapterModule]) -> None:
@@ -30,13 +31,21 @@ class InputObserver:
         self._handles: list[Any] = []
         self.counts: dict[str, Tensor] = {}
         self.scalars: dict[str, dict[str, float]] = {}
+        self.step = -1
 
     def start(self) -> None:
-        """Watch from now on."""
+        """Watch the batch that comes."""
         self.stop()
+        self.scalars = {}
         for name, adapter in self._layers.items():
             hook = self._hook(name)
             self._handles.append(adapter.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def end_batch(self, step: int) -> None:
+        """Watch no longer; what was seen belongs to `step`."""
+        if self._handles:
+            self.step = step
+        self.stop()
 
     def stop(self) -> None:
         """Watch no longer."""
@@ -57,9 +66,9 @@ class InputObserver:
         return observe
 
     def means(self, trainer: Trainer) -> dict[str, dict[str, float]]:
-        """`scalars`, each the mean over the processes that saw the layer; all processes call this."""
+        """`scalars` of this step, each the mean over the processes that saw the layer; all processes call this."""
         collected: dict[str, dict[str, list[float]]] = {}
-        for scalars in gather_objects(trainer, self.scalars):
+        for scalars in gather_objects(trainer, self.scalars if self.step == trainer.global_step else {}):
             for name, values in scalars.items():
                 for key, value in values.items():
                     collected.setdefault(name, {}).setdefault(key, []).append(value)

@@ -59,14 +59,18 @@ class Probe:
         """Whether the first batch is still to pass."""
         return bool(self._handles)
 
-    def after_forward(self) -> str | None:
-        """Stop watching; what is wrong if the batch that has just passed went by an adapter."""
+    def stop(self) -> None:
+        """Watch no longer."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
         for adapter in self._layers.values():
             if isinstance(adapter, WeightAdapter):
                 adapter.on_read = None
+
+    def after_forward(self) -> str | None:
+        """Stop watching; what is wrong if the batch that has just passed went by an adapter."""
+        self.stop()
         required = {id(p) for p in self._required.values()}
         idle = [
             name

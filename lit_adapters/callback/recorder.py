@@ -43,7 +43,7 @@ class Recorder:
         self._tracker = SubspaceTracker(layers, state.get("coefficients")) if "subspace" in self._chosen else None
         self._functions = [a for a in layers.values() if isinstance(a, NoRAActivation)]
         self._observer = InputObserver(self._of_chosen_kind(layers))
-        self._observer.scalars = dict(state.get("observed", {}))
+        self._observer.scalars, self._observer.step = dict(state.get("observed", {})), state.get("observed_step", -1)
         self._sharded = is_sharded(pl_module)
         self._step, self._drawn_step = state.get("step", -1), -1
         self._drawn_at, self._drawing_seconds = time.monotonic(), _DRAWING_SECONDS
@@ -54,7 +54,8 @@ class Recorder:
     def state_dict(self) -> dict[str, Any]:
         """What the next record of a resumed run needs."""
         coefficients = {} if self._tracker is None else self._tracker.coefficients
-        return {"step": self._step, "observed": self._observer.scalars, "coefficients": coefficients}
+        observed = {"observed": self._observer.scalars, "observed_step": self._observer.step}
+        return {"step": self._step, "coefficients": coefficients, **observed}
 
     def start(self, trainer: Trainer, beta: float | None) -> None:
         """Tell TensorBoard what is to come, and record the start of a run that is not resumed."""
@@ -64,12 +65,18 @@ class Recorder:
             self.record(trainer, beta)
 
     def before_batch(self, trainer: Trainer, every: int) -> None:
-        """Observe this batch's inputs if the step that it belongs to is going to be recorded."""
-        if (trainer.global_step + 1) % every == 0 or trainer.is_last_batch:
+        """Observe this batch's inputs if the step that it may lead to is going to be recorded."""
+        before, ahead = trainer.global_step, trainer.global_step + max(1, len(trainer.optimizers))
+        ends = trainer.is_last_batch or 0 <= trainer.max_steps <= ahead
+        if ends or ahead // every > before // every:
             self._observer.start()
 
-    def after_batch(self) -> None:
+    def after_batch(self, trainer: Trainer) -> None:
         """Observe no longer."""
+        self._observer.end_batch(trainer.global_step)
+
+    def stop(self) -> None:
+        """Observe no longer, whatever happened."""
         self._observer.stop()
 
     def record(self, trainer: Trainer, beta: float | None) -> None:

@@ -18,8 +18,9 @@ class ResumableLoader(DataLoader):
 
     Batches that workers have prefetched do not count. Lightning saves and loads the states of loaders that have them,
     so a run resumed in mid-epoch goes on with the next batch, and what it skips is not loaded. The order has to be a
-    function of the epoch: give it an `EpochSampler`, or `torch.utils.data.DistributedSampler(dataset, num_replicas=1,
-    rank=0, seed=0)` for datasets that are indexed by plain numbers.
+    function of the epoch: give it an `EpochSampler`, or for datasets that are indexed by plain numbers
+    `torch.utils.data.DistributedSampler(dataset, trainer.world_size, trainer.global_rank, seed=0)`, which is right for
+    one process, too.
 
     Iterators begin to load at their first batch, so an epoch set between `iter` and `next` is respected. Of several,
     the one that was read last counts.
@@ -34,7 +35,7 @@ class ResumableLoader(DataLoader):
         if isinstance(self.sampler, RandomSampler):
             raise AdapterError(
                 "ResumableLoader cannot repeat the order of shuffle=True; give it sampler=DistributedSampler(dataset, "
-                "num_replicas=1, rank=0, seed=0), whose order is a function of seed and epoch"
+                "trainer.world_size, trainer.global_rank, seed=0), whose order is a function of seed and epoch"
             )
         if isinstance(self.dataset, IterableDataset):
             raise AdapterError("ResumableLoader needs a dataset with indices; an IterableDataset cannot skip batches")

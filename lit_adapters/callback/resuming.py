@@ -95,7 +95,8 @@ class Resuming:
             warnings.warn(
                 "resuming in mid-epoch with a training loader that cannot tell what it has read: batches of this epoch "
                 "will be repeated and others left out. Give the module a lit_adapters.ResumableLoader whose sampler is "
-                "DistributedSampler(dataset, num_replicas=1, rank=0, seed=0), or resume from the end of an epoch",
+                "torch's DistributedSampler(dataset, trainer.world_size, trainer.global_rank, seed=0), or resume from "
+                "the end of an epoch",
                 stacklevel=2,
             )
         loop_state.prepare(trainer)

@@ -25,6 +25,12 @@ _NEGLIGIBLE = 1e-7  # of the largest singular value: directions of smaller ones 
 _LEADING = 3  # directions whose turning is followed
 
 
+def _leading(space: FunctionalSubspace) -> Tensor:
+    """The leading directions (D, k) that are no rounding errors."""
+    values = space.singular_values[: len(space.directions)]
+    return space.directions[values > _NEGLIGIBLE * values[0]].T
+
+
 class SubspaceTracker:
     """Scalars of the subspaces, some of which compare with the record before.
 
@@ -79,7 +85,7 @@ class SubspaceTracker:
 
         effective_rank; components_90 and components_99: directions that hold that share of the energy; drift_cosine:
         between all changes now and at the record before; rotation: the largest principal angle, in radians, between
-        the spaces of the three leading directions now and then.
+        the spaces of the three leading directions now and then (of fewer, where there are no more).
         """
         if not self._functions:
             return {}
@@ -93,7 +99,9 @@ class SubspaceTracker:
         }
         if self._before is not None:
             scalars["drift_cosine"] = cosine(space.stack, self._before.stack)
-            scalars["rotation"] = principal_angles(space.directions.T, self._before.directions.T).max().item()
+            now, then = _leading(space), _leading(self._before)
+            if now.shape == then.shape:
+                scalars["rotation"] = principal_angles(now, then).max().item()
         self._before = space
         for name, layer in self._functions.items():
             a, b = layer.coefficients()

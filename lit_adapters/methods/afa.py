@@ -23,6 +23,7 @@ from lit_adapters.methods.layers import LinearLayer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.ops import rational
 from lit_adapters.schedules import Linear, Schedule, to_schedule
+from lit_adapters.statistics import regular_sample
 
 RATIONAL = "rational"
 _RANGE = (-6.0, 6.0)  # of the fit of a learnable activation
@@ -202,7 +203,7 @@ class AFAAdapter(LowRankAdapter):
             x = x[:1]
         else:
             x = x.reshape(-1, x.shape[-1])
-            x = x[:: max(1, len(x) // _SAMPLE)]
+            x = x[regular_sample(torch.arange(len(x), device=x.device), _SAMPLE)]
         code = self.layer.down(self.base, x, self.lora_A.to(x.dtype)).float()
         residual = annealed(code, self.sigma(), self.beta) - code
         return {"nonlinearity": (residual.norm() / code.norm().clamp_min(torch.finfo(code.dtype).tiny)).item()}

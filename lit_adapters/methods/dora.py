@@ -113,9 +113,11 @@ class DoRAAdapter(LowRankAdapter):
         return y + change.to(y.dtype)
 
     def statistics(self) -> dict[str, float]:
-        """relative_norm, of s B A as for LoRA; magnitude_change: rms of m / m0 - 1 over the rows."""
-        ratio = self.magnitude.detach() / self.base_square.clamp_min(torch.finfo(torch.float32).tiny).sqrt() - 1
-        return super().statistics() | {"magnitude_change": ratio.square().mean().sqrt().item()}
+        """relative_norm, of s B A as for LoRA; magnitude_change: rms of m / m0 - 1 over the rows that are not zero."""
+        rows = self.base_square > 0
+        ratio = self.magnitude.detach()[rows] / self.base_square[rows].sqrt() - 1
+        change = ratio.square().mean().sqrt().item() if rows.any() else 0.0
+        return super().statistics() | {"magnitude_change": change}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -14,7 +14,7 @@ from lit_adapters.activations.sensitivity import coefficient_effects
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.ops import rational
-from lit_adapters.statistics import drift, histogram, slope_bound
+from lit_adapters.statistics import drift, histogram, regular_sample, slope_bound
 
 if TYPE_CHECKING:
     from lit_adapters.methods.nora import NoRA
@@ -243,14 +243,12 @@ class NoRAActivation(AdapterModule):
 
     def input_histogram(self, x: Tensor) -> Tensor:
         """Counts of a regular sample of x: below the grid, in each of its parts, above it; (D + 2,) on the CPU."""
-        values = x.detach().flatten()
         low, high = self.grid_range.tolist()
-        return histogram(values[:: max(1, len(values) // _SAMPLE)], low, high, _GRID).cpu()
+        return histogram(regular_sample(x, _SAMPLE), low, high, _GRID).cpu()
 
     def observe(self, x: Tensor) -> dict[str, float]:
         """outside_range: share of the inputs outside the interval of the fit."""
-        values = x.detach().flatten()
-        values = values[:: max(1, len(values) // _SAMPLE)]
+        values = regular_sample(x, _SAMPLE)
         low, high = self.fit_range.tolist()
         return {"outside_range": ((values < low) | (values > high)).float().mean().item()}
 

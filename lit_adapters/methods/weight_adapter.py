@@ -28,7 +28,7 @@ class WeightAdapter(AdapterModule):
         # Set by attach where the parent multiplies by `layer.weight` in place of calling the layer.
         self.read_as_weight = False
         self.on_read: Callable[[], object] | None = None  # told of every such reading
-        self._norm: tuple[Tensor, int, float] | None = None  # pretrained weight, its version, and norm
+        self._norm: tuple[Tensor | None, int, float] | None = None  # pretrained weight, its version, and norm
 
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The update (out, in) of the matrix, scale included, computed in `dtype`."""
@@ -40,11 +40,14 @@ class WeightAdapter(AdapterModule):
 
     def base_norm(self) -> float:
         """||W0||_F; computed once for as long as the pretrained weight stays the same."""
+        if self.sharded and self._norm is not None:
+            return self._norm[2]
         weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
         version = 0 if weight.is_inference() else weight._version
         if self._norm is None or self._norm[0] is not weight or self._norm[1] != version:
             norm = torch.linalg.vector_norm(self.base_matrix().detach(), dtype=torch.float64).item()
-            self._norm = (weight, version, max(norm, torch.finfo(torch.float64).tiny))
+            # Of a sharded model, `weight` is whole only for the moment, and is frozen.
+            self._norm = (None if self.sharded else weight, version, max(norm, torch.finfo(torch.float64).tiny))
         return self._norm[2]
 
     def adapted_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

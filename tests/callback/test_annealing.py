@@ -8,10 +8,11 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader, IterableDataset
 
 import lit_adapters as la
 from lit_adapters.schedules import Adaptive, Hold, Linear
-from tests.callback.tiny_task import Task, assert_equal_bits, events, fit, state
+from tests.callback.tiny_task import Task, assert_equal_bits, events, fit, loader, state
 
 
 def afa(schedule, **changes) -> la.AFALoRA:
@@ -195,8 +196,64 @@ def test_holding_ends_unmergeable_and_says_so(tmp_path):
 
 
 def test_a_training_without_end_is_refused(tmp_path):
-    with pytest.raises(la.AdapterError, match="this training has no end; set max_epochs or max_steps"):
+    with pytest.raises(la.AdapterError, match="this training has no end that is known; set max_steps"):
         fit(tmp_path, Task(afa(Linear())), la.AdapterCallback(), max_epochs=-1, max_time="00:00:01:00")
+
+
+def test_data_of_unknown_length_need_max_steps(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(loader().dataset)
+
+    data = DataLoader(Stream(), batch_size=4)
+    with pytest.raises(la.AdapterError, match="no end that is known; set max_steps"):
+        fit(tmp_path, Task(afa(Linear(end=0.5))), la.AdapterCallback(), data=data, max_epochs=2)
+    task = Task(afa(Linear(end=0.5)))
+    fit(tmp_path, task, la.AdapterCallback(), data=data, max_epochs=-1, max_steps=6)
+    assert betas(task) == {0.0}
+
+
+class TwoOptimisers(Task):
+    """Manual optimisation of two losses in turn, one block's adapters each."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for block, optimizer in zip(self.net.blocks, self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            loss = (self.net.head(self.net.norm(block(batch[0]))) - 1.0).square().mean()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        first, second = ([p for p in b.parameters() if p.requires_grad] for b in self.net.blocks)
+        return [torch.optim.SGD([*first, *self.net.head.parameters()], lr=1e-2), torch.optim.SGD(second, lr=1e-2)]
+
+
+@pytest.mark.parametrize(
+    "limit", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 24}, {"max_epochs": 2, "max_steps": 24}]
+)
+def test_two_optimisers_in_turns(tmp_path, limit):
+    """Lightning counts the steps of both, also against max_steps; the second's adapters run after a first backward."""
+    record, task = Betas(), TwoOptimisers(afa(Linear(end=0.5)))
+    running = fit(tmp_path, task, la.AdapterCallback(), record, **{"max_epochs": 2} | limit)
+    assert running.global_step == 24
+    assert record.seen == pytest.approx([max(0.0, 1 - i / 6) for i in range(12)])
+
+
+def test_a_best_checkpoint_with_values_of_other_classes(tmp_path):
+    """The warning about it is left out; the fit ends well."""
+
+    class Known(Task):
+        def __init__(self):
+            super().__init__(afa(Linear(end=0.5)))
+            self.save_hyperparameters({"root": tmp_path})
+
+    saver = ModelCheckpoint(tmp_path / "kept", monitor="val/loss")
+    running = fit(tmp_path, Known(), la.AdapterCallback(), saver)
+    assert running.state.finished
 
 
 def test_a_merged_model_is_not_trained(tmp_path):

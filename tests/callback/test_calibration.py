@@ -119,3 +119,10 @@ def test_in_the_precision_of_the_run(tmp_path, precision):
     task = Task(nora(**CALIBRATE))
     fit(tmp_path, task, precision=precision)
     assert all(a.calibrated and a.base_numerator.dtype == torch.float32 for a in activations(task))
+
+
+def test_workers_that_persist_give_all_batches_to_the_training(tmp_path):
+    """Such a loader has one iterator: calibrating on it would take batches away from the first epoch."""
+    data = loader(num_workers=1, persistent_workers=True)
+    running = fit(tmp_path, Task(nora(fit_range="calibrate")), la.AdapterCallback(), data=data, max_epochs=2)
+    assert running.global_step == 12

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 import lit_adapters as la
@@ -134,3 +135,13 @@ def test_fast_dev_run_and_a_second_fit(tmp_path):
     task, callback = Task(), AdapterCallback()
     assert fit(tmp_path, task, callback, fast_dev_run=True).global_step == 1
     assert fit(tmp_path, task, callback).global_step == 6
+
+
+def test_a_checkpoint_after_validate_still_has_the_state_of_the_fit(tmp_path):
+    callback = AdapterCallback(figures=False)
+    running = fit(tmp_path, Task(), callback, logger=CSVLogger(tmp_path))
+    before = callback.state_dict()
+    running.validate(running.lightning_module, loader(8), verbose=False)
+    assert callback.state_dict()["recorded"]["step"] == before["recorded"]["step"] == 6
+    running.save_checkpoint(tmp_path / "after.ckpt")
+    assert torch.load(tmp_path / "after.ckpt", weights_only=True)["callbacks"]

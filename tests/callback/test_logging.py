@@ -3,6 +3,7 @@
 import csv
 import re
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -10,11 +11,12 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 import lit_adapters as la
-from lit_adapters import AdapterCallback
+from lit_adapters import AdapterCallback, AdapterError
 from lit_adapters.callback import recorder
 from lit_adapters.callback.attached import adapter_layers
 from lit_adapters.callback.board import PAGE, layout
 from lit_adapters.callback.figures import functions_figure
+from lit_adapters.callback.subspace import SubspaceTracker
 from lit_adapters.statistics import components, effective_rank, overlap, stable_rank
 from lit_adapters.subspace import learned_subspace
 from tests.callback.tiny_task import Task, assert_equal_bits, both, events, fit, loader, nora, state
@@ -82,6 +84,76 @@ def test_inputs_are_observed_in_the_batches_of_recorded_steps(tmp_path):
     assert [r.step for r in records] == [4, 6]
     assert [r.value for r in records] == pytest.approx([outside[4], outside[6]])
     assert 0 < outside[4] < 1
+
+
+def test_what_was_observed_earlier_is_not_recorded_again(tmp_path):
+    """A stop in mid-epoch has no observation of its own; max_steps is seen coming."""
+
+    class Stop(Task):
+        def on_train_batch_end(self, *args):
+            self.trainer.should_stop = self.trainer.global_step >= 9
+
+    tag = "adapter/nora/blocks.0.act/outside_range"
+    callback = AdapterCallback(log_every_n_steps=4, figures=False)
+    board = tensorboard(tmp_path / "stop", Stop(nora()), callback, max_epochs=2)
+    assert [r.step for r in board.Scalars(tag)] == [4, 6, 8]
+    assert board.Scalars("adapter/nora/blocks.0.act/drift")[-1].step == 9
+    board = tensorboard(tmp_path / "max", Task(nora()), callback, max_steps=9, max_epochs=2)
+    assert [r.step for r in board.Scalars(tag)] == [4, 6, 8, 9]
+
+
+def test_hyperparameters_of_any_class_are_written_out(tmp_path):
+    class Known(Task):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"rate": np.float64(1e-3), "roots": [tmp_path], "kind": {"dtype": torch.float32}})
+
+    board = tensorboard(tmp_path, Known())
+    text = board.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "torch.float32" in text
+
+
+def test_nan_inputs_leave_the_diagnosis_to_the_loss(tmp_path):
+    class Broken(Task):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1:
+                batch[0][0, 0] = float("nan")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(AdapterError, match="the batch itself holds values that are not finite"):
+        fit(tmp_path, Broken(nora()), AdapterCallback(log_every_n_steps=1))
+
+
+def test_no_hook_stays_behind(tmp_path):
+    class Broken(Task):
+        def training_step(self, batch, batch_idx):
+            raise KeyError("broken")
+
+    class Ended(Task):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 2 else None
+
+    broken, ended = Broken(), Ended()
+    with pytest.raises(KeyError):
+        fit(tmp_path, broken, AdapterCallback(log_every_n_steps=1))
+    fit(tmp_path, ended, AdapterCallback(log_every_n_steps=1))
+    for task in (broken, ended):
+        assert not any(a._forward_pre_hooks for _, a in la.adapters(task))
+        assert not any(getattr(a, "on_read", None) for _, a in la.adapters(task))
+
+
+def test_one_direction_does_not_turn(tmp_path):
+    """Where there are fewer than three directions, the rest are rounding errors and count for nothing."""
+    task = Task(nora(groups=1, rank=None))
+    layers = adapter_layers(task)
+    tracker, turned = SubspaceTracker(layers), []
+    for size in (0.1, 0.2, 0.4):
+        with torch.no_grad():
+            for adapter in layers.values():
+                adapter.numerator_delta[0, 2] = size
+        turned.append(tracker.functions())
+    assert "rotation" not in turned[0]
+    assert [t["rotation"] for t in turned[1:]] == pytest.approx([0.0, 0.0], abs=1e-6)
 
 
 def test_the_nonlinearity_of_afa_goes_with_beta(tmp_path):

@@ -100,7 +100,7 @@ def fit(
     """Fit on the CPU; seeded, so that equal calls give equal weights."""
     seed_everything(0, verbose=False)
     running = trainer(root, *(callbacks or (la.AdapterCallback(),)), **changes)
-    running.fit(task, data or loader(), loader(8), ckpt_path=ckpt)
+    running.fit(task, loader() if data is None else data, loader(8), ckpt_path=ckpt)
     return running
 
 
