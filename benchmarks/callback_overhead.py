@@ -24,6 +24,8 @@ import lit_adapters as la
 from benchmarks.language_tuning import DATA
 from benchmarks.results_file import RESULTS, append, environment
 from language.__main__ import main as language
+from lit_adapters.callback.recorder import Recorder
+from lit_adapters.methods.afa import AFAAdapter
 from lit_adapters.methods.nora import NoRAActivation
 from vision.__main__ import main as vision
 
@@ -68,10 +70,20 @@ def run(model: str, root: Path) -> dict[str, Any]:
     callback, clock = la.AdapterCallback(), Clock()
     for hook in HOOKS:
         setattr(callback, hook, timed(spent, hook, getattr(callback, hook)))
-    observed = {(cls, name) for cls in (NoRAActivation,) for name in ("observe", "input_histogram")}
+    observed = [(NoRAActivation, name) for name in ("observe", "input_histogram")]
+    observed += [(AFAAdapter, "observe")]
     originals = {key: getattr(*key) for key in observed}
     for (cls, name), original in originals.items():
         setattr(cls, name, timed(spent, "observing", original))
+    drawn: dict[int, float] = {}  # seconds by step
+    original_draw = Recorder.draw
+
+    def draw(recorder: Recorder, trainer: Any, last: bool = False) -> None:
+        start = time.perf_counter()
+        original_draw(recorder, trainer, last)
+        drawn[trainer.global_step] = drawn.get(trainer.global_step, 0.0) + time.perf_counter() - start
+
+    Recorder.draw = draw  # type: ignore[method-assign]
     main = vision if model == "vit" else language
     data = [f"--data.root={root}/cifar10"] if model == "vit" else [o.format(root=root) for o in DATA["alpaca"]]
     length = [f"--trainer.max_epochs={epochs}"]
@@ -88,8 +100,10 @@ def run(model: str, root: Path) -> dict[str, Any]:
         )
     for (cls, name), original in originals.items():
         setattr(cls, name, original)
-    last = spent.pop("on_train_end") + spent.pop("on_fit_end")
+    Recorder.draw = original_draw  # type: ignore[method-assign]
+    last = drawn.pop(cli.trainer.global_step)
     start = spent.pop("on_train_start")
+    spent["on_train_epoch_end"] += spent.pop("on_train_end") + spent.pop("on_fit_end") - last
     seconds = clock.end - clock.start
     return {
         "model": model,

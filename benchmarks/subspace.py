@@ -174,8 +174,8 @@ def run(arm: str, root: Path) -> dict[str, Any]:
         record["functional"] = functional(layers)
     if "loran" in arm:
         batch = next(iter(cli.datamodule.train_dataloader()))
-        record["logits"] = sinter_in_logits(cli.model.model, layers, batch)
         record["share"] = [a.statistics()["nonlinearity"] for a in layers.values()]
+        record["logits"] = sinter_in_logits(cli.model.model, layers, batch)  # puts the identity in the place of f
     return record
 
 

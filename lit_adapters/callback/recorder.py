@@ -18,7 +18,7 @@ from lit_adapters.methods.nora import NoRAActivation
 from lit_adapters.sharding import gathered, is_sharded
 
 _DRAWING_SHARE = 0.02  # of the time of a training, at most, apart from its last figures
-_DRAWING_SECONDS = 2.0  # taken for granted before anything was drawn
+_DRAWING_SECONDS = (1.0, 0.4)  # taken for granted before anything was drawn: in all, and for each adapted activation
 
 
 class Recorder:
@@ -46,7 +46,8 @@ class Recorder:
         self._observer.scalars, self._observer.step = dict(state.get("observed", {})), state.get("observed_step", -1)
         self._sharded = is_sharded(pl_module)
         self._step, self._drawn_step = state.get("step", -1), -1
-        self._drawn_at, self._drawing_seconds = time.monotonic(), _DRAWING_SECONDS
+        fixed, each = _DRAWING_SECONDS
+        self._drawn_at, self._drawing_seconds = time.monotonic(), fixed + each * len(self._functions)
 
     def _of_chosen_kind(self, layers: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
         return {n: a for n, a in layers.items() if _kind(a) in self._chosen}
