@@ -85,7 +85,7 @@ def figure(records: Records, path: Path) -> None:
         elif " afa " in record["arm"]:
             second.plot(*_series(record, "adapter/summary/nonlinearity"), label=record["arm"].split()[-1])
             if "relu" in record["arm"]:
-                second.plot(*_series(record, "adapter/beta"), "k:", label="beta")
+                second.plot(*_series(record, "adapter/summary/beta"), "k:", label="beta")
         elif " loran " in record["arm"]:
             third.plot(*_series(record, "adapter/summary/nonlinearity"), label=record["arm"].partition(" loran ")[2])
     first.set(
