@@ -7,7 +7,7 @@ from lightning.pytorch import seed_everything
 from torch import nn
 
 from lit_adapters.errors import AdapterError
-from tests.scale import applications
+from tests.scale import applications, ddp_resumed
 from tests.scale.tasks import CASES, METHODS, Task, fit, loader, trainer
 
 
@@ -52,6 +52,7 @@ def main(folder: Path) -> dict[str, Any]:
     """Train all cases and stop three runs; what this process saw."""
     results: dict[str, Any] = {f"{name}-{method}": fit(folder, name, method, 2) for name, method in CASES}
     results |= {name: applications.fit(folder, name, 2) for name in applications.APPLICATIONS}
+    results["resumed"] = ddp_resumed.main(folder / "resumed")
     results["stopped"] = {
         "inf": stopped(folder / "inf", Broken("vit", METHODS["lora"])),
         "bypassed": stopped(folder / "bypassed", Bypassing("vit", METHODS["nora"])),
