@@ -90,7 +90,7 @@ def figure(records: Records, path: Path) -> None:
             third.plot(*_series(record, "adapter/summary/nonlinearity"), label=record["arm"].partition(" loran ")[2])
     first.set(
         yscale="log",
-        ylim=(1e-6, 1.5),
+        ylim=(1e-4, 1.5),
         xlabel="direction",
         ylabel="share of the energy",
         title="NoRA: all learned changes",
@@ -102,7 +102,7 @@ def figure(records: Records, path: Path) -> None:
         ylim=(0, None),
     )
     third.set(yscale="log", xlabel="optimiser step", ylabel="||f(BA) - BA|| / ||BA||", title="LoRAN: what Sinter adds")
-    third.axhline(2**-9, color="0.5", linestyle=":", label="half a step of bfloat16")
+    third.axhline(2**-9, color="0.5", linestyle=":", label="rounding to bfloat16")
     for panel in (first, second, third):
         panel.legend(fontsize=8)
     drawn.savefig(path, dpi=110)
