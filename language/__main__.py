@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -22,6 +21,7 @@ from language.templates import Renderer
 from language.tokenise import Encoder
 from lit_adapters.callback import AdapterCLI
 from lit_adapters.callback.console import run
+from lit_adapters.checkpoint import check_whole
 from lit_adapters.errors import AdapterError
 
 
@@ -104,8 +104,7 @@ def prompt_tokens(
 def _load(path: Path) -> CausalLMTuner:
     if not path.is_file():
         raise AdapterError(f"--ckpt {str(path)!r} does not exist; give a file that a fit has written")
-    if not zipfile.is_zipfile(path):
-        raise AdapterError(f"--ckpt {str(path)!r} is torn or no checkpoint; give another one")
+    check_whole(path, "--ckpt ")
     try:
         return CausalLMTuner.load_from_checkpoint(path, map_location="cpu")
     except AdapterError:

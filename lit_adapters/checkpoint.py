@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +50,31 @@ def describe(model: nn.Module) -> dict[str, Any]:
     state = attachment(model)
     kinds = {name: adapter.method for name, adapter in adapters(model)}
     return {"methods": state.methods, "train": state.train, "adapters": kinds}
+
+
+def check_whole(path: str | Path, option: str = "") -> None:
+    """Raise for a file that torch cannot have written whole; `option` is where the path came from.
+
+    Raises:
+        AdapterError: it is torn, or no checkpoint.
+    """
+    if not zipfile.is_zipfile(path):
+        raise AdapterError(f"{option}{str(path)!r} is torn or no checkpoint; give another one")
+
+
+def read_checkpoint_file(path: str | Path) -> dict[str, Any]:
+    """A local Lightning checkpoint, its tensors mapped and not read.
+
+    Raises:
+        AdapterError: it is torn, or holds more than tensors and plain values.
+    """
+    check_whole(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise AdapterError(
+            f"{str(path)!r} cannot be read as a checkpoint of tensors and plain values: {error}"
+        ) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -7,17 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from lit_adapters.inspection import table
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.low_rank import LowRankAdapter
 from lit_adapters.methods.nora_activation import NoRAActivation
 from lit_adapters.saved import SavedAdapters
-from lit_adapters.statistics import overlap, principal_angles, product_spectrum
+from lit_adapters.statistics import overlap, principal_angles
 from lit_adapters.subspace import common_grid
-
-_NEGLIGIBLE = 1e-9  # of the largest singular value: no direction of the update
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def _unlike(x: AdapterModule | None, y: AdapterModule | None) -> str:
 def _low_rank(name: str, method: str, x: LowRankAdapter, y: LowRankAdapter) -> LayerComparison:
     norms, inner = (_inner(x, x) ** 0.5, _inner(y, y) ** 0.5), _inner(x, y)
     cosine = inner / (norms[0] * norms[1]) if all(norms) else 0.0
-    spaces = [_columns(x), _columns(y)]
+    spaces = [x.column_space(), y.column_space()]
     if not all(space.shape[1] for space in spaces):
         return LayerComparison(name, method, cosine, norms)
     return LayerComparison(
@@ -121,12 +118,6 @@ def _inner(x: LowRankAdapter, y: LowRankAdapter) -> float:
     """<s B A, s' B' A'> = s s' tr(A^T B^T B' A') = s s' sum((B^T B') * (A A'^T)), from (r, r') products alone."""
     b, a = x.lora_B.double().T @ y.lora_B.double(), x.lora_A.double() @ y.lora_A.double().T
     return x.scaling * y.scaling * (b * a).sum().item()
-
-
-def _columns(adapter: LowRankAdapter) -> Tensor:
-    """An orthonormal basis (out, k) of the column space of B A, k its numerical rank."""
-    u, values = product_spectrum(adapter.lora_B, adapter.lora_A)
-    return u[:, values > _NEGLIGIBLE * values.max()] if values.any() else u[:, :0]
 
 
 def _functions(name: str, method: str, x: NoRAActivation, y: NoRAActivation) -> LayerComparison:

@@ -24,7 +24,6 @@ from lit_adapters.statistics import (
     drift,
     effective_rank,
     functional_subspace,
-    product_spectrum,
     stable_rank,
 )
 from lit_adapters.subspace import learned_subspace
@@ -90,18 +89,15 @@ def _summary(name: str, layer: SavedLayer) -> LayerSummary:
 
 def _low_rank(name: str, layer: SavedLayer, adapter: LowRankAdapter) -> LayerSummary:
     outputs, inputs = adapter.lora_B.shape[0], adapter.lora_A.shape[1]
-    values = abs(adapter.scaling) * product_spectrum(adapter.lora_B, adapter.lora_A)[1]
+    values = adapter.update_spectrum()[1]
     change, note, obstacle = values.norm().item(), "", ""
     if isinstance(adapter, AFAAdapter):
         note = f"beta {adapter.beta.item():g}"
     elif isinstance(adapter, DoRAAdapter):
         note = "magnitudes apart"
     elif isinstance(adapter, LoRANAdapter):
-        # Elementwise on the whole product, which no factor knows.
-        product = adapter.product(torch.float32)
-        update = adapter.update.value(product, adapter.frequency)
-        residual = (update / adapter.scaling - product).norm() / product.norm().clamp_min(1e-30)
-        change, note = update.norm().item(), f"|f(BA) - BA| / |BA| = {residual.item():.1e}"
+        change, residual = adapter.update_size()
+        note = f"|f(BA) - BA| / |BA| = {residual:.1e}"
     try:
         adapter.check_linear()
     except AdapterError as error:

@@ -6,8 +6,6 @@ follows from them alone (factors, scaling, coefficients, beta) is then available
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_adapters.checkpoint import RECORD, RECORD_FORMAT, TENSORS, read_directory
+from lit_adapters.checkpoint import RECORD, RECORD_FORMAT, TENSORS, read_checkpoint_file, read_directory
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule, Method, to_methods
 from lit_adapters.methods.layers import LinearLayer
@@ -122,15 +120,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         AdapterError: torn, foreign or newer, or without adapters.
     """
-    if not zipfile.is_zipfile(path):
-        raise AdapterError(f"{str(path)!r} is torn or no Lightning checkpoint; give another one")
-    try:
-        # Mapped, because the states of optimisers are not looked at.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise AdapterError(
-            f"{str(path)!r} cannot be read as a checkpoint of tensors and plain values: {error}"
-        ) from error
+    content = read_checkpoint_file(path)
     if not isinstance(content, Mapping) or "state_dict" not in content:
         raise AdapterError(f"{str(path)!r} is no Lightning checkpoint: it has no state_dict")
     record = content.get(RECORD)

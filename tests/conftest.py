@@ -1,7 +1,11 @@
 """Settings of all tests."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+
+from lit_adapters.cli import main
 
 # The networks are tiny: a second thread costs more than it brings, much more on a busy machine.
 torch.set_num_threads(1)
@@ -11,3 +15,14 @@ torch.set_num_threads(1)
 def seed() -> None:
     """The same random numbers for a test, whichever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command of `lit-adapters` in this process; what it printed."""
+
+    def command(*args: object) -> str:
+        main([str(a) for a in args])
+        return capsys.readouterr().out
+
+    return command

@@ -3,15 +3,27 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lit_adapters as la
+from lit_adapters.cli import main
 from tests.callback.tiny_task import Net, Task, fit
 from tests.matrix import move
 
 NET = "tests.callback.tiny_task.Net"
+
+
+def refuses(*args: object) -> str:
+    """The one line with which a command ends."""
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in args])
+    assert isinstance(end.value.code, str), "ended well"  # a string goes to stderr, with status 1
+    assert end.value.code.startswith("error: ")
+    assert "\n" not in end.value.code
+    return end.value.code
 
 
 def adapted_net(*methods: la.Method, train: Any = ("head",), seed: int = 0) -> Net:

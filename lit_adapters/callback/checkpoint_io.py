@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,30 +10,19 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from lit_adapters.checkpoint import write_atomically
+from lit_adapters.checkpoint import check_whole, write_atomically
 from lit_adapters.errors import AdapterError
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A local checkpoint file, its tensors mapped and not read.
-
-    Raises:
-        AdapterError: the file is torn or no checkpoint.
-    """
-    with _torn_is_refused(path):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
 def _torn_is_refused(path: Any) -> Iterator[None]:
     """Explain what torch says of a file that is not whole; its words on the contents of a whole one are its own."""
-    message = f"{str(path)!r} is torn or no checkpoint; give another one"
-    if Path(path).is_file() and not zipfile.is_zipfile(path):
-        raise AdapterError(message)
+    if Path(path).is_file():
+        check_whole(path)
     try:
         yield
     except RuntimeError as error:
-        raise AdapterError(message) from error
+        raise AdapterError(f"{str(path)!r} is torn or no checkpoint; give another one") from error
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

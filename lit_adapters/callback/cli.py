@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import zipfile
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -13,10 +12,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from torch.optim import Optimizer
 
-from lit_adapters.callback.checkpoint_io import read_checkpoint
 from lit_adapters.callback.checkpoint_record import check_class, check_format, check_settings
 from lit_adapters.callback.optimizers import TOTALS, build_optimizers
-from lit_adapters.checkpoint import RECORD
+from lit_adapters.checkpoint import RECORD, check_whole, read_checkpoint_file
 from lit_adapters.console import one_line
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import to_methods
@@ -72,14 +70,14 @@ class AdapterCLI(LightningCLI):
             return
         if not Path(path).exists():
             raise AdapterError(f"ckpt_path {str(path)!r} does not exist; give a file that a fit has written, or 'last'")
-        if Path(path).is_file() and not zipfile.is_zipfile(path):
-            raise AdapterError(f"ckpt_path {str(path)!r} is torn or no checkpoint; give another one")
+        if Path(path).is_file():
+            check_whole(path, "ckpt_path ")
         if self.config.get("subcommand") == "fit":
             self._check_resumable(Path(path), section.get("model") or {})
 
     def _check_resumable(self, path: Path, model: Any) -> None:
         """Refuse what cannot be resumed; Lightning would let a checkpoint's settings win over the recipe's, unsaid."""
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint_file(path)
         check_format(checkpoint, path)
         if isinstance(self._model_class, type) and not self.subclass_mode_model:
             check_class(checkpoint, self._model_class, path)

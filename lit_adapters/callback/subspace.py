@@ -68,16 +68,15 @@ class SubspaceTracker:
         if name not in self._weights:
             return {}
         adapter = self._weights[name]
-        u, values = adapter.update_spectrum()
-        if not values.any():
+        values, space = adapter.singular_values()["update"], adapter.column_space()
+        if not space.shape[1]:
             return {}
-        u = u[:, values > _NEGLIGIBLE * values.max()]
         if name not in self._leading:
             self._leading[name] = leading_space(adapter.base_matrix(), adapter.rank)
         return {
             "stable_rank": stable_rank(values),
             "effective_rank": effective_rank(values),
-            "overlap": overlap(self._leading[name], u),
+            "overlap": overlap(self._leading[name], space),
         }
 
     def functions(self) -> dict[str, float]:

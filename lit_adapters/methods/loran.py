@@ -184,9 +184,14 @@ class LoRANAdapter(LowRankAdapter):
         return self.__dict__ | {"_cache": None}
 
     @torch.no_grad()
+    def update_size(self) -> tuple[float, float]:
+        """||s f(B A)||_F, and ||f(B A) - B A||_F / ||B A||_F; elementwise on the product, which no factor knows."""
+        product = self.product(torch.float32)
+        update = self.update.value(product, self.frequency)
+        residual = (update / self.scaling - product).norm() / product.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        return update.norm().item(), residual.item()
+
     def statistics(self) -> dict[str, float]:
         """relative_norm: ||s f(B A)||_F / ||W0||_F; nonlinearity: ||f(B A) - B A||_F / ||B A||_F."""
-        product, tiny = self.product(torch.float32), torch.finfo(torch.float32).tiny
-        update = self.update.value(product, self.frequency)
-        residual = (update / self.scaling - product).norm() / product.norm().clamp_min(tiny)
-        return {"relative_norm": update.norm().item() / self.base_norm(), "nonlinearity": residual.item()}
+        size, residual = self.update_size()
+        return {"relative_norm": size / self.base_norm(), "nonlinearity": residual}

@@ -18,6 +18,8 @@ from lit_adapters.methods.layers import LinearLayer, matrix_layer, reads_weight
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.statistics import product_spectrum
 
+_NEGLIGIBLE = 1e-7  # of the largest singular value: directions of smaller ones are rounding errors of float32 factors
+
 
 @dataclass
 class LowRank(Method):
@@ -161,6 +163,11 @@ class LowRankAdapter(WeightAdapter):
         """Left singular vectors (out, r) and singular values (r,) of s B A, float64."""
         u, values = product_spectrum(self.lora_B.detach(), self.lora_A.detach())
         return u, abs(self.scaling) * values
+
+    def column_space(self) -> Tensor:
+        """An orthonormal basis (out, k) of the column space of B A, k its numerical rank; 0 of a fresh pair."""
+        u, values = self.update_spectrum()
+        return u[:, values > _NEGLIGIBLE * values.max()] if values.any() else u[:, :0]
 
     def singular_values(self) -> dict[str, Tensor]:
         """Of s B A."""

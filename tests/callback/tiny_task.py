@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -117,3 +118,10 @@ def assert_equal_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> No
     assert first.keys() == second.keys()
     different = [k for k in first if not torch.equal(first[k], second[k])]
     assert not different
+
+
+def tensorboard(folder: Path, task: LightningModule, *callbacks: Any, **changes: Any) -> EventAccumulator:
+    """Fit with a TensorBoard logger, by default without figures; what it wrote."""
+    logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
+    fit(folder, task, *(callbacks or [la.AdapterCallback(figures=False)]), logger=logger, **changes)
+    return events(folder)
