@@ -48,6 +48,43 @@ def sinter_rows(records: Records) -> list[list[str]]:
     return rows
 
 
+def residual_rows(records: Records) -> list[list[str]]:
+    """AFA's distance from linear by step, and over the beta that its batch ran with (of a linear schedule)."""
+    rows = []
+    for record in records:
+        if " afa " not in record["arm"]:
+            continue
+        residual, beta = record["series"]["adapter/summary/nonlinearity"], record["series"]["adapter/summary/beta"]
+        shown = []
+        for step in ("2", "6", "10", "14", "16"):
+            used = (beta[step] + beta[str(int(step) - 2)]) / 2  # records are two steps apart, the batch between them
+            value = residual[step]
+            shown.append(f"{value:.3f}" + (f" ({value / used:.2f})" if value > 0 else ""))
+        loss = list(record["series"]["train/loss"].values())[-1]
+        rows.append([record["arm"].split()[-1], *shown, f"{loss:.4f}"])
+    return rows
+
+
+def run_rows(records: Records) -> list[list[str]]:
+    """The healthy and the sick run: how they ended, and the largest means on the way."""
+    rows = []
+    for r in records:
+        drift, slope = (r["most"][name] for name in ("relative_drift", "relative_max_slope"))
+        rows.append(
+            [
+                r["arm"],
+                f"{r['accuracy']:.3f} ± {r['stderr']:.3f} (n = {r['n']})",
+                f"{r['train_loss']:.2f}",
+                f"{min(r['drift']):.2f} to {max(r['drift']):.2f}",
+                f"{drift['value']:.2f} (step {drift['step']})",
+                f"{sum(r['slope']) / len(r['slope']):.1f}",
+                f"{slope['value']:.1f} (step {slope['step']})",
+                f"{r['outside']:.2%}",
+            ]
+        )
+    return rows
+
+
 def overhead_rows(records: Records) -> list[list[str]]:
     """The latest record of each model."""
     latest = {r["model"]: r for r in records}

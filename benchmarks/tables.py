@@ -153,7 +153,15 @@ def subspaces() -> None:
         replace_block(page, "dimension", f"{shown}\n\n{machine(records)}")
         header = ["amplitude, frequency", "share of B A, mean over layers", "share of the logits' change"]
         replace_block(page, "sinter", table(header, subspace_tables.sinter_rows(records)))
+        header = ["activation", *(f"step {s}" for s in (2, 6, 10, 14, 16)), "last training loss"]
+        replace_block(page, "residual", table(header, subspace_tables.residual_rows(records)))
         subspace_tables.figure(records, page.with_suffix(".png"))
+    runs = load(RESULTS / "healthy_and_sick.json")
+    if runs:
+        header = ["run", "right, validation", "training loss", "drift at the end, layers", "largest mean drift"]
+        header += ["mean slope / pretrained, end", "largest", "inputs outside the fit"]
+        shown = table(header, subspace_tables.run_rows(runs))
+        replace_block(ROOT / "docs" / "reading-tensorboard.md", "runs", f"{shown}\n\n{machine(runs)}")
     overhead = load(RESULTS / "callback_overhead.json")
     if overhead:
         header = ["model, NoRA++", "steps", "callback's share of the time", "start, s", "last figures, s"]
