@@ -87,7 +87,9 @@ def test_parameters_may_be_replaced_from_outside(method):
     before = network(x)
     for name, _ in list(network.named_parameters()):
         module, _, attribute = name.rpartition(".")
-        setattr(network.get_submodule(module), attribute, nn.Parameter(source.get_parameter(name).detach().clone()))
+        value = source.get_parameter(name)
+        replaced = nn.Parameter(value.detach().clone(), value.requires_grad)
+        setattr(network.get_submodule(module), attribute, replaced)
     assert torch.equal(network(x), expected)
     assert not torch.equal(before, expected)
 

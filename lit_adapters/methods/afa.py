@@ -149,11 +149,11 @@ class AFAAdapter(LowRankAdapter):
         return lambda z: rational(z, a, b, "abs-of-sum", self.layer.channel_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.unadapted(x)
         if not self.in_effect:
-            return y
+            return self.unadapted(x)
         self._require_annealing()
-        return y + self.lifted(annealed(self.code(x), self.sigma(), self.beta)).to(y.dtype)
+        sigma = self.sigma()
+        return self.adapted(x, lambda code: annealed(code, sigma, self.beta))
 
     def weight_to_read(self) -> Tensor:
         """As for any weight adapter, once it is linear.

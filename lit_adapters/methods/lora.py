@@ -41,5 +41,4 @@ class LoRAAdapter(LowRankAdapter):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.unadapted(x)
-        return y + self.lifted(self.code(x)).to(y.dtype) if self.in_effect else y
+        return self.adapted(x) if self.in_effect else self.unadapted(x)

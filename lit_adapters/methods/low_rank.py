@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.layers import LinearLayer, matrix_layer, reads_weight
 from lit_adapters.methods.weight_adapter import WeightAdapter
+from lit_adapters.ops.low_rank import low_rank_linear
 from lit_adapters.statistics import product_spectrum
 
 _NEGLIGIBLE = 1e-7  # of the largest singular value: directions of smaller ones are rounding errors of float32 factors
@@ -123,6 +124,34 @@ class LowRankAdapter(WeightAdapter):
         """A Kaiming-uniform(a = sqrt 5), B zero: the start is the pretrained layer."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+
+    def adapted(self, x: Tensor, between: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """W0 x + bias + s B phi(A x), phi = `between` or the identity; in one pass where `_fuses`."""
+        if self._fuses(x):
+            return self._fused(x, between)
+        y, code = self.unadapted(x), self.code(x)
+        return y + self.lifted(code if between is None else between(code)).to(y.dtype)
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether one pass does what the base layer, its hooks and the update would; a compiler fuses by itself."""
+        base: Any = self.base
+        if type(self.layer) is not LinearLayer or type(base).forward is not nn.Linear.forward:
+            return False
+        if torch.compiler.is_compiling() or not x.is_contiguous() or (self.dropout > 0 and self.training):
+            return False
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+            return False
+        tensors = [t for t in (base.weight, base.bias) if t is not None]
+        if any(t.requires_grad or type(t) not in (Tensor, nn.Parameter) for t in tensors):
+            return False
+        return torch.is_autocast_enabled(x.device.type) or x.dtype == base.weight.dtype
+
+    def _fused(self, x: Tensor, between: Callable[[Tensor], Tensor] | None) -> Tensor:
+        kind, base = x.device.type, self.base
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        weight: Any = base.weight.to(dtype)  # type: ignore[operator]
+        bias: Any = None if base.bias is None else base.bias.to(dtype)  # type: ignore[operator]
+        return low_rank_linear(x.to(dtype), weight, bias, self.lora_A, self.scaling * self.lora_B, between)
 
     def code(self, x: Tensor) -> Tensor:
         """A x, after dropout while training."""
