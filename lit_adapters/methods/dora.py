@@ -13,6 +13,7 @@ layer. r (in + out) + out parameters a layer. Dropout acts on the input of B A a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.layers import LinearLayer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.ops.rescaled import rescaled
 
 
 @dataclass
@@ -102,15 +104,16 @@ class DoRAAdapter(LowRankAdapter):
         return (self.magnitude.to(dtype) / norm)[:, None] * adapted - matrix
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.unadapted(x)
         if not self.in_effect:
-            return y
-        gain = self.layer.over_channels(self.base, self.magnitude / self.weight_norm())
-        bias = self.base.bias
-        # Written as a change of y: exact at the start, where gain is 1 and B is 0.
-        plain = y if bias is None else y - self.layer.over_channels(self.base, bias.to(y.dtype))  # type: ignore[arg-type]
-        change = (gain - 1) * plain + gain * self.lifted(self.code(x))
-        return y + change.to(y.dtype)
+            return self.unadapted(x)
+        y, bias = self.adapted(x), self.base.bias
+        change, frozen = self.magnitude / self.weight_norm() - 1, bias is None or not bias.requires_grad
+        if self.layer.channel_dim == -1 and frozen and not torch.compiler.is_compiling():
+            return rescaled(y, change, bias)  # type: ignore[arg-type]
+        over_channels = partial(self.layer.over_channels, self.base)
+        plain = y if bias is None else y - over_channels(bias.to(y.dtype))  # type: ignore[arg-type]
+        # As a change of y: exact at the start, where the gain is 1 and B is 0.
+        return y + (over_channels(change) * plain).to(y.dtype)
 
     def statistics(self) -> dict[str, float]:
         """relative_norm, of s B A as for LoRA; magnitude_change: rms of m / m0 - 1 over the rows that are not zero."""

@@ -1,0 +1,48 @@
+"""The gain of an output without its bias, h = y + change (y - bias), in place of `gain (y - bias) + bias`.
+
+Written as a change it is exact where nothing changes, and in bfloat16 keeps a gain close to 1. y is kept for backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Rescaled(torch.autograd.Function):
+    @staticmethod
+    def forward(y: Tensor, change: Tensor, bias: Tensor | None) -> Tensor:
+        narrow = change.to(y.dtype)
+        h = torch.addcmul(y, y, narrow)
+        return h if bias is None else h.sub_((bias * change).to(y.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        y, change, bias = ctx.saved_tensors
+        (g,) = gradients
+        d_y = torch.addcmul(g, g, change.to(g.dtype)) if ctx.needs_input_grad[0] else None
+        d_change = None
+        if ctx.needs_input_grad[1]:
+            rows = tuple(range(y.dim() - 1))
+            d_change = (g * y).sum(rows, dtype=change.dtype)
+            if bias is not None:
+                d_change = d_change - bias * g.sum(rows, dtype=change.dtype)
+        return d_y, d_change, None
+
+
+def rescaled(y: Tensor, change: Tensor, bias: Tensor | None) -> Tensor:
+    """h = y + change (y - bias); (..., out) -> (..., out), in the dtype of y.
+
+    Args:
+        y: (..., out), its bias included.
+        change: (out,), gain - 1, in float32 or wider; sums over rows are taken in its dtype.
+        bias: (out,) or None; receives no gradient.
+    """
+    h: Tensor = _Rescaled.apply(y, change, bias)
+    return h
