@@ -1,9 +1,13 @@
 """Settings of all tests."""
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU, if it is imported after this
 
 from lit_adapters.cli import main
 

@@ -11,7 +11,9 @@ so a coefficient that starts at exactly 0 can train.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import functools
+import importlib.util
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from lit_adapters.ops._rational_math import MAX_DEGREE, sign
 Denominator = Literal["abs-of-sum", "sum-of-abs"]
 __all__ = ["MAX_DEGREE", "Backend", "Denominator", "rational", "rational_reference", "set_rational_backend"]
 
-Backend = Literal["auto", "compiled", "blocks"]
+Backend = Literal["auto", "compiled", "blocks", "triton"]
 
 _backend: Backend = "auto"
 
@@ -32,7 +34,11 @@ def set_rational_backend(backend: Backend) -> None:
     """Choose how rational functions are computed; the result is the same to rounding.
 
     "compiled" fuses each pass with torch.compile (needs a C++ compiler on a CPU, about ten seconds at first use),
-    "blocks" runs plain PyTorch operations on cache-sized blocks, "auto" compiles for large inputs where it can.
+    "blocks" runs plain PyTorch operations on cache-sized blocks, "triton" uses kernels for GPUs (not measured on one
+    yet); "auto" takes Triton on a GPU, and elsewhere compiles for large inputs where it can.
+
+    Raises:
+        ValueError: there is no such backend.
     """
     global _backend
     if backend not in get_args(Backend):
@@ -40,8 +46,22 @@ def set_rational_backend(backend: Backend) -> None:
     _backend = backend
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _passes(x: Tensor) -> Any:
+    """What writes to tensors at hand and needs no compilation by inductor: Triton's kernels, or blocks."""
+    if _backend == "triton" or (_backend == "auto" and x.is_cuda and _has_triton()):
+        from lit_adapters.ops import _rational_triton  # imports triton, which only GPUs need
+
+        return _rational_triton
+    return _rational_blocks
+
+
 def _compiles(x: Tensor) -> bool:
-    if _backend == "blocks" or x.dtype == torch.float64:
+    if _backend in ("blocks", "triton") or x.dtype == torch.float64 or (_backend == "auto" and x.is_cuda):
         return False
     return _backend == "compiled" or _rational_compiled.worthwhile(x)
 
@@ -133,7 +153,7 @@ def _rational(
         if result is not None:
             return result.as_strided(x.shape, x.stride())
     y = torch.empty_like(x)
-    _rational_blocks.forward(grouped, as_groups(y, numerator.shape[0], channel_dim), coefficients, base, form)
+    _passes(x).forward(grouped, as_groups(y, numerator.shape[0], channel_dim), coefficients, base, form)
     return y
 
 
@@ -167,7 +187,7 @@ def _rational_backward(
     else:
         grad_x = torch.empty_like(x)
         rows_grad_x = as_groups(grad_x, groups, channel_dim)
-        sums = _rational_blocks.backward(rows_grad, rows_x, rows_grad_x, coefficients, base, form, need_coefficients)
+        sums = _passes(x).backward(rows_grad, rows_x, rows_grad_x, coefficients, base, form, need_coefficients)
     grad_a, grad_b = sums.split([numerator.shape[1], denominator.shape[1]], dim=1)
     if form == "sum-of-abs":
         grad_b = grad_b * sign(denominator)
