@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.methods.keeping import KeepingAdapter
 from lit_adapters.methods.layers import LinearLayer
-from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.methods.low_rank import LowRank
 from lit_adapters.ops.rescaled import rescaled
 
 
@@ -36,7 +37,7 @@ class DoRA(LowRank):
         return DoRAAdapter(base, layer, rank, self)
 
 
-class DoRAAdapter(LowRankAdapter):
+class DoRAAdapter(KeepingAdapter):
     """h = m / ||W0 + s B A|| (W0 x + s B A x) + bias for one layer; (..., in) -> (..., out)."""
 
     method = "dora"
@@ -107,13 +108,20 @@ class DoRAAdapter(LowRankAdapter):
         if not self.in_effect:
             return self.unadapted(x)
         y, bias = self.adapted(x), self.base.bias
-        change, frozen = self.magnitude / self.weight_norm() - 1, bias is None or not bias.requires_grad
+        change, frozen = self._change(), bias is None or not bias.requires_grad
         if self.layer.channel_dim == -1 and frozen and not torch.compiler.is_compiling():
             return rescaled(y, change, bias)  # type: ignore[arg-type]
         over_channels = partial(self.layer.over_channels, self.base)
         plain = y if bias is None else y - over_channels(bias.to(y.dtype))  # type: ignore[arg-type]
         # As a change of y: exact at the start, where the gain is 1 and B is 0.
         return y + (over_channels(change) * plain).to(y.dtype)
+
+    def _change(self) -> Tensor:
+        """m / ||W0 + s B A|| - 1, (out,); for generation it is formed once, and not for every token."""
+        if not self.may_keep():
+            return self.magnitude / self.weight_norm() - 1
+        tensors = [self._parameters["weight"], self.lora_A, self.lora_B, self.magnitude]
+        return self.kept(self.magnitude.dtype, tensors, lambda: self.magnitude / self.weight_norm() - 1)
 
     def statistics(self) -> dict[str, float]:
         """relative_norm, of s B A as for LoRA; magnitude_change: rms of m / m0 - 1 over the rows that are not zero."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from lit_adapters.activations.weight_functions import WEIGHT_FUNCTIONS, WeightUpdate
 from lit_adapters.errors import AdapterError
+from lit_adapters.methods.keeping import KeepingAdapter
 from lit_adapters.methods.layers import ConvolutionLayer, LinearLayer
-from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.methods.low_rank import LowRank
 from lit_adapters.ops.merged_linear import merged_linear, merged_weight
 
 _NUDGE = 1e-3  # of B, where f is flat at 0: B A is then this share of a freshly initialised weight
@@ -69,7 +70,7 @@ class LoRAN(LowRank):
         return LoRANAdapter(base, layer, rank, self)
 
 
-class LoRANAdapter(LowRankAdapter):
+class LoRANAdapter(KeepingAdapter):
     """h = (W0 + s f(B A)) x + bias for one layer; (..., in) -> (..., out)."""
 
     method = "loran"
@@ -81,7 +82,6 @@ class LoRANAdapter(LowRankAdapter):
         self.cache_weight, self.initial_frequency = config.cache_weight, config.frequency
         add = self.add_parameter if self.update.learns_frequency else self.add_buffer
         add("frequency", torch.empty((), device=self.lora_A.device))
-        self._cache: tuple[list[tuple[Tensor, int]], Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -129,28 +129,17 @@ class LoRANAdapter(LowRankAdapter):
         return self.layer.matrix(self.base, weight)
 
     def _kept(self, dtype: torch.dtype) -> Tensor | None:
-        """W' in `dtype` from an earlier call, or formed and kept now; None where it must not be kept.
-
-        It is kept in eval mode when no gradient is wanted, and while training on request. What it was formed from must
-        be the same tensors, not written to since: an optimiser step is such a writing.
-        """
-        allowed = self.cache_weight if self.training else not (torch.is_grad_enabled() or self.sharded)
-        if not allowed or torch.compiler.is_compiling():
+        """W' in `dtype` from an earlier call, or formed and kept now; None where it must not be kept."""
+        if not self.may_keep():
             return None
         tensors = [self._parameters["weight"], self.lora_A, self.lora_B, self.frequency]
-        made_from = [(t, 0 if t.is_inference() else t._version) for t in tensors if t is not None]
-        if self._cache is not None:
-            known, merged = self._cache
-            same = all(t is u and v == w for (t, v), (u, w) in zip(known, made_from, strict=True))
-            if same and merged.dtype == dtype:
-                return merged
+        return self.kept(dtype, tensors, lambda: self._merged(dtype))
+
+    def _merged(self, dtype: torch.dtype) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
-        # A tensor made in inference mode could never take part in training.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
+        with torch.autocast(self.lora_A.device.type, enabled=False):
             a, b, frequency = self.lora_A.to(wide), self.lora_B.to(wide), self.frequency.to(wide)
-            merged = merged_weight(self.base_matrix(), a, b, frequency, self.update, dtype)
-        self._cache = (made_from, merged)
-        return merged
+            return merged_weight(self.base_matrix(), a, b, frequency, self.update, dtype)
 
     def _convolution(self, x: Tensor) -> Tensor:
         """The same on a convolution, whose weight is small beside its input: plain autograd."""
@@ -162,26 +151,6 @@ class LoRANAdapter(LowRankAdapter):
             return y + self.base._conv_forward(bias_free, change.to(x.dtype), None).to(y.dtype)  # type: ignore[operator, union-attr]
         raw = self.base.weight
         return self.layer.apply(self.base, x, (raw + change).to(raw.dtype))  # type: ignore[operator, union-attr, arg-type]
-
-    def clear_cache(self) -> None:
-        """Forget the kept weight."""
-        self._cache = None
-
-    def train(self, mode: bool = True) -> LoRANAdapter:
-        self.clear_cache()
-        super().train(mode)
-        return self
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self.clear_cache()
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any) -> None:  # type: ignore[override]
-        self.clear_cache()
-        super()._load_from_state_dict(*args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": None}
 
     @torch.no_grad()
     def update_size(self) -> tuple[float, float]:

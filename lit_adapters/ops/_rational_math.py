@@ -24,10 +24,10 @@ def polynomial(c: list[Tensor], x: Tensor) -> Tensor:
     """c_0 + c_1 x + ... by Horner's rule."""
     if len(c) == 1:
         return c[0].expand_as(x)
-    value = x * c[-1]
-    for column in reversed(c[1:-1]):
-        value = (value + column) * x
-    return value + c[0]
+    value = torch.addcmul(c[-2], x, c[-1])
+    for column in reversed(c[:-2]):
+        value = torch.addcmul(column, value, x)  # one operation, and one pass over memory, where nothing is compiled
+    return value
 
 
 def slope(c: list[Tensor], x: Tensor) -> Tensor:

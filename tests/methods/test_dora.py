@@ -157,3 +157,26 @@ def test_nora_plus_plus_takes_dora_and_nothing_else():
     assert method.parts()[1] == la.DoRA(rank=2)
     with pytest.raises(la.AdapterError, match="made of a NoRA and a LoRA or DoRA, not NoRA and LoRAN"):
         la.NoRAPlusPlus(lora=la.LoRAN())
+
+
+def test_in_use_the_norm_is_formed_once_and_again_after_a_writing(monkeypatch):
+    adapter, x = layer().eval(), torch.randn(5, 12)
+    formed, original = [], DoRAAdapter.weight_norm
+    monkeypatch.setattr(DoRAAdapter, "weight_norm", lambda self: (formed.append(1), original(self))[1])
+    with torch.inference_mode():
+        first = adapter(x)
+        assert torch.equal(adapter(x), first)
+    assert len(formed) == 1
+    adapter.train()
+    adapter(x).sum().backward()
+    assert len(formed) == 2
+    adapter.eval()
+    with torch.no_grad():
+        assert torch.equal(adapter(x), first)
+        for tensor in (adapter.lora_A, adapter.lora_B, adapter.magnitude, adapter.base.weight):
+            tensor.mul_(1.5)
+            y = adapter(x)
+            expected, v, _ = (*reference(adapter, x)[:2], None)
+            want = (expected[:, None] * v) @ x.double().T + adapter.base.bias.double()[:, None]
+            torch.testing.assert_close(y.double(), want.T, rtol=1e-5, atol=1e-5)
+    assert len(formed) == 7

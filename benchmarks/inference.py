@@ -1,0 +1,94 @@
+"""What does an adapted model cost in use? Forward passes of ViT-S and tokens a second of a LLaMA, merged and not.
+
+    python -m benchmarks.inference [--rounds 9] [--threads 2]
+
+`vit`: ViT-S/16 at 128 px, batch 16, without gradients; `llama`: the shape of SmolLM2-135M (its vocabulary cut to 8192),
+greedy continuation of a prompt of 32 tokens by 32, with KV cache. float32, random weights, updates that are not zero.
+Ratios are seconds over those of the untouched base in the same round. NoRA's functions cannot be merged: "merged" NoRA++
+has its LoRA merged and its functions left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+
+import timm
+import torch
+from torch import nn
+
+import lit_adapters as la
+from benchmarks.results_file import RESULTS, append, environment
+from benchmarks.timing import alternate, other_load, ratios, spread
+
+METHODS: dict[str, Callable[[], la.Method]] = {
+    "lora": la.LoRA,
+    "dora": la.DoRA,
+    "afa": la.AFALoRA,
+    "loran": la.LoRAN,
+    "nora": la.NoRA,
+    "nora_plus_plus": la.NoRAPlusPlus,
+}
+NEW_TOKENS = 32
+
+
+def create(name: str) -> tuple[nn.Module, Callable[[nn.Module], object]]:
+    """A base, and what is done with it."""
+    torch.manual_seed(0)
+    if name == "vit":
+        images = torch.randn(16, 3, 128, 128)
+        return timm.create_model("vit_small_patch16_224", img_size=128, num_classes=10).eval(), lambda m: m(images)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=3, vocab_size=8192, eos_token_id=None)).eval()
+    prompt = torch.arange(32)[None]
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    return model, lambda m: m.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+
+
+def variants(base: nn.Module) -> dict[str, nn.Module]:
+    """The base, and a copy of it for every method, adapted and merged."""
+    models = {"base": base}
+    for name, method in METHODS.items():
+        model = copy.deepcopy(base)
+        la.attach(model, method())
+        la.set_progress(model, 1.0)
+        with torch.no_grad():
+            for _, adapter in la.adapters(model):
+                for parameter in adapter.adapter_parameters().values():
+                    parameter.add_(0.01 * torch.randn_like(parameter))
+        models[name] = model.eval()
+        if name != "nora":
+            models[f"{name}, merged"] = copy.deepcopy(model)
+            la.merge(models[f"{name}, merged"])
+    return models
+
+
+def main() -> None:
+    """Measure and append to results/inference.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for name in ("vit", "llama"):
+        base, use = create(name)
+        models = variants(base)
+        with torch.inference_mode():
+            _, times = alternate({v: lambda m=m: use(m) for v, m in models.items()}, arguments.rounds)
+        for variant, seconds in times.items():
+            record = {
+                **{"model": name, "variant": variant, "seconds": spread(seconds)},
+                **{"over_base": ratios(times, variant, "base"), "rounds": arguments.rounds},
+                **{"load": other_load(), "environment": environment()},
+            }
+            if name == "llama":
+                record["tokens_per_second"] = NEW_TOKENS / record["seconds"]["median"]
+            append(RESULTS / "inference.json", record)
+            print(f"{name} {variant:<24} {record['over_base']['median']:.3f} of the base's time", flush=True)
+
+
+if __name__ == "__main__":
+    main()
