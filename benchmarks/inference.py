@@ -2,10 +2,10 @@
 
     python -m benchmarks.inference [--rounds 9] [--threads 2]
 
-`vit`: ViT-S/16 at 128 px, batch 16, without gradients; `llama`: the shape of SmolLM2-135M (its vocabulary cut to 8192),
-greedy continuation of a prompt of 32 tokens by 32, with KV cache. float32, random weights, updates that are not zero.
-Ratios are seconds over those of the untouched base in the same round. NoRA's functions cannot be merged: "merged" NoRA++
-has its LoRA merged and its functions left.
+`vit`: ViT-S/16 at 128 px, batch 16, without gradients; `llama`: the shape of SmolLM2-135M (its vocabulary cut to
+8192), greedy continuation of a prompt of 32 tokens by 32, with KV cache. float32, random weights, updates that are not
+zero. Ratios are seconds over those of the untouched base in the same round. NoRA's functions cannot be merged: "merged"
+NoRA++ has its LoRA merged and its functions left.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import timm
 import torch
@@ -77,7 +78,7 @@ def main() -> None:
         base, use = create(name)
         models = variants(base)
         with torch.inference_mode():
-            _, times = alternate({v: lambda m=m: use(m) for v, m in models.items()}, arguments.rounds)
+            _, times = alternate({v: partial(use, m) for v, m in models.items()}, arguments.rounds)
         for variant, seconds in times.items():
             record = {
                 **{"model": name, "variant": variant, "seconds": spread(seconds)},

@@ -54,10 +54,10 @@ def variants(x: Tensor, grad: Tensor) -> dict[str, Callable[[], None]]:
     start = [c.detach() for c in learned]
     return {
         "gelu": both(gelu),
-        "rational": on("compiled", lambda t: rational(t, *learned)),
-        "without coefficient gradients": on("compiled", lambda t: rational(t, *fixed)),
-        "groups of 24 channels": on("compiled", lambda t: rational(t, *narrow)),
-        "anchored": on("compiled", lambda t: rational(t, *learned, base=(start[0], start[1]))),
+        "rational": on("auto", lambda t: rational(t, *learned)),
+        "without coefficient gradients": on("auto", lambda t: rational(t, *fixed)),
+        "groups of 24 channels": on("auto", lambda t: rational(t, *narrow)),
+        "anchored": on("auto", lambda t: rational(t, *learned, base=(start[0], start[1]))),
         "blocks": on("blocks", lambda t: rational(t, *learned)),
         "eager formula": both(lambda t: rational_reference(t, *(c.to(t.dtype) for c in learned))),
     }

@@ -1,9 +1,9 @@
-"""What does it cost to begin? Importing the library, attaching to a LLaMA of 8B that has no weights yet, loading a file.
+"""What does it cost to begin? Importing the library, attaching to a LLaMA of 8B without weights, loading a file.
 
     python -m benchmarks.startup [--rounds 7]
 
-Import: seconds of `import lit_adapters` in a fresh interpreter that has torch already. Attach: on the meta device, to the
-shape of LLaMA-3-8B, every method's default targets. File: bytes beyond 4 a trained value (and buffer value), and
+Import: seconds of `import lit_adapters` in a fresh interpreter that has torch already. Attach: on the meta device, to
+the shape of LLaMA-3-8B, every method's default targets. File: bytes beyond 4 a trained value (and buffer value), and
 seconds to load it into ViT-S.
 """
 

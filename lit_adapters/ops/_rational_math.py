@@ -1,4 +1,4 @@
-"""The arithmetic of a block: run as it stands on cache-sized blocks, or fused into one pass by the compiler.
+"""The arithmetic of a block in plain PyTorch operations; rational.cpp and _rational_triton.py repeat it.
 
 Tensors are (rows, G, K), coefficients (G, degree), all of one floating dtype. Nothing here knows autograd.
 """
@@ -26,7 +26,7 @@ def polynomial(c: list[Tensor], x: Tensor) -> Tensor:
         return c[0].expand_as(x)
     value = torch.addcmul(c[-2], x, c[-1])
     for column in reversed(c[:-2]):
-        value = torch.addcmul(column, value, x)  # one operation, and one pass over memory, where nothing is compiled
+        value = torch.addcmul(column, value, x)  # one operation in place of two
     return value
 
 

@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lit_adapters.ops import _rational_blocks, _rational_compiled
+from lit_adapters.ops import _rational_blocks, _rational_native
 from lit_adapters.ops._groups import as_groups, dense
 from lit_adapters.ops._rational_math import MAX_DEGREE, sign
 
 Denominator = Literal["abs-of-sum", "sum-of-abs"]
 __all__ = ["MAX_DEGREE", "Backend", "Denominator", "rational", "rational_reference", "set_rational_backend"]
 
-Backend = Literal["auto", "compiled", "blocks", "triton"]
+Backend = Literal["auto", "blocks", "triton"]
 
 _backend: Backend = "auto"
 
@@ -33,9 +33,9 @@ _backend: Backend = "auto"
 def set_rational_backend(backend: Backend) -> None:
     """Choose how rational functions are computed; the result is the same to rounding.
 
-    "compiled" fuses each pass with torch.compile (needs a C++ compiler on a CPU, about ten seconds at first use),
-    "blocks" runs plain PyTorch operations on cache-sized blocks, "triton" uses kernels for GPUs (not measured on one
-    yet); "auto" takes Triton on a GPU, and elsewhere compiles for large inputs where it can.
+    "blocks" runs plain PyTorch operations on cache-sized blocks and needs no compiler, "triton" uses kernels for GPUs
+    (not measured on one yet). "auto" takes Triton on a GPU; on a CPU a C++ kernel, compiled at first use, about two
+    seconds for a form and its degrees; and blocks where there is neither.
 
     Raises:
         ValueError: there is no such backend.
@@ -51,19 +51,8 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _passes(x: Tensor) -> Any:
-    """What writes to tensors at hand and needs no compilation by inductor: Triton's kernels, or blocks."""
-    if _backend == "triton" or (_backend == "auto" and x.is_cuda and _has_triton()):
-        from lit_adapters.ops import _rational_triton  # imports triton, which only GPUs need
-
-        return _rational_triton
-    return _rational_blocks
-
-
-def _compiles(x: Tensor) -> bool:
-    if _backend in ("blocks", "triton") or x.dtype == torch.float64 or (_backend == "auto" and x.is_cuda):
-        return False
-    return _backend == "compiled" or _rational_compiled.worthwhile(x)
+def _uses_triton(x: Tensor) -> bool:
+    return _backend == "triton" or (_backend == "auto" and x.is_cuda and _has_triton())
 
 
 def _magnitude(z: Tensor) -> Tensor:
@@ -148,12 +137,16 @@ def _rational(
     x = dense(x, channel_dim)
     grouped = as_groups(x, numerator.shape[0], channel_dim)
     coefficients, base = (numerator, denominator), _pair(base_numerator, base_denominator)
-    if _compiles(x):
-        result = _rational_compiled.forward(grouped, coefficients, base, form)
-        if result is not None:
-            return result.as_strided(x.shape, x.stride())
     y = torch.empty_like(x)
-    _passes(x).forward(grouped, as_groups(y, numerator.shape[0], channel_dim), coefficients, base, form)
+    out = as_groups(y, numerator.shape[0], channel_dim)
+    if _uses_triton(x):
+        from lit_adapters.ops import _rational_triton  # imports triton, which only GPUs need
+
+        _rational_triton.forward(grouped, out, coefficients, base, form)
+        return y
+    native = _backend == "auto" and _rational_native.serves(grouped)
+    if not (native and _rational_native.forward(grouped, out, coefficients, base, form)):
+        _rational_blocks.forward(grouped, out, coefficients, base, form)
     return y
 
 
@@ -179,15 +172,16 @@ def _rational_backward(
         grad = torch.empty_like(x).copy_(grad)
     rows_grad, rows_x = as_groups(grad, groups, channel_dim), as_groups(x, groups, channel_dim)
     coefficients, base = (numerator, denominator), _pair(base_numerator, base_denominator)
-    result = None
-    if _compiles(x):
-        result = _rational_compiled.backward(rows_grad, rows_x, coefficients, base, form, need_coefficients)
-    if result is not None:
-        grad_x, sums = result[0].as_strided(x.shape, x.stride()), result[1]
-    else:
-        grad_x = torch.empty_like(x)
-        rows_grad_x = as_groups(grad_x, groups, channel_dim)
-        sums = _passes(x).backward(rows_grad, rows_x, rows_grad_x, coefficients, base, form, need_coefficients)
+    grad_x, sums = torch.empty_like(x), None
+    arguments = (rows_grad, rows_x, as_groups(grad_x, groups, channel_dim), coefficients, base, form, need_coefficients)
+    if _uses_triton(x):
+        from lit_adapters.ops import _rational_triton
+
+        sums = _rational_triton.backward(*arguments)
+    elif _backend == "auto" and _rational_native.serves(rows_x):
+        sums = _rational_native.backward(*arguments)
+    if sums is None:
+        sums = _rational_blocks.backward(*arguments)
     grad_a, grad_b = sums.split([numerator.shape[1], denominator.shape[1]], dim=1)
     if form == "sum-of-abs":
         grad_b = grad_b * sign(denominator)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_adapters.ops import _rational_blocks, _rational_compiled, rational, rational_reference, set_rational_backend
+from lit_adapters.ops import _rational_blocks, rational, rational_reference, set_rational_backend
 
 FORMS = ["abs-of-sum", "sum-of-abs"]
 GELU_6 = (
@@ -12,9 +12,13 @@ GELU_6 = (
 )
 
 
-@pytest.fixture(autouse=True)
-def seed():
+@pytest.fixture(autouse=True, params=["auto", "blocks"])
+def backend(request):
+    """The C++ kernel, and the path without a compiler."""
     torch.manual_seed(0)
+    set_rational_backend(request.param)
+    yield request.param
+    set_rational_backend("auto")
 
 
 def coefficients(groups, degrees=(5, 4), dtype=torch.float32, seed=0):
@@ -269,59 +273,6 @@ def test_bad_shapes_are_named():
         rational(torch.randn(2, 8), a, b[:4])
     with pytest.raises(ValueError, match="base has shapes"):
         rational(torch.randn(2, 8), a, b, base=(a[:4], b[:4]))
-
-
-@pytest.fixture
-def compiled():
-    set_rational_backend("compiled")
-    yield
-    set_rational_backend("auto")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("form", "dtype", "anchored"),
-    [
-        ("abs-of-sum", torch.float32, False),
-        ("abs-of-sum", torch.bfloat16, True),
-        ("sum-of-abs", torch.float32, True),
-        ("sum-of-abs", torch.bfloat16, False),
-    ],
-)
-def test_compiled_path_agrees_and_compiles_once(compiled, form, dtype, anchored):
-    base = coefficients(8, seed=5) if anchored else None
-    for rows in (33, 50, 7):
-        x, grad = (torch.randn(rows, 96) * 4).to(dtype), torch.randn(rows, 96).to(dtype)
-        a, b = coefficients(8)
-        fast = run(rational, x, a, b, grad, form=form, base=base)
-        before = len(_rational_compiled._compiled)
-        set_rational_backend("blocks")
-        slow = run(rational, x, a, b, grad, form=form, base=base)
-        set_rational_backend("compiled")
-        for got, want, tolerance in zip(fast, slow, (1e-6, 2e-6, 5e-6, 5e-6), strict=True):
-            rounding = 2**-8 if got.dtype == torch.bfloat16 else 0.0
-            assert ((got - want).abs() <= rounding * want.abs() + tolerance * want.abs().max()).all()
-        if rows != 33:
-            assert len(_rational_compiled._compiled) == before
-    huge = torch.tensor([[1e8, -1e30] * 48] * 33)
-    assert torch.isfinite(rational(huge, *coefficients(8), form)).all()
-
-
-def test_without_a_compiler_it_warns_once_and_goes_on(compiled, monkeypatch):
-    monkeypatch.setattr(_rational_compiled, "_broken", False)
-    monkeypatch.setattr(_rational_compiled, "_compiled", set())
-
-    def no_compiler(*args):
-        raise RuntimeError("no C++ compiler found")
-
-    monkeypatch.setattr(_rational_compiled, "_kernels", lambda: (no_compiler, no_compiler))
-    x = torch.randn(4, 16)
-    a, b = coefficients(8)
-    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
-        y = rational(x, a, b)
-    assert normwise(y, rational_reference(x.double(), a.double(), b.double())) <= 1e-6
-    set_rational_backend("auto")
-    assert not _rational_compiled.worthwhile(torch.empty(1 << 20))
 
 
 def test_unknown_backend_is_named():

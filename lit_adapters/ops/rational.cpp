@@ -1,0 +1,214 @@
+// Rational functions in one pass over memory each way; see _rational_native.py, which compiles this for one form, degree
+// m = M of the numerator and n = N of the denominator, and _rational_math.py, whose arithmetic it repeats.
+//
+// Tensors are (outer, G, K), contiguous, float32 or bfloat16; coefficients (G, degree), float32. LANES neighbouring
+// elements of a group are computed at a time, in float32; in float64 where the powers of one of them might overflow.
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+constexpr int WIDTH = M + 1 + N;  // coefficients of a group
+constexpr float LARGE = 1e4f;     // powers up to 7 stay far inside float32 below it
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef double Doubles __attribute__((vector_size(8 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+struct Group {  // coefficients of one group, and those of the function that is subtracted from it
+    const float *a, *b, *a0, *b0;
+};
+
+template <class V> static inline V all(float c) { return V{} + c; }
+template <class V> static inline V absolute(V x) { return x >= 0 ? x : -x; }
+static inline float absolute_of(float c) { return c >= 0 ? c : -c; }
+
+template <class V> struct Parts {
+    V reciprocal, y, slope, lever, power;  // 1/Q, R, dR/dx; dR/db_j = -lever power^(j-1) R / Q
+};
+
+template <class V> static inline Parts<V> parts(V x, const float *a, const float *b) {
+    V p = all<V>(a[M]), p_slope = {};
+    for (int i = M - 1; i >= 0; --i) {
+        p_slope = p_slope * x + p;
+        p = p * x + a[i];
+    }
+#if ABS_OF_SUM
+    V power = x, v = all<V>(b[N - 1]), v_slope = {};
+    for (int j = N - 2; j >= 0; --j) {
+        v_slope = v_slope * power + v;
+        v = v * power + b[j];
+    }
+    V inner = power * v, sign = inner >= 0 ? all<V>(1) : all<V>(-1);
+    V q = sign * inner + 1, q_slope = sign * (v + power * v_slope), lever = sign * x;
+#else
+    V power = absolute(x), v = all<V>(absolute_of(b[N - 1])), v_slope = {};
+    for (int j = N - 2; j >= 0; --j) {
+        v_slope = v_slope * power + v;
+        v = v * power + absolute_of(b[j]);
+    }
+    V sign = x >= 0 ? all<V>(1) : all<V>(-1);
+    V q = power * v + 1, q_slope = sign * (v + power * v_slope), lever = power;
+#endif
+    V reciprocal = 1 / q, y = p * reciprocal;
+    return {reciprocal, y, (p_slope - q_slope * y) * reciprocal, lever, power};
+}
+
+template <class V> static inline V value(V x, const Group &c) {
+    V y = parts(x, c.a, c.b).y;
+    return c.a0 ? y - parts(x, c.a0, c.b0).y : y;
+}
+
+// The gradient of x; adds those of the coefficients to `sums`, lane by lane.
+template <class V> static inline V gradient(V g, V x, const Group &c, V *sums) {
+    Parts<V> at = parts(x, c.a, c.b);
+    if (sums) {
+        V term = g * at.reciprocal, other = -term * at.y * at.lever;
+        for (int i = 0; i <= M; ++i) {
+            sums[i] += term;
+            term *= x;
+        }
+        for (int j = 0; j < N; ++j) {
+            sums[M + 1 + j] += other;
+            other *= at.power;
+        }
+    }
+    V slope = c.a0 ? at.slope - parts(x, c.a0, c.b0).slope : at.slope;
+    return g * slope;
+}
+
+static inline bool fits(Floats x) {  // all |x| <= LARGE, which NaN is not
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)absolute(x), _mm512_set1_ps(LARGE), _CMP_LE_OQ) == 0xffff;
+#elif defined(__AVX__)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)absolute(x), _mm256_set1_ps(LARGE), _CMP_LE_OQ)) == 0xff;
+#else
+    bool all_fit = true;
+    for (int i = 0; i < LANES; ++i) all_fit &= absolute_of(x[i]) <= LARGE;
+    return all_fit;
+#endif
+}
+
+static inline Floats load(const float *from) {
+    Floats x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+static inline Floats load(const uint16_t *from) {  // bfloat16 is the upper half of a float32
+    Halves h;
+    memcpy(&h, from, sizeof h);
+    return (Floats)(__builtin_convertvector(h, Words) << 16);
+}
+static inline void store(float *to, Floats x) { memcpy(to, &x, sizeof x); }
+static inline void store(uint16_t *to, Floats x) {  // rounded to nearest, ties to even; NaN stays NaN
+    Words w = (Words)x;
+    Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+    Halves h = __builtin_convertvector(x == x ? rounded : (w >> 16) | 0x40, Halves);
+    memcpy(to, &h, sizeof h);
+}
+
+// Fewer than LANES elements at the end of a row: a copy with zeros behind them, which add nothing to any sum.
+template <class T> static inline Floats load_some(const T *from, int64_t count) {
+    T padded[LANES] = {};
+    memcpy(padded, from, count * sizeof(T));
+    return load(padded);
+}
+template <class T> static inline void store_some(T *to, Floats x, int64_t count) {
+    T padded[LANES];
+    store(padded, x);
+    memcpy(to, padded, count * sizeof(T));
+}
+
+static inline Floats value_of(Floats x, const Group &c) {
+    if (__builtin_expect(fits(x), 1)) return value(x, c);
+    return __builtin_convertvector(value(__builtin_convertvector(x, Doubles), c), Floats);
+}
+
+static inline Floats gradient_of(Floats g, Floats x, const Group &c, Floats *lanes, double *total) {
+    if (__builtin_expect(fits(x), 1)) return gradient(g, x, c, lanes);
+    Doubles sums[WIDTH] = {};
+    Doubles d = gradient(__builtin_convertvector(g, Doubles), __builtin_convertvector(x, Doubles), c,
+                         lanes ? sums : nullptr);
+    for (int w = 0; lanes && w < WIDTH; ++w)
+        for (int l = 0; l < LANES; ++l) total[w] += sums[w][l];
+    return __builtin_convertvector(d, Floats);
+}
+
+static inline Group group(const float *a, const float *b, const float *a0, const float *b0, int64_t g) {
+    return {a + g * (M + 1), b + g * N, a0 ? a0 + g * (M + 1) : nullptr, b0 ? b0 + g * N : nullptr};
+}
+
+template <class T>
+static void forward(const T *x, T *y, const float *a, const float *b, const float *a0, const float *b0, int64_t outer,
+                    int64_t G, int64_t K, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < outer * G; ++row) {
+        const Group c = group(a, b, a0, b0, row % G);
+        const T *from = x + row * K;
+        T *to = y + row * K;
+        int64_t k = 0;
+        for (; k + LANES <= K; k += LANES) store(to + k, value_of(load(from + k), c));
+        if (k < K) store_some(to + k, value_of(load_some(from + k, K - k), c), K - k);
+    }
+}
+
+// Rows are taken in chunks of fixed size, whose sums (chunks, G, WIDTH) do not depend on the number of threads. Within a
+// chunk each group has a vector of sums for each coefficient, added up over its lanes at the end.
+template <class T>
+static void backward(const T *g, const T *x, T *d, double *sums, const float *a, const float *b, const float *a0,
+                     const float *b0, int64_t outer, int64_t G, int64_t K, int64_t rows, int threads) {
+    const int64_t chunks = (outer + rows - 1) / rows;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t last = (chunk + 1) * rows < outer ? (chunk + 1) * rows : outer;
+        std::vector<Floats> chunk_lanes(sums ? G * WIDTH : 0);
+        double *totals = sums ? sums + chunk * G * WIDTH : nullptr;
+        for (int64_t row = chunk * rows; row < last; ++row)
+            for (int64_t i = 0; i < G; ++i) {
+                const Group c = group(a, b, a0, b0, i);
+                const int64_t at = (row * G + i) * K;
+                const T *from = x + at, *grad = g + at;
+                T *to = d + at;
+                double *total = sums ? totals + i * WIDTH : nullptr;
+                Floats kept[WIDTH], *lanes = sums ? kept : nullptr;  // in registers for the length of a row
+                if (sums) memcpy(kept, &chunk_lanes[i * WIDTH], sizeof kept);
+                int64_t k = 0;
+                for (; k + LANES <= K; k += LANES)
+                    store(to + k, gradient_of(load(grad + k), load(from + k), c, lanes, total));
+                if (k < K)
+                    store_some(to + k, gradient_of(load_some(grad + k, K - k), load_some(from + k, K - k), c, lanes, total),
+                               K - k);
+                if (sums) memcpy(&chunk_lanes[i * WIDTH], kept, sizeof kept);
+            }
+        for (int64_t i = 0; sums && i < G * WIDTH; ++i)
+            for (int l = 0; l < LANES; ++l) totals[i] += chunk_lanes[i][l];
+    }
+}
+
+extern "C" {
+void forward_float32(const float *x, float *y, const float *a, const float *b, const float *a0, const float *b0,
+                     int64_t outer, int64_t G, int64_t K, int threads) {
+    forward(x, y, a, b, a0, b0, outer, G, K, threads);
+}
+void forward_bfloat16(const uint16_t *x, uint16_t *y, const float *a, const float *b, const float *a0, const float *b0,
+                      int64_t outer, int64_t G, int64_t K, int threads) {
+    forward(x, y, a, b, a0, b0, outer, G, K, threads);
+}
+void backward_float32(const float *g, const float *x, float *d, double *sums, const float *a, const float *b,
+                      const float *a0, const float *b0, int64_t outer, int64_t G, int64_t K, int64_t rows, int threads) {
+    backward(g, x, d, sums, a, b, a0, b0, outer, G, K, rows, threads);
+}
+void backward_bfloat16(const uint16_t *g, const uint16_t *x, uint16_t *d, double *sums, const float *a, const float *b,
+                       const float *a0, const float *b0, int64_t outer, int64_t G, int64_t K, int64_t rows,
+                       int threads) {
+    backward(g, x, d, sums, a, b, a0, b0, outer, G, K, rows, threads);
+}
+}
