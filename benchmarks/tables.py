@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import language_tables, subspace_tables
+from benchmarks import language_tables, performance_tables, subspace_tables
 from benchmarks.results_file import RESULTS, load
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +143,54 @@ def main() -> None:
         replace_block(results, "steps", f"{step_table(steps)}\n\n{machine(steps)}")
     language()
     subspaces()
+    performance()
+
+
+def performance() -> None:
+    """Fill the blocks on speed and memory."""
+    page = ROOT / "docs" / "performance.md"
+    over = "time / compiled GELU's"
+    sections: dict[str, tuple[str, list[str], Callable[[list[dict[str, Any]]], list[list[str]]]]] = {
+        "rational": (
+            "rational_speed",
+            ["variant", f"float32, {over}", f"bfloat16, {over}", "bound"],
+            performance_tables.rational_rows,
+        ),
+        "peft": (
+            "against_peft",
+            [
+                "model",
+                "method",
+                "precision",
+                "seconds, ours / peft",
+                "time / peft's",
+                "bound",
+                "saved, MiB",
+                "peak, MiB",
+            ],
+            performance_tables.peft_rows,
+        ),
+        "inference": (
+            "inference",
+            ["variant", "ViT-S, time / base's", "generation, time / base's", "tokens a second"],
+            performance_tables.inference_rows,
+        ),
+        "startup": (
+            "startup",
+            ["method", "attach to a LLaMA of 8B on meta, s", "load into ViT-S, s", "file, bytes: values + rest"],
+            performance_tables.startup_rows,
+        ),
+    }
+    for name, (file, header, rows) in sections.items():
+        if records := load(RESULTS / f"{file}.json"):
+            replace_block(page, name, f"{table(header, rows(records))}\n\n{machine(records)}")
+    imports = [r["seconds"]["median"] for r in load(RESULTS / "startup.json") if r["what"] == "import"]
+    if imports:
+        replace_block(page, "import", f"`import lit_adapters` beyond torch takes {imports[-1]:.2f} s (bound 0.3).")
+    if records := load(RESULTS / "growth.json"):
+        header = ["method", *dict.fromkeys(r["quantity"] for r in records)]
+        replace_block(page, "growth", f"{table(header, performance_tables.growth_rows(records))}\n\n{machine(records)}")
+        performance_tables.growth_figure(records, ROOT / "docs" / "growth.png")
 
 
 def subspaces() -> None:

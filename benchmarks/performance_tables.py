@@ -1,0 +1,122 @@
+"""The tables and the plot of docs/performance.md: what was measured, beside the bound that it is held to."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Record = dict[str, Any]
+
+# Bounds on time over compiled GELU's.
+RATIONAL_BOUNDS = {
+    "rational": "1.10",
+    "without coefficient gradients": "1.00",
+    "groups of 24 channels": "1.40",
+    "anchored": "1.35",
+    "blocks": "3.5 (float32)",
+}
+PEFT_BOUNDS = {("lora", "fp32"): "0.88", ("lora", "bf16"): "0.90", ("dora", "fp32"): "0.83", ("dora", "bf16"): "0.72"}
+
+
+def _latest(records: list[Record], key: Callable[[Record], Any]) -> list[Record]:
+    """The last record of every key, in the order in which keys first came."""
+    return list({key(r): r for r in records}.values())
+
+
+def _with_spread(value: Record, digits: int = 2) -> str:
+    low, high = value["quartiles"]
+    return f"{value['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def rational_rows(records: list[Record]) -> list[list[str]]:
+    """A row a variant, a column a dtype."""
+    latest = _latest(records, lambda r: (r["variant"], r["dtype"]))
+    rows = []
+    for variant in dict.fromkeys(r["variant"] for r in latest):
+        of = {r["dtype"]: r for r in latest if r["variant"] == variant}
+        cells = [_with_spread(of[d]["over_gelu"]) if d in of else "not run" for d in ("float32", "bfloat16")]
+        rows.append([variant, *cells, RATIONAL_BOUNDS.get(variant, "")])
+    return rows
+
+
+def peft_rows(records: list[Record]) -> list[list[str]]:
+    """A row a combination."""
+    keys = ("model", "method", "rank", "precision", "checkpointing")
+    rows = []
+    for r in _latest(records, lambda r: tuple(r[k] for k in keys)):
+        name = {"lora": "LoRA", "dora": "DoRA"}[r["method"]]
+        setting = f"{r['precision']}, checkpointing" if r["checkpointing"] else r["precision"]
+        rows.append(
+            [
+                *(r["model"], f"{name}, r = {r['rank']}", setting),
+                f"{r['seconds']['median']:.3f} / {r['seconds_peft']['median']:.3f}",
+                _with_spread(r["ratio"]),
+                PEFT_BOUNDS[r["method"], r["precision"]] if r["rank"] == 8 and not r["checkpointing"] else "",
+                f"{r['saved_mib']:.0f} / {r['saved_mib_peft']:.0f}",
+                f"{r['memory_mib']} / {r['memory_mib_peft']}",
+            ]
+        )
+    return rows
+
+
+def inference_rows(records: list[Record]) -> list[list[str]]:
+    """A row a variant: forward passes, then generation."""
+    latest = _latest(records, lambda r: (r["model"], r["variant"]))
+    rows = []
+    for variant in dict.fromkeys(r["variant"] for r in latest):
+        of = {r["model"]: r for r in latest if r["variant"] == variant}
+        speed = f"{of['llama']['tokens_per_second']:.1f}" if "llama" in of else "not run"
+        rows.append([variant, *(_with_spread(of[m]["over_base"]) if m in of else "not run" for m in ("vit", "llama"))])
+        rows[-1].append(speed)
+    return rows
+
+
+def startup_rows(records: list[Record]) -> list[list[str]]:
+    """A row a method."""
+    rows = []
+    for r in _latest([r for r in records if r["what"] != "import"], lambda r: r["what"]):
+        extra = r["file_bytes"] - r["value_bytes"]
+        rows.append(
+            [r["what"], _with_spread(r["attach"]), _with_spread(r["load"]), f"{r['value_bytes']:,} + {extra:,}"]
+        )
+    return rows
+
+
+def exponent(record: Record) -> float:
+    """k of seconds = c size^k, by least squares in logarithms."""
+    x, y = ([math.log(v) for v in record[name]] for name in ("sizes", "medians"))
+    return statistics.linear_regression(x, y).slope
+
+
+def growth_rows(records: list[Record]) -> list[list[str]]:
+    """A row a method, a column a quantity: the exponent of its fit."""
+    latest = _latest(records, lambda r: (r["quantity"], r["method"]))
+    quantities = list(dict.fromkeys(r["quantity"] for r in latest))
+    rows = []
+    for method in dict.fromkeys(r["method"] for r in latest):
+        of = {r["quantity"]: r for r in latest if r["method"] == method}
+        rows.append([method, *(f"{exponent(of[q]):.2f}" if q in of else "" for q in quantities)])
+    return rows
+
+
+def growth_figure(records: list[Record], path: Path) -> None:
+    """Seconds of a step against each quantity, both axes logarithmic."""
+    latest = _latest(records, lambda r: (r["quantity"], r["method"]))
+    quantities = list(dict.fromkeys(r["quantity"] for r in latest))
+    figure = Figure(figsize=(2.6 * len(quantities), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(quantities), sharey=True, squeeze=False)[0]
+    for panel, quantity in zip(panels, quantities, strict=True):
+        for r in (r for r in latest if r["quantity"] == quantity):
+            panel.loglog(r["sizes"], r["medians"], "o-", markersize=3, linewidth=1, label=r["method"])
+        sizes = next(r["sizes"] for r in latest if r["quantity"] == quantity)
+        panel.set_xticks(sizes, [str(s) for s in sizes], fontsize=7)
+        panel.minorticks_off()
+        panel.set_xlabel(quantity, fontsize=8)
+    panels[0].set_ylabel("seconds a step")
+    panels[0].legend(fontsize=6)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,38 @@
+"""Speed has not been lost: ratios measured in one process, at most 1.3 times those that docs/performance.md states."""
+
+import pytest
+import torch
+
+from benchmarks.against_peft import step_of
+from benchmarks.rational_speed import variants
+from benchmarks.results_file import RESULTS, load
+from benchmarks.timing import alternate, ratios
+
+SLACK = 1.3
+ROUNDS = 11
+
+
+def stated(file: str, field: str, **key: object) -> float:
+    """The latest ratio of the records that have these values."""
+    records = [r for r in load(RESULTS / f"{file}.json") if key.items() <= r.items()]
+    return records[-1][field]["median"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_step_beside_pefts(method):
+    rest = (method, 8, "fp32", False)
+    steps = {library: step_of("layer", library, *rest)[0] for library in ("ours", "peft")}
+    ratio = ratios(alternate(steps, ROUNDS)[1], "ours", "peft")["median"]
+    limit = SLACK * stated("against_peft", "ratio", model="layer", method=method, rank=8, precision="fp32")
+    assert ratio <= limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["rational", "without coefficient gradients", "groups of 24 channels", "anchored"])
+def test_the_rational_function_beside_gelu(variant):
+    x = torch.randn(16, 197, 768)
+    functions = variants(x, torch.randn_like(x))
+    times = alternate({name: functions[name] for name in ("gelu", variant)}, ROUNDS)[1]
+    limit = SLACK * stated("rational_speed", "over_gelu", variant=variant, dtype="float32")
+    assert ratios(times, variant, "gelu")["median"] <= limit
