@@ -35,7 +35,7 @@ def _with_spread(value: Record, digits: int = 2) -> str:
 
 def rational_rows(records: list[Record]) -> list[list[str]]:
     """A row a variant, a column a dtype."""
-    latest = _latest(records, lambda r: (r["variant"], r["dtype"]))
+    latest = _latest([r for r in records if r["device"] == "cpu"], lambda r: (r["variant"], r["dtype"]))
     rows = []
     for variant in dict.fromkeys(r["variant"] for r in latest):
         of = {r["dtype"]: r for r in latest if r["variant"] == variant}
@@ -61,6 +61,16 @@ def peft_rows(records: list[Record]) -> list[list[str]]:
                 f"{r['memory_mib']} / {r['memory_mib_peft']}",
             ]
         )
+    return rows
+
+
+def loran_rows(records: list[Record]) -> list[list[str]]:
+    """A row an arm and number of tokens."""
+    names = {"lora": "LoRA", "loran": "LoRAN", "branch": "LoRAN as a separate branch"}
+    rows = []
+    for r in _latest(records, lambda r: (r["tokens"], r["arm"])):
+        row = [names[r["arm"]], f"{r['tokens']:,}", f"{r['seconds']['median']:.3f}"]
+        rows.append([*row, *(_with_spread(r[k]) for k in ("over_lora", "over_branch")), f"{r['memory_mib']}"])
     return rows
 
 

@@ -1,6 +1,6 @@
 """How long does the rational function take, forward and backward, beside GELU compiled by the same compiler?
 
-    python -m benchmarks.rational_speed [--rounds 15] [--threads 2]
+    python -m benchmarks.rational_speed [--rounds 15] [--threads 2] [--device cuda]
 
 GELU is bound by memory: reading x and writing y, then reading x and dy and writing dx; so is a good rational function.
 Every variant takes turns with GELU in one process. "blocks" is the path without a C++ compiler; "eager formula" is the
@@ -32,12 +32,14 @@ def variants(x: Tensor, grad: Tensor) -> dict[str, Callable[[], None]]:
 
     def coefficients(groups: int, trained: bool = True) -> list[Tensor]:
         rows = (fit.numerator, fit.denominator)
-        return [torch.tensor(c).float().repeat(groups, 1).requires_grad_(trained) for c in rows]
+        return [torch.tensor(c).float().repeat(groups, 1).to(x.device).requires_grad_(trained) for c in rows]
 
     def both(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         def call() -> None:
             leaf = x.detach().requires_grad_()
             function(leaf).backward(grad)
+            if x.is_cuda:
+                torch.cuda.synchronize()
 
         return call
 
@@ -69,15 +71,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtypes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name in arguments.dtypes:
         torch.manual_seed(0)
-        x, grad = (torch.randn(SHAPES[name]).to(getattr(torch, name)) for _ in range(2))
+        x, grad = (torch.randn(SHAPES[name]).to(arguments.device, getattr(torch, name)) for _ in range(2))
         first, times = alternate(variants(x, grad), arguments.rounds)
         for variant, seconds in times.items():
             record = {
-                **{"dtype": name, "shape": SHAPES[name], "variant": variant, "seconds": spread(seconds)},
+                **{
+                    "device": arguments.device,
+                    "dtype": name,
+                    "shape": SHAPES[name],
+                    "variant": variant,
+                    "seconds": spread(seconds),
+                },
                 **{"over_gelu": ratios(times, variant, "gelu"), "first_call_seconds": first[variant]},
                 **{"rounds": arguments.rounds, "load": other_load(), "environment": environment()},
             }

@@ -170,6 +170,11 @@ def performance() -> None:
             ],
             performance_tables.peft_rows,
         ),
+        "loran": (
+            "loran_speed",
+            ["method", "tokens", "seconds", "time / LoRA's", "time / the branch's", "peak, MiB"],
+            performance_tables.loran_rows,
+        ),
         "inference": (
             "inference",
             ["variant", "ViT-S, time / base's", "generation, time / base's", "tokens a second"],

@@ -1,0 +1,92 @@
+"""How long does LoRAN's step take beside LoRA's, and beside a separate branch x f(B A)^T, which forms the update alone?
+
+    python -m benchmarks.loran_speed [--rounds 9] [--threads 2]
+
+ViT-S/16 at 128 px with random weights, 65 tokens an image, float32, r = 8 on all linear layers of the blocks: 31
+images (2,015 tokens) and 4 (260). LoRAN forms W0 + s f(B A) for the call, and once more in backward; the branch leaves
+all of it to autograd. Peak memory is the resident memory that three steps need, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from collections.abc import Callable
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lit_adapters as la
+from benchmarks.results_file import RESULTS, append, environment
+from benchmarks.timing import alternate, other_load, peak_memory_mib, ratios, spread
+from lit_adapters.methods.loran import LoRANAdapter
+
+TARGETS = ["qkv", "attn.proj", "fc1", "fc2"]
+
+
+def branch(adapter: LoRANAdapter, x: Tensor) -> Tensor:
+    """The layer and its update, each multiplied by x; autograd keeps what it wants."""
+    y: Tensor = adapter.base(x)
+    return y + F.linear(x, adapter.update.value(adapter.lora_B @ adapter.lora_A, adapter.frequency))
+
+
+def step_of(arm: str, images: int) -> Callable[[], None]:
+    """A closure that takes one training step."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch16_224", img_size=128, num_classes=10).train()
+    la.attach(model, la.LoRA(rank=8, targets=TARGETS) if arm == "lora" else la.LoRAN(rank=8, targets=TARGETS))
+    if arm == "branch":
+        for _, adapter in la.adapters(model):
+            adapter.forward = branch.__get__(adapter)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    batch, labels = torch.randn(images, 3, 128, 128), torch.arange(images) % 10
+
+    def step() -> None:
+        F.cross_entropy(model(batch), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def memory_of(arm: str, images: int) -> float:
+    """MiB of resident memory that three steps need at most, beyond what was there."""
+    step = step_of(arm, images)
+    peak_memory_mib(reset=True)
+    before = peak_memory_mib()
+    for _ in range(3):
+        step()
+    return peak_memory_mib() - before
+
+
+def main() -> None:
+    """Measure and append to results/loran_speed.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for images in (31, 4):
+        steps = {arm: step_of(arm, images) for arm in ("lora", "loran", "branch")}
+        _, times = alternate(steps, arguments.rounds)
+        memory = {}
+        for arm in steps:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                memory[arm] = round(pool.apply(memory_of, (arm, images)))
+        for arm, seconds in times.items():
+            record = {
+                **{"arm": arm, "tokens": 65 * images, "seconds": spread(seconds), "memory_mib": memory[arm]},
+                **{"over_lora": ratios(times, arm, "lora"), "over_branch": ratios(times, arm, "branch")},
+                **{"rounds": arguments.rounds, "load": other_load(), "environment": environment()},
+            }
+            append(RESULTS / "loran_speed.json", record)
+            lora, other = record["over_lora"]["median"], record["over_branch"]["median"]
+            print(
+                f"{65 * images} tokens {arm:<7} {lora:.2f} of LoRA's time, {other:.2f} of the branch's, {memory[arm]} MiB"
+            )
+
+
+if __name__ == "__main__":
+    main()
