@@ -120,7 +120,7 @@ def measure(name: str, method: str, rank: int, precision: str, checkpointing: bo
         **{"saved_mib": saved["ours"][0] / 2**20, "saved_mib_peft": saved["peft"][0] / 2**20},
         **{"largest_saved_mib": saved["ours"][1] / 2**20, "largest_saved_mib_peft": saved["peft"][1] / 2**20},
         **{"memory_mib": memory["ours"], "memory_mib_peft": memory["peft"]},
-        **{"rounds": rounds, "load": other_load(), "environment": environment()},
+        **{"rounds": rounds, "system_load": other_load(), "environment": environment()},
     }
 
 

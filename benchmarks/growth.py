@@ -48,7 +48,8 @@ def step_of(method: la.Method | None, batch: int, patches: int, blocks: int) -> 
     side = 16 * round(patches**0.5)
     model = timm.create_model("vit_small_patch16_224", img_size=side, num_classes=10, depth=blocks).train()
     la.attach(model, method, train=[] if method is not None else ".*")
-    la.set_progress(model, 0.1)
+    if method is not None:
+        la.set_progress(model, 0.1)  # AFA-LoRA between its sigma and linear
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     images, labels = torch.randn(batch, 3, side, side), torch.arange(batch) % 10
 
@@ -78,7 +79,7 @@ def main() -> None:
                 seconds.setdefault(name, []).append(spread(values)["median"])
         for name, medians in seconds.items():
             record = {"quantity": quantity, "method": name, "sizes": list(sizes), "medians": medians}
-            record |= {"rounds": arguments.rounds, "load": other_load(), "environment": environment()}
+            record |= {"rounds": arguments.rounds, "system_load": other_load(), "environment": environment()}
             append(RESULTS / "growth.json", record)
             print(
                 f"{quantity:<8} {name:<18} " + ", ".join(f"{s}: {m:.3f} s" for s, m in zip(sizes, medians, strict=True))

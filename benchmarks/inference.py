@@ -83,7 +83,7 @@ def main() -> None:
             record = {
                 **{"model": name, "variant": variant, "seconds": spread(seconds)},
                 **{"over_base": ratios(times, variant, "base"), "rounds": arguments.rounds},
-                **{"load": other_load(), "environment": environment()},
+                **{"system_load": other_load(), "environment": environment()},
             }
             if name == "llama":
                 record["tokens_per_second"] = NEW_TOKENS / record["seconds"]["median"]

@@ -79,12 +79,12 @@ def main() -> None:
             record = {
                 **{"arm": arm, "tokens": 65 * images, "seconds": spread(seconds), "memory_mib": memory[arm]},
                 **{"over_lora": ratios(times, arm, "lora"), "over_branch": ratios(times, arm, "branch")},
-                **{"rounds": arguments.rounds, "load": other_load(), "environment": environment()},
+                **{"rounds": arguments.rounds, "system_load": other_load(), "environment": environment()},
             }
             append(RESULTS / "loran_speed.json", record)
             lora, other = record["over_lora"]["median"], record["over_branch"]["median"]
             print(
-                f"{65 * images} tokens {arm:<7} {lora:.2f} of LoRA's time, {other:.2f} of the branch's, {memory[arm]} MiB"
+                f"{65 * images} tokens {arm:<7} time / LoRA's {lora:.2f}, / the branch's {other:.2f}, {memory[arm]} MiB"
             )
 
 

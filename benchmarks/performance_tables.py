@@ -48,7 +48,8 @@ def peft_rows(records: list[Record]) -> list[list[str]]:
     """A row a combination."""
     keys = ("model", "method", "rank", "precision", "checkpointing")
     rows = []
-    for r in _latest(records, lambda r: tuple(r[k] for k in keys)):
+    latest = _latest(records, lambda r: tuple(r[k] for k in keys))
+    for r in sorted(latest, key=lambda r: [str(r["model"]), r["checkpointing"], r["method"] == "dora", r["rank"]]):
         name = {"lora": "LoRA", "dora": "DoRA"}[r["method"]]
         setting = f"{r['precision']}, checkpointing" if r["checkpointing"] else r["precision"]
         rows.append(

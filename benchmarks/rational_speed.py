@@ -88,7 +88,7 @@ def main() -> None:
                     "seconds": spread(seconds),
                 },
                 **{"over_gelu": ratios(times, variant, "gelu"), "first_call_seconds": first[variant]},
-                **{"rounds": arguments.rounds, "load": other_load(), "environment": environment()},
+                **{"rounds": arguments.rounds, "system_load": other_load(), "environment": environment()},
             }
             append(RESULTS / "rational_speed.json", record)
             print(f"{name} {variant:<32} {record['over_gelu']['median']:.2f} of GELU's time", flush=True)

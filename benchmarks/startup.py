@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    about = {"rounds": rounds, "load": other_load(), "environment": environment()}
+    about = {"rounds": rounds, "system_load": other_load(), "environment": environment()}
     imports = spread([import_seconds() for _ in tqdm(range(rounds), desc="import")])
     append(RESULTS / "startup.json", {"what": "import", "seconds": imports, **about})
     print(f"import {imports['median']:.2f} s")

@@ -194,7 +194,8 @@ def performance() -> None:
         replace_block(page, "import", f"`import lit_adapters` beyond torch takes {imports[-1]:.2f} s (bound 0.3).")
     if records := load(RESULTS / "growth.json"):
         header = ["method", *dict.fromkeys(r["quantity"] for r in records)]
-        replace_block(page, "growth", f"{table(header, performance_tables.growth_rows(records))}\n\n{machine(records)}")
+        shown = table(header, performance_tables.growth_rows(records))
+        replace_block(page, "growth", f"{shown}\n\n![seconds a step](growth.png)\n\n{machine(records)}")
         performance_tables.growth_figure(records, ROOT / "docs" / "growth.png")
 
 

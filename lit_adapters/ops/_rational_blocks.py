@@ -13,14 +13,15 @@ from torch import Tensor
 from lit_adapters.ops import _rational_math as math
 from lit_adapters.ops._rational_math import Coefficients
 
-# Elements of a block. On a CPU, 32k float32 numbers and their few temporaries fit a core's second-level cache; a GPU
-# wants fewer and larger launches.
-_BLOCK = {"cpu": 1 << 15}
+# Elements of a block. On a CPU, 32k float32 numbers a thread and their few temporaries fit a core's second-level cache,
+# and fewer would not be shared out; a GPU wants fewer and larger launches.
+_BLOCK_OF_THREAD = 1 << 15
 _BLOCK_ELSEWHERE = 1 << 22
 
 
 def _blocks(x: Tensor) -> Iterator[slice]:
-    rows = max(1, _BLOCK.get(x.device.type, _BLOCK_ELSEWHERE) // max(1, x.shape[1] * x.shape[2]))
+    block = _BLOCK_OF_THREAD * torch.get_num_threads() if x.device.type == "cpu" else _BLOCK_ELSEWHERE
+    rows = max(1, -(-block // max(1, x.shape[1] * x.shape[2])))
     return (slice(start, start + rows) for start in range(0, x.shape[0], rows))
 
 

@@ -74,8 +74,8 @@ def parts(x: Tensor, coefficients: Coefficients, form: str) -> tuple[Tensor, Ten
 def moments(weight: Tensor, x: Tensor, count: int) -> list[Tensor]:
     """Row sums (rows, G) of weight, weight x, weight x^2, ..."""
     sums = [weight.sum(-1)]
-    for _ in range(count - 1):
-        weight = weight * x
+    for power in range(1, count):
+        weight = weight * x if power == 1 else weight.mul_(x)  # in place of what was made here
         sums.append(weight.sum(-1))
     return sums
 

@@ -228,7 +228,7 @@ def test_several_blocks_equal_one(monkeypatch):
     x, grad = torch.randn(40, 48), torch.randn(40, 48)
     a, b = coefficients(8)
     whole = run(rational, x, a, b, grad)
-    monkeypatch.setitem(_rational_blocks._BLOCK, "cpu", 100)
+    monkeypatch.setattr(_rational_blocks, "_BLOCK_OF_THREAD", 100)
     pieces = run(rational, x, a, b, grad)
     assert torch.equal(whole[0], pieces[0])
     assert torch.equal(whole[1], pieces[1])
