@@ -48,9 +48,9 @@ def _parts(x, a, b, M: tl.constexpr, N: tl.constexpr, ABS_OF_SUM: tl.constexpr):
         v, v_slope = _polynomial(b, power, N - 1, True)
         s = tl.where(x >= 0, one, -one)
         q, q_slope, lever = 1 + power * v, s * (v + power * v_slope), power
-    reciprocal = 1 / q
-    y = p * reciprocal
-    return reciprocal, y, (p_slope - q_slope * y) * reciprocal, lever, power
+    # Divided: a multiplication could be fused with the subtraction of the base, whose equal would not give 0.
+    y = p / q
+    return 1 / q, y, (p_slope - q_slope * y) / q, lever, power
 
 
 @triton.jit

@@ -35,7 +35,9 @@ template <class V> struct Parts {
     V reciprocal, y, slope, lever, power;  // 1/Q, R, dR/dx; dR/db_j = -lever power^(j-1) R / Q
 };
 
-template <class V> static inline Parts<V> parts(V x, const float *a, const float *b) {
+// Exact: divided, as the compiler may fuse a multiplication with a subtraction that follows, and the difference of two
+// equal functions would no longer be 0.
+template <bool EXACT, class V> static inline Parts<V> parts(V x, const float *a, const float *b) {
     V p = all<V>(a[M]), p_slope = {};
     for (int i = M - 1; i >= 0; --i) {
         p_slope = p_slope * x + p;
@@ -58,18 +60,18 @@ template <class V> static inline Parts<V> parts(V x, const float *a, const float
     V sign = x >= 0 ? all<V>(1) : all<V>(-1);
     V q = power * v + 1, q_slope = sign * (v + power * v_slope), lever = power;
 #endif
-    V reciprocal = 1 / q, y = p * reciprocal;
-    return {reciprocal, y, (p_slope - q_slope * y) * reciprocal, lever, power};
+    V reciprocal = 1 / q, y = EXACT ? p / q : p * reciprocal;
+    V slope = p_slope - q_slope * y;
+    return {reciprocal, y, EXACT ? slope / q : slope * reciprocal, lever, power};
 }
 
 template <class V> static inline V value(V x, const Group &c) {
-    V y = parts(x, c.a, c.b).y;
-    return c.a0 ? y - parts(x, c.a0, c.b0).y : y;
+    return c.a0 ? parts<true>(x, c.a, c.b).y - parts<true>(x, c.a0, c.b0).y : parts<false>(x, c.a, c.b).y;
 }
 
 // The gradient of x; adds those of the coefficients to `sums`, lane by lane.
 template <class V> static inline V gradient(V g, V x, const Group &c, V *sums) {
-    Parts<V> at = parts(x, c.a, c.b);
+    Parts<V> at = c.a0 ? parts<true>(x, c.a, c.b) : parts<false>(x, c.a, c.b);
     if (sums) {
         V term = g * at.reciprocal, other = -term * at.y * at.lever;
         for (int i = 0; i <= M; ++i) {
@@ -81,8 +83,7 @@ template <class V> static inline V gradient(V g, V x, const Group &c, V *sums) {
             other *= at.power;
         }
     }
-    V slope = c.a0 ? at.slope - parts(x, c.a0, c.b0).slope : at.slope;
-    return g * slope;
+    return g * (c.a0 ? at.slope - parts<true>(x, c.a0, c.b0).slope : at.slope);
 }
 
 static inline bool fits(Floats x) {  // all |x| <= LARGE, which NaN is not

@@ -69,6 +69,17 @@ def test_a_number_too_large_for_float32_powers_and_a_missing_one_beside_others()
     assert rational(x.bfloat16(), a, b).isnan().nonzero().tolist() == [[1, 1]]
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_functions_differ_by_exactly_nothing_in_value_and_gradient(form, dtype):
+    a, b = coefficients(3)
+    x = (torch.randn(200, 3 * 37) * 4).to(dtype).requires_grad_()
+    y = rational(x, a.clone().requires_grad_(), b, form=form, base=(a, b))
+    y.sum().backward()
+    assert not y.any()
+    assert not x.grad.any()
+
+
 def test_what_it_cannot_serve_goes_another_way(monkeypatch):
     ran = calls(monkeypatch)
     a, b = coefficients(4)
