@@ -110,8 +110,12 @@ def rates(measured: dict[str, list[Record]]) -> list[list[str]]:
     for arm, name in NAMES.items():
         cells = []
         for runs in tried.values():
-            losses = {r["rate"]: r["metrics"]["loss"]["value"] for r in runs if r["arm"] == arm}
-            cells.append(", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items()))
+            losses = {(r["rate"], r["precision"]): r["metrics"]["loss"]["value"] for r in runs if r["arm"] == arm}
+            shown = (
+                f"{rate:g}{'' if precision == 'bf16-mixed' else ' (fp32)'}: {loss:.3f}"
+                for (rate, precision), loss in losses.items()
+            )
+            cells.append(", ".join(shown))
         if any(cells):
             rows.append([name, *cells])
     return rows
