@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("rational.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-fopenmp", "-fPIC", "-w"]
+FLAGS += ["-fno-exceptions", "-fno-rtti", "-fopenmp", "-fPIC", "-w"]
 _CHUNK = 1 << 15  # elements of a chunk of rows, forward and backward: x, dy and dx stay in a core's second-level cache
 _SERIAL = 1 << 14  # elements that are not worth a second thread
 _SHORTEST = 8  # elements of a group that stand together; fewer would waste the lanes of a vector

@@ -4,8 +4,8 @@
 // Tensors are (outer, G, K), contiguous, float32 or bfloat16; coefficients (G, degree), float32. LANES neighbouring
 // elements of a group are computed at a time, in float32; in float64 where the powers of one of them might overflow.
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
-#include <vector>
 #ifdef __AVX__
 #include <immintrin.h>
 #endif
@@ -170,7 +170,9 @@ static void backward(const T *g, const T *x, T *d, double *sums, const float *a,
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t last = (chunk + 1) * rows < outer ? (chunk + 1) * rows : outer;
-        std::vector<Floats> chunk_lanes(sums ? G * WIDTH : 0);
+        // By C's means: whichever name the compiler was called by, the C++ runtime need not be linked.
+        Floats *chunk_lanes = sums ? (Floats *)aligned_alloc(64, (G * WIDTH * sizeof(Floats) + 63) / 64 * 64) : nullptr;
+        if (sums) memset(chunk_lanes, 0, G * WIDTH * sizeof(Floats));
         double *totals = sums ? sums + chunk * G * WIDTH : nullptr;
         for (int64_t row = chunk * rows; row < last; ++row)
             for (int64_t i = 0; i < G; ++i) {
@@ -191,6 +193,7 @@ static void backward(const T *g, const T *x, T *d, double *sums, const float *a,
             }
         for (int64_t i = 0; sums && i < G * WIDTH; ++i)
             for (int l = 0; l < LANES; ++l) totals[i] += chunk_lanes[i][l];
+        free(chunk_lanes);
     }
 }
 

@@ -102,6 +102,19 @@ def test_it_is_built_once_for_all_processes(tmp_path, monkeypatch):
     native.library.cache_clear()
 
 
+def test_a_compiler_called_by_its_c_name_serves_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIT_ADAPTERS_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "gcc")
+    native.library.cache_clear()
+    native.library(3, 2, "abs-of-sum")
+    (built,) = (tmp_path / "kernels").iterdir()
+    # In a fresh interpreter, where nothing has brought a C++ runtime along; libtorch has brought OpenMP.
+    code = f"import ctypes, torch; ctypes.CDLL({str(built)!r}, mode=2)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert b"libstdc++" not in built.read_bytes()
+    native.library.cache_clear()
+
+
 @pytest.mark.parametrize("fault", ["no compiler", "compiler fails", "no place", "torn file"])
 def test_without_the_kernel_it_warns_once_and_goes_on(fault, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "_broken", False)
