@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -27,7 +26,15 @@ from torch import Tensor, nn
 
 import lit_adapters as la
 from benchmarks.results_file import RESULTS, append, environment
-from benchmarks.timing import alternate, other_load, peak_memory_mib, ratios, saved_for_backward, spread
+from benchmarks.timing import (
+    alternate,
+    memory_of,
+    other_load,
+    ratios,
+    saved_for_backward,
+    spread,
+    training_step,
+)
 
 TARGETS = {
     "vit": ["qkv", "attn.proj", "fc1", "fc2"],
@@ -35,7 +42,6 @@ TARGETS = {
     "layer": ["0"],
 }
 METHODS: dict[str, type[la.Method]] = {"lora": la.LoRA, "dora": la.DoRA}
-LossOf = Callable[[], Tensor]
 
 
 def create(name: str, checkpointing: bool) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
@@ -75,44 +81,32 @@ def adapted(model: nn.Module, name: str, library: str, method: str, rank: int) -
     return model.train()
 
 
-def step_of(name: str, library: str, method: str, rank: int, precision: str, checkpointing: bool) -> tuple[Any, LossOf]:
-    """A closure that takes a training step, and one that only computes the loss."""
-    model, loss_of = create(name, checkpointing)
-    model = adapted(model, name, library, method, rank)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+def step_of(name: str, library: str, method: str, rank: int, precision: str, checkpointing: bool) -> Callable[[], None]:
+    """A closure that takes a training step."""
+    return training_step(*model_and_loss(name, library, method, rank, precision, checkpointing))
+
+
+def model_and_loss(
+    name: str, library: str, method: str, rank: int, precision: str, checkpointing: bool
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """An adapted model, and its loss on one batch."""
+    base, loss_of = create(name, checkpointing)
+    model = adapted(base, name, library, method, rank)
 
     def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
             return loss_of(model)
 
-    def step() -> None:
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, loss
-
-
-def memory_of(*arguments: Any) -> float:
-    """MiB of resident memory that three steps need at most, beyond what was there."""
-    step, _ = step_of(*arguments)
-    peak_memory_mib(reset=True)
-    before = peak_memory_mib()
-    for _ in range(3):
-        step()
-    return peak_memory_mib() - before
+    return model, loss
 
 
 def measure(name: str, method: str, rank: int, precision: str, checkpointing: bool, rounds: int) -> dict[str, Any]:
     """Both libraries in turns, then each alone for its memory."""
     rest = (method, rank, precision, checkpointing)
-    pairs = {library: step_of(name, library, *rest) for library in ("ours", "peft")}
-    _, times = alternate({library: step for library, (step, _) in pairs.items()}, rounds)
+    pairs = {library: model_and_loss(name, library, *rest) for library in ("ours", "peft")}
+    _, times = alternate({library: training_step(*pair) for library, pair in pairs.items()}, rounds)
     saved = {library: saved_for_backward(loss) for library, (_, loss) in pairs.items()}
-    memory = {}
-    for library in pairs:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            memory[library] = round(pool.apply(memory_of, (name, library, *rest)))
+    memory = {library: memory_of(step_of, name, library, *rest)[1] for library in pairs}
     return {
         **{"model": name, "method": method, "rank": rank, "precision": precision, "checkpointing": checkpointing},
         **{"seconds": spread(times["ours"]), "seconds_peft": spread(times["peft"])},

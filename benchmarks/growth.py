@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import lit_adapters as la
 from benchmarks.results_file import RESULTS, append, environment
-from benchmarks.timing import alternate, other_load, spread
+from benchmarks.timing import alternate, other_load, spread, training_step
 
 START = {"batch": 8, "patches": 64, "rank": 8, "groups": 8, "blocks": 4}
 SIZES = {
@@ -50,15 +50,8 @@ def step_of(method: la.Method | None, batch: int, patches: int, blocks: int) -> 
     la.attach(model, method, train=[] if method is not None else ".*")
     if method is not None:
         la.set_progress(model, 0.1)  # AFA-LoRA between its sigma and linear
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     images, labels = torch.randn(batch, 3, side, side), torch.arange(batch) % 10
-
-    def step() -> None:
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return training_step(model, lambda: F.cross_entropy(model(images), labels))
 
 
 def main() -> None:

@@ -10,15 +10,15 @@ steps of one arm in a process of its own.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 import lit_adapters as la
 from benchmarks.results_file import RESULTS, append, environment
-from benchmarks.timing import alternate, peak_memory_mib
+from benchmarks.timing import alternate, memory_of, training_step
 from language.loss import IGNORED, token_losses
 from language.models import SMOLLM2, create_model
 
@@ -41,27 +41,14 @@ def step_of(arm: str, rows: int, tokens: int) -> Callable[[], None]:
     la.attach(model, method, train=train)
     if method is not None:
         la.set_progress(model, 0.1)  # AFA-LoRA between its sigma and linear
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(0, 49152, (rows, tokens), generator=torch.Generator().manual_seed(0))
     labels = ids.where(torch.arange(tokens) >= tokens * 3 // 4, IGNORED)
 
-    def step() -> None:
+    def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = token_losses(model, {"input_ids": ids, "labels": labels})[0].mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+            return token_losses(model, {"input_ids": ids, "labels": labels})[0].mean()
 
-    return step
-
-
-def memory_of(arm: str, rows: int, tokens: int) -> float:
-    """Largest resident memory of three steps, in MiB."""
-    step = step_of(arm, rows, tokens)
-    peak_memory_mib(reset=True)
-    for _ in range(3):
-        step()
-    return peak_memory_mib()
+    return training_step(model, loss)
 
 
 def main() -> None:
@@ -72,10 +59,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     size = (arguments.rows, arguments.tokens)
-    memory = {}
-    for arm in ARMS:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            memory[arm] = pool.apply(memory_of, (arm, *size))
+    memory = {arm: memory_of(step_of, arm, *size)[0] for arm in ARMS}
     torch.manual_seed(0)
     _, times = alternate({arm: step_of(arm, *size) for arm in ARMS}, arguments.rounds)
     for arm, seconds in times.items():
@@ -83,7 +67,7 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in zip(seconds, times["lora"], strict=True))
         record = {
             **{"arm": arm, "seconds": statistics.median(seconds), "quartiles": [quartiles[0], quartiles[2]]},
-            **{"over_lora": ratio, "peak_memory_mib": round(memory[arm])},
+            **{"over_lora": ratio, "peak_memory_mib": memory[arm]},
             **vars(arguments),
             "environment": environment(),
         }

@@ -10,7 +10,6 @@ all of it to autograd. Peak memory is the resident memory that three steps need,
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 from collections.abc import Callable
 
 import timm
@@ -20,7 +19,7 @@ from torch import Tensor
 
 import lit_adapters as la
 from benchmarks.results_file import RESULTS, append, environment
-from benchmarks.timing import alternate, other_load, peak_memory_mib, ratios, spread
+from benchmarks.timing import alternate, memory_of, other_load, ratios, spread, training_step
 from lit_adapters.methods.loran import LoRANAdapter
 
 TARGETS = ["qkv", "attn.proj", "fc1", "fc2"]
@@ -40,25 +39,8 @@ def step_of(arm: str, images: int) -> Callable[[], None]:
     if arm == "branch":
         for _, adapter in la.adapters(model):
             adapter.forward = branch.__get__(adapter)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     batch, labels = torch.randn(images, 3, 128, 128), torch.arange(images) % 10
-
-    def step() -> None:
-        F.cross_entropy(model(batch), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def memory_of(arm: str, images: int) -> float:
-    """MiB of resident memory that three steps need at most, beyond what was there."""
-    step = step_of(arm, images)
-    peak_memory_mib(reset=True)
-    before = peak_memory_mib()
-    for _ in range(3):
-        step()
-    return peak_memory_mib() - before
+    return training_step(model, lambda: F.cross_entropy(model(batch), labels))
 
 
 def main() -> None:
@@ -71,10 +53,7 @@ def main() -> None:
     for images in (31, 4):
         steps = {arm: step_of(arm, images) for arm in ("lora", "loran", "branch")}
         _, times = alternate(steps, arguments.rounds)
-        memory = {}
-        for arm in steps:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                memory[arm] = round(pool.apply(memory_of, (arm, images)))
+        memory = {arm: memory_of(step_of, arm, images)[1] for arm in steps}
         for arm, seconds in times.items():
             record = {
                 **{"arm": arm, "tokens": 65 * images, "seconds": spread(seconds), "memory_mib": memory[arm]},

@@ -90,7 +90,7 @@ def inference_rows(records: list[Record]) -> list[list[str]]:
 def startup_rows(records: list[Record]) -> list[list[str]]:
     """A row a method."""
     rows = []
-    for r in _latest([r for r in records if r["what"] != "import"], lambda r: r["what"]):
+    for r in _latest([r for r in records if "attach" in r], lambda r: r["what"]):
         extra = r["file_bytes"] - r["value_bytes"]
         rows.append(
             [r["what"], _with_spread(r["attach"]), _with_spread(r["load"]), f"{r['value_bytes']:,} + {extra:,}"]

@@ -2,14 +2,15 @@
 
     python -m benchmarks.startup [--rounds 7]
 
-Import: seconds of `import lit_adapters` in a fresh interpreter that has torch already. Attach: on the meta device, to
-the shape of LLaMA-3-8B, every method's default targets. File: bytes beyond 4 a trained value (and buffer value), and
-seconds to load it into ViT-S.
+Import: seconds of `import lit_adapters` in a fresh interpreter that has torch already. Build: of the rational kernel,
+into an empty cache. Attach: on the meta device, to the shape of LLaMA-3-8B, every method's default targets.
+File: bytes beyond 4 a trained value (and buffer value), and seconds to load it into ViT-S.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,10 @@ METHODS: dict[str, la.Method] = {
     "nora_plus_plus": la.NoRAPlusPlus(),
 }
 IMPORT = "import time, torch; start = time.perf_counter(); import lit_adapters; print(time.perf_counter() - start)"
+BUILD = (
+    "import time; from lit_adapters.ops import _rational_native as n; start = time.perf_counter(); "
+    "n.library(5, 4, 'abs-of-sum'); print(time.perf_counter() - start)"
+)
 LLAMA_3_8B = {
     **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     **{"num_key_value_heads": 8, "vocab_size": 128256},
@@ -42,6 +47,16 @@ LLAMA_3_8B = {
 def import_seconds() -> float:
     """Of one fresh interpreter."""
     return float(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout)
+
+
+def build_seconds() -> float:
+    """Of the rational function's kernel, into an empty cache, in a fresh interpreter."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"LIT_ADAPTERS_CACHE": cache}
+        done = subprocess.run(
+            [sys.executable, "-c", BUILD], capture_output=True, text=True, check=True, env=environment
+        )
+    return float(done.stdout)
 
 
 def attach_seconds(method: la.Method) -> float:
@@ -72,6 +87,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     about = {"rounds": rounds, "system_load": other_load(), "environment": environment()}
+    builds = spread([build_seconds() for _ in tqdm(range(rounds), desc="build")])
+    append(RESULTS / "startup.json", {"what": "build", "seconds": builds, **about})
+    print(f"build of the rational kernel {builds['median']:.2f} s")
     imports = spread([import_seconds() for _ in tqdm(range(rounds), desc="import")])
     append(RESULTS / "startup.json", {"what": "import", "seconds": imports, **about})
     print(f"import {imports['median']:.2f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import statistics
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 
@@ -45,6 +46,34 @@ def alternate(
         for name in list(functions)[:: 1 if number % 2 == 0 else -1]:
             times[name].append(timed(lambda f=functions[name]: [f() for _ in range(calls)]) / calls)
     return first, times
+
+
+def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    """A closure that takes one step of AdamW on what is trainable."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def memory_of(make_step: Callable[..., Callable[[], None]], *arguments: Any) -> tuple[int, int]:
+    """MiB of resident memory in a process of their own: the peak of three steps, and how much of it they needed."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        peak, before = pool.apply(_memory_of, (make_step, arguments))
+    return round(peak), round(peak - before)
+
+
+def _memory_of(make_step: Callable[..., Callable[[], None]], arguments: tuple[Any, ...]) -> tuple[float, float]:
+    step = make_step(*arguments)
+    peak_memory_mib(reset=True)
+    before = peak_memory_mib()
+    for _ in range(3):
+        step()
+    return peak_memory_mib(), before
 
 
 def spread(values: list[float]) -> dict[str, Any]:

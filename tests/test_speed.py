@@ -22,7 +22,7 @@ def stated(file: str, field: str, **key: object) -> float:
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_step_beside_pefts(method):
     rest = (method, 8, "fp32", False)
-    steps = {library: step_of("layer", library, *rest)[0] for library in ("ours", "peft")}
+    steps = {library: step_of("layer", library, *rest) for library in ("ours", "peft")}
     ratio = ratios(alternate(steps, ROUNDS)[1], "ours", "peft")["median"]
     limit = SLACK * stated("against_peft", "ratio", model="layer", method=method, rank=8, precision="fp32")
     assert ratio <= limit

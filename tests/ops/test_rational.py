@@ -6,6 +6,14 @@ import torch
 from lit_adapters.ops import _rational_blocks, rational, rational_reference, set_rational_backend
 
 FORMS = ["abs-of-sum", "sum-of-abs"]
+SHAPES = [
+    ((2, 7, 48), 8, -1),
+    ((5, 16), 1, 1),
+    ((3, 24, 5, 4), 4, 1),
+    ((2, 5, 4, 24), 24, -1),
+    ((64,), 8, 0),
+    ((1, 1, 8), 8, 2),
+]
 GELU_6 = (
     [-3.7316460e-3, 0.5, 0.42029126, 0.12614483, 0.015942420, 7.0832076e-4],
     [0.0, 0.25230130, 0.0, 0.0014168610],
@@ -63,17 +71,7 @@ def absolute_terms(x, a, b, grad, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    ("shape", "groups", "channel_dim"),
-    [
-        ((2, 7, 48), 8, -1),
-        ((5, 16), 1, 1),
-        ((3, 24, 5, 4), 4, 1),
-        ((2, 5, 4, 24), 24, -1),
-        ((64,), 8, 0),
-        ((1, 1, 8), 8, 2),
-    ],
-)
+@pytest.mark.parametrize(("shape", "groups", "channel_dim"), SHAPES)
 def test_float32_agrees_with_float64_reference(form, shape, groups, channel_dim):
     x, grad = torch.randn(shape) * 4, torch.randn(shape)
     a, b = coefficients(groups)
