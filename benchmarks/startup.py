@@ -35,7 +35,7 @@ METHODS: dict[str, la.Method] = {
 }
 IMPORT = "import time, torch; start = time.perf_counter(); import lit_adapters; print(time.perf_counter() - start)"
 BUILD = (
-    "import time; from lit_adapters.ops import _rational_native as n; start = time.perf_counter(); "
+    "import time; from lit_adapters.ops import _native as n; start = time.perf_counter(); "
     "n.library(5, 4, 'abs-of-sum'); print(time.perf_counter() - start)"
 )
 LLAMA_3_8B = {

@@ -11,6 +11,7 @@ its slope at 25.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,12 +30,14 @@ class WeightFunction:
         derivative: f'(z); at a kink, the derivative from the left.
         by_frequency: df/dw(z), or None.
         flat_at_zero: f'(0) = 0, so that B = 0 would never train.
+        wave: c1, c2, c3 and phase, of the amplitude, where f(z) = c1 z + (c2 + c3 z) sin(w z + phase) and f(0) = 0.
     """
 
     value: Formula
     derivative: Formula
     by_frequency: Formula | None = None
     flat_at_zero: bool = False
+    wave: Callable[[float], tuple[float, float, float, float]] | None = None
 
 
 def _swish(z: Tensor, slope: float) -> Tensor:
@@ -62,12 +65,21 @@ def _logistic_slope(z: Tensor, a: float, w: float | Tensor) -> Tensor:
 
 
 WEIGHT_FUNCTIONS: dict[str, WeightFunction] = {
-    "sinter": WeightFunction(lambda z, a, w: z + a * z * torch.sin(w * z), _sinter_slope),
-    "sine": WeightFunction(
-        lambda z, a, w: torch.sin(w * z), lambda z, a, w: w * torch.cos(w * z), lambda z, a, w: z * torch.cos(w * z)
+    "sinter": WeightFunction(
+        lambda z, a, w: z + a * z * torch.sin(w * z), _sinter_slope, wave=lambda a: (1.0, 0.0, a, 0.0)
     ),
-    "cos": WeightFunction(lambda z, a, w: z + z * torch.cos(w * z), _cos_slope),
-    "identity": WeightFunction(lambda z, a, w: z, lambda z, a, w: torch.ones_like(z)),
+    "sine": WeightFunction(
+        lambda z, a, w: torch.sin(w * z),
+        lambda z, a, w: w * torch.cos(w * z),
+        lambda z, a, w: z * torch.cos(w * z),
+        wave=lambda a: (0.0, 1.0, 0.0, 0.0),
+    ),
+    "cos": WeightFunction(
+        lambda z, a, w: z + z * torch.cos(w * z), _cos_slope, wave=lambda a: (1.0, 0.0, 1.0, math.pi / 2)
+    ),
+    "identity": WeightFunction(
+        lambda z, a, w: z, lambda z, a, w: torch.ones_like(z), wave=lambda a: (1.0, 0.0, 0.0, 0.0)
+    ),
     "sigmoid": WeightFunction(lambda z, a, w: torch.sigmoid(z), _logistic_slope),
     "tanh": WeightFunction(lambda z, a, w: torch.tanh(z), lambda z, a, w: 1 - torch.tanh(z).square()),
     "relu": WeightFunction(lambda z, a, w: torch.relu(z), lambda z, a, w: (z > 0).to(z.dtype), flat_at_zero=True),
@@ -103,6 +115,15 @@ class WeightUpdate:
     @property
     def learns_frequency(self) -> bool:
         return self.f.by_frequency is not None
+
+    @property
+    def wave(self) -> tuple[float, float, float, float] | None:
+        """c1, c2, c3 and phase where s f(z) = c1 z + (c2 + c3 z) sin(w z + phase), centred or not."""
+        if self.f.wave is None:
+            return None
+        *factors, phase = self.f.wave(self.amplitude)
+        c1, c2, c3 = (self.scaling * c for c in factors)
+        return c1, c2, c3, phase
 
     def value(self, z: Tensor, frequency: Tensor) -> Tensor:
         """s f(z), or s (f(z) - f(0))."""

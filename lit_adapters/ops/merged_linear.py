@@ -1,7 +1,8 @@
 """A linear layer whose weight is formed for the call: y = x (W0 + s f(B A))^T + bias, f elementwise.
 
 Nothing of the size of the weight outlives the call: backward forms W' again for the gradient of x, and f'(B A) in
-blocks of rows for those of A and B. One product of the layer's size forward, two backward (plus the thin ones).
+blocks of rows for those of A and B. One product of the layer's size forward, two backward (plus the thin ones). What is
+elementwise takes a dozen PyTorch operations, or one pass of merged.cpp for functions that it knows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_adapters.ops import _merged_native as native
+
 _BLOCK = 1 << 18  # elements of the weight at a time: temporaries that stay in the cache
 
 
@@ -21,6 +24,10 @@ class Update(Protocol):
 
     @property
     def learns_frequency(self) -> bool: ...
+
+    @property
+    def wave(self) -> native.Wave | None:
+        """c1, c2, c3 and phase where s f(z) = c1 z + (c2 + c3 z) sin(w z + phase), w the frequency."""
 
     def value(self, z: Tensor, frequency: Tensor) -> Tensor: ...
 
@@ -44,9 +51,32 @@ def merged_weight(
     """
     merged = _empty(matrix, a, b, dtype)
     for rows in _row_blocks(b.shape[0], a.shape[1]):
-        change = update.value(b[rows] @ a, frequency)
-        merged[rows] = change if matrix is None else matrix[rows] + change
+        _merge(b[rows] @ a, None if matrix is None else matrix[rows], merged[rows], frequency, update)
     return merged
+
+
+def _merge(z: Tensor, matrix: Tensor | None, merged: Tensor, frequency: Tensor, update: Update) -> None:
+    """Write W0 + s f(z) to `merged`, (rows, in)."""
+    if update.wave is not None and native.serves(z, matrix, merged):  # noqa: SIM102
+        if native.merge(z, matrix, merged, update.wave, frequency.item()):
+            return
+    change = update.value(z, frequency)
+    merged.copy_(change if matrix is None else matrix + change)
+
+
+def _differentiate(
+    z: Tensor, gradient: Tensor, matrix: Tensor | None, merged: Tensor | None, frequency: Tensor, update: Update
+) -> tuple[Tensor, Tensor | float]:
+    """The gradient of z from that of the weight, (rows, in), and the frequency's; writes W0 + s f(z) to `merged`."""
+    if update.wave is not None and native.serves(z, matrix, merged) and gradient.dtype == z.dtype:
+        gradient = gradient.contiguous()
+        sums = native.backward(z, gradient, matrix, merged, update.wave, frequency.item(), update.learns_frequency)
+        if sums is not None:
+            return gradient, sum(sums)
+    if merged is not None:
+        _merge(z, matrix, merged, frequency, update)
+    by_frequency = (gradient * update.by_frequency(z, frequency)).sum() if update.learns_frequency else 0.0
+    return gradient * update.derivative(z, frequency), by_frequency
 
 
 def _empty(matrix: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,16 +139,12 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     d_weight = torch.empty_like(matrix) if needs_weight and matrix is not None else None
     d_a, d_b, d_frequency = torch.zeros_like(a), torch.empty_like(b), torch.zeros_like(frequency)
     for rows in _row_blocks(b.shape[0], a.shape[1]):
-        z = b[rows] @ a
-        if building:
-            change = update.value(z, frequency)
-            merged[rows] = change if matrix is None else matrix[rows] + change
         d_merged = (g[:, rows].t() @ x2).to(a.dtype)
         if d_weight is not None:
             d_weight[rows] = d_merged.to(d_weight.dtype)
-        if update.learns_frequency:
-            d_frequency = d_frequency + (d_merged * update.by_frequency(z, frequency)).sum()
-        d_z = d_merged * update.derivative(z, frequency)
+        raw, written = None if matrix is None else matrix[rows], merged[rows] if building else None
+        d_z, by_frequency = _differentiate(b[rows] @ a, d_merged, raw, written, frequency, update)
+        d_frequency = d_frequency + by_frequency
         d_b[rows] = d_z @ a.t()
         d_a = d_a + b[rows].t() @ d_z
     d_x = (g @ merged).view(x.shape) if needs_x else None

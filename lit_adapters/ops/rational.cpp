@@ -3,33 +3,14 @@
 //
 // Tensors are (outer, G, K), contiguous, float32 or bfloat16; coefficients (G, degree), float32. LANES neighbouring
 // elements of a group are computed at a time, in float32; in float64 where the powers of one of them might overflow.
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8
-#endif
 constexpr int WIDTH = M + 1 + N;  // coefficients of a group
 constexpr float LARGE = 1e4f;     // powers up to 7 stay far inside float32 below it
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef double Doubles __attribute__((vector_size(8 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 struct Group {  // coefficients of one group, and those of the function that is subtracted from it
     const float *a, *b, *a0, *b0;
 };
-
-template <class V> static inline V all(float c) { return V{} + c; }
-template <class V> static inline V absolute(V x) { return x >= 0 ? x : -x; }
-static inline float absolute_of(float c) { return c >= 0 ? c : -c; }
 
 template <class V> struct Parts {
     V reciprocal, y, slope, lever, power;  // 1/Q, R, dR/dx; dR/db_j = -lever power^(j-1) R / Q
@@ -86,55 +67,13 @@ template <class V> static inline V gradient(V g, V x, const Group &c, V *sums) {
     return g * (c.a0 ? at.slope - parts<true>(x, c.a0, c.b0).slope : at.slope);
 }
 
-static inline bool fits(Floats x) {  // all |x| <= LARGE, which NaN is not
-#if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask((__m512)absolute(x), _mm512_set1_ps(LARGE), _CMP_LE_OQ) == 0xffff;
-#elif defined(__AVX__)
-    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)absolute(x), _mm256_set1_ps(LARGE), _CMP_LE_OQ)) == 0xff;
-#else
-    bool all_fit = true;
-    for (int i = 0; i < LANES; ++i) all_fit &= absolute_of(x[i]) <= LARGE;
-    return all_fit;
-#endif
-}
-
-static inline Floats load(const float *from) {
-    Floats x;
-    memcpy(&x, from, sizeof x);
-    return x;
-}
-static inline Floats load(const uint16_t *from) {  // bfloat16 is the upper half of a float32
-    Halves h;
-    memcpy(&h, from, sizeof h);
-    return (Floats)(__builtin_convertvector(h, Words) << 16);
-}
-static inline void store(float *to, Floats x) { memcpy(to, &x, sizeof x); }
-static inline void store(uint16_t *to, Floats x) {  // rounded to nearest, ties to even; NaN stays NaN
-    Words w = (Words)x;
-    Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-    Halves h = __builtin_convertvector(x == x ? rounded : (w >> 16) | 0x40, Halves);
-    memcpy(to, &h, sizeof h);
-}
-
-// Fewer than LANES elements at the end of a row: a copy with zeros behind them, which add nothing to any sum.
-template <class T> static inline Floats load_some(const T *from, int64_t count) {
-    T padded[LANES] = {};
-    memcpy(padded, from, count * sizeof(T));
-    return load(padded);
-}
-template <class T> static inline void store_some(T *to, Floats x, int64_t count) {
-    T padded[LANES];
-    store(padded, x);
-    memcpy(to, padded, count * sizeof(T));
-}
-
 static inline Floats value_of(Floats x, const Group &c) {
-    if (__builtin_expect(fits(x), 1)) return value(x, c);
+    if (__builtin_expect(all_within(x, LARGE), 1)) return value(x, c);
     return __builtin_convertvector(value(__builtin_convertvector(x, Doubles), c), Floats);
 }
 
 static inline Floats gradient_of(Floats g, Floats x, const Group &c, Floats *lanes, double *total) {
-    if (__builtin_expect(fits(x), 1)) return gradient(g, x, c, lanes);
+    if (__builtin_expect(all_within(x, LARGE), 1)) return gradient(g, x, c, lanes);
     Doubles sums[WIDTH] = {};
     Doubles d = gradient(__builtin_convertvector(g, Doubles), __builtin_convertvector(x, Doubles), c,
                          lanes ? sums : nullptr);

@@ -1,7 +1,4 @@
-"""The C++ kernel: how it is built and kept, the edges of its vectors and chunks, threads, no compiler."""
-
-import subprocess
-import sys
+"""The C++ kernel of rational functions: the edges of its vectors and chunks, threads, what it cannot serve."""
 
 import pytest
 import torch
@@ -88,56 +85,3 @@ def test_what_it_cannot_serve_goes_another_way(monkeypatch):
         assert y.dtype == x.dtype
         assert normwise(y, rational_reference(x.double(), a.double(), b.double())) <= 1e-3
     assert not ran
-
-
-def test_it_is_built_once_for_all_processes(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIT_ADAPTERS_CACHE", str(tmp_path))
-    native.library.cache_clear()
-    native.library(2, 2, "abs-of-sum")
-    (built,) = (tmp_path / "kernels").iterdir()
-    written = built.stat().st_mtime_ns
-    code = "from lit_adapters.ops import _rational_native as n; n.library(2, 2, 'abs-of-sum')"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert [f.stat().st_mtime_ns for f in (tmp_path / "kernels").iterdir()] == [written]
-    native.library.cache_clear()
-
-
-def test_a_compiler_called_by_its_c_name_serves_too(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIT_ADAPTERS_CACHE", str(tmp_path))
-    monkeypatch.setenv("CXX", "gcc")
-    native.library.cache_clear()
-    native.library(3, 2, "abs-of-sum")
-    (built,) = (tmp_path / "kernels").iterdir()
-    # In a fresh interpreter, where nothing has brought a C++ runtime along; libtorch has brought OpenMP.
-    code = f"import ctypes, torch; ctypes.CDLL({str(built)!r}, mode=2)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert b"libstdc++" not in built.read_bytes()
-    native.library.cache_clear()
-
-
-@pytest.mark.parametrize("fault", ["no compiler", "compiler fails", "no place", "torn file"])
-def test_without_the_kernel_it_warns_once_and_goes_on(fault, tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "_broken", False)
-    monkeypatch.setenv("LIT_ADAPTERS_CACHE", str(tmp_path))
-    native.library.cache_clear()
-    if fault == "no compiler":
-        monkeypatch.setenv("PATH", str(tmp_path))
-        monkeypatch.delenv("CXX", raising=False)
-    elif fault == "compiler fails":
-        monkeypatch.setenv("CXX", "false")
-    elif fault == "no place":
-        (tmp_path / "kernels").write_text("a file where the folder should be")
-    else:
-        with monkeypatch.context() as building:
-            building.setattr(native.ctypes, "CDLL", lambda path: None)  # a loaded file would be used as it was
-            native.library(5, 4, "abs-of-sum")
-        (built,) = (tmp_path / "kernels").iterdir()
-        built.write_bytes(b"torn")
-        native.library.cache_clear()
-    x, (a, b) = torch.randn(4, 64), coefficients(8)
-    with pytest.warns(UserWarning, match="cannot be built here") as caught:
-        y, again = rational(x, a, b), rational(x, a, b)
-    assert len(caught) == 1
-    assert torch.equal(y, again)
-    assert normwise(y, rational_reference(x.double(), a.double(), b.double())) <= 1e-6
-    native.library.cache_clear()

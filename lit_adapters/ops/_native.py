@@ -1,0 +1,115 @@
+"""Kernels in C++ for the processor, compiled at first use and kept in the cache folder.
+
+The folder is $LIT_ADAPTERS_CACHE, else ~/.cache/lit_adapters. A kernel takes its threads from the OpenMP runtime that
+PyTorch has loaded; a second one would compete with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-fno-exceptions", "-fno-rtti", "-fopenmp", "-fPIC", "-w"]
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_SERIAL = 1 << 14  # elements that are not worth a second thread
+
+_broken: set[str] = set()  # kernels that could not be built or loaded
+
+
+def compiler() -> str:
+    """The C++ compiler: $CXX, g++ or clang++.
+
+    Raises:
+        OSError: there is none.
+    """
+    candidates = [os.environ.get("CXX"), "g++", "clang++"]
+    found = next((path for name in candidates if name and (path := shutil.which(name))), None)
+    if found is None:
+        raise OSError("no C++ compiler (g++ or clang++) on the PATH")
+    return found
+
+
+@functools.cache
+def _processor() -> str:
+    """What -march=native depends on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+@functools.cache
+def build(name: str, **macros: int) -> ctypes.CDLL:
+    """The functions of NAME.cpp beside this file, compiled with these macros.
+
+    Raises:
+        OSError: it could not be compiled, written or loaded.
+    """
+    source, header = (Path(__file__).with_name(file) for file in (f"{name}.cpp", "vectors.h"))
+    command = [compiler(), *FLAGS, *(f"-D{macro}={value}" for macro, value in macros.items())]
+    key = "\n".join([*command, source.read_text(), header.read_text(), platform.platform(), _processor()])
+    folder = Path(os.environ.get("LIT_ADAPTERS_CACHE") or "~/.cache/lit_adapters").expanduser() / "kernels"
+    path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    if not path.exists():
+        log.info("compiling %s.cpp %s, about two seconds", name, macros or "")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            steps = [
+                [*command, "-c", str(source), "-o", f"{scratch}/kernel.o"],
+                # Without -fopenmp: its symbols are those that PyTorch has brought along.
+                [command[0], "-shared", f"{scratch}/kernel.o", "-lm", "-o", f"{scratch}/kernel.so"],
+            ]
+            for step in steps:
+                done = subprocess.run(step, capture_output=True, text=True)
+                if done.returncode:
+                    raise OSError(f"{step[0]} failed: {done.stderr.strip()[:300]}")
+            os.replace(f"{scratch}/kernel.so", path)
+    return ctypes.CDLL(str(path))
+
+
+def usable(name: str) -> bool:
+    """Whether nothing has kept a kernel from being built or loaded so far."""
+    return name not in _broken
+
+
+def library(name: str, what: str, **macros: int) -> ctypes.CDLL | None:
+    """`build`; where that fails, None and, once for each kernel, a warning that `what` goes the slow way."""
+    try:
+        return build(name, **macros)
+    except OSError as error:
+        _broken.add(name)
+        warnings.warn(
+            f"the fast {what} cannot be built here ({error}); it runs in plain PyTorch operations, several times "
+            "slower. A C++ compiler (g++ or clang++) on the PATH mends this.",
+            stacklevel=2,
+        )
+        return None
+
+
+def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    """Where tensors lie in memory; None is no place."""
+    return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+
+
+def sizes(*numbers: int) -> list[ctypes.c_int64]:
+    """Whole numbers as a kernel takes them."""
+    return [ctypes.c_int64(n) for n in numbers]
+
+
+def threads(elements: int) -> ctypes.c_int:
+    """How many threads should share this many elements."""
+    return ctypes.c_int(torch.get_num_threads() if elements > _SERIAL else 1)

@@ -1,0 +1,66 @@
+// Short vectors of neighbouring elements, float32 in the registers whatever they are in memory; for the kernels beside it.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef double Doubles __attribute__((vector_size(8 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef int64_t Longs __attribute__((vector_size(8 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+template <class V> static inline V all(float c) { return V{} + c; }
+template <class V> static inline V absolute(V x) { return x >= 0 ? x : -x; }
+static inline float absolute_of(float c) { return c >= 0 ? c : -c; }
+
+static inline bool all_within(Floats x, float limit) {  // all |x| <= limit, which NaN is not
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)absolute(x), _mm512_set1_ps(limit), _CMP_LE_OQ) == 0xffff;
+#elif defined(__AVX__)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)absolute(x), _mm256_set1_ps(limit), _CMP_LE_OQ)) == 0xff;
+#else
+    bool all_fit = true;
+    for (int i = 0; i < LANES; ++i) all_fit &= absolute_of(x[i]) <= limit;
+    return all_fit;
+#endif
+}
+
+static inline Floats load(const float *from) {
+    Floats x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+static inline Floats load(const uint16_t *from) {  // bfloat16 is the upper half of a float32
+    Halves h;
+    memcpy(&h, from, sizeof h);
+    return (Floats)(__builtin_convertvector(h, Words) << 16);
+}
+static inline void store(float *to, Floats x) { memcpy(to, &x, sizeof x); }
+static inline void store(uint16_t *to, Floats x) {  // rounded to nearest, ties to even; NaN stays NaN
+    Words w = (Words)x;
+    Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+    Halves h = __builtin_convertvector(x == x ? rounded : (w >> 16) | 0x40, Halves);
+    memcpy(to, &h, sizeof h);
+}
+
+// Fewer than LANES elements at the end of a row: a copy with zeros behind them, which add nothing to any sum.
+template <class T> static inline Floats load_some(const T *from, int64_t count) {
+    T padded[LANES] = {};
+    memcpy(padded, from, count * sizeof(T));
+    return load(padded);
+}
+template <class T> static inline void store_some(T *to, Floats x, int64_t count) {
+    T padded[LANES];
+    store(padded, x);
+    memcpy(to, padded, count * sizeof(T));
+}
