@@ -36,7 +36,7 @@ METHODS: dict[str, la.Method] = {
 IMPORT = "import time, torch; start = time.perf_counter(); import lit_adapters; print(time.perf_counter() - start)"
 BUILD = (
     "import time; from lit_adapters.ops import _native as n; start = time.perf_counter(); "
-    "n.library(5, 4, 'abs-of-sum'); print(time.perf_counter() - start)"
+    "n.build('rational', M=5, N=4, ABS_OF_SUM=1); print(time.perf_counter() - start)"
 )
 LLAMA_3_8B = {
     **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.keeping import KeepingAdapter
 from lit_adapters.methods.layers import LinearLayer
-from lit_adapters.methods.low_rank import LowRank
+from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.ops.rescaled import rescaled
 
 
@@ -37,7 +37,7 @@ class DoRA(LowRank):
         return DoRAAdapter(base, layer, rank, self)
 
 
-class DoRAAdapter(KeepingAdapter):
+class DoRAAdapter(KeepingAdapter, LowRankAdapter):
     """h = m / ||W0 + s B A|| (W0 x + s B A x) + bias for one layer; (..., in) -> (..., out)."""
 
     method = "dora"

@@ -25,7 +25,7 @@ from lit_adapters.activations.weight_functions import WEIGHT_FUNCTIONS, WeightUp
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.keeping import KeepingAdapter
 from lit_adapters.methods.layers import ConvolutionLayer, LinearLayer
-from lit_adapters.methods.low_rank import LowRank
+from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.ops.merged_linear import merged_linear, merged_weight
 
 _NUDGE = 1e-3  # of B, where f is flat at 0: B A is then this share of a freshly initialised weight
@@ -70,7 +70,7 @@ class LoRAN(LowRank):
         return LoRANAdapter(base, layer, rank, self)
 
 
-class LoRANAdapter(KeepingAdapter):
+class LoRANAdapter(KeepingAdapter, LowRankAdapter):
     """h = (W0 + s f(B A)) x + bias for one layer; (..., in) -> (..., out)."""
 
     method = "loran"

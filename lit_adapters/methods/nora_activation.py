@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_adapters.activations import RationalActivation, fit_for
 from lit_adapters.activations.sensitivity import coefficient_effects
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.keeping import KeepingAdapter
 from lit_adapters.ops import rational
 from lit_adapters.statistics import drift, histogram, regular_sample, slope_bound
 
@@ -26,7 +26,7 @@ _ASSUMED_STD = 2.0  # of pre-activations before any were seen; normal with mean 
 _LEAST_SPREAD = 1e-3  # of inputs to calibrate on
 
 
-class NoRAActivation(AdapterModule):
+class NoRAActivation(KeepingAdapter):
     """One adapted activation: (..., D, ...) -> the same shape and dtype."""
 
     method = "nora"
@@ -161,6 +161,12 @@ class NoRAActivation(AdapterModule):
         a, b = self.base_coefficients()
         return a + self._update("numerator"), b + self._update("denominator")
 
+    def _coefficients(self) -> tuple[Tensor, Tensor]:
+        """`coefficients`, formed anew only where they may have changed."""
+        if not self.may_keep():
+            return self.coefficients()
+        return self.kept(torch.float32, list(self.adapter_tensors().values()), self.coefficients)
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base(x)
@@ -174,7 +180,7 @@ class NoRAActivation(AdapterModule):
                 f"{self.config.groups} groups do not divide the {x.shape[self.channel_dim]} channels of "
                 f"{self.qualified_name!r} (input {tuple(x.shape)}, channel_dim {self.channel_dim})"
             )
-        a, b = self.coefficients()
+        a, b = self._coefficients()
         form = self.config.denominator
         if self.config.base == "rational":
             return rational(x, a, b, form, self.channel_dim)

@@ -95,6 +95,32 @@ def test_coefficients_are_effective_and_differentiable():
         assert gradient.any()
 
 
+def test_in_use_coefficients_are_formed_once_until_something_changes(monkeypatch):
+    adapter, x = adapted_activation(base="rational"), torch.randn(3, 24)
+    formed, original = [], NoRAActivation.coefficients
+    monkeypatch.setattr(NoRAActivation, "coefficients", lambda self: (formed.append(1), original(self))[1])
+    events = {
+        "nothing": (lambda: None, 0),
+        "write": (lambda: adapter.numerator_B.add_(1), 1),
+        "load": (lambda: adapter.load_state_dict(adapter.state_dict()), 1),
+        "modes": (lambda: adapter.train().eval(), 1),
+        "cast": (lambda: adapter.double().float(), 1),
+    }
+    adapter.eval()
+    with torch.no_grad():
+        adapter(x)
+        for event, (happen, times) in events.items():
+            happen()
+            formed.clear()
+            y = adapter(x), adapter(x)
+            assert len(formed) == times, event
+            assert torch.equal(y[0], y[1])
+            assert torch.equal(y[0], la.ops.rational(x, *original(adapter), adapter.config.denominator))
+    formed.clear()
+    adapter(x), adapter.train()(x)
+    assert len(formed) == 2  # a gradient may be wanted
+
+
 def test_a_group_changes_its_own_channels_only():
     adapter = adapted_activation(0.0, rank=None)
     x = torch.randn(10, 24)
