@@ -28,9 +28,9 @@ lint: $(ENVIRONMENT)
 # ROOT holds cifar10/ (train and test, folders or .tar.gz), alpaca_demo/, mmlu/, newsgroups20/ and samsum/.
 bench: $(ENVIRONMENT)  ## measure everything that docs/ shows: hours
 	@test -n "$(ROOT)" || { echo 'error: make bench ROOT=DIR, the folder with cifar10/, alpaca_demo/, mmlu/, ...'; exit 1; }
-	$(BIN)/python -m benchmarks.step_time
+	for model in vit smollm2; do for precision in fp32 bf16; do \
+		$(BIN)/python -m benchmarks.step_time --model $$model --precision $$precision || exit 1; done; done
 	$(BIN)/python -m benchmarks.cifar10_accuracy --root $(ROOT)/cifar10
-	$(BIN)/python -m benchmarks.language_step_time
 	for task in alpaca newsgroups samsum; do \
 		$(BIN)/python -m benchmarks.language_tuning --root $(ROOT) --task $$task || exit 1; done
 	$(BIN)/python -m benchmarks.subspace --root $(ROOT)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.inference [--rounds 9] [--threads 2]
 
-`vit`: ViT-S/16 at 128 px, batch 16, without gradients; `llama`: the shape of SmolLM2-135M (its vocabulary cut to
-8192), greedy continuation of a prompt of 32 tokens by 32, with KV cache. float32, random weights, updates that are not
-zero. Ratios are seconds over those of the untouched base in the same round. NoRA's functions cannot be merged: "merged"
-NoRA++ has its LoRA merged and its functions left.
+`vit`: ViT-S/16 at 128 px, batch 16, random weights, without gradients; `llama`: SmolLM2-135M, greedy continuation of a
+prompt of 32 tokens by 32, with KV cache. float32, updates that are not zero. Ratios are seconds over those of the
+untouched base in the same round. NoRA's functions cannot be merged: "merged" NoRA++ has its LoRA merged and its
+functions left.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 import lit_adapters as la
 from benchmarks.results_file import RESULTS, append, environment
 from benchmarks.timing import alternate, other_load, ratios, spread
+from language.models import SMOLLM2, create_model
 
 METHODS: dict[str, Callable[[], la.Method]] = {
     "lora": la.LoRA,
@@ -40,13 +42,10 @@ def create(name: str) -> tuple[nn.Module, Callable[[nn.Module], object]]:
     if name == "vit":
         images = torch.randn(16, 3, 128, 128)
         return timm.create_model("vit_small_patch16_224", img_size=128, num_classes=10).eval(), lambda m: m(images)
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=3, vocab_size=8192, eos_token_id=None)).eval()
+    model: Any = create_model(SMOLLM2).eval()
     prompt = torch.arange(32)[None]
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": True, "pad_token_id": 0}
-    return model, lambda m: m.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": True}
+    return model, lambda m: m.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **options)
 
 
 def variants(base: nn.Module) -> dict[str, nn.Module]:

@@ -20,7 +20,6 @@ NAMES = {
     "dora": "DoRA, r = 8",
     "loran": "LoRAN, r = 64, q and v",
     "loran_identity": "LoRAN, amplitude 0",
-    "lora_like_loran": "LoRA, r = 64, q and v",
     "full": "full fine-tuning",
 }
 CATEGORIES = ("STEM", "Humanities", "Social Sciences", "Other")
@@ -119,20 +118,6 @@ def rates(measured: dict[str, list[Record]]) -> list[list[str]]:
         if any(cells):
             rows.append([name, *cells])
     return rows
-
-
-def costs(records: list[Record]) -> list[list[str]]:
-    """The latest step time and memory of each arm."""
-    latest = {r["arm"]: r for r in records}
-    return [
-        [
-            NAMES[arm],
-            f"{r['seconds']:.2f} ({r['quartiles'][0]:.2f} to {r['quartiles'][1]:.2f})",
-            f"{r['over_lora']:.2f}",
-            f"{r['peak_memory_mib']:,}",
-        ]
-        for arm, r in latest.items()
-    ]
 
 
 def _compared(records: list[Record]) -> dict[str, tuple[Record, Record]]:

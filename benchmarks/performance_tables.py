@@ -65,6 +65,47 @@ def peft_rows(records: list[Record]) -> list[list[str]]:
     return rows
 
 
+STEP_NAMES = {
+    "head": "head only",
+    "frozen": "frozen backbone, gradients to the image",
+    "full": "full fine-tuning",
+    "lora": "LoRA, r = 8",
+    "afa": "AFA-LoRA, r = 8",
+    "dora": "DoRA, r = 8",
+    "nora": "NoRA",
+    "nora_anchored": "NoRA, anchored",
+    "nora_plus_plus": "NoRA++",
+    "loran": "LoRAN",
+    "lora_like_loran": "LoRA, r = 64, q and v",
+}
+
+
+def step_rows(records: list[Record], model: str) -> list[list[str]]:
+    """A row an arm, precisions side by side: samples a second, ratios, memory; then what does not depend on them."""
+    latest = _latest([r for r in records if r["model"] == model], lambda r: (r["arm"], r["precision"]))
+    base = "frozen" if model == "vit" else "lora"
+    rows = []
+    for arm in [a for a in STEP_NAMES if any(r["arm"] == a for r in latest)]:
+        of = {r["precision"]: r for r in latest if r["arm"] == arm}
+        row = [STEP_NAMES[arm] + (", r = 64, q and v" if (model, arm) == ("smollm2", "loran") else "")]
+        for precision in ("fp32", "bf16"):
+            if (r := of.get(precision)) is None:
+                row += ["not run"] * 4
+                continue
+            row += [f"{r['batch'] / r['seconds']['median']:.1f}", _with_spread(r[f"over_{base}"])]
+            row += [f"{r['over_full']['median']:.2f}", f"{r['peak_memory_mib']:,}"]
+        r = next(iter(of.values()))
+        rows.append([*row, f"{r['first_step_seconds']:.1f}", f"{r['trainable']:,}", f"{r['file_bytes'] / 1024:,.0f}"])
+    return rows
+
+
+def step_header(model: str) -> list[str]:
+    """Of `step_rows`."""
+    base = "frozen" if model == "vit" else "LoRA"
+    each = [[f"{p}: samples/s", f"time / {base}", "/ full", "peak, MiB"] for p in ("fp32", "bf16")]
+    return ["arm", *each[0], *each[1], "first step, s", "trained", "file, KiB"]
+
+
 def loran_rows(records: list[Record]) -> list[list[str]]:
     """A row an arm and number of tokens."""
     names = {"lora": "LoRA", "loran": "LoRAN", "branch": "LoRAN as a separate branch"}

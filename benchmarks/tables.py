@@ -77,23 +77,6 @@ def rates_table(records: list[dict[str, Any]]) -> str:
     return table(["arm", "validation accuracy by rate (n = 1,000)"], rows)
 
 
-def step_table(records: list[dict[str, Any]]) -> str:
-    """The latest record of each arm."""
-    latest = {r["arm"]: r for r in records}
-    names = {**NAMES, "frozen": "frozen backbone, gradients to the image"}
-    rows = [
-        [
-            names[arm],
-            f"{r['seconds']:.3f} ({r['quartiles'][0]:.3f} to {r['quartiles'][1]:.3f})",
-            f"{r['over_frozen']:.2f}",
-            f"{r['over_full']:.2f}",
-            f"{r['first_step_seconds']:.1f}",
-        ]
-        for arm, r in latest.items()
-    ]
-    return table(["arm", "seconds a step (quartiles)", "/ frozen", "/ full", "first step, s"], rows)
-
-
 def machine(records: list[dict[str, Any]]) -> str:
     """Where and with what the latest record was measured."""
     e = records[-1]["environment"]
@@ -132,15 +115,13 @@ def replace_block(path: Path, name: str, text: str) -> None:
 
 def main() -> None:
     """Fill every block."""
-    accuracy, steps = load(RESULTS / "cifar10_accuracy.json"), load(RESULTS / "step_time.json")
+    accuracy = load(RESULTS / "cifar10_accuracy.json")
     results = ROOT / "docs" / "results.md"
     if accuracy:
         replace_block(results, "accuracy", f"{accuracy_table(accuracy)}\n\n{machine(accuracy)}")
         replace_block(results, "rates", rates_table(accuracy))
         replace_block(ROOT / "README.md", "results", f"{accuracy_table(accuracy)}\n\n{machine(accuracy)}")
         accuracy_figure(accuracy, ROOT / "docs" / "accuracy.png")
-    if steps:
-        replace_block(results, "steps", f"{step_table(steps)}\n\n{machine(steps)}")
     language()
     subspaces()
     performance()
@@ -189,6 +170,10 @@ def performance() -> None:
     for name, (file, header, rows) in sections.items():
         if records := load(RESULTS / f"{file}.json"):
             replace_block(page, name, f"{table(header, rows(records))}\n\n{machine(records)}")
+    steps = load(RESULTS / "step_time.json")
+    for model in dict.fromkeys(r["model"] for r in steps):
+        shown = table(performance_tables.step_header(model), performance_tables.step_rows(steps, model))
+        replace_block(page, f"steps-{model}", f"{shown}\n\n{machine([r for r in steps if r['model'] == model])}")
     once = {r["what"]: r["seconds"]["median"] for r in load(RESULTS / "startup.json") if "seconds" in r}
     if once:
         shown = (
@@ -241,10 +226,6 @@ def language() -> None:
         header = ["arm", *(f"{task}, validation loss by rate" for task in measured)]
         replace_block(page, "rates", table(header, language_tables.rates(measured)))
         language_tables.figure(measured, ROOT / "docs" / "language.png")
-    costs = load(RESULTS / "language_step_time.json")
-    if costs:
-        header = ["arm", "seconds a step (quartiles)", "/ LoRA", "peak memory, MiB"]
-        replace_block(page, "costs", f"{table(header, language_tables.costs(costs))}\n\n{machine(costs)}")
 
 
 if __name__ == "__main__":

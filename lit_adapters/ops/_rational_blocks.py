@@ -66,5 +66,5 @@ def backward(
             grad[rows].to(dtype), block, (a.to(dtype), b.to(dtype)), _cast(base, dtype), form, need_coefficients
         )
         if sums:
-            total += torch.stack(sums).sum(1, dtype=torch.float64)
+            total += torch.stack(sums).sum(2, dtype=torch.float64)
     return total.T

@@ -21,12 +21,12 @@ def columns(coefficients: Tensor) -> list[Tensor]:
 
 
 def polynomial(c: list[Tensor], x: Tensor) -> Tensor:
-    """c_0 + c_1 x + ... by Horner's rule."""
+    """c_0 + c_1 x + ... by Horner's rule, in memory of its own."""
     if len(c) == 1:
-        return c[0].expand_as(x)
+        return c[0].expand_as(x).clone()
     value = torch.addcmul(c[-2], x, c[-1])
     for column in reversed(c[:-2]):
-        value = torch.addcmul(column, value, x)  # one operation in place of two
+        torch.addcmul(column, value, x, out=value)  # one operation in place of two, and no new memory
     return value
 
 
@@ -36,8 +36,8 @@ def slope(c: list[Tensor], x: Tensor) -> Tensor:
 
 
 def sign(z: Tensor) -> Tensor:
-    """Sign with sign(0) = +1."""
-    return torch.where(z >= 0, 1.0, -1.0).to(z.dtype)
+    """Sign with sign(0) = +1, for z that is no negative zero."""
+    return torch.ones_like(z).copysign_(z)
 
 
 def value(x: Tensor, coefficients: Coefficients, base: Coefficients | None, form: str) -> Tensor:
@@ -45,45 +45,44 @@ def value(x: Tensor, coefficients: Coefficients, base: Coefficients | None, form
     a, b = (columns(c) for c in coefficients)
     zero = torch.zeros_like(b[0])
     if form == "abs-of-sum":
-        q = 1 + polynomial([zero, *b], x).abs()
+        q = polynomial([zero, *b], x).abs_().add_(1)
     else:
-        q = 1 + polynomial([zero, *(c.abs() for c in b)], x.abs())
-    y = polynomial(a, x) / q
-    return y if base is None else y - value(x, base, None, form)
+        q = polynomial([zero, *(c.abs() for c in b)], x.abs()).add_(1)
+    y = polynomial(a, x).div_(q)
+    return y if base is None else y.sub_(value(x, base, None, form))
 
 
 def parts(x: Tensor, coefficients: Coefficients, form: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """1/Q, R, dR/dx and, for abs-of-sum, the sign S of the sum under the bars."""
     a, b = (columns(c) for c in coefficients)
     zero = torch.zeros_like(b[0])
-    s = None
     if form == "abs-of-sum":
         b = [zero, *b]
-        inner = polynomial(b, x)
-        s = sign(inner)
-        q, q_slope = 1 + s * inner, s * slope(b, x)
+        inner = polynomial(b, x)  # 0 + a product, which is no negative zero
+        s = lead = sign(inner)
+        magnitude, q = x, inner.abs_()
     else:
-        b = [zero, *(c.abs() for c in b)]
-        magnitude = x.abs()
-        q, q_slope = 1 + polynomial(b, magnitude), sign(x) * slope(b, magnitude)
-    reciprocal = 1 / q
-    y = polynomial(a, x) * reciprocal
-    return reciprocal, y, (slope(a, x) - q_slope * y) * reciprocal, s
+        b, magnitude, s = [zero, *(c.abs() for c in b)], x.abs(), None
+        lead, q = sign(x + 0.0), polynomial(b, magnitude)  # -0 + 0 is +0
+    reciprocal = q.add_(1).reciprocal_()
+    y = polynomial(a, x).mul_(reciprocal)
+    q_slope = slope(b, magnitude).mul_(lead)
+    dx = slope(a, x).addcmul_(q_slope, y, value=-1).mul_(reciprocal)
+    return reciprocal, y, dx, s
 
 
 def moments(weight: Tensor, x: Tensor, count: int) -> list[Tensor]:
-    """Row sums (rows, G) of weight, weight x, weight x^2, ..."""
-    sums = [weight.sum(-1)]
-    for power in range(1, count):
-        weight = weight * x if power == 1 else weight.mul_(x)  # in place of what was made here
-        sums.append(weight.sum(-1))
+    """Sums (G, K) over the rows of weight, weight x, weight x^2, ...; uses `weight` up."""
+    sums = [weight.sum(0)]
+    for _ in range(1, count):
+        sums.append(weight.mul_(x).sum(0))
     return sums
 
 
 def gradients(
     grad: Tensor, x: Tensor, coefficients: Coefficients, base: Coefficients | None, form: str, need_coefficients: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of x, and row sums (rows, G) of those of a_0..a_m, b_1..b_n.
+    """The gradient of x, and sums (G, K) over the rows of those of a_0..a_m, b_1..b_n.
 
     dR/dx = (P' - Q' R) / Q            dR/da_i = x^i / Q
     dR/db_j = -x^j S R / Q             abs-of-sum, S = sign(b_1 x + ... + b_n x^n)
@@ -92,10 +91,10 @@ def gradients(
     reciprocal, y, dx, s = parts(x, coefficients, form)
     sums: list[Tensor] = []
     if need_coefficients:
-        weight = grad * reciprocal
-        lever, power = (s * x, x) if s is not None else (x.abs(), x.abs())
-        sums = moments(weight, x, coefficients[0].shape[1])
-        sums += moments(-weight * y * lever, power, coefficients[1].shape[1])
+        weight, power = reciprocal.mul_(grad), x if s is not None else x.abs()
+        lever = y.mul_(weight).neg_().mul_(power)
+        sums = moments(lever if s is None else lever.mul_(s), power, coefficients[1].shape[1])
+        sums = moments(weight, x, coefficients[0].shape[1]) + sums
     if base is not None:
-        dx = dx - parts(x, base, form)[2]
-    return grad * dx, sums
+        dx.sub_(parts(x, base, form)[2])
+    return dx.mul_(grad), sums
