@@ -161,6 +161,7 @@ class DPOTuner(CausalLMTuner):
             AdapterError: the adapters are merged.
         """
         model = self._built
+        # Tensors of their own in the parameters' places: autocast would mistake exchanged data for what it has cast.
         initial = {name: self.get_buffer(buffer) for name, buffer in self._initial.items()}
         with torch.no_grad(), evaluating(model), la.disabled(model) if self.methods else nullcontext():  # type: ignore[arg-type]
             logits: Tensor = functional_call(self, initial, (batch, positions))

@@ -226,19 +226,35 @@ def test_the_reference_outlives_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_modules_of_train_learn_under_autocast(tmp_path, precision):
-    """Autocast keeps its casts of weights: what the reference cast must not be what the gradient passes by."""
+    """Every module of `train` moves, in either precision."""
     module = tuner(train=["lm_head", "norm"])
     module.configure_model()
     before = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
     run_it = trainer(tmp_path, precision=precision)
     run_it.fit(module, datamodule=data(train_subset=8))
-    # The first A of a pair has no gradient yet.
     still = [n for n, p in module.named_parameters() if n in before and torch.equal(p, before[n].to(p))]
     assert not still
     assert module.get_buffer("initial_0").dtype == module.model.lm_head.weight.dtype
     assert torch.isfinite(run_it.callback_metrics["train/loss"])
     assert run_it.callback_metrics["val/loss"].dtype == torch.float32
     assert run_it.callback_metrics["val/kl"] >= 0
+
+
+def test_autocast_does_not_lend_the_casts_of_the_reference():
+    """It keeps the cast of a weight: that of the initial head must not be taken for the present one's."""
+    module, rows = moved(built(train=["lm_head"], init_seed=1)).eval(), batch(9, 14, 12, 7)
+    reference = built(adapters=None, init_seed=1).eval()
+    sums = []
+    for model in (module, reference):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            sums.append(plain_log_probabilities(model.model, rows))
+    rewards = 0.1 * (sums[0] - sums[1])
+    expected = preference_loss(rewards[:2] - rewards[2:]).mean().item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = module.training_step(rows, 0)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    loss.backward()
+    assert module.model.lm_head.weight.grad.any()
 
 
 def test_log_probabilities_are_taken_in_float32_under_autocast():
@@ -259,7 +275,7 @@ def test_log_probabilities_are_taken_in_float32_under_autocast():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_the_training_pairs(tmp_path, method):
     module = tuner(adapters=METHODS[method], beta=0.5)
-    run_it = trainer(tmp_path, max_epochs=6)
+    run_it = trainer(tmp_path, max_epochs=6, check_val_every_n_epoch=6)
     run_it.fit(module, datamodule=data(train_subset=8, batch_size=8))
     metrics = run_it.callback_metrics
     assert {"val/loss", "val/reward_accuracy", "val/reward_margin", "val/kl", "train/reward_margin"} <= set(metrics)
