@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from language.models import context_length
 from lit_adapters.errors import AdapterError, DataError
+from lit_adapters.methods.base import AdapterModule
 
 _MIN_SHARED = 16  # tokens; a pass of its own for a shorter common prefix would cost more than it saves
 _ROWS = 4  # most choices of a prompt in a pass, on average: each holds a copy of the prompt's cache
@@ -120,6 +121,8 @@ def score_tokens(
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode within the block; every module's own mode comes back after it."""
     modes = [(module, module.training) for module in model.modules()]
+    # An adapter keeps its base layer outside the module tree.
+    modes += [(module.base, module.base.training) for module in model.modules() if isinstance(module, AdapterModule)]
     model.eval()
     try:
         yield

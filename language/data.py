@@ -1,5 +1,6 @@
 """Instruction data in any of the usual formats as a Lightning data module."""
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from language.data_settings import check_settings
 from language.formats import FormatName, Record, parse
 from language.models import create_tokenizer
-from language.packing import BucketSampler, PackedCollator, PaddedCollator, TokenDataset, pack
+from language.packing import Batch, BucketSampler, PackedCollator, PaddedCollator, TokenDataset, pack
 from language.sources import SplitName, has_split, read_rows
 from language.splits import hold_out, subset
 from language.templates import Example, Renderer
@@ -262,8 +263,7 @@ class InstructionDataModule(lightning.LightningDataModule):
         replicas = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
         dataset = self._ready("train", "fit")
         if self.packing == "buckets":
-            lengths = dataset.documents.lengths
-            return self._loader(dataset, BucketSampler(lengths, self.batch_size, self.order_seed, **replicas))
+            return self._loader(dataset, BucketSampler(dataset.lengths, self.batch_size, self.order_seed, **replicas))
         return self._loader(dataset, EpochSampler(dataset, self.order_seed, **replicas))
 
     def val_dataloader(self) -> DataLoader | list:
@@ -281,15 +281,17 @@ class InstructionDataModule(lightning.LightningDataModule):
             raise DataError(f"setup({stage!r}) has not run: let the Trainer call it, or call it first")
         return self._datasets[split]
 
+    def _collator(self) -> Callable[[list], Batch]:
+        return (PackedCollator if self.packing == "packed" else PaddedCollator)(self.pad_id)
+
     def _loader(self, dataset: TokenDataset, sampler: Sampler | None = None) -> DataLoader:
-        collate = (PackedCollator if self.packing == "packed" else PaddedCollator)(self.pad_id)
         return (DataLoader if sampler is None else ResumableLoader)(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            collate_fn=collate,
+            collate_fn=self._collator(),
             pin_memory=torch.cuda.is_available(),
             # Its own generator: otherwise every new iterator draws from the global random state.
             generator=torch.Generator().manual_seed(self.order_seed),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -51,6 +52,20 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: nothing is learned; or as `read`.
     """
+    logits, learned = learned_logits(partial(read, model), batch)
+    return F.cross_entropy(logits, batch["labels"][learned], reduction="none"), learned
+
+
+def learned_logits(forward: Callable[[Batch, Tensor], Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits that predict the learned tokens, float32 (n, V), row by row, and which tokens these are, bool (B, T).
+
+    Args:
+        forward: makes logits (B, P, V) of a batch and of positions (P,), as `read` does.
+        batch: as `token_losses` takes it.
+
+    Raises:
+        DataError: nothing is learned; or as `forward`.
+    """
     learned = learned_tokens(batch)
     following = learned[:, 1:]
     if not following.any():
@@ -60,8 +75,7 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         )
     positions = following.any(0).nonzero()[:, 0]
     # Only the logits of learned tokens are taken to float32.
-    chosen = read(model, batch, positions)[following[:, positions]].float()
-    return F.cross_entropy(chosen, batch["labels"][learned], reduction="none"), learned
+    return forward(batch, positions)[following[:, positions]].float(), learned
 
 
 def learned_tokens(batch: Batch) -> Tensor:

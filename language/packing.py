@@ -59,6 +59,12 @@ class TokenDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of the longest document of each row, int64, shape (rows,)."""
+        lengths = self.documents.lengths.tolist()
+        return torch.tensor([max(lengths[i] for i in row) for row in self.rows])
+
     def __getitem__(self, index: int | tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
         """The row at ``index``, or at an (epoch, index) pair of ``EpochSampler``."""
         row = index[1] if isinstance(index, tuple) else index

@@ -56,6 +56,8 @@ class InputObserver:
     def _hook(self, name: str) -> Any:
         @torch.no_grad()
         def observe(adapter: AdapterModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not adapter.enabled:  # a pass of the pretrained model, for reference
+                return
             x: Tensor = args[0] if args else next(iter(kwargs.values()))
             self.scalars[name] = adapter.observe(x)
             if isinstance(adapter, NoRAActivation):
