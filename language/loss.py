@@ -51,6 +51,16 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: nothing is learned; or as `read`.
     """
+    chosen, learned = learned_logits(model, batch)
+    return F.cross_entropy(chosen, batch["labels"][learned], reduction="none"), learned
+
+
+def learned_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The logits that each learned token is predicted by, float32 (n, V), and which tokens they are, bool (B, T).
+
+    Raises:
+        DataError: nothing is learned; or as `read`.
+    """
     learned = learned_tokens(batch)
     following = learned[:, 1:]
     if not following.any():
@@ -60,8 +70,7 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         )
     positions = following.any(0).nonzero()[:, 0]
     # Only the logits of learned tokens are taken to float32.
-    chosen = read(model, batch, positions)[following[:, positions]].float()
-    return F.cross_entropy(chosen, batch["labels"][learned], reduction="none"), learned
+    return read(model, batch, positions)[following[:, positions]].float(), learned
 
 
 def learned_tokens(batch: Batch) -> Tensor:
