@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torchmetrics.utilities import dim_zero_sum
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -14,7 +15,7 @@ from language.distillation import DraftQuality, agreement
 from language.draft import main
 from language.draft_module import DraftTuner, merged_draft
 from language.loss import learned_tokens
-from language.shortened import shortened
+from language.shortened import check_layers, shortened
 from lit_adapters.callback import build_optimizers
 from tests.language.tiny import ADAMW, CONFIGS, QUIET, ROWS, batch, data, moved, quick_main, trainer
 
@@ -384,3 +385,24 @@ def test_the_command_line_fits_and_tests(tmp_path, monkeypatch):
     assert measured.keys() == {"test/kl", "test/agreement", "test/acceptance"}
     loaded = DraftTuner.load_from_checkpoint(path)
     assert measured == pytest.approx(tested.trainer.test(loaded, datamodule=tested.datamodule, verbose=False)[0])
+
+
+OVERRIDES = [
+    *("--model.model=tiny_llama", "--model.target=null", "--model.keep_layers=[1]", "--model.adapters.rank=2"),
+    *("--data.format=alpaca", "--data.use_chat_template=false", "--data.batch_size=4", "--data.max_length=400"),
+    *("--data.train_subset=4", "--data.val_subset=2", "--data.val_fraction=0.2", "--trainer.accelerator=cpu"),
+    "--trainer.fast_dev_run=true",
+]
+
+
+@pytest.mark.parametrize("name", ["smollm2/draft", "llama3_8b/draft"])
+def test_the_other_recipes_run_on_the_tiny_model(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("sys.argv", ["draft"])
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    cli = quick_main(["fit", f"--config={CONFIGS / name}.yaml", f"--data.path={ROWS}", *QUIET, *OVERRIDES], entry=main)
+    assert cli.trainer.global_step == 1
+    assert "val/kl" in cli.trainer.callback_metrics
+    assert recipe["lr_scheduler"]["init_args"]["max_lr"] == recipe["optimizer"]["init_args"]["lr"]
+    if "keep_layers" in recipe["model"]:
+        assert check_layers(recipe["model"]["keep_layers"], 30)

@@ -1,6 +1,7 @@
 """Speculative decoding: its output is the target's, the counts are right, and the command line measures and writes."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -43,7 +44,7 @@ def chances(model):
 def chi_square(tokens, expected):
     """sum (observed - expected)^2 / expected over all transitions of a sequence."""
     counts = torch.zeros_like(expected)
-    for last, following in zip(tokens, tokens[1:], strict=False):
+    for last, following in itertools.pairwise(tokens):
         counts[last, following] += 1
     wanted = counts.sum(1, keepdim=True) * expected
     return ((counts - wanted) ** 2 / wanted).sum().item()
@@ -84,13 +85,13 @@ def test_drawn_tokens_have_the_targets_distribution():
     target, draft = markov(0), markov(1)
     p, q = chances(target), chances(draft)
     assert torch.minimum(p, q).sum(1).mean() < 0.8  # the draft is another distribution
-    settings = Settings(max_new_tokens=1200, draft_tokens=3, seed=1)
+    settings = Settings(max_new_tokens=900, draft_tokens=3, seed=1)
     found = continued(target, [0], settings, temperature=1.0, draft=draft)
-    assert len(found.tokens) == 1200
+    assert len(found.tokens) == 900
     assert 0.2 < found.accepted / found.proposed < 0.9
     statistic = chi_square([0, *found.tokens], p)
     assert statistic < 30 + 3 * 8
-    assert chi_square([0, *found.tokens], q) > 300  # what accepting everything would have looked like
+    assert chi_square([0, *found.tokens], q) > 200  # what accepting everything would have looked like
 
 
 def test_the_share_of_accepted_tokens_is_the_expected_one():

@@ -76,7 +76,7 @@ def batch(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def quick_main(arguments: list[str], entry: Callable[..., Any] = main, **settings: Any) -> Any:
-    """`main`, or another entry point, without the parsers of the other subcommands, which would take much of the time of a tiny run."""
+    """`main`, or another `entry`, without the parsers of other subcommands, which take much of a tiny run's time."""
     used = {name: skip for name, skip in LanguageCLI.subcommands().items() if name == arguments[0]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LanguageCLI, "subcommands", staticmethod(lambda: used))
