@@ -136,6 +136,12 @@ def test_a_draft_that_would_be_its_target():
         tuner(keep_layers=None)
 
 
+def test_sharded_weights_are_refused(monkeypatch):
+    monkeypatch.setattr(DraftTuner, "device_mesh", "a mesh")
+    with pytest.raises(la.AdapterError, match=r"cannot be sharded: set trainer\.strategy to auto or ddp"):
+        built()
+
+
 def test_a_model_without_one_list_of_layers():
     model = llama(layers=2)
     model.other = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
