@@ -23,7 +23,7 @@ from torchmetrics import Metric
 import lit_adapters as la
 from language.__main__ import LanguageCLI
 from language.choice import evaluating
-from language.loss import Batch, learned_logits, learned_tokens, read
+from language.loss import Batch, learned_logits, learned_tokens
 from language.module import CausalLMTuner
 from language.pairs import PreferenceDataModule
 from lit_adapters.attach import attachment
@@ -150,10 +150,6 @@ class DPOTuner(CausalLMTuner):
             self._initial[f"model.{name}"] = f"initial_{number}"
         return model
 
-    def forward(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
-        """Logits (2B, T, V), or (2B, P, V) at positions (P,)."""
-        return read(self._built, batch, positions)
-
     def reference_forward(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
         """The same of the model as it was before training: no dropout, no gradient.
 
@@ -254,4 +250,6 @@ def main(args: ArgsType = None, **kwargs: Any) -> LanguageCLI:
 
 
 if __name__ == "__main__":
-    run(main)
+    from language import dpo  # under its own name, which checkpoints record
+
+    run(dpo.main)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -127,17 +128,22 @@ class CausalLMTuner(LightningModule):
         if data is not None:
             self._check_data(data)
 
+    def _create(self, name: str) -> Any:
+        """A model as it is loaded, without adapters."""
+        h = self.hparams
+        return create_model(
+            name,
+            dtype=h["dtype"],
+            quantization=h["quantization"],
+            gradient_checkpointing=h["gradient_checkpointing"],
+        )
+
     def _build(self) -> nn.Module:
         h = self.hparams
         # On the CPU whatever the trainer's device: its random values are the same everywhere.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(h["init_seed"])
-            model = create_model(
-                h["model"],
-                dtype=h["dtype"],
-                quantization=h["quantization"],
-                gradient_checkpointing=h["gradient_checkpointing"],
-            )
+            model = self._create(h["model"])
             # transformers loads in eval mode, in which neither dropout nor checkpointing would take place.
             model.train(self.training)
             self.report = la.attach(model, self.methods, train=self.train_modules)
@@ -163,9 +169,9 @@ class CausalLMTuner(LightningModule):
         assert self.model is not None, "configure_model has not run"
         return self.model
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, T, V)."""
-        return read(self._built, batch)
+    def forward(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V), or (B, P, V) at positions (P,)."""
+        return read(self._built, batch, positions)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         total, tokens = self._loss(batch)
@@ -231,14 +237,21 @@ class CausalLMTuner(LightningModule):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLMTuner:
-        """Move and cast everything but the frequencies of rotary embeddings, which are moved only.
-
-        In bfloat16 they would turn late positions by whole radians; transformers too keeps them in float32.
-        """
-        frequencies = [(m, n, b) for m in self.modules() for n, b in m.named_buffers(recurse=False) if "inv_freq" in n]
-        super()._apply(fn, recurse)
-        for module, name, before in frequencies:
-            after = getattr(module, name)
-            if after.dtype != before.dtype:
-                setattr(module, name, before.to(after.device))
+        """Move and cast everything but the frequencies of rotary embeddings, which are moved only."""
+        with frequencies_kept(self):
+            super()._apply(fn, recurse)
         return self
+
+
+@contextlib.contextmanager
+def frequencies_kept(model: nn.Module) -> Iterator[None]:
+    """Let the frequencies of rotary embeddings be moved inside the block, and not cast.
+
+    In bfloat16 they would turn late positions by whole radians; transformers too keeps them in float32.
+    """
+    frequencies = [(m, n, b) for m in model.modules() for n, b in m.named_buffers(recurse=False) if "inv_freq" in n]
+    yield
+    for module, name, before in frequencies:
+        after = getattr(module, name)
+        if after.dtype != before.dtype:
+            setattr(module, name, before.to(after.device))

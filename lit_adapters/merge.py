@@ -15,6 +15,7 @@ from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.sharding import refuse_sharded
 
 _MERGING = (WeightAdapter, PeftAdapter)
+SHARED = "shared_with"  # attribute of a parameter that another model has too: what that model is called
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class MergeReport:
         return text + (f"; {len(self.kept)} rational activations stay" if self.kept else "")
 
 
-def _check(model: nn.Module, weights: dict[str, WeightAdapter | PeftAdapter]) -> None:
+def _check(model: nn.Module, weights: dict[str, WeightAdapter | PeftAdapter], unload: bool) -> None:
     """Raise where the weight of an adapted layer cannot take an update."""
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -53,6 +54,12 @@ def _check(model: nn.Module, weights: dict[str, WeightAdapter | PeftAdapter]) ->
         twins = [n for n in holders[id(adapter._parameters["weight"])] if n != name]
         if twins:
             raise AdapterError(f"{name!r} and {twins[0]!r} have one weight, and merging would change both; untie them")
+        other = getattr(adapter._parameters["weight"], SHARED, None)
+        if unload and other:
+            raise AdapterError(
+                f"the weight of {name!r} is also {other}'s, which merging would change; merge a copy.deepcopy of the "
+                "model, or with unload=False"
+            )
 
 
 def merge(model: nn.Module, unload: bool = True) -> MergeReport:
@@ -67,8 +74,8 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
 
     Raises:
         AdapterError: the model has no adapters or is merged already; an adapter is nonlinear at present (AFA-LoRA
-            before beta = 0); or a weight is on the meta device, sharded, or tied to another layer. The model is then
-            as before.
+            before beta = 0); or a weight is on the meta device, sharded, tied to another layer, or also another
+            model's (marked `shared_with`) and to be written. The model is then as before.
     """
     state = attachment(model)
     refuse_sharded(model, "merging")
@@ -77,7 +84,7 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
     if done:
         raise AdapterError(f"{done[0]!r} is merged already; call lit_adapters.unmerge(model) first")
     weights = {name: adapter for name, adapter in found if isinstance(adapter, _MERGING)}
-    _check(model, weights)
+    _check(model, weights, unload)
     dequantised = [n for n, a in weights.items() if isinstance(getattr(a, "layer", None), QuantisedLayer)]
     errors = [(0.0, 0.0), *(adapter.absorb() if unload else adapter.merge() for adapter in weights.values())]
     kept = [name for name, _ in found if name not in weights]

@@ -15,8 +15,10 @@ from lit_adapters.methods.base import to_methods
 from lit_adapters.targets import find_targets
 from tests.language.tiny import CONFIGS, batch, command, events, log_dir
 
-FILES = {str(path.relative_to(CONFIGS).with_suffix("")): path for path in CONFIGS.rglob("*.yaml")}
-RECIPES = sorted(name for name, path in FILES.items() if "python -m language fit " in path.read_text())
+REGIMES = {"dpo", "grpo", "draft"}  # recipes of other entry points, which have tests of their own
+RECIPES = sorted(
+    str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml") if path.stem not in REGIMES
+)
 SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
 REAL = [name for name in RECIPES if name not in SMOKE]
 ARMS = {"lora", "dora", "loran", "afa", "nora", "nora_plus_plus", "qlora"}

@@ -1,5 +1,6 @@
 """Small runs of the tuner: rows, batches and trainers for tests, and the real command line in this process."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,12 @@ def batch(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def quick_main(arguments: list[str], **settings: Any) -> Any:
-    """`main` without the parsers of the other subcommands, which would take much of the time of a tiny run."""
+def quick_main(arguments: list[str], entry: Callable[..., Any] = main, **settings: Any) -> Any:
+    """`main`, or another `entry`, without the parsers of other subcommands, which take much of a tiny run's time."""
     used = {name: skip for name, skip in LanguageCLI.subcommands().items() if name == arguments[0]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LanguageCLI, "subcommands", staticmethod(lambda: used))
-        return main(arguments, **settings)
+        return entry(arguments, **settings)
 
 
 def command(subcommand: str, config: str, root: Path, *overrides: str) -> LanguageCLI:

@@ -1,0 +1,74 @@
+"""How well a draft follows its target: the distillation loss, and what it says of speculative decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Draft and target at n tokens; each float32 (n,).
+
+    Attributes:
+        kl: KL(p || q) = sum_v p(v) (log p(v) - log q(v)), in nats; the only one with a gradient, in q.
+        greedy: 1 where the likeliest tokens of both are the same, else 0.
+        acceptance: sum_v min(p(v), q(v)).
+    """
+
+    kl: Tensor
+    greedy: Tensor
+    acceptance: Tensor
+
+
+def agreement(target: Tensor, draft: Tensor) -> Agreement:
+    """Compare next-token distributions, p of the target and q of the draft, at temperature 1.
+
+    A token drawn from q is accepted with probability min(1, p / q), so with sum_v min(p(v), q(v)) on average
+    (Leviathan et al., arXiv 2211.17192, section 3.1 and theorem 3.5); without temperature, if it is p's likeliest.
+
+    Args:
+        target: logits (n, V); no gradient goes there.
+        draft: logits (n, V).
+    """
+    log_p, log_q = F.log_softmax(target.detach(), dim=-1), F.log_softmax(draft, dim=-1)
+    p = log_p.exp()
+    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    with torch.no_grad():
+        greedy = (target.argmax(-1) == draft.argmax(-1)).to(kl.dtype)
+        return Agreement(kl, greedy, torch.minimum(p, log_q.exp()).sum(-1))
+
+
+class DraftQuality(Metric):
+    """Means of what `agreement` returns over all learned tokens, however they fall into batches and processes."""
+
+    kl: Tensor
+    greedy: Tensor
+    acceptance: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("kl", "greedy", "acceptance"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, found: Agreement) -> None:
+        """Add some tokens."""
+        # Not in place: what Lightning resets in its inference mode is an inference tensor, which fit may not write to.
+        self.kl = self.kl + found.kl.detach().sum()
+        self.greedy = self.greedy + found.greedy.sum()
+        self.acceptance = self.acceptance + found.acceptance.sum()
+        self.tokens = self.tokens + len(found.kl)
+
+    def compute(self) -> dict[str, Tensor]:
+        """kl, in nats per token; agreement and acceptance, in [0, 1]."""
+        return {
+            "kl": self.kl / self.tokens,
+            "agreement": self.greedy / self.tokens,
+            "acceptance": self.acceptance / self.tokens,
+        }
