@@ -32,8 +32,8 @@ from benchmarks.results_file import RESULTS, append, environment, load
 from benchmarks.timing import peak_memory_mib
 from language.__main__ import prompt_tokens
 from language.decoding import Settings
+from language.draft import DraftTuner, merged_draft
 from language.draft import main as draft
-from language.draft_module import DraftTuner, merged_draft
 from language.results import as_plain
 from language.speculative import first_turns, measure
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from language.__main__ import prompt_tokens
 from language.decoding import Continuation, Settings, continued
-from language.draft_module import DraftTuner, merged_draft
+from language.draft import DraftTuner, merged_draft
 from language.formats import FormatName
 from language.metrics import Estimate, proportion
 from language.models import context_length

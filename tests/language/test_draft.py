@@ -10,10 +10,9 @@ from torchmetrics.utilities import dim_zero_sum
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lit_adapters as la
-from language import draft_module
+from language import draft as module
 from language.distillation import DraftQuality, agreement
-from language.draft import main
-from language.draft_module import DraftTuner, merged_draft
+from language.draft import DraftTuner, main, merged_draft
 from language.loss import learned_tokens
 from language.shortened import check_layers, shortened
 from lit_adapters.callback import build_optimizers
@@ -150,20 +149,20 @@ def test_a_model_without_one_list_of_layers():
 
 
 def test_another_tokenizer_is_refused(monkeypatch, tokenizer):
-    own = draft_module.create_tokenizer
-    monkeypatch.setattr(draft_module, "create_tokenizer", lambda name: tokenizer if name == "other" else own(name))
+    own = module.create_tokenizer
+    monkeypatch.setattr(module, "create_tokenizer", lambda name: tokenizer if name == "other" else own(name))
     with pytest.raises(la.AdapterError, match=r"'tiny_llama' has another tokenizer than the target 'other': token"):
         built(target="other")
 
 
 def test_another_number_of_token_ids_is_refused(monkeypatch):
-    own = draft_module.CausalLMTuner._create
+    own = module.CausalLMTuner._create
 
     def create(self, name):
         return own(self, name) if name == "tiny_llama" else llama()
 
-    monkeypatch.setattr(draft_module.CausalLMTuner, "_create", create)
-    monkeypatch.setattr(draft_module, "check_vocabulary", lambda target, draft: None)
+    monkeypatch.setattr(module.CausalLMTuner, "_create", create)
+    monkeypatch.setattr(module, "check_vocabulary", lambda target, draft: None)
     with pytest.raises(la.AdapterError, match="'tiny_llama' has 259 token ids, the target 'other' 40"):
         built(target="other")
 
