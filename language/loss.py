@@ -43,10 +43,11 @@ def read(model: nn.Module, batch: Batch, positions: Tensor | None = None) -> Ten
     return logits if positions is None or fewer else logits[:, positions]
 
 
-def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def token_losses(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """-log p of each learned token in nats, float32 (n,), row by row, and which tokens they are, bool (B, T).
 
-    Labels stand at the places of their own tokens: labels[t] is predicted from input_ids[<t].
+    p is softmax(logits / temperature). Labels stand at the places of their own tokens: labels[t] is predicted from
+    input_ids[<t].
 
     Raises:
         DataError: nothing is learned; or as `read`.
@@ -60,7 +61,7 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         )
     positions = following.any(0).nonzero()[:, 0]
     # Only the logits of learned tokens are taken to float32.
-    chosen = read(model, batch, positions)[following[:, positions]].float()
+    chosen = read(model, batch, positions)[following[:, positions]].float() / temperature
     return F.cross_entropy(chosen, batch["labels"][learned], reduction="none"), learned
 
 
