@@ -25,7 +25,8 @@ lint: $(ENVIRONMENT)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# ROOT holds cifar10/ (train and test, folders or .tar.gz), alpaca_demo/, mmlu/, newsgroups20/ and samsum/.
+# ROOT holds cifar10/ (train and test, folders or .tar.gz), alpaca_demo/, dolly_hhrlhf_small/, hh_helpful/, mmlu/,
+# mt_bench/, newsgroups20/ and samsum/.
 bench: $(ENVIRONMENT)  ## measure everything that docs/ shows: hours
 	@test -n "$(ROOT)" || { echo 'error: make bench ROOT=DIR, the folder with cifar10/, alpaca_demo/, mmlu/, ...'; exit 1; }
 	for model in vit smollm2; do for precision in fp32 bf16; do \
@@ -38,6 +39,9 @@ bench: $(ENVIRONMENT)  ## measure everything that docs/ shows: hours
 	$(BIN)/python -m benchmarks.healthy_and_sick --root $(ROOT)/cifar10
 	for question in rational_speed against_peft loran_speed inference startup growth; do \
 		$(BIN)/python -m benchmarks.$$question || exit 1; done
+	$(BIN)/python -m benchmarks.preferences --root $(ROOT)
+	$(BIN)/python -m benchmarks.reinforcement
+	$(BIN)/python -m benchmarks.speculative --root $(ROOT)
 	$(BIN)/python -m benchmarks.tables
 
 # The marker is written last, so that an interrupted installation is repeated.

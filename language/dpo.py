@@ -10,23 +10,19 @@ pi is the model with its adapters, pi_ref the same without: no second copy is ke
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import ArgsType
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torchmetrics import Metric
 
-import lit_adapters as la
 from language.__main__ import LanguageCLI
-from language.choice import evaluating
 from language.loss import Batch, learned_logits, learned_tokens
 from language.module import CausalLMTuner
 from language.pairs import PreferenceDataModule
-from lit_adapters.attach import attachment
+from language.reference import Reference
 from lit_adapters.callback.console import run
 from lit_adapters.errors import AdapterError, DataError
 
@@ -131,7 +127,7 @@ class DPOTuner(CausalLMTuner):
         super().__init__(**settings)
         self.save_hyperparameters({"beta": beta, "label_smoothing": label_smoothing})
         self.val_preferences, self.test_preferences = PreferenceMetrics(), PreferenceMetrics()
-        self._initial: dict[str, str] = {}  # by parameter of `train`, the buffer that holds its initial value
+        self.reference: Reference | None = None
 
     def configure_model(self) -> None:
         """As `CausalLMTuner`; what `train` names is kept as it is before any checkpoint is loaded."""
@@ -141,32 +137,13 @@ class DPOTuner(CausalLMTuner):
                 "be sharded: leave `train` out, or use a strategy that does not shard"
             )
         super().configure_model()
-
-    def _build(self) -> nn.Module:
-        model = super()._build()
-        for number, name in enumerate(attachment(model).trained_parameters):
-            value = model.get_parameter(name).detach().clone()
-            self.register_buffer(f"initial_{number}", value, persistent=False)
-            self._initial[f"model.{name}"] = f"initial_{number}"
-        return model
-
-    def reference_forward(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
-        """The same of the model as it was before training: no dropout, no gradient.
-
-        Raises:
-            AdapterError: the adapters are merged.
-        """
-        model = self._built
-        # Tensors of their own in the parameters' places: autocast would mistake exchanged data for what it has cast.
-        initial = {name: self.get_buffer(buffer) for name, buffer in self._initial.items()}
-        with torch.no_grad(), evaluating(model), la.disabled(model) if self.methods else nullcontext():  # type: ignore[arg-type]
-            logits: Tensor = functional_call(self, initial, (batch, positions))
-        return logits
+        if self.reference is None:
+            self.reference = Reference(self._built)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         check_pairs(batch)
         # The reference first: its logits are gone before those that are kept for the gradient come.
-        reference = answer_log_probabilities(learned_logits(self.reference_forward, batch)[0], batch)
+        reference = answer_log_probabilities(learned_logits(self._reference, batch)[0], batch)
         logits, learned = learned_logits(self.forward, batch)
         margins = self._margins(answer_log_probabilities(logits, batch), reference)
         # Processes average their gradients: so that a pair counts as much in each, all divide by the mean number.
@@ -182,7 +159,7 @@ class DPOTuner(CausalLMTuner):
     def compare(self, batch: Batch) -> Comparison:
         """What the model as it is, in its present mode, and the reference say of a batch."""
         check_pairs(batch)
-        reference, _ = learned_logits(self.reference_forward, batch)
+        reference, _ = learned_logits(self._reference, batch)
         policy, learned = learned_logits(self.forward, batch)
         of_chosen = int(learned[: len(learned) // 2].sum())
         ours, theirs = (F.log_softmax(logits[:of_chosen], -1) for logits in (policy, reference))
@@ -209,6 +186,11 @@ class DPOTuner(CausalLMTuner):
             check_pairs(batch)
             batch = {name: rows[: len(rows) // 2] for name, rows in batch.items()}
         return super().predict_step(batch, batch_idx)
+
+    @property
+    def _reference(self) -> Reference:
+        assert self.reference is not None, "configure_model has not run"
+        return self.reference
 
     def _margins(self, policy: Tensor, reference: Tensor) -> Tensor:
         """r(y_w) - r(y_l) of each pair, (B,)."""

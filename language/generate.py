@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from language.loss import IGNORED, Batch
@@ -13,7 +14,6 @@ from language.models import context_length
 from lit_adapters.errors import AdapterError, DataError
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -22,7 +22,21 @@ def generate(
     temperature: float = 0.0,
     streamer: Any = None,
 ) -> list[str]:
-    """Continue prompts up to the model's end token; one text for each, without the prompt.
+    """Continue prompts up to the model's end token; one text for each, without the prompt. See `continuations`."""
+    tokens = continuations(model, tokenizer, prompts, max_new_tokens, temperature, streamer)
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def continuations(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    streamer: Any = None,
+) -> Tensor:
+    """The tokens that continue prompts, int64 (prompts, longest continuation); padding follows the end token.
 
     Keys and values of earlier tokens are kept, so every token costs one pass of one token. The model is in eval mode
     meanwhile; an adapter that forms a weight, as LoRAN does, then forms it once.
@@ -58,14 +72,14 @@ def generate(
     if was_training:
         model.eval()
     try:
-        tokens = model.generate(
+        tokens: Tensor = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer,
             do_sample=temperature > 0, use_cache=True, **drawing,
         )  # fmt: skip
     finally:
         if was_training:
             model.train()
-    return tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
+    return tokens[:, longest:]
 
 
 def prompt_rows(batch: Batch) -> list[list[int]]:

@@ -29,7 +29,8 @@ class AdapterCallback(Callback):
     """Anneals, probes, calibrates, logs and checkpoints adapters while a Trainer runs.
 
     Annealed adapters move with every optimiser step, by the share of all steps that are done; the largest beta is in
-    the progress bar and logged as `adapter/beta`.
+    the progress bar and logged as `adapter/beta`. An adaptive schedule looks at the loss, or at what `training_step`
+    returns as `followed` beside it where the loss does not tell progress: a tensor that falls as training succeeds.
 
     Scalars go to every logger: `adapter/<method>/<layer>/<statistic>`, averaged over the layers
     `adapter/summary/<statistic>`, and of all functions together `adapter/subspace/<statistic>`; layers are named as in
@@ -166,7 +167,8 @@ class AdapterCallback(Callback):
         self._recorder.after_batch(trainer)
         if self._probe is not None and self._probe.watching:  # several losses may have taken turns
             raise_together(trainer, self._probe.after_forward())
-        self._annealer.after_batch(trainer, outputs.get("loss") if isinstance(outputs, dict) else outputs)
+        followed = outputs.get("followed", outputs.get("loss")) if isinstance(outputs, dict) else outputs
+        self._annealer.after_batch(trainer, followed)
         if self._annealer.beta is not None:
             pl_module.log("adapter/beta", self._annealer.beta, prog_bar=True, logger=False, batch_size=1)
         if trainer.global_step % self.log_every_n_steps == 0:

@@ -18,6 +18,7 @@ class InputObserver:
     """Histograms of the inputs of adapted activations, added up over a run, and what adapters say of their inputs.
 
     Each forward pass contributes a regular sample of a few thousand values, so that a batch costs next to nothing. A
+    pass without gradients, of a step that also generates or asks a reference, is none of the training and not seen. A
     model that was compiled as a whole may ignore hooks: then nothing is seen.
 
     Attributes:
@@ -54,11 +55,12 @@ class InputObserver:
         self._handles = []
 
     def _hook(self, name: str) -> Any:
-        @torch.no_grad()
         def observe(adapter: AdapterModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not adapter.enabled:  # a pass of the pretrained model, for reference
-                return
-            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    see(adapter, args[0] if args else next(iter(kwargs.values())))
+
+        def see(adapter: AdapterModule, x: Tensor) -> None:
             self.scalars[name] = adapter.observe(x)
             if isinstance(adapter, NoRAActivation):
                 counted = adapter.input_histogram(x)

@@ -17,6 +17,8 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.sharding import whole
 
+_PATIENCE = 100  # steps in which nothing at all has a gradient, as where all rewards are equal, before they count
+
 
 class Probe:
     """Watches the first batch for adapters that do not run, and the first steps for parameters that do not learn.
@@ -44,6 +46,7 @@ class Probe:
         annealed = {id(p) for _, a in adapters(model) if a.schedule for p in a.adapter_parameters().values()}
         self._silent = {name for name, parameter in self._required.items() if id(parameter) not in annealed}
         self._stepped = False
+        self._silent_steps = 0
         self._ran: set[str] = set()
         self._layers = adapter_layers(model)
         self._handles: list[Any] = [
@@ -89,7 +92,8 @@ class Probe:
         """Raise if a trainable parameter has no gradient, or one of exactly zero that no further step can change.
 
         Before the first step a zero is right: A of a low-rank pair waits for its B to move, and B for a head that
-        starts at zero. So a zero counts once a step has passed that moved something and woke nothing.
+        starts at zero. So a zero counts once a step has passed that moved something and woke nothing. A loss without
+        any gradient says nothing of a single parameter, unless it stays so.
         """
         if not self._silent:
             return
@@ -101,6 +105,10 @@ class Probe:
                     f"{name!r} trains but received no gradient: it takes no part in the loss. Exclude its module, "
                     "or name it in allow_unused"
                 )
+        if not any(whole(p.grad).any() for p in self._required.values() if p.grad is not None):
+            self._silent_steps += 1
+            if self._silent_steps < _PATIENCE:
+                return
         # In order, as the processes of a sharded model put each gradient together.
         awake = [name for name, parameter in watched.items() if whole(parameter.grad).any()]  # type: ignore[arg-type]
         self._silent -= set(awake)

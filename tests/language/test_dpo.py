@@ -176,7 +176,7 @@ def test_the_reference_is_the_pretrained_model_bit_for_bit(method):
     bases = [a.base.training for _, a in la.adapters(module.model)]
     before = {n: p.clone() for n, p in module.named_parameters()}
     with torch.no_grad():
-        assert torch.equal(module.reference_forward(rows), pretrained(rows))
+        assert torch.equal(module.reference(rows), pretrained(rows))
         assert not torch.equal(module(rows), pretrained(rows))
     assert [m.training for m in module.modules()] == modes
     assert [a.base.training for _, a in la.adapters(module.model)] == bases
@@ -187,7 +187,7 @@ def test_the_reference_is_the_pretrained_model_bit_for_bit(method):
 def test_whole_fine_tuning_keeps_its_beginning():
     module, rows = moved(built(adapters=None, train=".*", init_seed=1)), batch(9, 14)
     with torch.no_grad():
-        assert torch.equal(module.reference_forward(rows), built(adapters=None, init_seed=1)(rows))
+        assert torch.equal(module.reference(rows), built(adapters=None, init_seed=1)(rows))
 
 
 def test_the_reference_outlives_a_checkpoint(tmp_path):
@@ -199,7 +199,7 @@ def test_the_reference_outlives_a_checkpoint(tmp_path):
     class Look(Callback):
         def on_train_start(self, run, again):
             with torch.no_grad():
-                seen["reference"] = again.reference_forward(rows)
+                seen["reference"] = again.reference(rows)
                 seen["head"] = again.model.lm_head.weight.clone()
 
     rows, seed = batch(9, 14), module.hparams["init_seed"]
@@ -220,7 +220,7 @@ def test_the_reference_outlives_a_checkpoint(tmp_path):
         expected = pretrained(rows)
         assert torch.equal(seen["head"], head)
         assert torch.equal(seen["reference"], expected)
-        assert torch.equal(loaded.reference_forward(rows), expected)
+        assert torch.equal(loaded.reference(rows), expected)
         assert torch.equal(loaded.model.lm_head.weight, head)
 
 
@@ -234,7 +234,7 @@ def test_modules_of_train_learn_under_autocast(tmp_path, precision):
     run_it.fit(module, datamodule=data(train_subset=8))
     still = [n for n, p in module.named_parameters() if n in before and torch.equal(p, before[n].to(p))]
     assert not still
-    assert module.get_buffer("initial_0").dtype == module.model.lm_head.weight.dtype
+    assert module.reference.get_buffer("initial_0").dtype == module.model.lm_head.weight.dtype
     assert torch.isfinite(run_it.callback_metrics["train/loss"])
     assert run_it.callback_metrics["val/loss"].dtype == torch.float32
     assert run_it.callback_metrics["val/kl"] >= 0

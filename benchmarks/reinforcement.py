@@ -1,0 +1,160 @@
+"""What do the methods learn from a reward? SmolLM2-135M on arithmetic by the recipe configs/language/smollm2/grpo.yaml.
+
+    python -m benchmarks.reinforcement [--arms lora afa ...] [--threads 1]
+
+The prompt ends after "15 + 4 ="; the reward is 1 for the right number and 0.5 for nothing but a number. Each of 100
+steps samples 8 completions of at most 8 tokens for each of 4 questions, at temperature 1, and AdamW learns from them.
+Before and after, the likeliest completions of 100 held-out questions are scored. All arms have the recipe's rate and
+schedule, which were not tuned, equal questions in equal order, and adapters as in configs/language/smollm2; one seed;
+weights in float32, computed under bf16 autocast (or --precision 32-true), eager attention. Finished runs are kept in
+results/reinforcement.json and skipped; docs/reinforcement.png is drawn from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from matplotlib.figure import Figure
+
+import lit_adapters as la
+from benchmarks.cifar10_accuracy import Steps
+from benchmarks.results_file import RESULTS, append, environment, load
+from benchmarks.timing import peak_memory_mib
+from language.generate import generate, prompt_rows
+from language.grpo import main as grpo
+from language.metrics import Estimate
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "configs/language/smollm2"
+NAMES = {"lora": "LoRA", "afa": "AFA-LoRA", "dora": "DoRA", "nora_plus_plus": "NoRA++", "loran": "LoRAN"}
+STEPS, EVERY = 100, 5  # the curve has means over so many steps
+CURVES = ("reward", "exact_number", "number_only", "completion_length")
+
+
+class _Measured(Steps):
+    """The rewards of each step, and of greedy completions before the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.curves: dict[str, list[float]] = {name: [] for name in CURVES}
+        self.before: dict[str, Estimate] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.model.set_attn_implementation("eager")  # type: ignore[union-attr, operator]
+        self.before = greedy(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:  # type: ignore[override]
+        super().on_train_batch_end(trainer, *rest)
+        for name, values in self.curves.items():
+            values.append(float(trainer.callback_metrics[f"train/{name}"]))
+
+
+def greedy(trainer: Trainer, module: Any) -> dict[str, Estimate]:
+    """Mean rewards of the likeliest completions of the validation questions."""
+    parts = []
+    with trainer.precision_plugin.forward_context():
+        for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+            texts = generate(module.model, module.tokenizer, prompt_rows(batch), module.hparams["max_new_tokens"])
+            parts.append(module.rewards(texts, batch["answers"]))
+    scores = torch.cat(parts)
+    columns = dict(zip(module.rewards.names, scores.T, strict=True)) | {"reward": scores @ module.rewards.weights}
+    return {name: _mean(values.tolist()) for name, values in columns.items()}
+
+
+def _mean(values: list[float]) -> Estimate:
+    return Estimate(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)), len(values))
+
+
+def adapters(arm: str) -> list[str]:
+    """Options that put the adapters of an arm's own recipe into that of GRPO."""
+    recipe = yaml.safe_load((RECIPES / f"{arm}.yaml").read_text())
+    scale = json.dumps(recipe.get("lr_scale", {}))
+    return [f"--model.adapters={json.dumps(recipe['model']['adapters'])}", f"--lr_scale={scale}"]
+
+
+def run(arm: str, steps: int, precision: str) -> dict[str, Any]:
+    """Train one arm through the command line of the application, and measure it."""
+    peak_memory_mib(reset=True)
+    start, measured = time.perf_counter(), _Measured()
+    cli = grpo(
+        [
+            *("fit", f"--config={RECIPES / 'grpo.yaml'}", *adapters(arm)),
+            *("--data.batch_size=4", "--data.val_subset=100", f"--trainer.max_steps={steps}"),
+            *(f"--trainer.precision={precision}", "--trainer.limit_val_batches=0"),
+            *("--trainer.val_check_interval=1.0", "--trainer.check_val_every_n_epoch=1"),
+            *("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.callbacks=null"),
+            *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+        ],
+        trainer_defaults={"callbacks": [measured, la.AdapterCallback(statistics=[], figures=False)]},
+        save_config_callback=None,
+    )
+    seconds = time.perf_counter() - start
+    after = greedy(cli.trainer, cli.model)
+    means = {
+        name: [round(statistics.fmean(values[i : i + EVERY]), 4) for i in range(0, len(values), EVERY)]
+        for name, values in measured.curves.items()
+    }
+    return {
+        **{"arm": arm, "steps": steps, "precision": precision},
+        "trainable": cli.model.report.trainable,  # type: ignore[union-attr]
+        "before": {name: asdict(value) for name, value in measured.before.items()},
+        "after": {name: asdict(value) for name, value in after.items()},
+        "curve": {"every": EVERY, **{name: " ".join(map(str, values)) for name, values in means.items()}},
+        "fit_seconds": round(seconds, 1),
+        "seconds_per_step": round(measured.median(), 2),
+        "peak_memory_mib": round(peak_memory_mib()),
+        "environment": environment(),
+    }
+
+
+def figure(records: list[dict[str, Any]], path: Path) -> None:
+    """Reward, and share of right answers, of the sampled completions against steps."""
+    picture = Figure(figsize=(9, 3), layout="constrained")
+    titles = {"reward": "reward", "exact_number": "right numbers", "number_only": "nothing but a number"}
+    for axes, (name, title) in zip(picture.subplots(1, 3), titles.items(), strict=True):
+        for record in records:
+            values = [float(value) for value in record["curve"][name].split()]
+            every = record["curve"]["every"]
+            axes.plot([every * (i + 0.5) for i in range(len(values))], values, label=NAMES[record["arm"]])
+        axes.set(title=title, xlabel="step", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    picture.axes[0].legend()
+    picture.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Run what is missing in the result file, and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=["lora", "afa"], choices=list(NAMES))
+    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=int, default=STEPS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    path = RESULTS / "reinforcement.json"
+    for arm in arguments.arms:
+        key = {"arm": arm, "steps": arguments.steps, "precision": arguments.precision}
+        if not any(key.items() <= r.items() for r in load(path)):
+            append(path, run(arm, arguments.steps, arguments.precision))
+        record = next(r for r in load(path) if key.items() <= r.items())
+        for when in ("before", "after"):
+            shown = ", ".join(f"{n} {v['value']:.3f} ± {v['stderr']:.3f}" for n, v in record[when].items())
+            print(f"{arm:<15} {when:<6} {shown}", flush=True)
+        print(f"{arm:<15} {record['seconds_per_step']} seconds a step", flush=True)
+    finished = [r for r in load(path) if r["steps"] == STEPS]
+    if finished:
+        figure(finished, ROOT / "docs/reinforcement.png")
+
+
+if __name__ == "__main__":
+    main()

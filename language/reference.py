@@ -1,0 +1,60 @@
+"""The model that an adapted one started from, without a second copy of it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import lit_adapters as la
+from language.choice import evaluating
+from language.loss import Batch, read
+from lit_adapters.attach import attachment
+
+
+class _Reader(nn.Module):
+    """`language.loss.read` as a module, whose parameters can be exchanged."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
+        return read(self.model, batch, positions)
+
+
+class Reference(nn.Module):
+    """An adapted model as it was before training: adapters off, modules of `train` at their first values, no dropout.
+
+    `lit_adapters.disabled` gives back the pretrained function of adapted layers alone; parameters that train besides
+    the adapters would keep what they have learned. Their first values are kept here, in buffers that move with the
+    module this one belongs to and are in no state dict; nothing else is.
+
+    Args:
+        model: as `lit_adapters.attach` left it, before any step and before a checkpoint is loaded into it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_reader"] = _Reader(model)  # no submodule: its parameters are the model's
+        self._names = list(attachment(model).trained_parameters)
+        for number, name in enumerate(self._names):
+            self.register_buffer(f"initial_{number}", model.get_parameter(name).detach().clone(), persistent=False)
+
+    def forward(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of the reference, or (B, P, V) at positions (P,); without gradients.
+
+        Raises:
+            AdapterError: the adapters are merged, so that they cannot be taken out.
+        """
+        reader: _Reader = self.__dict__["_reader"]
+        model: Any = reader.model
+        # Tensors of their own in the parameters' places: autocast would mistake exchanged data for what it has cast.
+        initial = {f"model.{name}": self.get_buffer(f"initial_{i}") for i, name in enumerate(self._names)}
+        off = la.disabled(model) if any(True for _ in la.adapters(model)) else nullcontext()
+        with torch.no_grad(), off, evaluating(model):
+            logits: Tensor = functional_call(reader, initial, (batch, positions))
+        return logits

@@ -1,0 +1,149 @@
+"""Verifiable rewards: plain functions of a completion and the reference answer, named in YAML.
+
+    rewards:
+      - {function: language.rewards.exact_number, weight: 1.0}
+      - {function: my_file.my_reward, weight: 0.2}
+
+A function takes `(completion: str, answer: str)`, the text after the prompt without special tokens and the row's
+answer as it is written, and returns a number.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_adapters.errors import AdapterError
+
+MARK = "####"  # before the answer in GSM8K (arXiv 2110.14168)
+
+_TAKEN = {"reward", "reward_std", "loss", "kl", "clip_fraction", "completion_length", "zero_advantage"}  # other metrics
+
+# A sign belongs to the number unless something to subtract from stands before it.
+_NUMBER = r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?"
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number after the last `####`, or without one the last number of a text; None where there is none."""
+    _, mark, marked = text.rpartition(MARK)
+    numbers = re.findall(_NUMBER, marked)
+    found = (numbers[0] if mark else numbers[-1]) if numbers else None
+    return None if found is None else Decimal(found.replace(",", ""))
+
+
+def exact_number(completion: str, answer: str) -> float:
+    """1 if the final number of a completion is that of the answer, else 0; 42, 42.0 and "#### 42" are equal.
+
+    Raises:
+        ValueError: the answer has no number.
+    """
+    expected = final_number(answer)
+    if expected is None:
+        raise ValueError(f"the answer {answer!r} has no number")
+    return float(final_number(completion) == expected)
+
+
+def number_only(completion: str, answer: str) -> float:
+    """1 if a completion is a number and nothing else, else 0."""
+    return float(re.fullmatch(_NUMBER, completion.strip()) is not None)
+
+
+def marked_number(completion: str, answer: str) -> float:
+    """1 if the last line of a completion is `#### number`, the only mark in it, else 0."""
+    last = completion.rstrip().rpartition("\n")[2]
+    return float(completion.count(MARK) == 1 and re.fullmatch(rf"{MARK} ?{_NUMBER}", last) is not None)
+
+
+def brevity(completion: str, answer: str) -> float:
+    """1 for a completion of at most as many characters as the answer, their ratio for a longer one, 0 for none."""
+    written = len(completion.strip())
+    return min(1.0, len(answer) / written) if written else 0.0
+
+
+@dataclass
+class Reward:
+    """One term of the reward.
+
+    Args:
+        function: import path of a function `(completion, answer) -> float`.
+        weight: its factor in the sum.
+    """
+
+    function: str
+    weight: float = 1.0
+
+
+class Rewards:
+    """The weighted sum of reward functions.
+
+    Args:
+        rewards: the terms, or their dictionaries.
+
+    Raises:
+        AdapterError: there is none, a function cannot be imported, or two metrics would have the same name.
+    """
+
+    def __init__(self, rewards: Sequence[Reward | Mapping[str, Any]]) -> None:
+        self.terms = [r if isinstance(r, Reward) else Reward(**r) for r in rewards]
+        self._functions = {_name(term.function): _imported(term.function) for term in self.terms}
+        self.weights = torch.tensor([float(term.weight) for term in self.terms], dtype=torch.float32)
+        if not self.terms:
+            raise AdapterError("rewards is empty: name at least one function, such as language.rewards.exact_number")
+        names = [_name(term.function) for term in self.terms]
+        for name in names:
+            if names.count(name) > 1 or name in _TAKEN:
+                raise AdapterError(f"two metrics would be called {name!r}: rename one of the reward functions")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the functions, without their modules."""
+        return list(self._functions)
+
+    def __call__(self, completions: Sequence[str], answers: Sequence[str]) -> Tensor:
+        """What each function says of each completion, float32 (N, functions); `@ weights` is the reward.
+
+        Raises:
+            AdapterError: a function raised, or returned what is no finite number.
+        """
+        pairs = list(zip(completions, answers, strict=True))
+        values = [[self._value(name, *pair) for name in self._functions] for pair in pairs]
+        return torch.tensor(values, dtype=torch.float32)  # whatever the precision of the training
+
+    def _value(self, name: str, completion: str, answer: str) -> float:
+        try:
+            value = float(self._functions[name](completion, answer))
+        except Exception as error:  # whatever a user's own code raises
+            raise AdapterError(
+                f"reward {name!r} failed on completion {completion!r}, answer {answer!r}: "
+                f"{type(error).__name__}: {error}; correct the function or the row"
+            ) from error
+        if not math.isfinite(value):
+            raise AdapterError(
+                f"reward {name!r} is {value} for completion {completion!r}, answer {answer!r}: return a finite number"
+            )
+        return value
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _imported(path: str) -> Callable[[str, str], float]:
+    module, _, name = path.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise AdapterError(
+            f"no reward function {path!r} ({error}): give an import path such as language.rewards.exact_number"
+        ) from error
+    if not callable(function):
+        raise AdapterError(f"reward {path!r} is no function; give one that takes (completion, answer)")
+    return function  # type: ignore[no-any-return]
