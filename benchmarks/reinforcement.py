@@ -7,7 +7,7 @@ steps samples 8 completions of at most 8 tokens for each of 4 questions, at temp
 Before and after, the likeliest completions of 100 held-out questions are scored. All arms have the recipe's rate and
 schedule, which were not tuned, equal questions in equal order, and adapters as in configs/language/smollm2; one seed;
 weights in float32, computed under bf16 autocast (or --precision 32-true), eager attention. Finished runs are kept in
-results/reinforcement.json and skipped; docs/reinforcement.png is drawn from them.
+results/reinforcement.json and skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
-from matplotlib.figure import Figure
 
 import lit_adapters as la
 from benchmarks.cifar10_accuracy import Steps
@@ -36,7 +35,7 @@ from language.metrics import Estimate
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "configs/language/smollm2"
-NAMES = {"lora": "LoRA", "afa": "AFA-LoRA", "dora": "DoRA", "nora_plus_plus": "NoRA++", "loran": "LoRAN"}
+ARMS = ("lora", "afa", "dora", "nora_plus_plus", "loran")
 STEPS, EVERY = 100, 5  # the curve has means over so many steps
 CURVES = ("reward", "exact_number", "number_only", "completion_length")
 
@@ -117,43 +116,24 @@ def run(arm: str, steps: int, precision: str) -> dict[str, Any]:
     }
 
 
-def figure(records: list[dict[str, Any]], path: Path) -> None:
-    """Reward, and share of right answers, of the sampled completions against steps."""
-    picture = Figure(figsize=(9, 3), layout="constrained")
-    titles = {"reward": "reward", "exact_number": "right numbers", "number_only": "nothing but a number"}
-    for axes, (name, title) in zip(picture.subplots(1, 3), titles.items(), strict=True):
-        for record in records:
-            values = [float(value) for value in record["curve"][name].split()]
-            every = record["curve"]["every"]
-            axes.plot([every * (i + 0.5) for i in range(len(values))], values, label=NAMES[record["arm"]])
-        axes.set(title=title, xlabel="step", ylim=(0, None))
-        axes.grid(alpha=0.3)
-    picture.axes[0].legend()
-    picture.savefig(path, dpi=120)
-
-
 def main() -> None:
-    """Run what is missing in the result file, and draw."""
+    """Run what is missing in the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=["lora", "afa"], choices=list(NAMES))
+    parser.add_argument("--arms", nargs="+", default=["lora", "afa"], choices=ARMS)
     parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     path = RESULTS / "reinforcement.json"
     for arm in arguments.arms:
-        key = {"arm": arm, "steps": arguments.steps, "precision": arguments.precision}
+        key = {"arm": arm, "steps": STEPS, "precision": arguments.precision}
         if not any(key.items() <= r.items() for r in load(path)):
-            append(path, run(arm, arguments.steps, arguments.precision))
+            append(path, run(arm, STEPS, arguments.precision))
         record = next(r for r in load(path) if key.items() <= r.items())
         for when in ("before", "after"):
             shown = ", ".join(f"{n} {v['value']:.3f} ± {v['stderr']:.3f}" for n, v in record[when].items())
             print(f"{arm:<15} {when:<6} {shown}", flush=True)
         print(f"{arm:<15} {record['seconds_per_step']} seconds a step", flush=True)
-    finished = [r for r in load(path) if r["steps"] == STEPS]
-    if finished:
-        figure(finished, ROOT / "docs/reinforcement.png")
 
 
 if __name__ == "__main__":

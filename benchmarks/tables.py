@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import language_tables, performance_tables, subspace_tables
+from benchmarks import language_tables, performance_tables, regime_tables, subspace_tables
 from benchmarks.results_file import RESULTS, load
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +123,7 @@ def main() -> None:
         replace_block(ROOT / "README.md", "results", f"{accuracy_table(accuracy)}\n\n{machine(accuracy)}")
         accuracy_figure(accuracy, ROOT / "docs" / "accuracy.png")
     language()
+    regimes()
     subspaces()
     performance()
 
@@ -226,6 +227,21 @@ def language() -> None:
         header = ["arm", *(f"{task}, validation loss by rate" for task in measured)]
         replace_block(page, "rates", table(header, language_tables.rates(measured)))
         language_tables.figure(measured, ROOT / "docs" / "language.png")
+
+
+def regimes() -> None:
+    """Fill the blocks of preferences, reinforcement and speculative decoding."""
+    page, r = ROOT / "docs" / "regimes.md", regime_tables
+    if records := load(RESULTS / "preferences.json"):
+        shown = table(r.PREFERENCES, r.preference_rows(records))
+        replace_block(page, "preferences", f"{shown}\n\n{machine(records)}")
+    if records := load(RESULTS / "reinforcement.json"):
+        shown = f"{table(r.REINFORCEMENT, r.reinforcement_rows(records))}\n\n![reward against steps](reinforcement.png)"
+        replace_block(page, "reinforcement", f"{shown}\n\n{machine(records)}")
+        r.reinforcement_figure(records, ROOT / "docs" / "reinforcement.png")
+    if records := load(RESULTS / "speculative.json"):
+        replace_block(page, "distilled", table(r.DISTILLED, r.distilled_rows(records)))
+        replace_block(page, "decoded", f"{table(r.DECODED, r.decoded_rows(records))}\n\n{machine(records)}")
 
 
 if __name__ == "__main__":
