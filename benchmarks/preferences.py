@@ -27,14 +27,13 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lit_adapters as la
 from benchmarks.cifar10_accuracy import Steps
 from benchmarks.results_file import RESULTS, append, environment, load
 from benchmarks.timing import peak_memory_mib
-from language.dpo import DPOTuner, preference_loss
+from language.dpo import DPOTuner, preference_loss, wins
 from language.dpo import main as dpo
 from language.loss import learned_tokens
 from language.metrics import Estimate, RowLosses, held_out_loss
@@ -88,16 +87,13 @@ def ask(module: DPOTuner, batches: DataLoader) -> tuple[dict[str, Estimate], dic
     rewards = beta * (ours - theirs)
     margins = rewards[0] - rewards[1]
 
-    def wins(difference: Tensor) -> list[float]:
-        return ((difference.sign() + 1.0) / 2.0).tolist()  # type: ignore[no-any-return]
-
     items = {
         "loss": preference_loss(margins, module.hparams["label_smoothing"]).tolist(),
-        "reward accuracy": wins(margins),
+        "reward accuracy": wins(margins).tolist(),
         "reward margin": margins.tolist(),
         "chosen reward": rewards[0].tolist(),
-        "likelihood accuracy": wins(ours[0] - ours[1]),
-        "reference likelihood accuracy": wins(theirs[0] - theirs[1]),
+        "likelihood accuracy": wins(ours[0] - ours[1]).tolist(),
+        "reference likelihood accuracy": wins(theirs[0] - theirs[1]).tolist(),
     }
     estimates = {name: average(values) for name, values in items.items()}
     estimates["kl"] = held_out_loss(RowLosses(sums, counts))["loss"]

@@ -26,7 +26,7 @@ def _estimate(metric: Record, digits: int = 3) -> str:
     return f"{metric['value']:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
-def _asked(records: list[Record]) -> list[Record]:
+def _full_runs(records: list[Record]) -> list[Record]:
     """The full runs, in the order of the names."""
     full = [r for r in records if r.get("protocol", "full") == "full"]
     return sorted(full, key=lambda r: list(NAMES).index(r["arm"]))
@@ -42,14 +42,14 @@ PREFERENCES = ["arm", "trained", "rate", "reward accuracy", "minus LoRA, paired"
 def preference_rows(records: list[Record]) -> list[list[str]]:
     """A row a run; differences are those of the same pairs."""
     rows = []
-    lora = {r["precision"]: r for r in _asked(records) if r["arm"] == "lora"}
-    for r in _asked(records):
+    lora = {r["precision"]: r for r in _full_runs(records) if r["arm"] == "lora"}
+    for r in _full_runs(records):
         other = lora.get(r["precision"])
         known = other is not None and r["arm"] not in ("lora", "untouched")
         row = [_name(r), f"{r['trainable']:,}", f"{r['rate']:g}" if r["steps"] else ""]
-        row.append(_estimate(r["metrics"]["reward_accuracy"]))
-        row.append(_paired(r, other, "reward_accuracy") if known else "")  # type: ignore[arg-type]
-        rows.append([*row, *(_estimate(r["metrics"][name]) for name in ("reward_margin", "kl"))])
+        row.append(_estimate(r["metrics"]["reward accuracy"]))
+        row.append(_paired(r, other, "reward accuracy") if known else "")  # type: ignore[arg-type]
+        rows.append([*row, *(_estimate(r["metrics"][name]) for name in ("reward margin", "kl"))])
     return rows
 
 
@@ -66,7 +66,7 @@ REINFORCEMENT = ["arm", "trained", "right, before", "right, after", "a number al
 def reinforcement_rows(records: list[Record]) -> list[list[str]]:
     """A row a run."""
     rows = []
-    for r in _asked(records):
+    for r in _full_runs(records):
         before, after = r["before"], r["after"]
         shown = [before["exact_number"], after["exact_number"], before["number_only"], after["number_only"]]
         rows.append([_name(r), f"{r['trainable']:,}", *map(_estimate, [*shown, after["reward"]])])
@@ -78,7 +78,7 @@ def reinforcement_figure(records: list[Record], path: Path) -> None:
     picture = Figure(figsize=(9, 3), layout="constrained")
     titles = {"reward": "reward", "exact_number": "right numbers", "number_only": "nothing but a number"}
     for axes, (name, title) in zip(picture.subplots(1, 3), titles.items(), strict=True):
-        for record in _asked(records):
+        for record in _full_runs(records):
             values = [float(value) for value in record["curve"][name].split()]
             every = record["curve"]["every"]
             axes.plot([every * (i + 0.5) for i in range(len(values))], values, label=_name(record))
@@ -97,7 +97,7 @@ def distilled_rows(records: list[Record]) -> list[list[str]]:
     return [
         [_name(r), f"{r['trainable']:,}", f"{r['rate']:g}" if r["steps"] else ""]
         + [_estimate(r["metrics"][name]) for name in ("kl", "agreement", "acceptance")]
-        for r in _asked(records)
+        for r in _full_runs(records)
     ]
 
 
@@ -105,7 +105,7 @@ def decoded_rows(records: list[Record]) -> list[list[str]]:
     """A row a run and temperature: continuing prompts."""
     rows = []
     for temperature in ("0", "1"):
-        for r in _asked(records):
+        for r in _full_runs(records):
             found = {
                 name.removeprefix(f"temperature {temperature}: "): metric
                 for name, metric in r["metrics"].items()

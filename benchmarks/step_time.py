@@ -47,7 +47,7 @@ ARMS: dict[str, Arms] = {
         "nora_plus_plus": (la.NoRAPlusPlus(lora=la.LoRA(rank=8)), ["head"]),
     },
     "smollm2": {
-        "head": (None, ["lm_head"]),
+        "head": (None, ["lm_head", "embed_tokens"]),
         "full": (None, ".*"),
         "lora": (la.LoRA(rank=8), ""),
         "afa": (la.AFALoRA(rank=8), ""),

@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from language.data import InstructionDataModule
 from language.formats import FORMATS, FormatName, Record
 from language.generate import generate
+from language.loading import load_tuner
 from language.models import context_length
 from language.module import CausalLMTuner
 from language.templates import Renderer
 from language.tokenise import Encoder
 from lit_adapters.callback import AdapterCLI
 from lit_adapters.callback.console import run
-from lit_adapters.checkpoint import check_whole
 from lit_adapters.errors import AdapterError
 
 
@@ -66,7 +66,7 @@ def generate_command(args: Sequence[str]) -> str:
     parser.add_argument("--seed", type=int, default=0, help="of a temperature above 0")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(args)
-    tuner = _load(given.ckpt).to(given.device).eval()
+    tuner = load_tuner(given.ckpt, CausalLMTuner, "language").to(given.device).eval()
     room = context_length(tuner.model)  # type: ignore[arg-type]
     row = prompt_tokens(tuner.tokenizer, given.prompt, given.format, given.use_chat_template, room or sys.maxsize)
     streamer = TextStreamer(tuner.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
@@ -99,18 +99,6 @@ def prompt_tokens(
         record = Record(messages=(("user", prompt), ("assistant", "")), origin="--prompt")
     end_id: Any = tokenizer.eos_token_id
     return Encoder(tokenizer, end_id, room, True, plain=not renderer.chat).prompt(renderer.example(record))
-
-
-def _load(path: Path) -> CausalLMTuner:
-    if not path.is_file():
-        raise AdapterError(f"--ckpt {str(path)!r} does not exist; give a file that a fit has written")
-    check_whole(path, "--ckpt ")
-    try:
-        return CausalLMTuner.load_from_checkpoint(path, map_location="cpu")
-    except AdapterError:
-        raise
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise AdapterError(f"--ckpt {str(path)!r} is no checkpoint of `python -m language fit`: {error}") from error
 
 
 if __name__ == "__main__":

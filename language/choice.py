@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,8 +22,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from language.models import context_length
+from lit_adapters.control import evaluating
 from lit_adapters.errors import AdapterError, DataError
-from lit_adapters.methods.base import AdapterModule
 
 _MIN_SHARED = 16  # tokens; a pass of its own for a shorter common prefix would cost more than it saves
 _ROWS = 4  # most choices of a prompt in a pass, on average: each holds a copy of the prompt's cache
@@ -115,20 +114,6 @@ def score_tokens(
                 scores[index] = row
             bar.update(len(batch))
     return scores
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode within the block; every module's own mode comes back after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    # An adapter keeps its base layer outside the module tree.
-    modes += [(module.base, module.base.training) for module in model.modules() if isinstance(module, AdapterModule)]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from language.choice import evaluating
+from language.generate import plain_settings
 from language.models import context_length, vocabulary_size
+from lit_adapters.control import evaluating
 from lit_adapters.errors import AdapterError
 
 
@@ -103,8 +104,10 @@ def continued(
     with contextlib.ExitStack() as stack:
         stack.callback(handle.remove)
         stack.enter_context(evaluating(target))
+        stack.enter_context(plain_settings(target))
         if draft is not None:
             stack.enter_context(evaluating(draft))
+            stack.enter_context(plain_settings(draft))
             stack.enter_context(_proposing(draft, settings.draft_tokens))
         stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(settings.seed if seed is None else seed)

@@ -85,7 +85,7 @@ class PreferenceMetrics(Metric):
     def update(self, losses: Tensor, margins: Tensor, divergence: Tensor) -> None:
         """Add losses and margins of some pairs (B,), and divergences of their tokens (n,)."""
         # Not in place: what Lightning resets in its inference mode is an inference tensor, which fit may not write to.
-        self.sums = self.sums + torch.stack([losses.sum(), _wins(margins).sum(), margins.sum()])
+        self.sums = self.sums + torch.stack([losses.sum(), wins(margins).sum(), margins.sum()])
         self.divergence = self.divergence + divergence.sum()
         self.pairs, self.tokens = self.pairs + len(margins), self.tokens + len(divergence)
 
@@ -96,7 +96,7 @@ class PreferenceMetrics(Metric):
         return {"loss": loss, "reward_accuracy": accuracy, "reward_margin": margin, "kl": kl}
 
 
-def _wins(margins: Tensor) -> Tensor:
+def wins(margins: Tensor) -> Tensor:
     """1 where the chosen answer has the larger reward, 1/2 for a tie."""
     return (margins.sign() + 1.0) / 2.0
 
@@ -150,7 +150,7 @@ class DPOTuner(CausalLMTuner):
         loss = self._losses(margins).sum() / self._over_processes(len(margins), "mean")
         self.learned_tokens += int(learned.sum())
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        self.log("train/reward_accuracy", _wins(margins).mean(), sync_dist=True)
+        self.log("train/reward_accuracy", wins(margins).mean(), sync_dist=True)
         self.log("train/reward_margin", margins.mean(), sync_dist=True)
         self.log("train/learned_tokens", float(self.learned_tokens), sync_dist=True, reduce_fx="sum")
         return loss
@@ -206,10 +206,8 @@ class DPOTuner(CausalLMTuner):
         metrics.update(self._losses(margins), margins, divergence)
 
     def _log_preferences(self, split: str, metrics: PreferenceMetrics) -> None:
-        means = metrics.compute()
+        self._log_means(split, metrics.compute())
         metrics.reset()
-        # The metrics have gone through all processes by now; averaging equal values tells Lightning so.
-        self.log_dict({f"{split}/{name}": v for name, v in means.items()}, prog_bar=split == "val", sync_dist=True)
 
 
 def check_pairs(batch: Batch) -> None:

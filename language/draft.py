@@ -118,10 +118,8 @@ class DraftTuner(CausalLMTuner):
         self._log_quality("test", self.test_quality)
 
     def _log_quality(self, split: str, metric: DraftQuality) -> None:
-        values = {f"{split}/{name}": value for name, value in metric.compute().items()}
+        self._log_means(split, metric.compute())
         metric.reset()
-        # The metric has gone through all processes by now; averaging equal values tells Lightning so.
-        self.log_dict(values, prog_bar=split == "val", sync_dist=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DraftTuner:
         """Move and cast the target along; what it shares with the draft has then been moved already."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from language.loss import IGNORED, Batch
 from language.models import context_length
@@ -72,14 +73,32 @@ def continuations(
     if was_training:
         model.eval()
     try:
-        tokens: Tensor = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer,
-            do_sample=temperature > 0, use_cache=True, **drawing,
-        )  # fmt: skip
+        with plain_settings(model, tokenizer.eos_token_id):  # type: ignore[arg-type]
+            tokens: Tensor = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer,
+                do_sample=temperature > 0, use_cache=True, **drawing,
+            )  # fmt: skip
     finally:
         if was_training:
             model.train()
     return tokens[:, longest:]
+
+
+@contextmanager
+def plain_settings(model: Any, end: int | None = None) -> Iterator[list[int]]:
+    """Generation settings with nothing in them but the model's end tokens, which are returned; `end` where it has none.
+
+    Penalties, min_p and the like of a model's own settings would make its tokens others than the likeliest, or drawn
+    from another distribution than softmax(logits / temperature).
+    """
+    own = model.generation_config
+    ends = end if own.eos_token_id is None else own.eos_token_id
+    listed = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    model.generation_config = GenerationConfig(eos_token_id=listed or None, pad_token_id=own.pad_token_id)
+    try:
+        yield listed
+    finally:
+        model.generation_config = own
 
 
 def prompt_rows(batch: Batch) -> list[list[int]]:

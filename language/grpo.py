@@ -20,7 +20,6 @@ from torchmetrics import MeanMetric
 
 import lit_adapters as la
 from language.__main__ import LanguageCLI
-from language.choice import evaluating
 from language.generate import generate, prompt_rows
 from language.loss import Batch
 from language.models import context_length
@@ -32,6 +31,7 @@ from language.rollouts import advantages, constant, joined, log_probabilities, s
 from lit_adapters.callback.console import run
 from lit_adapters.callback.epoch_sampler import hash_key
 from lit_adapters.callback.processes import gather_objects
+from lit_adapters.control import evaluating
 from lit_adapters.sharding import refuse_sharded
 
 
@@ -204,7 +204,7 @@ class GRPOTuner(CausalLMTuner):
         rewards = parts @ self.rewards.weights
         pad: Any = self.tokenizer.pad_token_id
         rollout = {k: v.to(self.device) for k, v in joined(rows, completions, pad).items()}
-        with torch.no_grad(), evaluating(self._built):  # type: ignore[arg-type]
+        with torch.no_grad(), evaluating(self._built):
             rollout["old"] = log_probabilities(self.forward, rollout, h["temperature"])
         if self.reference is not None:
             rollout["reference"] = log_probabilities(self.reference, rollout, h["temperature"])
@@ -237,16 +237,15 @@ class GRPOTuner(CausalLMTuner):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        self._log_means("val")
+        self._log_rewards("val")
 
     def on_test_epoch_end(self) -> None:
-        self._log_means("test")
+        self._log_rewards("test")
 
-    def _log_means(self, split: str) -> None:
-        values = [mean.compute() for mean in self.means]  # type: ignore[operator]
-        names = [f"{split}/{name}" for name in [*self.rewards.names, "reward"]]
-        # The metrics have gone through all processes by now; averaging equal values tells Lightning so.
-        self.log_dict(dict(zip(names, values, strict=True)), prog_bar=split == "val", sync_dist=True)
+    def _log_rewards(self, split: str) -> None:
+        names = [*self.rewards.names, "reward"]
+        means = [mean.compute() for mean in self.means]  # type: ignore[operator]
+        self._log_means(split, dict(zip(names, means, strict=True)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the completions of each process, where further steps are to use them."""

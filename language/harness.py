@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
-from language.choice import evaluating
 from language.tasks import Question
+from lit_adapters.control import evaluating
 from lit_adapters.errors import DataError
 
 

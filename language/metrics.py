@@ -17,8 +17,8 @@ from torchmetrics import Metric
 from torchmetrics.functional.text.rouge import rouge_score
 from tqdm import tqdm
 
-from language.choice import evaluating
 from language.loss import Batch, token_losses
+from lit_adapters.control import evaluating
 from lit_adapters.errors import AdapterError, DataError
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -231,10 +231,11 @@ class CausalLMTuner(LightningModule):
     def _log_loss(self, split: str, metric: TokenLoss) -> None:
         loss = metric.compute()
         metric.reset()
-        # The metric has gone through all processes by now; averaging equal values tells Lightning so.
-        self.log_dict(
-            {f"{split}/loss": loss, f"{split}/perplexity": loss.exp()}, prog_bar=split == "val", sync_dist=True
-        )
+        self._log_means(split, {"loss": loss, "perplexity": loss.exp()})
+
+    def _log_means(self, split: str, means: Mapping[str, Tensor]) -> None:
+        # The metrics have gone through all processes by now; averaging equal values tells Lightning so.
+        self.log_dict({f"{split}/{name}": v for name, v in means.items()}, prog_bar=split == "val", sync_dist=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLMTuner:
         """Move and cast everything but the frequencies of rotary embeddings, which are moved only."""

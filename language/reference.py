@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import lit_adapters as la
-from language.choice import evaluating
 from language.loss import Batch, read
 from lit_adapters.attach import attachment
+from lit_adapters.control import evaluating
+from lit_adapters.errors import AdapterError
 
 
 class _Reader(nn.Module):
@@ -40,6 +41,7 @@ class Reference(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.__dict__["_reader"] = _Reader(model)  # no submodule: its parameters are the model's
+        self._adapted = any(True for _ in la.adapters(model))
         self._names = list(attachment(model).trained_parameters)
         for number, name in enumerate(self._names):
             self.register_buffer(f"initial_{number}", model.get_parameter(name).detach().clone(), persistent=False)
@@ -54,7 +56,9 @@ class Reference(nn.Module):
         model: Any = reader.model
         # Tensors of their own in the parameters' places: autocast would mistake exchanged data for what it has cast.
         initial = {f"model.{name}": self.get_buffer(f"initial_{i}") for i, name in enumerate(self._names)}
-        off = la.disabled(model) if any(True for _ in la.adapters(model)) else nullcontext()
+        if self._adapted and not any(True for _ in la.adapters(model)):
+            raise AdapterError("the adapters are merged into the weights: the model is no longer its own reference")
+        off = la.disabled(model) if self._adapted else nullcontext()
         with torch.no_grad(), off, evaluating(model):
             logits: Tensor = functional_call(reader, initial, (batch, positions))
         return logits

@@ -28,7 +28,7 @@ MARK = "####"  # before the answer in GSM8K (arXiv 2110.14168)
 _TAKEN = {"reward", "reward_std", "loss", "kl", "clip_fraction", "completion_length", "zero_advantage"}  # other metrics
 
 # A sign belongs to the number unless something to subtract from stands before it.
-_NUMBER = r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?"
+_NUMBER = r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 
 
 def final_number(text: str) -> Decimal | None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from language.generate import continuations
+from language.generate import continuations, plain_settings
 from language.loss import IGNORED, Batch, learned_logits
 
 _EPSILON = 1e-4  # beside the standard deviation of a group
@@ -36,25 +35,15 @@ def sample(
         AdapterError: prompt and completion do not fit into the model's context.
     """
     device = model.device
-    with _plain(model, tokenizer) as ends, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with (
+        plain_settings(model, tokenizer.eos_token_id) as ends,
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
         torch.manual_seed(seed)
         tokens = continuations(model, tokenizer, prompts, max_new_tokens, temperature)
     ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).cumsum(1)
     kept = (ended.roll(1, 1).index_fill_(1, torch.tensor(0, device=tokens.device), 0)) == 0
     return [row[mask].tolist() for row, mask in zip(tokens, kept, strict=True)]
-
-
-@contextmanager
-def _plain(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Generation settings with nothing in them but end tokens, which are returned."""
-    own, end = model.generation_config, model.generation_config.eos_token_id
-    end = tokenizer.eos_token_id if end is None else end
-    ends = [end] if isinstance(end, int) else list(end)
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-    try:
-        yield ends
-    finally:
-        model.generation_config = own
 
 
 def joined(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:

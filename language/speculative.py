@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +21,13 @@ from language.__main__ import prompt_tokens
 from language.decoding import Continuation, Settings, continued
 from language.draft import DraftTuner, merged_draft
 from language.formats import FormatName
+from language.loading import load_tuner
 from language.metrics import Estimate, proportion
 from language.models import context_length
 from language.results import table, versions, write_json
 from language.sources import read_rows
 from lit_adapters.callback.console import run
-from lit_adapters.errors import AdapterError, DataError
+from lit_adapters.errors import DataError
 
 
 def measure(
@@ -60,7 +60,8 @@ def measure(
     """
     if not prompts:
         raise DataError("there are no prompts to continue: check the file and the limit")
-    continued(target, prompts[0], settings, draft=draft)  # the first call of each kind is slower
+    for helper in (None, draft):  # the first call of each kind is slower
+        continued(target, prompts[0], settings, draft=helper)
     results = {}
     for temperature in settings.temperatures:
         alone: list[Continuation] = []
@@ -75,7 +76,7 @@ def measure(
 
 def _summary(alone: list[Continuation], assisted: list[Continuation], exact: bool) -> dict[str, Estimate]:
     pairs = list(zip(alone, assisted, strict=True))
-    speedups = [(len(a.tokens) / a.seconds) / (len(b.tokens) / b.seconds) for b, a in pairs]
+    speedups = [(len(b.tokens) / b.seconds) / (len(a.tokens) / a.seconds) for a, b in pairs]
     same = {"identical": proportion([a.tokens == b.tokens for a, b in pairs])} if exact else {}
     return {
         "accepted length": _ratio([len(c.tokens) for c in assisted], [c.passes for c in assisted]),
@@ -118,22 +119,6 @@ def first_turns(path: str, limit: int | None = None) -> list[str]:
     return prompts
 
 
-def load(ckpt: str) -> DraftTuner:
-    """The tuner of a checkpoint that `python -m language.draft fit` has written.
-
-    Raises:
-        AdapterError: the file is missing, torn or another class's.
-    """
-    if not zipfile.is_zipfile(ckpt):
-        raise AdapterError(f"checkpoint {ckpt} does not exist or is torn: give a file that fit has written")
-    try:
-        return DraftTuner.load_from_checkpoint(ckpt, map_location="cpu")
-    except AdapterError:
-        raise
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise AdapterError(f"{ckpt} is no checkpoint of `python -m language.draft fit`: {error}") from error
-
-
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command line; returns what was written."""
     parser = ArgumentParser(prog="python -m language.speculative", description="Measure a draft against its target.")
@@ -149,7 +134,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     what = {name: given.pop(name) for name in ("ckpt", "prompts", "limit", "format", "use_chat_template", "device")}
     out, settings = given.pop("out"), Settings(**given)
     texts = first_turns(what["prompts"], what["limit"])
-    tuner = load(what["ckpt"]).to(what["device"])
+    tuner = load_tuner(Path(what["ckpt"]), DraftTuner, "language.draft").to(what["device"])
     draft, report = merged_draft(tuner)
     room = min(context_length(model) or sys.maxsize for model in (tuner.target, draft)) - settings.max_new_tokens
     rows = [prompt_tokens(tuner.tokenizer, t, what["format"], what["use_chat_template"], room) for t in texts]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from lit_adapters.attach import adapters
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.keeping import KeepingAdapter
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.statistics import regular_sample
 
@@ -91,16 +92,18 @@ def _noticed(found: list[tuple[str, AdapterModule]], notice: Any) -> Iterator[No
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; every module's own mode comes back after it, and what was kept for eval goes."""
     modes = {module: module.training for module in model.modules()}
     modes |= {module.base: module.base.training for module in model.modules() if isinstance(module, AdapterModule)}
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
+            if training and isinstance(module, KeepingAdapter):
+                module.clear_cache()
 
 
 def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
@@ -112,7 +115,7 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     """
     found = _require_adapters(model)
     ran: set[str] = set()
-    with _evaluating(model), _noticed(found, ran.add):
+    with torch.no_grad(), evaluating(model), _noticed(found, ran.add):
         model(*inputs, **kwargs)
     idle = [f"{name} ({type(adapter.base).__name__})" for name, adapter in found if name not in ran]
     if idle:
@@ -143,7 +146,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         samples[name].append(regular_sample(x, _VALUES_PER_CALL).float().cpu())
 
     device = next(model.parameters()).device
-    with _evaluating(model), _observed(found, observe):
+    with torch.no_grad(), evaluating(model), _observed(found, observe):
         for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=None):
             batch = _to(batch, device)
             if isinstance(batch, Mapping):

@@ -17,7 +17,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.sharding import whole
 
-_PATIENCE = 100  # steps in which nothing at all has a gradient, as where all rewards are equal, before they count
+_PATIENCE = 100  # steps in a row without any gradient, as where all rewards are equal, before they count
 
 
 class Probe:
@@ -109,6 +109,8 @@ class Probe:
             self._silent_steps += 1
             if self._silent_steps < _PATIENCE:
                 return
+        else:
+            self._silent_steps = 0
         # In order, as the processes of a sharded model put each gradient together.
         awake = [name for name, parameter in watched.items() if whole(parameter.grad).any()]  # type: ignore[arg-type]
         self._silent -= set(awake)

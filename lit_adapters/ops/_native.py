@@ -1,7 +1,7 @@
 """Kernels in C++ for the processor, compiled at first use and kept in the cache folder.
 
 The folder is $LIT_ADAPTERS_CACHE, else ~/.cache/lit_adapters. A kernel takes its threads from the OpenMP runtime that
-PyTorch has loaded; a second one would compete with it.
+PyTorch has loaded, which knows what g++ writes; a second one would compete with it.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _broken: set[str] = set()  # kernels that could not be built or loaded
 
 
 def compiler() -> str:
-    """The C++ compiler: $CXX, g++ or clang++.
+    """The C++ compiler: $CXX or g++.
 
     Raises:
         OSError: there is none.
     """
-    candidates = [os.environ.get("CXX"), "g++", "clang++"]
+    candidates = [os.environ.get("CXX"), "g++"]
     found = next((path for name in candidates if name and (path := shutil.which(name))), None)
     if found is None:
-        raise OSError("no C++ compiler (g++ or clang++) on the PATH")
+        raise OSError("no C++ compiler (g++) on the PATH")
     return found
 
 
@@ -94,7 +94,7 @@ def library(name: str, what: str, **macros: int) -> ctypes.CDLL | None:
         _broken.add(name)
         warnings.warn(
             f"the fast {what} cannot be built here ({error}); it runs in plain PyTorch operations, several times "
-            "slower. A C++ compiler (g++ or clang++) on the PATH mends this.",
+            "slower. g++ on the PATH mends this.",
             stacklevel=2,
         )
         return None

@@ -1,5 +1,5 @@
-// W0 + s f(z) and the gradient through it in one pass over memory; see _merged_native.py, and merged_linear.py, whose
-// arithmetic it repeats, for functions of the form
+// W0 + s f(z) and the gradient through it in one pass over memory, which merged_linear.py asks for (_merged_native.py),
+// for functions of the form
 //
 //     s f(z) = c1 z + (c2 + c3 z) sin(w z + phase)
 //

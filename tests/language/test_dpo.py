@@ -411,7 +411,7 @@ def test_values_out_of_range(changes, words):
 def test_merged_adapters_leave_no_reference(tmp_path, unload):
     module = moved(built())
     la.merge(module.model, unload=unload)
-    words = r"has no adapters" if unload else r"'model\.layers\.0\.self_attn\.q_proj' is merged into its weight"
+    words = r"merged into the weights" if unload else r"'model\.layers\.0\.self_attn\.q_proj' is merged into its weight"
     with pytest.raises(la.AdapterError, match=words):
         trainer(tmp_path).validate(module, datamodule=data(), verbose=False)
     assert {m.training for m in module.model.modules()} == {False}

@@ -49,6 +49,14 @@ def test_the_likeliest_tokens(model, tokenizer, method):
     assert len(set(expected)) == 3
 
 
+def test_the_models_own_settings_change_nothing_but_the_end(model, tokenizer):
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=12)
+    model.generation_config.repetition_penalty = 9.0
+    own = model.generation_config
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) == expected
+    assert model.generation_config is own
+
+
 def test_a_row_ends_at_the_end_token(model, tokenizer):
     expected = by_hand(model, PROMPTS[0], 12)
     cut = expected.index(expected[5])

@@ -22,6 +22,7 @@ from tests.language.rewarding import term
         ("#### 4.20", "4.2", True),
         ("", "0", False),
         ("x7", "7", False),
+        ("4,2", "42", False),  # commas stand between thousands alone
         ("reason 3. #### 2,400", "1,200 * 2 = 2,400. #### 2,400", True),
     ],
 )
@@ -30,7 +31,15 @@ def test_exact_number(completion, answer, right):
 
 
 def test_forms():
-    assert [number_only(text, "") for text in (" 12", "-3.5\n", "12.", "1 2", "")] == [1, 1, 0, 0, 0]
+    assert [number_only(text, "") for text in (" 12", "-3.5\n", "1,200", "12.", "1 2", "", "42,,,")] == [
+        1,
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+    ]
     texts = ("a\n#### 7", "#### 7 ", "#### 7\nb", "#### 7\n#### 7", "7", "####")
     assert [marked_number(text, "") for text in texts] == [1, 1, 0, 0, 0, 0]
     assert [brevity(text, "1234") for text in ("", "12", "1234", "12345678")] == [0, 1, 1, 0.5]

@@ -241,7 +241,7 @@ def test_errors_are_one_line(tmp_path, write):
     prompts = write([{"prompt": "x"}])
     torn = tmp_path / "torn.ckpt"
     torn.write_bytes(b"PK")
-    for ckpt, words in ((torn, "does not exist or is torn"), (tmp_path / "none.ckpt", "does not exist or is torn")):
+    for ckpt, words in ((torn, "is torn"), (tmp_path / "none.ckpt", "does not exist")):
         with pytest.raises(SystemExit) as end:
             run(lambda c=ckpt: main([f"--ckpt={c}", f"--prompts={prompts}", f"--out={tmp_path / 'o.json'}"]))
         assert words in end.value.code

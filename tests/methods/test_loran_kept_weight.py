@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lit_adapters.control import evaluating
 from lit_adapters.methods.loran import LoRANAdapter
 from tests.methods.loran_layer import layer
 
@@ -71,6 +72,16 @@ def test_what_clears_the_kept_weight(event, monkeypatch):
         y = adapter(x)
     assert len(built) == 2
     assert torch.equal(y, adapter(x))  # the path that keeps nothing
+
+
+def test_a_look_in_eval_mode_leaves_nothing_behind():
+    adapter = layer().train()
+    with evaluating(adapter), torch.no_grad():
+        assert not adapter.base.training
+        adapter(torch.randn(5, 12))
+        assert adapter._cache is not None
+    assert adapter._cache is None
+    assert adapter.base.training
 
 
 def test_validation_in_inference_mode_does_not_break_the_next_step():
