@@ -21,10 +21,12 @@ def environment() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
     packages = ("torch", "lightning", "timm", "transformers", "lit-adapters")
     return {
         "date": date.today().isoformat(),
         "cpu": models[0] if models else platform.processor(),
+        "bfloat16": any("bf16" in flag for flag in flags),  # in hardware, else numbers are converted
         "cores": len(models),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -80,8 +80,9 @@ def rates_table(records: list[dict[str, Any]]) -> str:
 def machine(records: list[dict[str, Any]]) -> str:
     """Where and with what the latest record was measured."""
     e = records[-1]["environment"]
+    computes = {True: ", with bfloat16", False: ", without bfloat16"}.get(e.get("bfloat16"), "")  # type: ignore[arg-type]
     versions = ", ".join(f"{k} {e[k]}" for k in ("torch", "lightning", "timm", "transformers") if k in e)
-    return f"{e['cores']} cores of {e['cpu']}, {e['threads']} thread(s) a process, {versions}, {e['date']}."
+    return f"{e['cores']} cores of {e['cpu']}{computes}, {e['threads']} thread(s) a process, {versions}, {e['date']}."
 
 
 def accuracy_figure(records: list[dict[str, Any]], path: Path) -> None:
