@@ -52,6 +52,7 @@ def peft_rows(records: list[Record]) -> list[list[str]]:
     for r in sorted(latest, key=lambda r: [str(r["model"]), r["checkpointing"], r["method"] == "dora", r["rank"]]):
         name = {"lora": "LoRA", "dora": "DoRA"}[r["method"]]
         setting = f"{r['precision']}, checkpointing" if r["checkpointing"] else r["precision"]
+        setting += "" if r["environment"].get("bfloat16") else " †"
         rows.append(
             [
                 *(r["model"], f"{name}, r = {r['rank']}", setting),
