@@ -57,6 +57,3 @@ class KeepingAdapter(AdapterModule):
     def _load_from_state_dict(self, *args: Any) -> None:  # type: ignore[override]
         self.clear_cache()
         super()._load_from_state_dict(*args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": None}

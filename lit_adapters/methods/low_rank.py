@@ -111,6 +111,7 @@ class LowRankAdapter(WeightAdapter):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    _cast: tuple[Tensor, int, Tensor] | None = None
 
     def __init__(self, base: nn.Module, layer: LinearLayer, rank: int, config: LowRank) -> None:
         super().__init__(base, layer)
@@ -149,9 +150,27 @@ class LowRankAdapter(WeightAdapter):
     def _fused(self, x: Tensor, between: Callable[[Tensor], Tensor] | None) -> Tensor:
         kind, base = x.device.type, self.base
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        weight: Any = base.weight.to(dtype)  # type: ignore[operator]
+        weight = self._weight_in(dtype)
         bias: Any = None if base.bias is None else base.bias.to(dtype)  # type: ignore[operator]
         return low_rank_linear(x.to(dtype), weight, bias, self.lora_A, self.scaling * self.lora_B, between)
+
+    def _weight_in(self, dtype: torch.dtype) -> Tensor:
+        """W0 in the dtype of the products; under autocast cast once, and kept until it is written to or replaced."""
+        weight: Any = self.base.weight
+        if weight.dtype == dtype or self.sharded or weight.is_inference():
+            return weight.to(dtype)  # type: ignore[no-any-return]
+        if self._cast is not None:
+            made_from, version, cast = self._cast
+            if made_from is weight and version == weight._version and cast.dtype == dtype:
+                return cast
+        with torch.inference_mode(False), torch.no_grad():  # a tensor made in inference mode could never train
+            cast = weight.detach().to(dtype)
+        self._cast = (weight, weight._version, cast)
+        return cast
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._cast = None
+        return super()._apply(*args, **kwargs)
 
     def code(self, x: Tensor) -> Tensor:
         """A x, after dropout while training."""

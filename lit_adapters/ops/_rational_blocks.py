@@ -13,9 +13,9 @@ from torch import Tensor
 from lit_adapters.ops import _rational_math as math
 from lit_adapters.ops._rational_math import Coefficients
 
-# Elements of a block. On a CPU, 32k float32 numbers a thread and their few temporaries fit a core's second-level cache,
-# and fewer would not be shared out; a GPU wants fewer and larger launches.
-_BLOCK_OF_THREAD = 1 << 15
+# Elements of a block. On a CPU, the temporaries of a block should stay in the cache, and shorter ones leave the threads
+# waiting for each other; a GPU wants fewer and larger launches.
+_BLOCK_OF_THREAD = 1 << 17
 _BLOCK_ELSEWHERE = 1 << 22
 
 
@@ -32,16 +32,23 @@ def _working_dtype(block: Tensor) -> torch.dtype:
     return torch.float32 if fits and block.dtype != torch.float64 else torch.float64
 
 
+def _in(dtype: torch.dtype, block: Tensor, space: math.Workspace) -> Tensor:
+    """The block, or a copy of it in another dtype."""
+    return block if block.dtype == dtype else space.like(block, dtype).copy_(block)
+
+
 def _cast(coefficients: Coefficients | None, dtype: torch.dtype) -> Coefficients | None:
     return None if coefficients is None else (coefficients[0].to(dtype), coefficients[1].to(dtype))
 
 
 def forward(x: Tensor, y: Tensor, coefficients: Coefficients, base: Coefficients | None, form: str) -> None:
     """Write R(x), or R(x) - R_base(x) where a base is given, to `y`."""
+    space = math.Workspace()
     for rows in _blocks(x):
-        block = x[rows].to(_working_dtype(x[rows]))
+        space.begin()
+        block = _in(_working_dtype(x[rows]), x[rows], space)
         a, b = (c.to(block.dtype) for c in coefficients)
-        y[rows] = math.value(block, (a, b), _cast(base, block.dtype), form)
+        y[rows] = math.value(block, (a, b), _cast(base, block.dtype), form, space)
 
 
 def backward(
@@ -59,12 +66,13 @@ def backward(
     """
     a, b = coefficients
     total = torch.zeros(a.shape[1] + b.shape[1], a.shape[0], dtype=torch.float64, device=x.device)
+    space = math.Workspace()
     for rows in _blocks(x):
-        block = x[rows].to(_working_dtype(x[rows]))
-        dtype = block.dtype
-        grad_x[rows], sums = math.gradients(
-            grad[rows].to(dtype), block, (a.to(dtype), b.to(dtype)), _cast(base, dtype), form, need_coefficients
-        )
+        space.begin()
+        dtype = _working_dtype(x[rows])
+        block, block_grad = (_in(dtype, t[rows], space) for t in (x, grad))
+        own = a.to(dtype), b.to(dtype)
+        grad_x[rows], sums = math.gradients(block_grad, block, own, _cast(base, dtype), form, need_coefficients, space)
         if sums:
             total += torch.stack(sums).sum(2, dtype=torch.float64)
     return total.T

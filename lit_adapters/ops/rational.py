@@ -184,7 +184,7 @@ def _rational_backward(
         sums = _rational_blocks.backward(*arguments)
     grad_a, grad_b = sums.split([numerator.shape[1], denominator.shape[1]], dim=1)
     if form == "sum-of-abs":
-        grad_b = grad_b * sign(denominator + 0.0)  # -0 + 0 is +0
+        grad_b = grad_b * sign(denominator)
     # Copies, as an operator's results may not share memory; contiguous, as the fake ones below.
     return (
         grad_x,

@@ -53,7 +53,24 @@ static inline void store(uint16_t *to, Floats x) {  // rounded to nearest, ties 
     memcpy(to, &h, sizeof h);
 }
 
-// Fewer than LANES elements at the end of a row: a copy with zeros behind them, which add nothing to any sum.
+// Fewer than LANES elements, at the end of a row; zeros stand behind them, which add nothing to any sum.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+static inline Floats load_some(const float *from, int64_t count) {
+    return (Floats)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+}
+static inline Floats load_some(const uint16_t *from, int64_t count) {
+    Halves h = (Halves)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), from);
+    return (Floats)(__builtin_convertvector(h, Words) << 16);
+}
+static inline void store_some(float *to, Floats x, int64_t count) {
+    _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), (__m512)x);
+}
+static inline void store_some(uint16_t *to, Floats x, int64_t count) {
+    uint16_t rounded[LANES];
+    store(rounded, x);
+    _mm256_mask_storeu_epi16(to, (__mmask16)((1u << count) - 1), _mm256_loadu_si256((const __m256i *)rounded));
+}
+#else
 template <class T> static inline Floats load_some(const T *from, int64_t count) {
     T padded[LANES] = {};
     memcpy(padded, from, count * sizeof(T));
@@ -64,3 +81,4 @@ template <class T> static inline void store_some(T *to, Floats x, int64_t count)
     store(padded, x);
     memcpy(to, padded, count * sizeof(T));
 }
+#endif
