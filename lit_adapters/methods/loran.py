@@ -110,6 +110,10 @@ class LoRANAdapter(KeepingAdapter, LowRankAdapter):
         branch = F.dropout(x, self.dropout, self.training)
         weight, bias = (None, None) if dropped else (self._parameters["weight"], self._parameters["bias"])
         merged = None if dropped else self._kept(x.dtype)
+        if merged is not None and not torch.is_grad_enabled():
+            with torch.autocast(x.device.type, enabled=False):
+                y = F.linear(x, merged, None if bias is None else bias.to(x.dtype))
+            return y.to(given) if self.layer.keeps_dtype else y
         wide = torch.promote_types(x.dtype, torch.float32)
         y = merged_linear(
             branch, weight, bias, self.lora_A.to(wide), self.lora_B.to(wide), self.frequency.to(wide), self.update,

@@ -23,6 +23,7 @@ PRESET_RANGE = (-6.0, 6.0)
 _GRID = 256  # points on which functions and densities are kept
 _SAMPLE = 1 << 14  # inputs that an observation looks at
 _ASSUMED_STD = 2.0  # of pre-activations before any were seen; normal with mean 0
+_COEFFICIENT_BUFFERS = ("base_numerator", "base_denominator", "numerator_scale", "denominator_scale")
 _LEAST_SPREAD = 1e-3  # of inputs to calibrate on
 
 
@@ -165,7 +166,10 @@ class NoRAActivation(KeepingAdapter):
         """`coefficients`, formed anew only where they may have changed."""
         if not self.may_keep():
             return self.coefficients()
-        return self.kept(torch.float32, list(self.adapter_tensors().values()), self.coefficients)
+        # From the tables themselves: looking eight attributes up takes longer than the function of a token.
+        made_from: list[Tensor | None] = [self._parameters[n] for n in self._adapter_parameters]
+        made_from += [self._buffers[n] for n in _COEFFICIENT_BUFFERS]
+        return self.kept(torch.float32, made_from, self.coefficients)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
