@@ -81,30 +81,23 @@ STEP_NAMES = {
 }
 
 
-def step_rows(records: list[Record], model: str) -> list[list[str]]:
-    """A row an arm, precisions side by side: samples a second, ratios, memory; then what does not depend on them."""
+def step_table(records: list[Record], model: str) -> tuple[list[str], list[list[str]]]:
+    """Header, and a row an arm: for each precision samples a second, ratios and memory; then what depends on none."""
     latest = _latest([r for r in records if r["model"] == model], lambda r: (r["arm"], r["precision"]))
     base = "frozen" if model == "vit" else "lora"
+    precisions = [p for p in ("fp32", "bf16") if any(r["precision"] == p for r in latest)]
     rows = []
     for arm in [a for a in STEP_NAMES if any(r["arm"] == a for r in latest)]:
         of = {r["precision"]: r for r in latest if r["arm"] == arm}
         row = [STEP_NAMES[arm] + (", r = 64, q and v" if (model, arm) == ("smollm2", "loran") else "")]
-        for precision in ("fp32", "bf16"):
-            if (r := of.get(precision)) is None:
-                row += ["not run"] * 4
-                continue
+        for r in (of[p] for p in precisions):
             row += [f"{r['batch'] / r['seconds']['median']:.1f}", _with_spread(r[f"over_{base}"])]
             row += [f"{r['over_full']['median']:.2f}", f"{r['peak_memory_mib']:,}"]
-        r = next(iter(of.values()))
+        r = of[precisions[0]]
         rows.append([*row, f"{r['first_step_seconds']:.1f}", f"{r['trainable']:,}", f"{r['file_bytes'] / 1024:,.0f}"])
-    return rows
-
-
-def step_header(model: str) -> list[str]:
-    """Of `step_rows`."""
-    base = "frozen" if model == "vit" else "LoRA"
-    each = [[f"{p}: samples/s", f"time / {base}", "/ full", "peak, MiB"] for p in ("fp32", "bf16")]
-    return ["arm", *each[0], *each[1], "first step, s", "trained", "file, KiB"]
+    against = "frozen" if model == "vit" else "LoRA"
+    each = [f"{p}: samples/s,time / {against},/ full,peak in MiB".split(",") for p in precisions]
+    return ["arm", *(name for names in each for name in names), "first step, s", "trained", "file, KiB"], rows
 
 
 def loran_rows(records: list[Record]) -> list[list[str]]:

@@ -174,7 +174,7 @@ def performance() -> None:
             replace_block(page, name, f"{table(header, rows(records))}\n\n{machine(records)}")
     steps = load(RESULTS / "step_time.json")
     for model in dict.fromkeys(r["model"] for r in steps):
-        shown = table(performance_tables.step_header(model), performance_tables.step_rows(steps, model))
+        shown = table(*performance_tables.step_table(steps, model))
         replace_block(page, f"steps-{model}", f"{shown}\n\n{machine([r for r in steps if r['model'] == model])}")
     once = {r["what"]: r["seconds"]["median"] for r in load(RESULTS / "startup.json") if "seconds" in r}
     if once:
