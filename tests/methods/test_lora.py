@@ -1,5 +1,6 @@
 """LoRA: values and gradients in float64, scaling, dropout, ranks, statistics."""
 
+import copy
 import math
 
 import pytest
@@ -137,3 +138,38 @@ def test_relative_norm_is_that_of_the_formed_update():
         adapter.weight.zero_()
         adapter.lora_B.zero_()
     assert adapter.statistics()["relative_norm"] == 0
+
+
+def test_under_autocast_a_frozen_weight_is_cast_once_until_it_changes():
+    adapter, x = layer(), torch.randn(5, 12)
+
+    def cast() -> torch.Tensor | None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = adapter(x)
+            expected = nn.functional.linear(x, adapter.weight, adapter.bias)
+            expected = expected + 2.0 * (x.bfloat16() @ adapter.lora_A.T) @ adapter.lora_B.T
+        torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+        return None if adapter._cast is None else adapter._cast[2]
+
+    first = cast()
+    assert torch.equal(first, adapter.weight.bfloat16())
+    with torch.inference_mode():
+        assert cast() is first
+    assert cast() is first
+    assert not first.is_inference()
+    with torch.no_grad():
+        adapter.weight.mul_(-3)
+    assert cast() is not first
+    second = cast()
+    adapter.load_state_dict(adapter.state_dict())
+    assert cast() is not second
+    third = cast()
+    adapter._parameters["weight"] = nn.Parameter(adapter.weight.detach() + 1, requires_grad=False)
+    assert cast() is not third
+    assert copy.deepcopy(adapter)._cast is None
+    adapter.double().float()
+    assert adapter._cast is None
+    adapter(x)  # without autocast there is nothing to cast
+    assert adapter._cast is None
+    adapter.sharded = True  # whole only while the layer runs
+    assert cast() is None
