@@ -124,7 +124,8 @@ def _compared(records: list[Record]) -> dict[str, tuple[Record, Record]]:
     """The run of each arm, and LoRA's of the same precision."""
     lora, pairs = _full(records, "lora"), {}
     for arm in NAMES:
-        found = [(run, lora[p]) for p, run in _full(records, arm).items() if p in lora]
+        runs = _full(records, arm)
+        found = [(runs[p], lora[p]) for p in ("bf16-mixed", "32-true") if p in runs and p in lora]
         if found and arm not in ("lora", "untouched"):
             pairs[arm] = found[0]
     return pairs
