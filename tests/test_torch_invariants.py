@@ -194,7 +194,8 @@ def test_compiles_to_one_graph_and_trains(method, make, shape):
         expected, actual = network(x), compiled(x)
         torch.testing.assert_close(actual, expected)
         gradients = [torch.autograd.grad(y.square().sum(), trainable) for y in (expected, actual)]
-        torch.testing.assert_close(*gradients)
+        # LoRAN's kernel takes the argument of a sine in float64, traced operations take it in float32.
+        torch.testing.assert_close(*gradients, rtol=2e-5, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
