@@ -57,9 +57,9 @@ def merged_weight(
 
 def _merge(z: Tensor, matrix: Tensor | None, merged: Tensor, frequency: Tensor, update: Update) -> None:
     """Write W0 + s f(z) to `merged`, (rows, in)."""
-    if update.wave is not None and native.serves(z, matrix, merged):  # noqa: SIM102
-        if native.merge(z, matrix, merged, update.wave, frequency.item()):
-            return
+    served = update.wave is not None and native.serves(z, matrix, merged)
+    if served and native.merge(z, matrix, merged, update.wave, frequency.item()):  # type: ignore[arg-type]
+        return
     change = update.value(z, frequency)
     merged.copy_(change if matrix is None else matrix + change)
 
