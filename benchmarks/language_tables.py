@@ -142,13 +142,12 @@ def figure(measured: dict[str, list[Record]], path: Path) -> None:
             mean, error = paired(run, lora, TASKS[task][1])
             panel.errorbar(mean, row, xerr=2 * error, fmt="o", color="#2f5d94", capsize=3)
         panel.axvline(0, color="gray", linewidth=0.8)
-        panel.set_yticks(
-            range(len(arms)), [NAMES[a].split(",")[0] if a != "loran_identity" else NAMES[a] for a in arms]
-        )
+        names = [NAMES[a].split(",")[0] if a != "loran_identity" else NAMES[a] for a in arms]
+        panel.set_yticks(range(len(arms)), names if panel is panels[0] else [])
         panel.set_ylim(len(arms) - 0.5, -0.5)
         panel.tick_params(labelsize=8)
         panel.locator_params(axis="x", nbins=5)
         better = "less is better" if task == "alpaca" else "more is better"
         metric = {"alpaca": "held-out loss", "newsgroups": "accuracy", "samsum": "ROUGE-L"}[task]
-        panel.set_title(f"{task}: {metric} minus LoRA's\n{better}, two standard errors", fontsize=8)
+        panel.set_title(f"{task}: {metric} minus LoRA's\n{better}, two std. errors", fontsize=7)
     picture.savefig(path, dpi=110)
