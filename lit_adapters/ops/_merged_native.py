@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,10 +52,10 @@ def backward(
     wave: Wave,
     frequency: float,
     by_frequency: bool,
-) -> Sequence[float] | None:
+) -> float | None:
     """Turn `gradient`, of the weight, into that of z, in place; write W0 + s f(z) to `merged` where it is given.
 
-    Returns the sums of gradient s df/dw, none unless asked for, or None where the kernel cannot be built.
+    Returns the sum of gradient s df/dw, 0 unless asked for, or None where the kernel cannot be built.
     """
     if (functions := library(NAME, "LoRAN")) is None:
         return None
@@ -65,4 +64,4 @@ def backward(
         *pointers(z, gradient, matrix, merged, sums), _constants(wave, frequency), *sizes(z.numel(), _CHUNK),
         threads(z.numel()),
     )  # fmt: skip
-    return [] if sums is None else [sums.sum().item()]
+    return 0.0 if sums is None else sums.sum().item()

@@ -70,9 +70,9 @@ def _differentiate(
     """The gradient of z from that of the weight, (rows, in), and the frequency's; writes W0 + s f(z) to `merged`."""
     if update.wave is not None and native.serves(z, matrix, merged) and gradient.dtype == z.dtype:
         gradient = gradient.contiguous()
-        sums = native.backward(z, gradient, matrix, merged, update.wave, frequency.item(), update.learns_frequency)
-        if sums is not None:
-            return gradient, sum(sums)
+        total = native.backward(z, gradient, matrix, merged, update.wave, frequency.item(), update.learns_frequency)
+        if total is not None:
+            return gradient, total
     if merged is not None:
         _merge(z, matrix, merged, frequency, update)
     by_frequency = (gradient * update.by_frequency(z, frequency)).sum() if update.learns_frequency else 0.0
