@@ -42,7 +42,7 @@ PATH = RESULTS / "preferences.json"
 RECIPES = Path("configs/language/smollm2")
 ARMS = ("untouched", "lora", "afa", "dora", "nora_plus_plus", "loran")
 RATES = (2e-4, 1e-3)
-STEPS = {"rate": 10, "full": 50}  # optimiser steps to compare two rates by, and of the run that is asked
+STEPS = {"rate": 12, "full": 50}  # optimiser steps to compare two rates by, and of the run that is asked
 DATA = [
     *("--data.max_length=96", "--data.max_answer_length=48", "--data.batch_size=8"),
     *("--data.val_fraction=0.1", "--data.val_subset=48", "--data.test_fraction=0.1", "--data.test_subset=200"),

@@ -154,7 +154,7 @@ def sinter_in_logits(model: nn.Module, layers: dict[str, Any], batch: dict[str, 
         pretrained = logits()
     for layer in layers.values():
         layer.update = type(layer.update)("identity", layer.scaling, 0.0, True)
-        layer.clear_cache()
+        layer.kept.clear()
     plain = logits()
     return {"sinter over update": ((adapted - plain).norm() / (adapted - pretrained).norm()).item()}
 

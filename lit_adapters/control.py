@@ -103,7 +103,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
             if training and isinstance(module, KeepingAdapter):
-                module.clear_cache()
+                module.kept.clear()
 
 
 def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:

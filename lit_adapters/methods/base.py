@@ -235,10 +235,6 @@ class AdapterModule(nn.Module):
         else:
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy does without what can be formed again."""
-        return self.__dict__ | {name: None for name in ("_cache", "_cast") if name in self.__dict__}
-
     def train(self, mode: bool = True) -> AdapterModule:
         self.base.training = mode
         return super().train(mode)

@@ -121,7 +121,7 @@ class DoRAAdapter(KeepingAdapter, LowRankAdapter):
         if not self.may_keep():
             return self.magnitude / self.weight_norm() - 1
         tensors = [self._parameters["weight"], self.lora_A, self.lora_B, self.magnitude]
-        return self.kept(self.magnitude.dtype, tensors, lambda: self.magnitude / self.weight_norm() - 1)
+        return self.kept.get(self.magnitude.dtype, tensors, lambda: self.magnitude / self.weight_norm() - 1)
 
     def statistics(self) -> dict[str, float]:
         """relative_norm, of s B A as for LoRA; magnitude_change: rms of m / m0 - 1 over the rows that are not zero."""

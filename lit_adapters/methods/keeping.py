@@ -1,9 +1,9 @@
-"""Adapters that keep what they form between calls, for as long as what it was formed from stays as it was."""
+"""What adapters form from their tensors is kept between calls, for as long as the tensors stay as they were."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,11 +13,50 @@ from lit_adapters.methods.base import AdapterModule
 Formed = TypeVar("Formed")
 
 
+class Kept(Generic[Formed]):
+    """What was formed last. Copies and pickles begin empty: it can be formed again."""
+
+    def __init__(self) -> None:
+        # One object, so that another thread sees all of it or nothing.
+        self._last: tuple[torch.dtype, list[tuple[Tensor, int]], Formed] | None = None
+
+    @property
+    def value(self) -> Formed | None:
+        """What is kept; None if nothing is."""
+        return None if self._last is None else self._last[2]
+
+    def get(self, dtype: torch.dtype, made_from: Sequence[Tensor | None], form: Callable[[], Formed]) -> Formed:
+        """What `form` gives, for `dtype`; from an earlier call if all of `made_from` are the same and unwritten since.
+
+        An optimiser step is such a writing.
+        """
+        versions = [(t, 0 if t.is_inference() else t._version) for t in made_from if t is not None]
+        if self._last is not None:
+            known_dtype, known, formed = self._last
+            if known_dtype == dtype and all(t is u and v == w for (t, v), (u, w) in zip(known, versions, strict=True)):
+                return formed
+        # A tensor made in inference mode could never take part in training.
+        with torch.inference_mode(False), torch.no_grad():
+            formed = form()
+        self._last = dtype, versions, formed
+        return formed
+
+    def clear(self) -> None:
+        """Forget it."""
+        self._last = None
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
+
+
 class KeepingAdapter(AdapterModule):
     """An adapter that in eval mode, without gradients, need not form the same tensors for every call."""
 
     cache_weight = False  # whether they are kept while training too
-    _cache: tuple[tuple[torch.dtype, list[tuple[Tensor, int]]], Any] | None = None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.kept: Kept[Any] = Kept()
 
     def may_keep(self) -> bool:
         """Whether anything may be kept now: in eval mode when no gradient is wanted, and while training on request."""
@@ -25,35 +64,15 @@ class KeepingAdapter(AdapterModule):
             return False
         return self.cache_weight if self.training else not (torch.is_grad_enabled() or self.sharded)
 
-    def kept(self, dtype: torch.dtype, made_from: Sequence[Tensor | None], form: Callable[[], Formed]) -> Formed:
-        """What `form` gives, for `dtype`; from an earlier call if all of `made_from` are the same and unwritten since.
-
-        An optimiser step is such a writing.
-        """
-        versions = [(t, 0 if t.is_inference() else t._version) for t in made_from if t is not None]
-        if self._cache is not None:
-            (known_dtype, known), formed = self._cache
-            if known_dtype == dtype and all(t is u and v == w for (t, v), (u, w) in zip(known, versions, strict=True)):
-                return formed  # type: ignore[no-any-return]
-        # A tensor made in inference mode could never take part in training.
-        with torch.inference_mode(False), torch.no_grad():
-            formed = form()
-        self._cache = (dtype, versions), formed
-        return formed
-
-    def clear_cache(self) -> None:
-        """Forget what is kept."""
-        self._cache = None
-
     def train(self, mode: bool = True) -> KeepingAdapter:
-        self.clear_cache()
+        self.kept.clear()
         super().train(mode)
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self.clear_cache()
+        self.kept.clear()
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any) -> None:  # type: ignore[override]
-        self.clear_cache()
+        self.kept.clear()
         super()._load_from_state_dict(*args)

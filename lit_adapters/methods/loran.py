@@ -137,7 +137,7 @@ class LoRANAdapter(KeepingAdapter, LowRankAdapter):
         if not self.may_keep():
             return None
         tensors = [self._parameters["weight"], self.lora_A, self.lora_B, self.frequency]
-        return self.kept(dtype, tensors, lambda: self._merged(dtype))
+        return self.kept.get(dtype, tensors, lambda: self._merged(dtype))
 
     def _merged(self, dtype: torch.dtype) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)

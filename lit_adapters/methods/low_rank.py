@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule, Method
+from lit_adapters.methods.keeping import Kept
 from lit_adapters.methods.layers import LinearLayer, matrix_layer, reads_weight
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops.low_rank import low_rank_linear
@@ -111,10 +112,10 @@ class LowRankAdapter(WeightAdapter):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    _cast: tuple[Tensor, int, Tensor] | None = None
 
     def __init__(self, base: nn.Module, layer: LinearLayer, rank: int, config: LowRank) -> None:
         super().__init__(base, layer)
+        self.cast_weight: Kept[Tensor] = Kept()  # W0 in the dtype of the products
         self.rank, self.scaling, self.dropout = rank, config.scaling(rank), config.dropout
         outputs, inputs = layer.size(base)
         device = base.weight.device  # type: ignore[union-attr]
@@ -159,17 +160,10 @@ class LowRankAdapter(WeightAdapter):
         weight: Any = self.base.weight
         if weight.dtype == dtype or self.sharded or weight.is_inference():
             return weight.to(dtype)  # type: ignore[no-any-return]
-        if self._cast is not None:
-            made_from, version, cast = self._cast
-            if made_from is weight and version == weight._version and cast.dtype == dtype:
-                return cast
-        with torch.inference_mode(False), torch.no_grad():  # a tensor made in inference mode could never train
-            cast = weight.detach().to(dtype)
-        self._cast = (weight, weight._version, cast)
-        return cast
+        return self.cast_weight.get(dtype, [weight], lambda: weight.detach().to(dtype))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._cast = None
+        self.cast_weight.clear()
         return super()._apply(*args, **kwargs)
 
     def code(self, x: Tensor) -> Tensor:

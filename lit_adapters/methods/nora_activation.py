@@ -169,7 +169,7 @@ class NoRAActivation(KeepingAdapter):
         # From the tables themselves: looking eight attributes up takes longer than the function of a token.
         made_from: list[Tensor | None] = [self._parameters[n] for n in self._adapter_parameters]
         made_from += [self._buffers[n] for n in _COEFFICIENT_BUFFERS]
-        return self.kept(torch.float32, made_from, self.coefficients)
+        return self.kept.get(torch.float32, made_from, self.coefficients)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:

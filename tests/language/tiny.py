@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -20,19 +20,21 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "language"
 ROWS = CONFIGS / "smoke" / "alpaca.jsonl"
 QUIET = ["--trainer.enable_progress_bar=false"]
 
+Tuner = TypeVar("Tuner", bound=CausalLMTuner)
+
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2, "weight_decay": 0.0}}
 
 
-def tuner(**changes: Any) -> CausalLMTuner:
+def tuner(kind: type[Tuner] = CausalLMTuner, **changes: Any) -> Tuner:  # type: ignore[assignment]
     """The tiny LLaMA with LoRA, ready for a Trainer."""
-    module = CausalLMTuner(**{"model": "tiny_llama", "adapters": la.LoRA(rank=2)} | changes)
+    module = kind(**{"model": "tiny_llama", "adapters": la.LoRA(rank=2)} | changes)
     module.configure_optimizers = lambda: build_optimizers(module, ADAMW)
     return module
 
 
-def built(**changes: Any) -> CausalLMTuner:
+def built(kind: type[Tuner] = CausalLMTuner, **changes: Any) -> Tuner:  # type: ignore[assignment]
     """The same with its model."""
-    module = tuner(**changes)
+    module = tuner(kind, **changes)
     module.configure_model()
     return module
 

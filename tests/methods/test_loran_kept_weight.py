@@ -46,7 +46,7 @@ def test_training_keeps_nothing_unless_asked(monkeypatch):
         adapter(x), adapter(x)
     adapter(x)
     assert not built
-    assert adapter._cache is None
+    assert adapter.kept.value is None
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ def test_a_look_in_eval_mode_leaves_nothing_behind():
     with evaluating(adapter), torch.no_grad():
         assert not adapter.base.training
         adapter(torch.randn(5, 12))
-        assert adapter._cache is not None
-    assert adapter._cache is None
+        assert adapter.kept.value is not None
+    assert adapter.kept.value is None
     assert adapter.base.training
 
 
@@ -89,7 +89,7 @@ def test_validation_in_inference_mode_does_not_break_the_next_step():
     adapter.eval()
     with torch.inference_mode():
         adapter(x)
-    assert not adapter._cache[1].is_inference()
+    assert not adapter.kept.value.is_inference()
     # Even without a change of mode in between.
     adapter(x.requires_grad_()).sum().backward()
     adapter.train()(x).sum().backward()
@@ -134,7 +134,7 @@ def test_a_copy_does_not_carry_the_kept_weight():
     adapter = layer().eval()
     with torch.no_grad():
         adapter(torch.randn(2, 12))
-    assert adapter._cache is not None
-    assert copy.deepcopy(adapter)._cache is None
-    assert pickle.loads(pickle.dumps(adapter))._cache is None
-    assert adapter._cache is not None
+    assert adapter.kept.value is not None
+    assert copy.deepcopy(adapter).kept.value is None
+    assert pickle.loads(pickle.dumps(adapter)).kept.value is None
+    assert adapter.kept.value is not None
