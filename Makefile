@@ -18,7 +18,8 @@ test: $(ENVIRONMENT)  ## fast tests: no network, under six minutes
 	$(PYTEST)
 
 slow: $(ENVIRONMENT)  ## real weights, compiled kernels, several processes
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --ignore=tests/test_speed.py
+	$(BIN)/python -m pytest -m slow tests/test_speed.py  # alone, as what runs beside it would be measured too
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check

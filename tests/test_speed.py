@@ -1,4 +1,10 @@
-"""Speed has not been lost: ratios measured in one process, at most 1.3 times those that docs/performance.md states."""
+"""Speed has not been lost: ratios measured in one process, at most 1.3 times those that docs/performance.md states.
+
+Another program on the machine can double a ratio for a second. A loss of speed is in every attempt, so the best of a
+few counts.
+"""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +16,7 @@ from benchmarks.timing import alternate, ratios
 
 SLACK = 1.3
 ROUNDS = 11
+ATTEMPTS = 6
 
 
 def stated(file: str, field: str, **key: object) -> float:
@@ -18,14 +25,21 @@ def stated(file: str, field: str, **key: object) -> float:
     return records[-1][field]["median"]
 
 
+def assert_within(limit: float, functions: dict[str, Callable[[], object]], name: str, other: str) -> None:
+    """The median ratio of `name` to `other` is at most `limit`, in one of the attempts."""
+    found: list[float] = []
+    while min(found, default=limit + 1) > limit and len(found) < ATTEMPTS:
+        found.append(ratios(alternate(functions, ROUNDS)[1], name, other)["median"])
+    assert min(found) <= limit, f"{name} takes {found} times as long as {other}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_step_beside_pefts(method):
     rest = (method, 8, "fp32", False)
     steps = {library: step_of("layer", library, *rest) for library in ("ours", "peft")}
-    ratio = ratios(alternate(steps, ROUNDS)[1], "ours", "peft")["median"]
     limit = SLACK * stated("against_peft", "ratio", model="layer", method=method, rank=8, precision="fp32")
-    assert ratio <= limit
+    assert_within(limit, steps, "ours", "peft")
 
 
 @pytest.mark.slow
@@ -33,6 +47,5 @@ def test_a_step_beside_pefts(method):
 def test_the_rational_function_beside_gelu(variant):
     x = torch.randn(SHAPES["float32"])  # another size would have another ratio
     functions = variants(x, torch.randn_like(x))
-    times = alternate({name: functions[name] for name in ("gelu", variant)}, ROUNDS)[1]
     limit = SLACK * stated("rational_speed", "over_gelu", variant=variant, dtype="float32")
-    assert ratios(times, variant, "gelu")["median"] <= limit
+    assert_within(limit, {name: functions[name] for name in ("gelu", variant)}, variant, "gelu")

@@ -70,10 +70,12 @@ def _class_and_arguments(section: Mapping[str, Any]) -> tuple[Any, dict[str, Any
 def _build(cls: Any, subject: Any, **arguments: Any) -> Any:
     try:
         return cls(subject, **arguments)
-    # OneCycleLR divides by zero when its warm-up is exactly one step.
     except (ValueError, TypeError, ZeroDivisionError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-        raise AdapterError(f"{cls.__name__} does not work with {given}: {error}; change its init_args") from error
+        fix = "change its init_args"
+        if isinstance(error, ZeroDivisionError):  # OneCycleLR, when its warm-up is exactly one step
+            fix += ", or train one step more or fewer"
+        raise AdapterError(f"{cls.__name__} does not work with {given}: {error}; {fix}") from error
 
 
 def _steps(module: LightningModule, scheduler: str) -> int:

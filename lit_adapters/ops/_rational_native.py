@@ -29,8 +29,13 @@ def _library(coefficients: Coefficients, form: str) -> ctypes.CDLL | None:
 
 
 def _floats(coefficients: Coefficients, base: Coefficients | None) -> list[Tensor | None]:
-    tensors = [c.detach().to(torch.float32).contiguous() for c in (*coefficients, *(base or ()))]
+    tensors = [_as_float(c) for c in (*coefficients, *(base or ()))]
     return [*tensors, *[None] * (4 - len(tensors))]
+
+
+def _as_float(c: Tensor) -> Tensor:
+    # Asked first: for a single token, three conversions to what it is already take longer than the function.
+    return c if c.dtype == torch.float32 and c.is_contiguous() else c.detach().to(torch.float32).contiguous()
 
 
 def forward(x: Tensor, y: Tensor, coefficients: Coefficients, base: Coefficients | None, form: str) -> bool:
@@ -41,7 +46,7 @@ def forward(x: Tensor, y: Tensor, coefficients: Coefficients, base: Coefficients
     if (functions := _library(coefficients, form)) is None:
         return False
     floats = _floats(coefficients, base)
-    functions[f"forward_{DTYPES[x.dtype]}"](*pointers(x, y, *floats), *sizes(*x.shape), threads(x.numel()))
+    getattr(functions, f"forward_{DTYPES[x.dtype]}")(*pointers(x, y, *floats), *sizes(*x.shape), threads(x.numel()))
     return True
 
 
@@ -65,6 +70,6 @@ def backward(
     width = coefficients[0].shape[1] + coefficients[1].shape[1]
     sums = torch.zeros(-(-outer // rows), groups, width, dtype=torch.float64) if need_coefficients else None
     floats = _floats(coefficients, base)
-    name = f"backward_{DTYPES[x.dtype]}"
-    functions[name](*pointers(grad, x, grad_x, sums, *floats), *sizes(*x.shape, rows), threads(x.numel()))
+    function = getattr(functions, f"backward_{DTYPES[x.dtype]}")
+    function(*pointers(grad, x, grad_x, sums, *floats), *sizes(*x.shape, rows), threads(x.numel()))
     return torch.zeros(groups, width, dtype=torch.float64) if sums is None else sums.sum(0)

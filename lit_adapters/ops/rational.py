@@ -120,12 +120,20 @@ def rational(
             f"expected {tuple(numerator.shape)}, {tuple(denominator.shape)}"
         )
     base_numerator, base_denominator = base if base is not None else (None, None)
-    return _rational(x, numerator, denominator, form, channel_dim, base_numerator, base_denominator)
+    function = _evaluate if _needs_no_operator(x, numerator, denominator) else _rational
+    return function(x, numerator, denominator, form, channel_dim, base_numerator, base_denominator)
 
 
-# Opaque to torch.compile, so that a model compiled as a whole keeps one graph and never traces the block loop.
-@torch.library.custom_op("lit_adapters::rational", mutates_args=())
-def _rational(
+def _needs_no_operator(x: Tensor, *coefficients: Tensor) -> bool:
+    """Whether nothing differentiates, traces or intercepts this call; dispatching it takes as long as a token does."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.jit.is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, *coefficients)) and not x.is_meta
+
+
+def _evaluate(
     x: Tensor,
     numerator: Tensor,
     denominator: Tensor,
@@ -148,6 +156,10 @@ def _rational(
     if not (native and _rational_native.forward(grouped, out, coefficients, base, form)):
         _rational_blocks.forward(grouped, out, coefficients, base, form)
     return y
+
+
+# Opaque to torch.compile, so that a model compiled as a whole keeps one graph and never traces the block loop.
+_rational = torch.library.custom_op("lit_adapters::rational", _evaluate, mutates_args=())
 
 
 @_rational.register_fake

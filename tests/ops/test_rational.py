@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_adapters.ops import _rational_blocks, rational, rational_reference, set_rational_backend
 
@@ -261,6 +264,35 @@ def test_compiles_to_one_graph():
     compiled(x).sum().backward()
     assert torch.allclose(compiled(x), rational(torch.sin(x), a, b) * 2)
     assert a.grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the check of shapes
+def test_without_gradients_the_operator_is_left_out_where_nobody_needs_it():
+    """The same bits; tracers and interceptors still see the operator."""
+    x, (a, b) = torch.randn(3, 12), coefficients(2)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **kwargs or {})
+
+    expected = rational(x, a, b)
+    with torch.no_grad():
+        assert torch.equal(rational(x, a, b), expected)
+        with Watch():
+            watched = rational(x, a, b)
+        assert seen == ["lit_adapters.rational.default"]
+        assert torch.equal(watched, expected)
+        traced = torch.jit.trace(lambda x: rational(x, a, b), x)
+        assert torch.equal(traced(x + 1), rational(x + 1, a, b))
+        graph = make_fx(lambda x: rational(x, a, b))(x)
+        assert torch.equal(graph(x + 1), rational(x + 1, a, b))
+        with FakeTensorMode() as mode:
+            assert rational(mode.from_tensor(x), mode.from_tensor(a), mode.from_tensor(b)).shape == x.shape
+        assert rational(x.to("meta"), a.to("meta"), b.to("meta")).is_meta
+    with torch.inference_mode():
+        assert torch.equal(rational(x, a, b), expected)
 
 
 def test_bad_shapes_are_named():
