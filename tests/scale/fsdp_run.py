@@ -91,7 +91,7 @@ def main(folder: Path) -> dict[str, Any]:
         task, results[f"{name}-{method}"] = fit(folder, name, method)
     results["resumed"] = resumed(folder)
     results["bf16"] = in_bfloat16(folder)
-    results |= {name: applications.fit(folder, name, 2, strategy=strategy()) for name in applications.APPLICATIONS}
+    results |= {name: applications.fit(folder, name, 2, strategy=strategy()) for name in applications.SHARDED}
     lora = METHODS["lora"]
     results["stopped"] = {
         "inf": stopped(folder, Broken("vit", lora)),

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import lit_adapters as la
+from language.grpo import clipped_objective
+from language.rollouts import log_probabilities
 from tests.callback.tiny_task import assert_equal_bits, events
 from tests.matrix import build
 from tests.scale import applications, fsdp_run
@@ -18,7 +20,8 @@ from tests.scale.tasks import CASES, fit
 from vision.module import ViTClassifier
 
 pytestmark = pytest.mark.slow
-APPLICATIONS = list(applications.APPLICATIONS)
+ALIKE = [name for name in applications.APPLICATIONS if name != "grpo"]  # which samples by process
+KIND_AND_APPLICATION = [("ddp", name) for name in ALIKE] + [("fsdp", name) for name in applications.SHARDED]
 # What calibrates sees other batches in one process.
 DDP = [f"{model}-{method}" for model, method in CASES if method != "calibrated"]
 FSDP = [f"{model}-{method}" for model, method in fsdp_run.CASES if method != "calibrated"]
@@ -37,7 +40,7 @@ def one(tmp_path_factory):
     """The folder of one process, and what it saw of every run that two also made."""
     folder = tmp_path_factory.mktemp("one")
     seen = {name: fit(folder, *name.split("-", 1), 1) for name in DDP}
-    return folder, seen | {name: applications.fit(folder, name, 1) for name in APPLICATIONS}
+    return folder, seen | {name: applications.fit(folder, name, 1) for name in applications.APPLICATIONS}
 
 
 def scalars(folder, name) -> dict[str, list[tuple[int, float]]]:
@@ -105,22 +108,45 @@ def test_logs_once_what_one_process_logs(one, two, kind, name):
         assert [value for _, value in together[tag]] == pytest.approx(values, rel=tolerance, abs=1e-6), tag
 
 
-@pytest.mark.parametrize("name", APPLICATIONS)
-def test_both_applications_share_out_the_order_of_one_process(one, two, name):
+@pytest.mark.parametrize("name", applications.APPLICATIONS)
+def test_applications_share_out_the_order_of_one_process(one, two, name):
     batches = (seen[name]["batches"] for seen in (one[1], two[1]["ddp"], two[2]["ddp"]))
     for alone, first, second in zip(*batches, strict=True):
         taken_in_turns = [sample for pair in zip(samples(first), samples(second), strict=True) for sample in pair]
         assert taken_in_turns == samples(alone)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", APPLICATIONS)
-def test_both_applications_learn_and_log_the_same(one, two, kind, name):
+@pytest.mark.parametrize(("kind", "name"), KIND_AND_APPLICATION)
+def test_applications_learn_and_log_the_same(one, two, kind, name):
     alone, first, second = one[1][name], two[1][kind][name], two[2][kind][name]
     assert first["losses"] == second["losses"] == pytest.approx(alone["losses"], rel=1e-5)
-    assert first["metrics"] == second["metrics"] == pytest.approx(alone["metrics"], rel=1e-4)
+    assert first["metrics"] == second["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-6)
     for key, value in alone["state"].items():
         torch.testing.assert_close(first["state"][key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_reinforcement_learns_from_what_both_have_sampled(one, two):
+    """The first step is that of one process with the completions of both."""
+    first, second = two[1]["ddp"]["grpo"], two[2]["ddp"]["grpo"]
+    assert first["losses"] == second["losses"]
+    assert first["metrics"] == second["metrics"]
+    assert first["metrics"].keys() == one[1]["grpo"]["metrics"].keys()
+    assert_equal_bits(first["state"], second["state"])
+    parts = [seen["sampled"]["rollout"] for seen in (first, second)]
+    drawn = [{tuple(row) for row in part["input_ids"].tolist()} for part in parts]
+    assert not drawn[0] & drawn[1]
+
+    tuner, _ = applications.grpo(1)
+    tuner.configure_model()
+    optimizer = torch.optim.SGD([p for p in tuner.parameters() if p.requires_grad], applications.SGD["init_args"]["lr"])
+    tokens = [len(part["old"]) for part in parts]
+    for part in parts:
+        new = log_probabilities(tuner.forward, part, 1.0)
+        terms = clipped_objective(new, part["old"], part["advantages"], part["reference"], 0.2, 0.2, 0.1)
+        (terms.loss / sum(tokens)).backward()
+    optimizer.step()
+    for key, value in applications.learned(tuner).items():
+        torch.testing.assert_close(first["sampled"]["state"][key], value, rtol=1e-4, atol=1e-6, msg=key)
 
 
 def test_learned_tokens_survive_another_number_of_processes(one, two, tmp_path):
