@@ -38,7 +38,7 @@ bench: $(ENVIRONMENT)  ## measure everything that docs/ shows: hours
 	$(BIN)/python -m benchmarks.subspace --root $(ROOT)
 	$(BIN)/python -m benchmarks.callback_overhead --root $(ROOT)
 	$(BIN)/python -m benchmarks.healthy_and_sick --root $(ROOT)/cifar10
-	for question in rational_speed against_peft loran_speed inference startup growth; do \
+	for question in rational_speed against_peft time_shares loran_speed inference startup growth; do \
 		$(BIN)/python -m benchmarks.$$question || exit 1; done
 	$(BIN)/python -m benchmarks.preferences --root $(ROOT)
 	$(BIN)/python -m benchmarks.reinforcement

@@ -12,6 +12,9 @@ from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 
+# Where the time of a step goes, see time_shares.py.
+KINDS = ("wide products", "thin products", "attention", "copies and casts", "AdamW", "all else", "Python")
+
 # Bounds on time over compiled GELU's.
 RATIONAL_BOUNDS = {
     "rational": "1.10",
@@ -20,6 +23,7 @@ RATIONAL_BOUNDS = {
     "anchored": "1.35",
     "blocks": "3.5 (float32)",
 }
+METHODS = {"lora": "LoRA", "dora": "DoRA"}
 PEFT_BOUNDS = {("lora", "fp32"): "0.88", ("lora", "bf16"): "0.90", ("dora", "fp32"): "0.83", ("dora", "bf16"): "0.72"}
 
 
@@ -50,12 +54,11 @@ def peft_rows(records: list[Record]) -> list[list[str]]:
     rows = []
     latest = _latest(records, lambda r: tuple(r[k] for k in keys))
     for r in sorted(latest, key=lambda r: [str(r["model"]), r["checkpointing"], r["method"] == "dora", r["rank"]]):
-        name = {"lora": "LoRA", "dora": "DoRA"}[r["method"]]
         setting = f"{r['precision']}, checkpointing" if r["checkpointing"] else r["precision"]
         setting += "" if r["environment"].get("bfloat16") else " †"
         rows.append(
             [
-                *(r["model"], f"{name}, r = {r['rank']}", setting),
+                *(r["model"], f"{METHODS[r['method']]}, r = {r['rank']}", setting),
                 f"{r['seconds']['median']:.3f} / {r['seconds_peft']['median']:.3f}",
                 _with_spread(r["ratio"]),
                 PEFT_BOUNDS[r["method"], r["precision"]] if r["rank"] == 8 and not r["checkpointing"] else "",
@@ -63,6 +66,17 @@ def peft_rows(records: list[Record]) -> list[list[str]]:
                 f"{r['memory_mib']} / {r['memory_mib_peft']}",
             ]
         )
+    return rows
+
+
+def share_rows(records: list[Record]) -> list[list[str]]:
+    """A row a combination: milliseconds a step of ours / peft's, by kind of operator."""
+    rows = []
+    for r in _latest(records, lambda r: (r["model"], r["method"], r["precision"])):
+        ours, theirs = r["ours"], r["peft"]
+        cells = [f"{ours[kind]:.0f} / {theirs[kind]:.0f}" for kind in KINDS]
+        cells.append(f"{sum(ours.values()) / sum(theirs.values()):.2f}")
+        rows.append([f"{r['model']}, {METHODS[r['method']]}, {r['precision']}", *cells])
     return rows
 
 

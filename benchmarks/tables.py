@@ -153,6 +153,11 @@ def performance() -> None:
             ],
             performance_tables.peft_rows,
         ),
+        "shares": (
+            "time_shares",
+            ["step", *(f"{kind}, ms" for kind in performance_tables.KINDS), "time / peft's"],
+            performance_tables.share_rows,
+        ),
         "loran": (
             "loran_speed",
             ["method", "tokens", "seconds", "time / LoRA's", "time / the branch's", "peak, MiB"],

@@ -1,0 +1,80 @@
+"""Where does the time of a training step go, ours beside peft's? The steps of benchmarks/against_peft.py, profiled.
+
+    python -m benchmarks.time_shares [--models llama vit] [--methods lora dora] [--precisions bf16 fp32] [--steps 5]
+
+Milliseconds a step of PyTorch's operators by kind, from torch.profiler on one thread, where no operator waits for
+another; "Python" is what is left of the time by the clock, the profiler's own work included. A product is thin if one
+of its sizes is the rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm import trange
+
+from benchmarks.against_peft import METHODS, TARGETS, step_of
+from benchmarks.performance_tables import KINDS
+from benchmarks.results_file import RESULTS, append, environment
+from benchmarks.timing import other_load
+
+RANK = 8
+PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mkldnn_linear", "linear", "matmul")
+COPIES = ("_to_copy", "to", "copy_", "clone", "contiguous", "cat")
+
+
+def kind_of(name: str, shapes: list[Any]) -> str:
+    """What an operator of this name does with inputs of these shapes."""
+    operator = name.removeprefix("aten::")
+    if "attention" in operator:
+        return "attention"
+    if "Optimizer" in operator or "adam" in operator or "foreach" in operator:
+        return "AdamW"
+    if operator in PRODUCTS:
+        return "thin products" if any(RANK in shape[-2:] for shape in shapes if shape) else "wide products"
+    return "copies and casts" if operator in COPIES else "all else"
+
+
+def shares(name: str, library: str, method: str, precision: str, steps: int) -> dict[str, float]:
+    """Milliseconds a step by kind."""
+    step = step_of(name, library, method, RANK, precision, False)
+    for _ in range(2):
+        step()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        start = time.perf_counter()
+        for _ in trange(steps, desc=f"{name} {library} {method} {precision}"):
+            step()
+        seconds = time.perf_counter() - start
+    found: Counter[str] = Counter()
+    for event in profiler.key_averages(group_by_input_shape=True):
+        found[kind_of(event.key, event.input_shapes)] += event.self_cpu_time_total / 1e3 / steps
+    found["Python"] = 1e3 * seconds / steps - found.total()
+    return {kind: round(found[kind], 2) for kind in KINDS}
+
+
+def main() -> None:
+    """Measure and append to results/time_shares.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llama", "vit"], choices=list(TARGETS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"], choices=["fp32", "bf16"])
+    parser.add_argument("--steps", type=int, default=5)
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    for model, method, precision in itertools.product(a.models, a.methods, a.precisions):
+        record: dict[str, Any] = {"model": model, "method": method, "precision": precision, "rank": RANK}
+        for library in ("ours", "peft"):
+            record[library] = shares(model, library, method, precision, a.steps)
+            print(model, method, precision, library, record[library], flush=True)
+        record |= {"steps": a.steps, "system_load": other_load(), "environment": environment()}
+        append(RESULTS / "time_shares.json", record)
+
+
+if __name__ == "__main__":
+    main()
