@@ -5,7 +5,8 @@
 
 `vit`: ViT-S/16 at 128 px, 64 patches, batch 16; `llama`: the shape of SmolLM2-135M, 4 rows of 128 tokens; `layer`: one
 linear layer of a LLaMA of 1B, 2048 to 8192, 512 tokens. Random weights; r = 8 on all linear layers but the head. A step
-is forward, loss, backward and AdamW. The two take turns in one process. Saved bytes are what autograd keeps between
+is forward, loss, backward and AdamW. The two take turns in one process with the step that no adapter can do without:
+the frozen model, gradients carried down to the first layer's input. Saved bytes are what autograd keeps between
 forward and backward, parameters apart; peak memory is the resident memory of three steps in a process of its own,
 less what the process held before them.
 """
@@ -66,7 +67,14 @@ def create(name: str, checkpointing: bool) -> tuple[nn.Module, Callable[[nn.Modu
 
 
 def adapted(model: nn.Module, name: str, library: str, method: str, rank: int) -> nn.Module:
-    """The model with adapters, which alone are trained; B is not zero."""
+    """The model with adapters, which alone are trained, B not zero; or "frozen", with gradients to its first layer."""
+    if library == "frozen":
+        model.requires_grad_(False)
+        model.nothing = nn.Parameter(torch.zeros(()))  # an optimiser wants something
+        first = {"vit": "patch_embed", "llama": "model.embed_tokens"}.get(name)
+        if first is not None:
+            model.get_submodule(first).register_forward_hook(lambda module, args, output: output.requires_grad_())
+        return model.train()
     if library == "ours":
         la.attach(model, METHODS[method](rank=rank, targets=TARGETS[name]))  # type: ignore[call-arg]
     else:
@@ -101,16 +109,19 @@ def model_and_loss(
 
 
 def measure(name: str, method: str, rank: int, precision: str, checkpointing: bool, rounds: int) -> dict[str, Any]:
-    """Both libraries in turns, then each alone for its memory."""
+    """Both libraries and the frozen model in turns, then each library alone for its memory."""
     rest = (method, rank, precision, checkpointing)
     pairs = {library: model_and_loss(name, library, *rest) for library in ("ours", "peft")}
-    _, times = alternate({library: training_step(*pair) for library, pair in pairs.items()}, rounds)
+    steps = pairs | {"frozen": model_and_loss(name, "frozen", *rest)}
+    _, times = alternate({library: training_step(*pair) for library, pair in steps.items()}, rounds)
+    del steps
     saved = {library: saved_for_backward(loss) for library, (_, loss) in pairs.items()}
     memory = {library: memory_of(step_of, name, library, *rest)[1] for library in pairs}
     return {
         **{"model": name, "method": method, "rank": rank, "precision": precision, "checkpointing": checkpointing},
         **{"seconds": spread(times["ours"]), "seconds_peft": spread(times["peft"])},
         "ratio": ratios(times, "ours", "peft"),
+        **{"over_frozen": ratios(times, "ours", "frozen"), "peft_over_frozen": ratios(times, "peft", "frozen")},
         **{"saved_mib": saved["ours"][0] / 2**20, "saved_mib_peft": saved["peft"][0] / 2**20},
         **{"largest_saved_mib": saved["ours"][1] / 2**20, "largest_saved_mib_peft": saved["peft"][1] / 2**20},
         **{"memory_mib": memory["ours"], "memory_mib_peft": memory["peft"]},
@@ -134,7 +145,11 @@ def main() -> None:
         record = measure(*combination, a.checkpointing, a.rounds)
         append(RESULTS / "against_peft.json", record)
         memory = [f"{record[name]:.0f} / {record[f'{name}_peft']:.0f}" for name in ("saved_mib", "memory_mib")]
-        print(f"{combination}: {record['ratio']['median']:.2f} of peft's time; MiB saved {memory[0]}, peak {memory[1]}")
+        over = [record[name]["median"] for name in ("ratio", "over_frozen", "peft_over_frozen")]
+        print(
+            f"{combination}: {over[0]:.2f} of peft's time, {over[1]:.2f} and peft's {over[2]:.2f} of the frozen step's;"
+        )
+        print(f"    MiB saved {memory[0]}, peak {memory[1]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def peft_rows(records: list[Record]) -> list[list[str]]:
                 *(r["model"], f"{METHODS[r['method']]}, r = {r['rank']}", setting),
                 f"{r['seconds']['median']:.3f} / {r['seconds_peft']['median']:.3f}",
                 _with_spread(r["ratio"]),
+                " / ".join(f"{r[n]['median']:.2f}" for n in ("over_frozen", "peft_over_frozen") if n in r),
                 PEFT_BOUNDS[r["method"], r["precision"]] if r["rank"] == 8 and not r["checkpointing"] else "",
                 f"{r['saved_mib']:.0f} / {r['saved_mib_peft']:.0f}",
                 f"{r['memory_mib']} / {r['memory_mib_peft']}",

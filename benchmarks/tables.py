@@ -147,6 +147,7 @@ def performance() -> None:
                 "precision",
                 "seconds, ours / peft",
                 "time / peft's",
+                "each / frozen",
                 "bound",
                 "saved, MiB",
                 "peak, MiB",
