@@ -23,7 +23,6 @@ PRESET_RANGE = (-6.0, 6.0)
 _GRID = 256  # points on which functions and densities are kept
 _SAMPLE = 1 << 14  # inputs that an observation looks at
 _ASSUMED_STD = 2.0  # of pre-activations before any were seen; normal with mean 0
-_COEFFICIENT_BUFFERS = ("base_numerator", "base_denominator", "numerator_scale", "denominator_scale")
 _LEAST_SPREAD = 1e-3  # of inputs to calibrate on
 
 
@@ -140,6 +139,7 @@ class NoRAActivation(KeepingAdapter):
                 effect_a, effect_b = coefficient_effects(x, weights, fit)
                 self.numerator_scale.copy_(config.scale / effect_a)
                 self.denominator_scale.copy_(config.scale / effect_b)
+        self.kept.clear()
 
     def _update(self, part: str) -> Tensor:
         config = self.config
@@ -166,10 +166,9 @@ class NoRAActivation(KeepingAdapter):
         """`coefficients`, formed anew only where they may have changed."""
         if not self.may_keep():
             return self.coefficients()
-        # From the tables themselves: looking eight attributes up takes longer than the function of a token.
-        made_from: list[Tensor | None] = [self._parameters[n] for n in self._adapter_parameters]
-        made_from += [self._buffers[n] for n in _COEFFICIENT_BUFFERS]
-        return self.kept.get(torch.float32, made_from, self.coefficients)
+        # From the table itself: looking attributes up takes longer than the function of a token. Buffers change in
+        # calibration alone.
+        return self.kept.get(torch.float32, [self._parameters[n] for n in self._adapter_parameters], self.coefficients)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:

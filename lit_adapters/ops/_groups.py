@@ -12,10 +12,17 @@ def dense(x: Tensor, channel_dim: int) -> Tensor:
     return x if x.is_contiguous() or x.movedim(channel_dim, -1).is_contiguous() else x.contiguous()
 
 
-def as_groups(x: Tensor, groups: int, channel_dim: int) -> Tensor:
-    """View a `dense` tensor as (outer, groups, K): each row of K elements belongs to one group."""
-    if not x.is_contiguous():
-        x, channel_dim = x.movedim(channel_dim, -1), -1
+def grouped_shape(x: Tensor, groups: int, channel_dim: int) -> tuple[int, int, int]:
+    """(outer, groups, K) of a `dense` tensor: each row of K elements belongs to one group."""
+    channels = x.shape[channel_dim]
+    if not x.is_contiguous():  # the channels are last in memory
+        return prod(x.shape) // max(1, channels), groups, channels // groups
     channel_dim %= x.ndim
     outer, inner = prod(x.shape[:channel_dim]), prod(x.shape[channel_dim + 1 :])
-    return x.view(outer, groups, x.shape[channel_dim] // groups * inner)
+    return outer, groups, channels // groups * inner
+
+
+def as_groups(x: Tensor, groups: int, channel_dim: int) -> Tensor:
+    """View a `dense` tensor in that shape."""
+    shape = grouped_shape(x, groups, channel_dim)
+    return (x if x.is_contiguous() else x.movedim(channel_dim, -1)).view(shape)

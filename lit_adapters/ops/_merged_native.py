@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from lit_adapters.ops._native import DTYPES, library, pointers, sizes, threads, usable
+from lit_adapters.ops._native import DTYPES, function, library, pointers, threads, usable
 
 NAME = "merged"
 _CHUNK = 1 << 14  # elements a thread takes at a time; sums over chunks do not depend on the number of threads
@@ -38,9 +38,8 @@ def merge(z: Tensor, matrix: Tensor | None, merged: Tensor, wave: Wave, frequenc
     """Write W0 + s f(z) to `merged`; False where the kernel cannot be built. All (rows, in)."""
     if (functions := library(NAME, "LoRAN")) is None:
         return False
-    functions[f"merge_{_names(z, matrix, merged)}"](
-        *pointers(z, matrix, merged), _constants(wave, frequency), *sizes(z.numel(), _CHUNK), threads(z.numel())
-    )
+    kernel = function(functions, f"merge_{_names(z, matrix, merged)}", pointers=4, sizes=2)
+    kernel(*pointers(z, matrix, merged), _constants(wave, frequency), z.numel(), _CHUNK, threads(z.numel()))
     return True
 
 
@@ -60,8 +59,7 @@ def backward(
     if (functions := library(NAME, "LoRAN")) is None:
         return None
     sums = torch.zeros(-(-z.numel() // _CHUNK), dtype=torch.float64) if by_frequency else None
-    functions[f"backward_{_names(z, matrix, merged)}"](
-        *pointers(z, gradient, matrix, merged, sums), _constants(wave, frequency), *sizes(z.numel(), _CHUNK),
-        threads(z.numel()),
-    )  # fmt: skip
+    kernel = function(functions, f"backward_{_names(z, matrix, merged)}", pointers=6, sizes=2)
+    given = pointers(z, gradient, matrix, merged, sums)
+    kernel(*given, _constants(wave, frequency), z.numel(), _CHUNK, threads(z.numel()))
     return 0.0 if sums is None else sums.sum().item()

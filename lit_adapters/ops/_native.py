@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,16 +101,20 @@ def library(name: str, what: str, **macros: int) -> ctypes.CDLL | None:
         return None
 
 
-def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+def function(functions: ctypes.CDLL, name: str, pointers: int, sizes: int) -> Any:
+    """The function NAME, which takes so many addresses and whole numbers, then the number of threads."""
+    found = getattr(functions, name)
+    if found.argtypes is None:  # once declared, Python's own numbers will do
+        found.argtypes = [*[ctypes.c_void_p] * pointers, *[ctypes.c_int64] * sizes, ctypes.c_int]
+        found.restype = None
+    return found
+
+
+def pointers(*tensors: Tensor | None) -> list[int | None]:
     """Where tensors lie in memory; None is no place."""
-    return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+    return [None if t is None else t.data_ptr() for t in tensors]
 
 
-def sizes(*numbers: int) -> list[ctypes.c_int64]:
-    """Whole numbers as a kernel takes them."""
-    return [ctypes.c_int64(n) for n in numbers]
-
-
-def threads(elements: int) -> ctypes.c_int:
+def threads(elements: int) -> int:
     """How many threads should share this many elements."""
-    return ctypes.c_int(torch.get_num_threads() if elements > _SERIAL else 1)
+    return torch.get_num_threads() if elements > _SERIAL else 1

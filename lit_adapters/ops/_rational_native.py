@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from lit_adapters.ops._native import DTYPES, library, pointers, sizes, threads, usable
+from lit_adapters.ops._native import DTYPES, function, library, pointers, threads, usable
 from lit_adapters.ops._rational_math import Coefficients
 
 NAME = "rational"
@@ -18,9 +18,12 @@ _CHUNK = 1 << 15  # elements of a chunk of rows, forward and backward: x, dy and
 _SHORTEST = 8  # elements of a group that stand together; fewer would waste the lanes of a vector
 
 
-def serves(x: Tensor) -> bool:
-    """Whether this path can compute for `x`, (outer, G, K): not on a GPU, in another dtype, or without a compiler."""
-    return usable(NAME) and x.device.type == "cpu" and x.dtype in DTYPES and x.shape[2] >= _SHORTEST
+Shape = tuple[int, int, int]  # outer, G, K
+
+
+def serves(x: Tensor, shape: Shape) -> bool:
+    """Whether this path can compute for `x` in that shape: not on a GPU, in another dtype, or without a compiler."""
+    return usable(NAME) and x.device.type == "cpu" and x.dtype in DTYPES and shape[2] >= _SHORTEST
 
 
 def _library(coefficients: Coefficients, form: str) -> ctypes.CDLL | None:
@@ -38,15 +41,18 @@ def _as_float(c: Tensor) -> Tensor:
     return c if c.dtype == torch.float32 and c.is_contiguous() else c.detach().to(torch.float32).contiguous()
 
 
-def forward(x: Tensor, y: Tensor, coefficients: Coefficients, base: Coefficients | None, form: str) -> bool:
+def forward(
+    x: Tensor, y: Tensor, shape: Shape, coefficients: Coefficients, base: Coefficients | None, form: str
+) -> bool:
     """Write R(x), or R(x) - R_base(x) where a base is given, to `y`; False where this path cannot serve `x`.
 
-    Both are (outer, G, K), contiguous.
+    Both lie in memory like a contiguous tensor of this shape.
     """
     if (functions := _library(coefficients, form)) is None:
         return False
-    floats = _floats(coefficients, base)
-    getattr(functions, f"forward_{DTYPES[x.dtype]}")(*pointers(x, y, *floats), *sizes(*x.shape), threads(x.numel()))
+    kernel = function(functions, f"forward_{DTYPES[x.dtype]}", pointers=6, sizes=3)
+    floats = _floats(coefficients, base)  # alive until the kernel has run
+    kernel(*pointers(x, y, *floats), *shape, threads(x.numel()))
     return True
 
 
@@ -54,6 +60,7 @@ def backward(
     grad: Tensor,
     x: Tensor,
     grad_x: Tensor,
+    shape: Shape,
     coefficients: Coefficients,
     base: Coefficients | None,
     form: str,
@@ -65,11 +72,11 @@ def backward(
     """
     if (functions := _library(coefficients, form)) is None:
         return None
-    outer, groups, length = x.shape
+    outer, groups, length = shape
     rows = max(1, _CHUNK // max(1, groups * length))
     width = coefficients[0].shape[1] + coefficients[1].shape[1]
     sums = torch.zeros(-(-outer // rows), groups, width, dtype=torch.float64) if need_coefficients else None
+    kernel = function(functions, f"backward_{DTYPES[x.dtype]}", pointers=8, sizes=4)
     floats = _floats(coefficients, base)
-    function = getattr(functions, f"backward_{DTYPES[x.dtype]}")
-    function(*pointers(grad, x, grad_x, sums, *floats), *sizes(*x.shape, rows), threads(x.numel()))
+    kernel(*pointers(grad, x, grad_x, sums, *floats), *shape, rows, threads(x.numel()))
     return torch.zeros(groups, width, dtype=torch.float64) if sums is None else sums.sum(0)

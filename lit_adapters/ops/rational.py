@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lit_adapters.ops import _rational_blocks, _rational_native
-from lit_adapters.ops._groups import as_groups, dense
+from lit_adapters.ops._groups import as_groups, dense, grouped_shape
 from lit_adapters.ops._rational_math import MAX_DEGREE, sign
 
 Denominator = Literal["abs-of-sum", "sum-of-abs"]
@@ -142,18 +142,18 @@ def _evaluate(
     base_numerator: Tensor | None,
     base_denominator: Tensor | None,
 ) -> Tensor:
-    x = dense(x, channel_dim)
-    grouped = as_groups(x, numerator.shape[0], channel_dim)
+    x, groups = dense(x, channel_dim), numerator.shape[0]
+    y, shape = torch.empty_like(x), grouped_shape(x, groups, channel_dim)
     coefficients, base = (numerator, denominator), _pair(base_numerator, base_denominator)
-    y = torch.empty_like(x)
-    out = as_groups(y, numerator.shape[0], channel_dim)
+    native = _backend == "auto" and _rational_native.serves(x, shape)
+    if native and _rational_native.forward(x, y, shape, coefficients, base, form):
+        return y
+    grouped, out = as_groups(x, groups, channel_dim), as_groups(y, groups, channel_dim)
     if _uses_triton(x):
         from lit_adapters.ops import _rational_triton  # imports triton, which only GPUs need
 
         _rational_triton.forward(grouped, out, coefficients, base, form)
-        return y
-    native = _backend == "auto" and _rational_native.serves(grouped)
-    if not (native and _rational_native.forward(grouped, out, coefficients, base, form)):
+    else:
         _rational_blocks.forward(grouped, out, coefficients, base, form)
     return y
 
@@ -182,18 +182,19 @@ def _rational_backward(
     x, groups = dense(x, channel_dim), numerator.shape[0]
     if grad.stride() != x.stride():
         grad = torch.empty_like(x).copy_(grad)
-    rows_grad, rows_x = as_groups(grad, groups, channel_dim), as_groups(x, groups, channel_dim)
+    grad_x, shape, sums = torch.empty_like(x), grouped_shape(x, groups, channel_dim), None
     coefficients, base = (numerator, denominator), _pair(base_numerator, base_denominator)
-    grad_x, sums = torch.empty_like(x), None
-    arguments = (rows_grad, rows_x, as_groups(grad_x, groups, channel_dim), coefficients, base, form, need_coefficients)
-    if _uses_triton(x):
-        from lit_adapters.ops import _rational_triton
-
-        sums = _rational_triton.backward(*arguments)
-    elif _backend == "auto" and _rational_native.serves(rows_x):
-        sums = _rational_native.backward(*arguments)
+    if _backend == "auto" and _rational_native.serves(x, shape):
+        sums = _rational_native.backward(grad, x, grad_x, shape, coefficients, base, form, need_coefficients)
     if sums is None:
-        sums = _rational_blocks.backward(*arguments)
+        view = functools.partial(as_groups, groups=groups, channel_dim=channel_dim)
+        grouped = view(grad), view(x), view(grad_x)
+        if _uses_triton(x):
+            from lit_adapters.ops import _rational_triton
+
+            sums = _rational_triton.backward(*grouped, coefficients, base, form, need_coefficients)
+        else:
+            sums = _rational_blocks.backward(*grouped, coefficients, base, form, need_coefficients)
     grad_a, grad_b = sums.split([numerator.shape[1], denominator.shape[1]], dim=1)
     if form == "sum-of-abs":
         grad_b = grad_b * sign(denominator)
