@@ -3,8 +3,8 @@
     python -m benchmarks.time_shares [--models llama vit] [--methods lora dora] [--precisions bf16 fp32] [--steps 5]
 
 Milliseconds a step of PyTorch's operators by kind, from torch.profiler on one thread, where no operator waits for
-another; "Python" is what is left of the time by the clock, the profiler's own work included. A product is thin if one
-of its sizes is the rank.
+another; "Python" is what is left of the time by the clock: Python, autograd, and the profiler's own work. A product is
+thin if one of its sizes is the rank.
 """
 
 from __future__ import annotations
@@ -29,15 +29,23 @@ PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mkldnn_linear", "linear"
 COPIES = ("_to_copy", "to", "copy_", "clone", "contiguous", "cat")
 
 
-def kind_of(name: str, shapes: list[Any]) -> str:
-    """What an operator of this name does with inputs of these shapes."""
-    operator = name.removeprefix("aten::")
+def kind_of(event: Any) -> str:
+    """What an operator, an event of the profiler, does."""
+    within = event
+    while within is not None:
+        if within.name.startswith("Optimizer."):
+            return "AdamW"
+        within = within.cpu_parent
+    if not event.name.startswith("aten::"):
+        return "Python"  # and autograd's bookkeeping
+    operator = event.name.removeprefix("aten::")
     if "attention" in operator:
         return "attention"
-    if "Optimizer" in operator or "adam" in operator or "foreach" in operator:
-        return "AdamW"
+    if "convolution" in operator:
+        return "wide products"
     if operator in PRODUCTS:
-        return "thin products" if any(RANK in shape[-2:] for shape in shapes if shape) else "wide products"
+        thin = any(RANK in shape[-2:] for shape in event.input_shapes if shape)
+        return "thin products" if thin else "wide products"
     return "copies and casts" if operator in COPIES else "all else"
 
 
@@ -52,9 +60,9 @@ def shares(name: str, library: str, method: str, precision: str, steps: int) -> 
             step()
         seconds = time.perf_counter() - start
     found: Counter[str] = Counter()
-    for event in profiler.key_averages(group_by_input_shape=True):
-        found[kind_of(event.key, event.input_shapes)] += event.self_cpu_time_total / 1e3 / steps
-    found["Python"] = 1e3 * seconds / steps - found.total()
+    for event in profiler.events():
+        found[kind_of(event)] += event.self_cpu_time_total / 1e3 / steps
+    found["Python"] += 1e3 * seconds / steps - found.total()
     return {kind: round(found[kind], 2) for kind in KINDS}
 
 

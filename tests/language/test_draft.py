@@ -1,22 +1,16 @@
 """Drafts: the distillation loss, its measures, and what is refused."""
 
-from functools import partial
-
 import pytest
 import torch
 from torchmetrics.utilities import dim_zero_sum
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lit_adapters as la
 from language import draft as module
 from language.distillation import DraftQuality, agreement
 from language.draft import DraftTuner
 from language.loss import learned_tokens
-from tests.language import tiny
+from tests.language.drafting import built, llama, tuner
 from tests.language.tiny import batch, moved, trainer
-
-tuner = partial(tiny.tuner, DraftTuner, keep_layers=[1])  # a draft of the second layer of the tiny LLaMA
-built = partial(tiny.built, DraftTuner, keep_layers=[1])
 
 
 def test_the_measures_are_their_formulas():
@@ -112,10 +106,9 @@ def test_another_tokenizer_is_refused(monkeypatch, tokenizer):
 
 def test_another_number_of_token_ids_is_refused(monkeypatch):
     own = module.CausalLMTuner._create
-    fewer = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
 
     def create(self, name):
-        return own(self, name) if name == "tiny_llama" else LlamaForCausalLM(fewer)
+        return own(self, name) if name == "tiny_llama" else llama()
 
     monkeypatch.setattr(module.CausalLMTuner, "_create", create)
     monkeypatch.setattr(module, "check_vocabulary", lambda target, draft: None)

@@ -1,7 +1,5 @@
 """Training and merging a draft leave the target alone; resuming, and the command line."""
 
-from functools import partial
-
 import pytest
 import torch
 import yaml
@@ -11,18 +9,8 @@ from transformers import AutoModelForCausalLM
 import lit_adapters as la
 from language.draft import DraftTuner, main, merged_draft
 from language.shortened import check_layers
-from tests.language import tiny
+from tests.language.drafting import METHODS, built, tuner
 from tests.language.tiny import CONFIGS, QUIET, ROWS, batch, data, moved, quick_main, trainer
-
-METHODS = {
-    "lora": la.LoRA(rank=2),
-    "dora": la.DoRA(rank=2),
-    "nora_plus_plus": la.NoRAPlusPlus(nora=la.NoRA(groups=4, base="anchored"), lora=la.LoRA(rank=2)),
-    "loran": la.LoRAN(rank=2),
-    "afa": la.AFALoRA(rank=2, activation="silu", schedule=la.schedules.Linear(end=0.6)),
-}
-tuner = partial(tiny.tuner, DraftTuner, keep_layers=[1])  # a draft of the second layer of the tiny LLaMA
-built = partial(tiny.built, DraftTuner, keep_layers=[1])
 
 
 def values(model):

@@ -8,19 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import lit_adapters as la
 from language.shortened import shortened
-
-
-def llama(layers=5):
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6.0 if parameter.ndim > 1 else 1.0)  # so that layers matter
-    return model
+from tests.language.drafting import llama
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -13,7 +13,7 @@ import lit_adapters as la
 from language.decoding import Continuation, Settings, continued
 from language.speculative import _summary, first_turns, main, measure
 from lit_adapters.callback.console import run
-from tests.language.test_draft import METHODS, built, llama, tuner
+from tests.language.drafting import METHODS, built, llama, tuner
 from tests.language.tiny import data, moved, trainer
 
 PROMPT = [5, 6, 7, 8]
