@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from language.loss import IGNORED, Batch
 from language.models import context_length
+from lit_adapters.control import evaluating
 from lit_adapters.errors import AdapterError, DataError
 
 
@@ -69,18 +70,11 @@ def continuations(
     ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
     drawing = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        with plain_settings(model, tokenizer.eos_token_id):  # type: ignore[arg-type]
-            tokens: Tensor = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer,
-                do_sample=temperature > 0, use_cache=True, **drawing,
-            )  # fmt: skip
-    finally:
-        if was_training:
-            model.train()
+    with evaluating(model), plain_settings(model, tokenizer.eos_token_id):  # type: ignore[arg-type]
+        tokens: Tensor = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer,
+            do_sample=temperature > 0, use_cache=True, **drawing,
+        )  # fmt: skip
     return tokens[:, longest:]
 
 

@@ -32,7 +32,6 @@ from lit_adapters.callback.console import run
 from lit_adapters.callback.epoch_sampler import hash_key
 from lit_adapters.callback.processes import gather_objects
 from lit_adapters.control import evaluating
-from lit_adapters.sharding import refuse_sharded
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,9 @@ class GRPOTuner(CausalLMTuner):
 
     def configure_model(self) -> None:
         """As `CausalLMTuner`; keep what the reference needs."""
+        if self.device_mesh is not None:  # completions end at different tokens in different processes
+            raise la.AdapterError("a model that samples cannot be sharded: set trainer.strategy to auto or ddp")
         super().configure_model()
-        refuse_sharded(self._built, "sampling completions")  # they end at different tokens in different processes
         if self.reference is None and self.hparams["kl_weight"] > 0:
             self.reference = Reference(self._built)
 
@@ -185,7 +185,6 @@ class GRPOTuner(CausalLMTuner):
         tokens = len(new)
         # Processes average their gradients: so that a token counts as much in each, all divide by the mean number.
         loss = terms.loss / self._over_processes(tokens, "mean")
-        self.learned_tokens += tokens
         logged = {"train/loss": loss, "train/clip_fraction": terms.clipped / tokens}
         if terms.kl is not None:
             logged["train/kl"] = terms.kl / tokens

@@ -96,7 +96,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block; every module's own mode comes back after it, and what was kept for eval goes."""
     modes = {module: module.training for module in model.modules()}
     modes |= {module.base: module.base.training for module in model.modules() if isinstance(module, AdapterModule)}
-    model.eval()
+    if any(modes.values()):  # or what is kept would go for nothing
+        model.eval()
     try:
         yield
     finally:

@@ -131,8 +131,10 @@ class AdapterModule(nn.Module):
         self._buffers.update(base._buffers)
         self._non_persistent_buffers_set |= base._non_persistent_buffers_set
         self._modules.update(base._modules)
-        # Sizes and the like, which other code may ask a layer for.
-        self.__dict__.update({k: v for k, v in vars(base).items() if k[0] != "_" and k not in self.__dict__})
+        # Sizes and the like, which other code may ask a layer for; not what is the adapter's own, as a `forward` that a
+        # library has put on the layer.
+        own = set(dir(self))
+        self.__dict__.update({k: v for k, v in vars(base).items() if k[0] != "_" and k not in own})
         self._adapter_parameters: list[str] = []
         self._adapter_buffers: list[str] = []
         self._derived_buffers: list[str] = []

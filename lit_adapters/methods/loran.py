@@ -106,7 +106,7 @@ class LoRANAdapter(KeepingAdapter, LowRankAdapter):
         if isinstance(self.layer, ConvolutionLayer):
             return self._convolution(x)
         dropped = self.dropout > 0 and self.training
-        given, x = x.dtype, x.to(self._dtype(x))
+        given, x = x.dtype, x.to(self.compute_dtype(x))
         branch = F.dropout(x, self.dropout, self.training)
         weight, bias = (None, None) if dropped else (self._parameters["weight"], self._parameters["bias"])
         merged = None if dropped else self._kept(x.dtype)
@@ -121,13 +121,6 @@ class LoRANAdapter(KeepingAdapter, LowRankAdapter):
         )  # fmt: skip
         y = self.base(x) + y if dropped else y
         return y.to(given) if self.layer.keeps_dtype else y
-
-    def _dtype(self, x: Tensor) -> torch.dtype:
-        """What the base layer computes in, for this input."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
-        return self.layer.compute_dtype(self.base, x)
 
     def _to_matrix(self, weight: Tensor) -> Tensor:
         return self.layer.matrix(self.base, weight)

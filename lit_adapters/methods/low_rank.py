@@ -143,14 +143,22 @@ class LowRankAdapter(WeightAdapter):
             return False
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             return False
+        if "forward" in vars(base):  # which accelerate puts there
+            return False
         tensors = [t for t in (base.weight, base.bias) if t is not None]
         if any(t.requires_grad or type(t) not in (Tensor, nn.Parameter) for t in tensors):
             return False
         return torch.is_autocast_enabled(x.device.type) or x.dtype == base.weight.dtype
 
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """What the base layer computes in, for this input."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # which autocast leaves alone
+            return torch.get_autocast_dtype(kind)
+        return self.layer.compute_dtype(self.base, x)
+
     def _fused(self, x: Tensor, between: Callable[[Tensor], Tensor] | None) -> Tensor:
-        kind, base = x.device.type, self.base
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype, base = self.compute_dtype(x), self.base
         weight = self._weight_in(dtype)
         bias: Any = None if base.bias is None else base.bias.to(dtype)  # type: ignore[operator]
         return low_rank_linear(x.to(dtype), weight, bias, self.lora_A, self.scaling * self.lora_B, between)
@@ -158,7 +166,7 @@ class LowRankAdapter(WeightAdapter):
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
         """W0 in the dtype of the products; under autocast cast once, and kept until it is written to or replaced."""
         weight: Any = self.base.weight
-        if weight.dtype == dtype or self.sharded or weight.is_inference():
+        if weight.dtype == dtype or self.sharded:
             return weight.to(dtype)  # type: ignore[no-any-return]
         return self.cast_weight.get(dtype, [weight], lambda: weight.detach().to(dtype))
 

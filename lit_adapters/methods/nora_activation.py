@@ -168,7 +168,8 @@ class NoRAActivation(KeepingAdapter):
             return self.coefficients()
         # From the table itself: looking attributes up takes longer than the function of a token. Buffers change in
         # calibration alone.
-        return self.kept.get(torch.float32, [self._parameters[n] for n in self._adapter_parameters], self.coefficients)
+        made_from = [self._parameters[n] for n in self._adapter_parameters]
+        return self.kept.get(torch.float32, made_from, self.coefficients)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:

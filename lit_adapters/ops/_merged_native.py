@@ -58,7 +58,7 @@ def backward(
     """
     if (functions := library(NAME, "LoRAN")) is None:
         return None
-    sums = torch.zeros(-(-z.numel() // _CHUNK), dtype=torch.float64) if by_frequency else None
+    sums = torch.zeros(-(-z.numel() // _CHUNK), dtype=torch.float64, device="cpu") if by_frequency else None
     kernel = function(functions, f"backward_{_names(z, matrix, merged)}", pointers=6, sizes=2)
     given = pointers(z, gradient, matrix, merged, sums)
     kernel(*given, _constants(wave, frequency), z.numel(), _CHUNK, threads(z.numel()))

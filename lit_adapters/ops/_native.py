@@ -91,11 +91,11 @@ def library(name: str, what: str, **macros: int) -> ctypes.CDLL | None:
     """`build`; where that fails, None and, once for each kernel, a warning that `what` goes the slow way."""
     try:
         return build(name, **macros)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home folder
         _broken.add(name)
         warnings.warn(
             f"the fast {what} cannot be built here ({error}); it runs in plain PyTorch operations, several times "
-            "slower. g++ on the PATH mends this.",
+            "slower. g++ on the PATH (with CXX unset) and a folder to write to (LIT_ADAPTERS_CACHE) mend this.",
             stacklevel=2,
         )
         return None

@@ -37,6 +37,8 @@ def _floats(coefficients: Coefficients, base: Coefficients | None) -> list[Tenso
 
 
 def _as_float(c: Tensor) -> Tensor:
+    if not c.is_cpu:
+        raise RuntimeError(f"the coefficients of a rational function are on {c.device}, its input on the CPU")
     # Asked first: for a single token, three conversions to what it is already take longer than the function.
     return c if c.dtype == torch.float32 and c.is_contiguous() else c.detach().to(torch.float32).contiguous()
 
@@ -75,8 +77,10 @@ def backward(
     outer, groups, length = shape
     rows = max(1, _CHUNK // max(1, groups * length))
     width = coefficients[0].shape[1] + coefficients[1].shape[1]
-    sums = torch.zeros(-(-outer // rows), groups, width, dtype=torch.float64) if need_coefficients else None
+    sums = (
+        torch.zeros(-(-outer // rows), groups, width, dtype=torch.float64, device="cpu") if need_coefficients else None
+    )
     kernel = function(functions, f"backward_{DTYPES[x.dtype]}", pointers=8, sizes=4)
     floats = _floats(coefficients, base)
     kernel(*pointers(grad, x, grad_x, sums, *floats), *shape, rows, threads(x.numel()))
-    return torch.zeros(groups, width, dtype=torch.float64) if sums is None else sums.sum(0)
+    return torch.zeros(groups, width, dtype=torch.float64, device="cpu") if sums is None else sums.sum(0)

@@ -127,6 +127,39 @@ def test_a_parametrised_weight_is_refused():
         la.attach(network, la.LoRA(rank=2))
 
 
+def test_a_layer_whose_forward_a_library_has_replaced():
+    """accelerate does, to bring a layer's weights from where they wait."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    seen = []
+
+    class Watch(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(type(module))
+            return args, kwargs
+
+    network = nn.Sequential(nn.Linear(12, 8))
+    hooks.add_hook_to_module(network[0], Watch())
+    la.attach(network, la.LoRA(rank=3))
+    with torch.no_grad():
+        network[0].lora_B.normal_()
+    x = torch.randn(5, 12)
+    expected = x @ (network[0].weight + network[0].delta_weight()).T + network[0].bias
+    torch.testing.assert_close(network(x), expected)
+    assert seen == [nn.Linear]
+
+
+@pytest.mark.parametrize("method", [la.LoRA(rank=3), la.LoRAN(rank=3)])
+def test_autocast_leaves_float64_alone(method):
+    network = nn.Sequential(nn.Linear(12, 8)).double()
+    la.attach(network, method)
+    with torch.no_grad():
+        network[0].lora_B.normal_()
+    x = torch.randn(5, 12, dtype=torch.float64)
+    expected = network(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(x), expected)
+
+
 def test_relative_norm_is_that_of_the_formed_update():
     adapter = layer()
     expected = adapter.delta_weight().norm() / adapter.weight.norm()

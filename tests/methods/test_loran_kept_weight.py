@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from lit_adapters.control import evaluating
 from lit_adapters.methods.loran import LoRANAdapter
@@ -56,9 +57,10 @@ def test_training_keeps_nothing_unless_asked(monkeypatch):
         lambda a: a.load_state_dict(a.state_dict()),
         lambda a: a.to(torch.float64).to(torch.float32),
         lambda a: torch.optim.SGD([a.lora_B], 0.1).step(),
+        lambda a: torch.optim.AdamW([a.lora_B], 0.1, fused=True).step(),
         lambda a: setattr(a, "lora_A", nn.Parameter(a.lora_A.detach() * 2)),
     ],
-    ids=["mode", "load", "cast", "step", "replace"],
+    ids=["mode", "load", "cast", "step", "fused step", "replace"],
 )
 def test_what_clears_the_kept_weight(event, monkeypatch):
     adapter = layer().eval()
@@ -128,6 +130,22 @@ def test_second_derivatives_with_a_kept_weight(kept):
     expected = torch.autograd.grad(slope.square().sum(), (a, b))
     for got, want in zip(actual, expected, strict=True):
         assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+
+
+def test_nothing_is_kept_of_tensors_whose_writings_are_not_counted():
+    with torch.inference_mode():
+        adapter, x = layer().eval(), torch.randn(5, 12)
+        before = adapter(x)
+        adapter.lora_B.normal_()
+        assert adapter.kept.value is None
+        assert not torch.equal(adapter(x), before)
+
+
+def test_nothing_is_kept_of_stand_ins():
+    adapter = layer().eval()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        adapter(torch.randn(5, 12))
+    assert adapter.kept.value is None
 
 
 def test_a_copy_does_not_carry_the_kept_weight():
