@@ -38,7 +38,9 @@ bench: $(ENVIRONMENT)  ## measure everything that docs/ shows: hours
 	$(BIN)/python -m benchmarks.subspace --root $(ROOT)
 	$(BIN)/python -m benchmarks.callback_overhead --root $(ROOT)
 	$(BIN)/python -m benchmarks.healthy_and_sick --root $(ROOT)/cifar10
-	for question in rational_speed against_peft time_shares loran_speed inference startup growth; do \
+	$(BIN)/python -m benchmarks.against_peft --ranks 4 8 16 64 --precisions fp32 bf16
+	$(BIN)/python -m benchmarks.against_peft --models vit llama --precisions fp32 bf16 --checkpointing
+	for question in rational_speed time_shares loran_speed inference startup growth; do \
 		$(BIN)/python -m benchmarks.$$question || exit 1; done
 	$(BIN)/python -m benchmarks.preferences --root $(ROOT)
 	$(BIN)/python -m benchmarks.reinforcement
