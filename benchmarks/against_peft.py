@@ -14,6 +14,7 @@ less what the process held before them.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -142,6 +143,7 @@ def main() -> None:
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     for combination in itertools.product(a.models, a.methods, a.ranks, a.precisions):
+        gc.collect()  # models of the last one, which hooks and optimisers hold in cycles
         record = measure(*combination, a.checkpointing, a.rounds)
         append(RESULTS / "against_peft.json", record)
         memory = [f"{record[name]:.0f} / {record[f'{name}_peft']:.0f}" for name in ("saved_mib", "memory_mib")]

@@ -49,8 +49,8 @@ def create(name: str) -> tuple[nn.Module, Callable[[nn.Module], object]]:
 
 
 def variants(base: nn.Module) -> dict[str, nn.Module]:
-    """The base, and a copy of it for every method, adapted and merged."""
-    models = {"base": base}
+    """A copy of the base for itself and for every method, adapted and merged: all lie in memory of one kind."""
+    models = {"base": copy.deepcopy(base)}
     for name, method in METHODS.items():
         model = copy.deepcopy(base)
         la.attach(model, method())

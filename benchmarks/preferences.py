@@ -16,22 +16,17 @@ answer likelier is "reference likelihood accuracy". Finished runs are kept in re
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 import lit_adapters as la
-from benchmarks.cifar10_accuracy import Steps
 from benchmarks.results_file import RESULTS, append, environment, load
+from benchmarks.smollm2 import RECIPES, EagerSteps, adapters, average
 from benchmarks.timing import peak_memory_mib
 from language.dpo import DPOTuner, preference_loss, wins
 from language.dpo import main as dpo
@@ -39,7 +34,6 @@ from language.loss import learned_tokens
 from language.metrics import Estimate, RowLosses, held_out_loss
 
 PATH = RESULTS / "preferences.json"
-RECIPES = Path("configs/language/smollm2")
 ARMS = ("untouched", "lora", "afa", "dora", "nora_plus_plus", "loran")
 RATES = (2e-4, 1e-3)
 STEPS = {"rate": 12, "full": 50}  # optimiser steps to compare two rates by, and of the run that is asked
@@ -47,27 +41,6 @@ DATA = [
     *("--data.max_length=96", "--data.max_answer_length=48", "--data.batch_size=8"),
     *("--data.val_fraction=0.1", "--data.val_subset=48", "--data.test_fraction=0.1", "--data.test_subset=200"),
 ]
-
-
-class _Measured(Steps):
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.model.set_attn_implementation("eager")  # type: ignore[union-attr, operator]
-
-
-def adapters(arm: str) -> list[str]:
-    """The adapters, and the factors on their rates, of the arm's own recipe, as arguments."""
-    if arm in ("untouched", "afa"):
-        return []
-    recipe = yaml.safe_load((RECIPES / f"{arm}.yaml").read_text())
-    return [
-        f"--model.adapters={json.dumps(recipe['model']['adapters'])}",
-        f"--lr_scale={json.dumps(recipe.get('lr_scale', {}))}",
-    ]
-
-
-def average(values: list[float]) -> Estimate:
-    """Mean of independent values with its standard error."""
-    return Estimate(statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)), len(values))
 
 
 def ask(module: DPOTuner, batches: DataLoader) -> tuple[dict[str, Estimate], dict[str, list[float]]]:
@@ -103,10 +76,11 @@ def ask(module: DPOTuner, batches: DataLoader) -> tuple[dict[str, Estimate], dic
 def run(arm: str, rate: float, protocol: str, steps: int, precision: str, root: Path) -> dict[str, Any]:
     """Train one arm through the command line of the application, and measure it."""
     peak_memory_mib(reset=True)
-    start, measured = time.perf_counter(), _Measured()
+    start, measured = time.perf_counter(), EagerSteps()
+    own = [] if arm in ("untouched", "afa") else adapters(arm)  # the recipe is that of AFA-LoRA
     cli = dpo(
         [
-            *("fit", f"--config={RECIPES}/dpo.yaml", f"--data.path={root}/hh_helpful", *DATA, *adapters(arm)),
+            *("fit", f"--config={RECIPES}/dpo.yaml", f"--data.path={root}/hh_helpful", *DATA, *own),
             *(f"--optimizer.lr={rate}", f"--lr_scheduler.max_lr={rate}", f"--trainer.precision={precision}"),
             *("--trainer.max_epochs=-1", f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"),
             *("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.callbacks=null"),

@@ -13,34 +13,28 @@ results/reinforcement.json and skipped.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import statistics
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 
 import lit_adapters as la
-from benchmarks.cifar10_accuracy import Steps
 from benchmarks.results_file import RESULTS, append, environment, load
+from benchmarks.smollm2 import RECIPES, EagerSteps, adapters, average
 from benchmarks.timing import peak_memory_mib
 from language.generate import generate, prompt_rows
 from language.grpo import main as grpo
 from language.metrics import Estimate
 
-ROOT = Path(__file__).parents[1]
-RECIPES = ROOT / "configs/language/smollm2"
 ARMS = ("lora", "afa", "dora", "nora_plus_plus", "loran")
 STEPS, EVERY = 100, 5  # the curve has means over so many steps
 CURVES = ("reward", "exact_number", "number_only", "completion_length")
 
 
-class _Measured(Steps):
+class _Measured(EagerSteps):
     """The rewards of each step, and of greedy completions before the first."""
 
     def __init__(self) -> None:
@@ -49,7 +43,7 @@ class _Measured(Steps):
         self.before: dict[str, Estimate] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.model.set_attn_implementation("eager")  # type: ignore[union-attr, operator]
+        super().on_fit_start(trainer, pl_module)
         self.before = greedy(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:  # type: ignore[override]
@@ -67,18 +61,7 @@ def greedy(trainer: Trainer, module: Any) -> dict[str, Estimate]:
             parts.append(module.rewards(texts, batch["answers"]))
     scores = torch.cat(parts)
     columns = dict(zip(module.rewards.names, scores.T, strict=True)) | {"reward": scores @ module.rewards.weights}
-    return {name: _mean(values.tolist()) for name, values in columns.items()}
-
-
-def _mean(values: list[float]) -> Estimate:
-    return Estimate(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)), len(values))
-
-
-def adapters(arm: str) -> list[str]:
-    """Options that put the adapters of an arm's own recipe into that of GRPO."""
-    recipe = yaml.safe_load((RECIPES / f"{arm}.yaml").read_text())
-    scale = json.dumps(recipe.get("lr_scale", {}))
-    return [f"--model.adapters={json.dumps(recipe['model']['adapters'])}", f"--lr_scale={scale}"]
+    return {name: average(values.tolist()) for name, values in columns.items()}
 
 
 def run(arm: str, steps: int, precision: str) -> dict[str, Any]:

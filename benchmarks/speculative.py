@@ -23,17 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from lightning.pytorch import LightningModule, Trainer
 
 import lit_adapters as la
-from benchmarks.cifar10_accuracy import Steps
 from benchmarks.results_file import RESULTS, append, environment, load
+from benchmarks.smollm2 import RECIPES, EagerSteps, adapters
 from benchmarks.timing import peak_memory_mib
 from language.__main__ import prompt_tokens
 from language.decoding import Settings
-from language.draft import DraftTuner, merged_draft
 from language.draft import main as draft
+from language.draft import merged_draft
 from language.results import as_plain
 from language.speculative import first_turns, measure
 
@@ -51,23 +49,13 @@ ARMS = {
 CONTEXT = 1024  # most tokens of a prompt; none of MT-bench's has as many
 
 
-class _Measured(Steps):
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, DraftTuner)
-        for model in (pl_module.model, pl_module.target):
-            model.set_attn_implementation("eager")
-
-
-def train(arm: str, rate: float, steps: int, precision: str, root: Path) -> tuple[Any, _Measured]:
+def train(arm: str, rate: float, steps: int, precision: str, root: Path) -> tuple[Any, EagerSteps]:
     """Distil one arm through the command line of the application."""
-    recipe = yaml.safe_load(Path(f"configs/language/smollm2/{ARMS[arm]}.yaml").read_text())
-    measured = _Measured()
+    measured = EagerSteps()
     paths = [str(root / name / "train.jsonl") for name in ("alpaca_demo", "dolly_hhrlhf_small")]
     cli = draft(
         [
-            *("fit", "--config=configs/language/smollm2/draft.yaml"),
-            f"--model.adapters={json.dumps(recipe['model']['adapters'])}",
-            f"--lr_scale={json.dumps(recipe.get('lr_scale', {}))}",
+            *("fit", f"--config={RECIPES / 'draft.yaml'}", *adapters(ARMS[arm])),
             *(f"--data.path={json.dumps(paths)}", "--data.format=alpaca", "--data.max_length=192"),
             *("--data.batch_size=4", "--data.val_subset=50", "--data.test_subset=100"),
             *(f"--optimizer.lr={rate}", f"--lr_scheduler.max_lr={rate}", f"--trainer.precision={precision}"),
