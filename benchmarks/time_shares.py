@@ -1,6 +1,6 @@
 """Where does the time of a training step go, ours beside peft's? The steps of benchmarks/against_peft.py, profiled.
 
-    python -m benchmarks.time_shares [--models llama vit] [--methods lora dora] [--precisions bf16 fp32] [--steps 5]
+    python -m benchmarks.time_shares [--models llama vit] [--methods lora dora] [--precisions bf16 fp32] [--steps 3]
 
 Milliseconds a step of PyTorch's operators by kind, from torch.profiler on one thread, where no operator waits for
 another; "Python" is what is left of the time by the clock: Python, autograd, and the profiler's own work. A product is
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
 from collections import Counter
 from typing import Any
 
@@ -22,7 +21,7 @@ from tqdm import trange
 from benchmarks.against_peft import METHODS, TARGETS, step_of
 from benchmarks.performance_tables import KINDS
 from benchmarks.results_file import RESULTS, append, environment
-from benchmarks.timing import other_load
+from benchmarks.timing import other_load, timed
 
 RANK = 8
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mkldnn_linear", "linear", "matmul")
@@ -54,15 +53,16 @@ def shares(name: str, library: str, method: str, precision: str, steps: int) -> 
     step = step_of(name, library, method, RANK, precision, False)
     for _ in range(2):
         step()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        start = time.perf_counter()
-        for _ in trange(steps, desc=f"{name} {library} {method} {precision}"):
-            step()
-        seconds = time.perf_counter() - start
     found: Counter[str] = Counter()
-    for event in profiler.events():
-        found[kind_of(event)] += event.self_cpu_time_total / 1e3 / steps
-    found["Python"] += 1e3 * seconds / steps - found.total()
+    for _ in trange(steps, desc=f"{name} {library} {method} {precision}"):
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:  # events take much memory
+            seconds = timed(step)
+        own: Counter[str] = Counter()
+        for event in profiler.events():
+            own[kind_of(event)] += event.self_cpu_time_total / 1e3
+        own["Python"] += 1e3 * seconds - own.total()
+        found += own
+    found = Counter({kind: total / steps for kind, total in found.items()})
     return {kind: round(found[kind], 2) for kind in KINDS}
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["llama", "vit"], choices=list(TARGETS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"], choices=["fp32", "bf16"])
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
     a = parser.parse_args()
     torch.set_num_threads(1)
     for model, method, precision in itertools.product(a.models, a.methods, a.precisions):
