@@ -106,7 +106,7 @@ class LoRANAdapter(KeepingAdapter, LowRankAdapter):
         if isinstance(self.layer, ConvolutionLayer):
             return self._convolution(x)
         dropped = self.dropout > 0 and self.training
-        given, x = x.dtype, x.to(self.compute_dtype(x))
+        given, x = x.dtype, x.to(self._compute_dtype(x))
         branch = F.dropout(x, self.dropout, self.training)
         weight, bias = (None, None) if dropped else (self._parameters["weight"], self._parameters["bias"])
         merged = None if dropped else self._kept(x.dtype)

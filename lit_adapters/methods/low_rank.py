@@ -150,7 +150,7 @@ class LowRankAdapter(WeightAdapter):
             return False
         return torch.is_autocast_enabled(x.device.type) or x.dtype == base.weight.dtype
 
-    def compute_dtype(self, x: Tensor) -> torch.dtype:
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
         """What the base layer computes in, for this input."""
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # which autocast leaves alone
@@ -158,7 +158,7 @@ class LowRankAdapter(WeightAdapter):
         return self.layer.compute_dtype(self.base, x)
 
     def _fused(self, x: Tensor, between: Callable[[Tensor], Tensor] | None) -> Tensor:
-        dtype, base = self.compute_dtype(x), self.base
+        dtype, base = self._compute_dtype(x), self.base
         weight = self._weight_in(dtype)
         bias: Any = None if base.bias is None else base.bias.to(dtype)  # type: ignore[operator]
         return low_rank_linear(x.to(dtype), weight, bias, self.lora_A, self.scaling * self.lora_B, between)

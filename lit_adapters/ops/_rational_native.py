@@ -17,7 +17,6 @@ NAME = "rational"
 _CHUNK = 1 << 15  # elements of a chunk of rows, forward and backward: x, dy and dx stay in a core's second-level cache
 _SHORTEST = 8  # elements of a group that stand together; fewer would waste the lanes of a vector
 
-
 Shape = tuple[int, int, int]  # outer, G, K
 
 
@@ -77,9 +76,8 @@ def backward(
     outer, groups, length = shape
     rows = max(1, _CHUNK // max(1, groups * length))
     width = coefficients[0].shape[1] + coefficients[1].shape[1]
-    sums = (
-        torch.zeros(-(-outer // rows), groups, width, dtype=torch.float64, device="cpu") if need_coefficients else None
-    )
+    chunks = -(-outer // rows)
+    sums = torch.zeros(chunks, groups, width, dtype=torch.float64, device="cpu") if need_coefficients else None
     kernel = function(functions, f"backward_{DTYPES[x.dtype]}", pointers=8, sizes=4)
     floats = _floats(coefficients, base)
     kernel(*pointers(grad, x, grad_x, sums, *floats), *shape, rows, threads(x.numel()))
