@@ -23,6 +23,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.keeping import KeepingAdapter
 from lit_adapters.methods.layers import LinearLayer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.ops._transforms import transformed
 from lit_adapters.ops.rescaled import rescaled
 
 
@@ -93,9 +94,10 @@ class DoRAAdapter(KeepingAdapter, LowRankAdapter):
                 self._follow_base()
             a, b, matrix = self.lora_A, self.lora_B, self.base_matrix()
             # The wide product runs in the weight's own dtype: a float32 copy of the weight would cost as much as it.
-            cross = ((matrix @ a.to(matrix.dtype).T).float() * b).sum(1)
-            update = 2 * cross + self.scaling * (b @ (a @ a.T) * b).sum(1)
-            return (self.base_square + self.scaling * update).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+            half = torch.addmm((matrix @ a.to(matrix.dtype).T).float(), b, a @ a.T, alpha=self.scaling / 2)
+            update = 2 * self.scaling * (half * b).sum(1)
+            norm = (self.base_square + update).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+            return norm.detach()  # a constant in forward mode too, which `no_grad` does not stop
 
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """m / ||W0 + s B A|| (W0 + s B A) - W0, (out, in)."""
@@ -109,7 +111,7 @@ class DoRAAdapter(KeepingAdapter, LowRankAdapter):
             return self.unadapted(x)
         y, bias = self.adapted(x), self.base.bias
         change, frozen = self._change(), bias is None or not bias.requires_grad
-        if self.layer.channel_dim == -1 and frozen and not torch.compiler.is_compiling():
+        if self.layer.channel_dim == -1 and frozen and not torch.compiler.is_compiling() and not transformed():
             return rescaled(y, change, bias)  # type: ignore[arg-type]
         over_channels = partial(self.layer.over_channels, self.base)
         plain = y if bias is None else y - over_channels(bias.to(y.dtype))  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from lit_adapters.methods.base import AdapterModule
+from lit_adapters.ops._transforms import transformed
 
 Formed = TypeVar("Formed")
 
@@ -75,7 +76,7 @@ class KeepingAdapter(AdapterModule):
 
     def may_keep(self) -> bool:
         """Whether anything may be kept now: in eval mode when no gradient is wanted, and while training on request."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or transformed():
             return False
         return self.cache_weight if self.training else not (torch.is_grad_enabled() or self.sharded)
 

@@ -17,6 +17,7 @@ from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.keeping import Kept
 from lit_adapters.methods.layers import LinearLayer, matrix_layer, reads_weight
 from lit_adapters.methods.weight_adapter import WeightAdapter
+from lit_adapters.ops._transforms import transformed
 from lit_adapters.ops.low_rank import low_rank_linear
 from lit_adapters.statistics import product_spectrum
 
@@ -103,6 +104,10 @@ class LowRank(Method):
         raise NotImplementedError
 
 
+def _is_constant(tensor: Tensor) -> bool:
+    return type(tensor) in (nn.Parameter, Tensor) and not tensor.requires_grad
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
@@ -139,16 +144,16 @@ class LowRankAdapter(WeightAdapter):
         base: Any = self.base
         if type(self.layer) is not LinearLayer or type(base).forward is not nn.Linear.forward:
             return False
-        if torch.compiler.is_compiling() or not x.is_contiguous() or (self.dropout > 0 and self.training):
+        if torch.compiler.is_compiling() or transformed() or not x.is_contiguous() or (self.dropout and self.training):
             return False
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             return False
         if "forward" in vars(base):  # which accelerate puts there
             return False
-        tensors = [t for t in (base.weight, base.bias) if t is not None]
-        if any(t.requires_grad or type(t) not in (Tensor, nn.Parameter) for t in tensors):
+        weight, bias = base.weight, base.bias
+        if not _is_constant(weight) or not (bias is None or _is_constant(bias)):
             return False
-        return torch.is_autocast_enabled(x.device.type) or x.dtype == base.weight.dtype
+        return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         """What the base layer computes in, for this input."""
@@ -161,7 +166,7 @@ class LowRankAdapter(WeightAdapter):
         dtype, base = self._compute_dtype(x), self.base
         weight = self._weight_in(dtype)
         bias: Any = None if base.bias is None else base.bias.to(dtype)  # type: ignore[operator]
-        return low_rank_linear(x.to(dtype), weight, bias, self.lora_A, self.scaling * self.lora_B, between)
+        return low_rank_linear(x.to(dtype), weight, bias, self.lora_A, self.lora_B, between, self.scaling)
 
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
         """W0 in the dtype of the products; under autocast cast once, and kept until it is written to or replaced."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_adapters.ops import _merged_native as native
+from lit_adapters.ops._transforms import transformed
 
 _BLOCK = 1 << 18  # elements of the weight at a time: temporaries that stay in the cache
 
@@ -94,6 +95,7 @@ def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
 class _MergedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -104,18 +106,14 @@ class _MergedLinear(torch.autograd.Function):
         to_matrix: Callable[[Tensor], Tensor],
         merged: Tensor | None,
     ) -> Tensor:
-        if merged is None:
-            matrix = None if weight is None else to_matrix(weight)
-            merged = merged_weight(matrix, a, b, frequency, update, x.dtype)
-        return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, a, b, frequency, ctx.update, ctx.to_matrix, ctx.merged = inputs
+        ctx.update, ctx.to_matrix, ctx.merged = update, to_matrix, merged
         ctx.bias_dtype = None if bias is None else bias.dtype
         # A parameter that holds packed values carries more than its data, which saving would not keep.
         ctx.packed = weight if hasattr(weight, "quant_state") else None
         ctx.save_for_backward(x, None if ctx.packed is not None else weight, a, b, frequency)
+        if merged is None:
+            merged = merged_weight(_matrix(weight, to_matrix), a, b, frequency, update, x.dtype)
+        return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,10 +122,14 @@ class _MergedLinear(torch.autograd.Function):
             return _backward(ctx, gradients[0])
 
 
+def _matrix(weight: Tensor | None, to_matrix: Callable[[Tensor], Tensor]) -> Tensor | None:
+    return None if weight is None else to_matrix(weight)
+
+
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, a, b, frequency = ctx.saved_tensors
     weight = ctx.packed if ctx.packed is not None else weight
-    matrix = None if weight is None else ctx.to_matrix(weight)
+    matrix = _matrix(weight, ctx.to_matrix)
     g, x2 = gradient.reshape(-1, b.shape[0]), x.reshape(-1, a.shape[1])
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     update: Update = ctx.update
@@ -178,6 +180,11 @@ def merged_linear(
     """
     # F.linear flattens a contiguous input itself, and its output would be a view, which callers may not write to if it
     # comes out of a Function; ViTs with a class token and Swin V2 do write to it.
+    if transformed():
+        with torch.autocast(x.device.type, enabled=False):
+            matrix, change = _matrix(weight, to_matrix), update.value(b @ a, frequency)
+            formed = (change if matrix is None else matrix + change).to(x.dtype)
+            return F.linear(x, formed, None if bias is None else bias.to(x.dtype))
     rows = x.reshape(-1, x.shape[-1]) if x.is_contiguous() else x
     with torch.autocast(x.device.type, enabled=False):
         y: Tensor = _MergedLinear.apply(rows, weight, bias, a, b, frequency, update, to_matrix, merged)

@@ -21,12 +21,14 @@ from torch import Tensor
 from lit_adapters.ops import _rational_blocks, _rational_native
 from lit_adapters.ops._groups import as_groups, dense, grouped_shape
 from lit_adapters.ops._rational_math import MAX_DEGREE, sign
+from lit_adapters.ops._transforms import transformed
 
 Denominator = Literal["abs-of-sum", "sum-of-abs"]
 __all__ = ["MAX_DEGREE", "Backend", "Denominator", "rational", "rational_reference", "set_rational_backend"]
 
 Backend = Literal["auto", "blocks", "triton"]
 
+_Pair = tuple[Tensor, Tensor]  # numerator and denominator
 _backend: Backend = "auto"
 
 
@@ -85,12 +87,13 @@ def rational(
     denominator: Tensor,
     form: Denominator = "abs-of-sum",
     channel_dim: int = -1,
-    base: tuple[Tensor, Tensor] | None = None,
+    base: _Pair | None = None,
 ) -> Tensor:
     """R(x; numerator, denominator), or with `base` the difference R(x; numerator, denominator) - R(x; *base).
 
     Computes in float32 (float64 for float64 inputs) whatever the dtype of `x`, and saves `x` alone for backward, which
-    recomputes the rest. `base` is constant: it receives no gradient.
+    recomputes the rest. `base` is constant: it receives no gradient. Under the transforms of torch.func and in
+    forward-mode derivatives it is `rational_reference`, in that precision.
 
     Args:
         x: (..., D, ...) with D channels at `channel_dim`; any floating dtype.
@@ -119,16 +122,27 @@ def rational(
             f"base has shapes {tuple(base[0].shape)}, {tuple(base[1].shape)}; "
             f"expected {tuple(numerator.shape)}, {tuple(denominator.shape)}"
         )
+    if transformed():
+        return _by_formula(x, (numerator, denominator), base, form, channel_dim)
     base_numerator, base_denominator = base if base is not None else (None, None)
     function = _evaluate if _needs_no_operator(x, numerator, denominator) else _rational
     return function(x, numerator, denominator, form, channel_dim, base_numerator, base_denominator)
+
+
+def _by_formula(x: Tensor, coefficients: _Pair, base: _Pair | None, form: Denominator, channel_dim: int) -> Tensor:
+    def of(a: Tensor, b: Tensor) -> Tensor:
+        return rational_reference(wide, a.to(wide.dtype), b.to(wide.dtype), form, channel_dim)
+
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = of(*coefficients)
+    return (y if base is None else y - of(base[0].detach(), base[1].detach())).to(x.dtype)
 
 
 def _needs_no_operator(x: Tensor, *coefficients: Tensor) -> bool:
     """Whether nothing differentiates, traces or intercepts this call; dispatching it takes as long as a token does."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.jit.is_tracing():
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._len_torch_dispatch_stack():
         return False
     return all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, *coefficients)) and not x.is_meta
 
@@ -214,7 +228,7 @@ def _(
     return torch.empty_like(dense(x, channel_dim)), *grads
 
 
-def _pair(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def _pair(a: Tensor | None, b: Tensor | None) -> _Pair | None:
     return None if a is None or b is None else (a, b)
 
 

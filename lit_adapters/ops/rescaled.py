@@ -1,6 +1,7 @@
 """The gain of an output without its bias, h = y + change (y - bias), in place of `gain (y - bias) + bias`.
 
 Written as a change it is exact where nothing changes, and in bfloat16 keeps a gain close to 1. y is kept for backward.
+Not for the transforms of torch.func (why: low_rank.py).
 """
 
 from __future__ import annotations
@@ -13,14 +14,10 @@ from torch import Tensor
 
 class _Rescaled(torch.autograd.Function):
     @staticmethod
-    def forward(y: Tensor, change: Tensor, bias: Tensor | None) -> Tensor:
-        narrow = change.to(y.dtype)
-        h = torch.addcmul(y, y, narrow)
+    def forward(ctx: Any, y: Tensor, change: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(y, change, bias)
+        h = torch.addcmul(y, y, change.to(y.dtype))
         return h if bias is None else h.sub_((bias * change).to(y.dtype))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -31,6 +31,13 @@ def inputs(shape, out, rank, dtype, bias=True):
     ).to(dtype)
 
 
+def test_the_scale_is_part_of_the_update():
+    tensors, upstream = inputs((7, 12), 9, 3, torch.float32)
+    scaled = run(lambda *leaves: low_rank_linear(*leaves, scale=0.3), tensors, upstream, None)
+    expected = run(lambda *leaves: low_rank_linear(*leaves[:4], 0.3 * leaves[4], leaves[5]), tensors, upstream, None)
+    torch.testing.assert_close(scaled, expected)
+
+
 def run(function, tensors, upstream, phi):
     leaves = [None if t is None else t.clone().requires_grad_(i in (0, 3, 4)) for i, t in enumerate(tensors)]
     y = function(*leaves, phi)
@@ -48,6 +55,15 @@ def test_agrees_with_float64(case, bias, phi, dtype):
     for value, reference in zip(got, expected, strict=True):
         assert value.dtype == dtype
         assert (value.double() - reference).abs().max() <= NORMWISE[dtype] * reference.abs().max()
+
+
+@pytest.mark.parametrize("dtype", list(NORMWISE))
+@pytest.mark.parametrize("case", SHAPES)
+def test_a_function_between_costs_no_bit(case, dtype):
+    """Else AFA-LoRA at beta = 0 would not be LoRA."""
+    tensors, upstream = inputs(*case, dtype)
+    without, between = (run(low_rank_linear, tensors, upstream, phi) for phi in (None, lambda z: 1 * z))
+    assert all(torch.equal(one, two) for one, two in zip(without, between, strict=True))
 
 
 @pytest.mark.parametrize("phi", PHIS)
@@ -70,11 +86,12 @@ def test_only_what_asks_for_a_gradient_gets_one():
     assert tensors[0].grad is tensors[3].grad is None
 
 
-def test_an_input_without_gradient_costs_no_product_for_one():
+@pytest.mark.parametrize("phi", PHIS)
+def test_an_input_without_gradient_costs_no_product_for_one(phi):
     tensors, _ = inputs((7, 12), 9, 3, torch.float32)
-    tensors[3].requires_grad_()
-    update = low_rank_linear(*tensors).grad_fn.next_functions[0][0]
-    assert update.needs_input_grad == (False, False, False, True, False)
+    tensors[3].requires_grad_()  # A, or through it the code
+    update = low_rank_linear(*tensors, phi).grad_fn.next_functions[0][0]
+    assert update.needs_input_grad == (False, False, False, True, False, False)
 
 
 def adapted(**changes):
