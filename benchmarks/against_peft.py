@@ -7,14 +7,13 @@
 linear layer of a LLaMA of 1B, 2048 to 8192, 512 tokens. Random weights; r = 8 on all linear layers but the head. A step
 is forward, loss, backward and AdamW. The two take turns in one process with the step that no adapter can do without:
 the frozen model, gradients carried down to the first layer's input. Saved bytes are what autograd keeps between
-forward and backward, parameters apart; peak memory is the resident memory of three steps in a process of its own,
-less what the process held before them.
+forward and backward, parameters apart. Memory is that of steps in a process of its own, less what it held before them:
+the peak of what is resident, and of what tensors take.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -117,7 +116,7 @@ def measure(name: str, method: str, rank: int, precision: str, checkpointing: bo
     _, times = alternate({library: training_step(*pair) for library, pair in steps.items()}, rounds)
     del steps
     saved = {library: saved_for_backward(loss) for library, (_, loss) in pairs.items()}
-    memory = {library: memory_of(step_of, name, library, *rest)[1] for library in pairs}
+    memory = {library: memory_of(step_of, name, library, *rest) for library in pairs}
     return {
         **{"model": name, "method": method, "rank": rank, "precision": precision, "checkpointing": checkpointing},
         **{"seconds": spread(times["ours"]), "seconds_peft": spread(times["peft"])},
@@ -125,7 +124,8 @@ def measure(name: str, method: str, rank: int, precision: str, checkpointing: bo
         **{"over_frozen": ratios(times, "ours", "frozen"), "peft_over_frozen": ratios(times, "peft", "frozen")},
         **{"saved_mib": saved["ours"][0] / 2**20, "saved_mib_peft": saved["peft"][0] / 2**20},
         **{"largest_saved_mib": saved["ours"][1] / 2**20, "largest_saved_mib_peft": saved["peft"][1] / 2**20},
-        **{"memory_mib": memory["ours"], "memory_mib_peft": memory["peft"]},
+        **{"memory_mib": memory["ours"].needed, "memory_mib_peft": memory["peft"].needed},
+        **{"allocated_mib": memory["ours"].allocated, "allocated_mib_peft": memory["peft"].allocated},
         **{"rounds": rounds, "system_load": other_load(), "environment": environment()},
     }
 
@@ -143,7 +143,6 @@ def main() -> None:
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     for combination in itertools.product(a.models, a.methods, a.ranks, a.precisions):
-        gc.collect()  # models of the last one, which hooks and optimisers hold in cycles
         record = measure(*combination, a.checkpointing, a.rounds)
         append(RESULTS / "against_peft.json", record)
         memory = [f"{record[name]:.0f} / {record[f'{name}_peft']:.0f}" for name in ("saved_mib", "memory_mib")]

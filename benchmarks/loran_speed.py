@@ -4,7 +4,8 @@
 
 ViT-S/16 at 128 px with random weights, 65 tokens an image, float32, r = 8 on all linear layers of the blocks: 31
 images (2,015 tokens) and 4 (260). LoRAN forms W0 + s f(B A) for the call, and once more in backward; the branch leaves
-all of it to autograd. Peak memory is the resident memory that three steps need, in a process of its own.
+all of it to autograd. Memory is that of steps in a process of its own, less what it held before them: the peak of what
+is resident, and of what tensors take.
 """
 
 from __future__ import annotations
@@ -53,18 +54,17 @@ def main() -> None:
     for images in (31, 4):
         steps = {arm: step_of(arm, images) for arm in ("lora", "loran", "branch")}
         _, times = alternate(steps, arguments.rounds)
-        memory = {arm: memory_of(step_of, arm, images)[1] for arm in steps}
+        memory = {arm: memory_of(step_of, arm, images) for arm in steps}
         for arm, seconds in times.items():
             record = {
-                **{"arm": arm, "tokens": 65 * images, "seconds": spread(seconds), "memory_mib": memory[arm]},
+                **{"arm": arm, "tokens": 65 * images, "seconds": spread(seconds)},
+                **{"memory_mib": memory[arm].needed, "allocated_mib": memory[arm].allocated},
                 **{"over_lora": ratios(times, arm, "lora"), "over_branch": ratios(times, arm, "branch")},
                 **{"rounds": arguments.rounds, "system_load": other_load(), "environment": environment()},
             }
             append(RESULTS / "loran_speed.json", record)
             lora, other = record["over_lora"]["median"], record["over_branch"]["median"]
-            print(
-                f"{65 * images} tokens {arm:<7} time / LoRA's {lora:.2f}, / the branch's {other:.2f}, {memory[arm]} MiB"
-            )
+            print(f"{65 * images} tokens {arm:<7} time / LoRA's {lora:.2f}, / the branch's {other:.2f}, {memory[arm]}")
 
 
 if __name__ == "__main__":

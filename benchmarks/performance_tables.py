@@ -63,7 +63,8 @@ def peft_rows(records: list[Record]) -> list[list[str]]:
                 _with_spread(r["ratio"]),
                 " / ".join(f"{r[n]['median']:.2f}" for n in ("over_frozen", "peft_over_frozen") if n in r),
                 PEFT_BOUNDS[r["method"], r["precision"]] if r["rank"] == 8 and not r["checkpointing"] else "",
-                f"{r['saved_mib']:.0f} / {r['saved_mib_peft']:.0f}",
+                " / ".join(f"{r[f'saved_mib{of}']:.0f} ({r[f'largest_saved_mib{of}']:.1f})" for of in ("", "_peft")),
+                f"{r['allocated_mib']} / {r['allocated_mib_peft']}" if "allocated_mib" in r else "",
                 f"{r['memory_mib']} / {r['memory_mib_peft']}",
             ]
         )
@@ -121,7 +122,8 @@ def loran_rows(records: list[Record]) -> list[list[str]]:
     rows = []
     for r in _latest(records, lambda r: (r["tokens"], r["arm"])):
         row = [names[r["arm"]], f"{r['tokens']:,}", f"{r['seconds']['median']:.3f}"]
-        rows.append([*row, *(_with_spread(r[k]) for k in ("over_lora", "over_branch")), f"{r['memory_mib']}"])
+        rows.append([*row, *(_with_spread(r[k]) for k in ("over_lora", "over_branch"))])
+        rows[-1] += [f"{r['allocated_mib']}" if "allocated_mib" in r else "", f"{r['memory_mib']}"]
     return rows
 
 

@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     given = parser.parse_args()
     arms = ARMS[given.model]
-    memory = {arm: memory_of(step_of, given.model, arm, given.precision)[0] for arm in arms}
+    memory = {arm: memory_of(step_of, given.model, arm, given.precision).peak for arm in arms}
     first, times = alternate({arm: step_of(given.model, arm, given.precision) for arm in arms}, given.rounds)
     for arm, seconds in times.items():
         trained, file_bytes = sizes(given.model, arm)

@@ -149,8 +149,9 @@ def performance() -> None:
                 "time / peft's",
                 "each / frozen",
                 "bound",
-                "saved, MiB",
-                "peak, MiB",
+                "saved (largest), MiB",
+                "allocated, MiB",
+                "resident, MiB",
             ],
             performance_tables.peft_rows,
         ),
@@ -161,7 +162,7 @@ def performance() -> None:
         ),
         "loran": (
             "loran_speed",
-            ["method", "tokens", "seconds", "time / LoRA's", "time / the branch's", "peak, MiB"],
+            ["method", "tokens", "seconds", "time / LoRA's", "time / the branch's", "allocated, MiB", "resident, MiB"],
             performance_tables.loran_rows,
         ),
         "inference": (

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 
@@ -60,20 +63,39 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], 
     return step
 
 
-def memory_of(make_step: Callable[..., Callable[[], None]], *arguments: Any) -> tuple[int, int]:
-    """MiB of resident memory in a process of their own: the peak of three steps, and how much of it they needed."""
+class Memory(NamedTuple):
+    """What steps take, in MiB."""
+
+    peak: int  # resident, at most, in three steps
+    needed: int  # of it, beyond what was resident before
+    allocated: int  # by tensors, at most, in a fourth step and beyond what was allocated before it
+
+
+def memory_of(make_step: Callable[..., Callable[[], None]], *arguments: Any) -> Memory:
+    """What the steps of a closure take in a process of their own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        peak, before = pool.apply(_memory_of, (make_step, arguments))
-    return round(peak), round(peak - before)
+        return pool.apply(_memory_of, (make_step, arguments))
 
 
-def _memory_of(make_step: Callable[..., Callable[[], None]], arguments: tuple[Any, ...]) -> tuple[float, float]:
+def _memory_of(make_step: Callable[..., Callable[[], None]], arguments: tuple[Any, ...]) -> Memory:
     step = make_step(*arguments)
     peak_memory_mib(reset=True)
     before = peak_memory_mib()
     for _ in range(3):
         step()
-    return peak_memory_mib(), before
+    peak = peak_memory_mib()
+    return Memory(round(peak), round(peak - before), round(_allocated_mib(step)))
+
+
+def _allocated_mib(function: Callable[[], object]) -> float:
+    """The most that tensors take at a time while `function` runs, beyond what they took before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(file))
+        events = json.loads(file.read_text())["traceEvents"]
+    return max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]") / 2**20
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -98,10 +120,11 @@ def saved_for_backward(function: Callable[[], object]) -> tuple[int, int]:
     kept = []
 
     def keep(tensor: Tensor) -> Tensor:
+        alone = tensor.detach()  # an operator that held its own output would never be freed
         if not isinstance(tensor, torch.nn.Parameter):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            kept.append(tensor)  # or its memory would be used again
-        return tensor
+            storages[alone.untyped_storage().data_ptr()] = alone.untyped_storage().nbytes()
+            kept.append(alone)  # or its memory would be used again
+        return alone
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = function()

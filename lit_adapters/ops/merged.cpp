@@ -50,17 +50,6 @@ static inline Floats value(Floats z, Floats sine, const Wave &f) {
     return (float)f.c1 * z + ((float)f.c2 + (float)f.c3 * z) * sine;
 }
 
-// Read and written LANES at a time, the last ones through a copy padded with zeros.
-template <class T> static inline Floats take(const T *from, int64_t i, int64_t end) {
-    return i + LANES <= end ? load(from + i) : load_some(from + i, end - i);
-}
-template <class T> static inline void put(T *to, Floats x, int64_t i, int64_t end) {
-    if (i + LANES <= end)
-        store(to + i, x);
-    else
-        store_some(to + i, x, end - i);
-}
-
 template <class W, class T>
 static void merge(const float *z, const W *w0, T *merged, const Wave *wave, int64_t n, int64_t chunk, int threads) {
     const Wave f = *wave;

@@ -17,7 +17,7 @@ from torch import Tensor
 from lit_adapters.ops import _merged_native as native
 from lit_adapters.ops._transforms import transformed
 
-_BLOCK = 1 << 18  # elements of the weight at a time: temporaries that stay in the cache
+_BLOCK = 1 << 19  # elements of the weight at a time: temporaries that stay in the cache
 
 
 class Update(Protocol):
@@ -88,7 +88,8 @@ def _empty(matrix: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> T
 
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
     # One block when traced: a compiler fuses it, and a loop would be unrolled into the graph.
-    height = rows if torch.compiler.is_compiling() else max(1, _BLOCK // columns)
+    blocks = 1 if torch.compiler.is_compiling() else -(-rows * columns // _BLOCK)
+    height = -(-rows // blocks)  # all alike: a thin last one would keep the threads waiting
     return (slice(i, min(i + height, rows)) for i in range(0, rows, height))
 
 

@@ -1,7 +1,8 @@
 """The gain of an output without its bias, h = y + change (y - bias), in place of `gain (y - bias) + bias`.
 
 Written as a change it is exact where nothing changes, and in bfloat16 keeps a gain close to 1. y is kept for backward.
-Not for the transforms of torch.func (why: low_rank.py).
+One pass of rescaled.cpp each way, or half a dozen PyTorch operations. Not for the transforms of torch.func (why:
+low_rank.py).
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_adapters.ops import _rescaled_native as native
+
 
 class _Rescaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, change: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(y, change, bias)
+        if native.serves(y, change, bias) and (h := native.forward(y, change, bias)) is not None:
+            return h
         h = torch.addcmul(y, y, change.to(y.dtype))
         return h if bias is None else h.sub_((bias * change).to(y.dtype))
 
@@ -23,9 +28,12 @@ class _Rescaled(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         y, change, bias = ctx.saved_tensors
         (g,) = gradients
-        d_y = torch.addcmul(g, g, change.to(g.dtype)) if ctx.needs_input_grad[0] else None
+        needs_y, needs_change, _ = ctx.needs_input_grad
+        if native.serves(y, change, bias) and (found := native.backward(g, y, change, bias, needs_change)) is not None:
+            return *found, None
+        d_y = torch.addcmul(g, g, change.to(g.dtype)) if needs_y else None
         d_change = None
-        if ctx.needs_input_grad[1]:
+        if needs_change:
             rows = tuple(range(y.dim() - 1))
             d_change = (g * y).sum(rows, dtype=change.dtype)
             if bias is not None:

@@ -82,3 +82,14 @@ template <class T> static inline void store_some(T *to, Floats x, int64_t count)
     memcpy(to, padded, count * sizeof(T));
 }
 #endif
+
+// Read and written LANES at a time, the last ones through a copy padded with zeros.
+template <class T> static inline Floats take(const T *from, int64_t i, int64_t end) {
+    return i + LANES <= end ? load(from + i) : load_some(from + i, end - i);
+}
+template <class T> static inline void put(T *to, Floats x, int64_t i, int64_t end) {
+    if (i + LANES <= end)
+        store(to + i, x);
+    else
+        store_some(to + i, x, end - i);
+}

@@ -10,6 +10,7 @@ from lit_adapters.activations.weight_functions import WeightUpdate
 from lit_adapters.ops import _native as native
 from lit_adapters.ops import rational, rational_reference
 from lit_adapters.ops.merged_linear import merged_weight
+from lit_adapters.ops.rescaled import rescaled
 from tests.ops.test_rational import coefficients, normwise
 
 
@@ -39,7 +40,9 @@ def test_a_change_of_what_is_compiled_makes_another(kernels):
     assert len(list(kernels.iterdir())) == 2
 
 
-@pytest.mark.parametrize(("name", "macros"), [("rational", {"M": 3, "N": 2, "ABS_OF_SUM": 1}), ("merged", {})])
+@pytest.mark.parametrize(
+    ("name", "macros"), [("rational", {"M": 3, "N": 2, "ABS_OF_SUM": 1}), ("merged", {}), ("rescaled", {})]
+)
 def test_a_compiler_called_by_its_c_name_serves_too(name, macros, kernels, monkeypatch):
     monkeypatch.setenv("CXX", "gcc")
     native.build(name, **macros)
@@ -65,7 +68,17 @@ def merged_twice():
         return [normwise(merged_weight(matrix, a, b, w, update, torch.float32), expected) for _ in range(2)]
 
 
-KERNELS = {"rational": (rational_twice, {"M": 5, "N": 4, "ABS_OF_SUM": 1}), "merged": (merged_twice, {})}
+def rescaled_twice():
+    y, change, bias = torch.randn(6, 40), torch.randn(40), torch.randn(40)
+    expected = y.double() + change.double() * (y.double() - bias)
+    return [normwise(rescaled(y, change, bias), expected) for _ in range(2)]
+
+
+KERNELS = {
+    "rational": (rational_twice, {"M": 5, "N": 4, "ABS_OF_SUM": 1}),
+    "merged": (merged_twice, {}),
+    "rescaled": (rescaled_twice, {}),
+}
 
 
 @pytest.mark.parametrize("name", list(KERNELS))

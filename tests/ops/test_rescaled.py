@@ -3,7 +3,16 @@
 import pytest
 import torch
 
+from lit_adapters.ops import _native
 from lit_adapters.ops.rescaled import rescaled
+
+
+@pytest.fixture(params=["kernel", "operations"], autouse=True)
+def path(request, monkeypatch):
+    """By rescaled.cpp, or without a compiler."""
+    monkeypatch.setattr(_native, "_broken", set() if request.param == "kernel" else {"rescaled"})
+    if request.param == "kernel":
+        _native.build("rescaled")  # or the other path would be tested twice
 
 
 def formula(y, change, bias):
@@ -41,6 +50,46 @@ def test_first_and_second_derivatives():
     leaves = [y.requires_grad_(), change.requires_grad_()]
     assert torch.autograd.gradcheck(lambda y, c: rescaled(y, c, bias), leaves)
     assert torch.autograd.gradgradcheck(lambda y, c: rescaled(y, c, bias), leaves)
+
+
+def gradients(y, change, bias, upstream):
+    leaves = [y.clone().requires_grad_(), change.clone().requires_grad_()]
+    h = rescaled(*leaves, bias)
+    return [h, *torch.autograd.grad(h, leaves, upstream)]
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    y, upstream, change, bias = (torch.randn(*s) for s in ((301, 515), (301, 515), (515,), (515,)))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append(gradients(y, change, bias, upstream))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_memory_order_and_what_is_not_finite(dtype):
+    y, upstream = torch.randn(12, 40).to(dtype), torch.randn(12, 40).to(dtype)
+    y[0, 0], upstream[3, 1] = float("nan"), float("inf")
+    change, bias = torch.rand(40), torch.randn(40)
+    plain = gradients(y, change, bias, upstream)
+    turned = gradients(*(t.t().contiguous().t() if t.dim() == 2 else t for t in (y, change, bias, upstream)))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    for one, other, spoilt in zip(plain, turned, ([0], [3 * 40 + 1], [0, 1]), strict=True):
+        assert torch.equal(~one.isfinite().flatten(), torch.isin(torch.arange(one.numel()), torch.tensor(spoilt)))
+        finite = one.isfinite()
+        assert torch.equal(finite, other.isfinite())
+        torch.testing.assert_close(one[finite], other[finite], **tolerance)
+
+
+def test_what_needs_no_gradient_gets_none():
+    y, change = torch.randn(5, 8, requires_grad=True), torch.randn(8)
+    rescaled(y, change, None).sum().backward()
+    torch.testing.assert_close(y.grad, (1 + change).expand(5, 8))
+    assert change.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,60 @@
+// The gain of an output in one pass over memory each way, which rescaled.py asks for (_rescaled_native.py):
+//
+//     h = y + c (y - b)          dy = g + c g          dc = sum over rows of g (y - b)
+//
+// y, h and their gradients are (rows, columns), float32 or bfloat16 (uint16_t); c and b (columns), float32.
+#include "vectors.h"
+
+static inline Floats without(Floats y, const float *bias, int64_t i, int64_t end) {
+    return bias ? y - take(bias, i, end) : y;
+}
+
+template <class T>
+static void forward(const T *y, T *h, const float *change, const float *bias, int64_t rows, int64_t columns,
+                    int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        const T *from = y + row * columns;
+        T *to = h + row * columns;
+        for (int64_t i = 0; i < columns; i += LANES) {
+            Floats at = take(from, i, columns);
+            put(to, at + take(change, i, columns) * without(at, bias, i, columns), i, columns);
+        }
+    }
+}
+
+// Rows are taken in chunks of fixed size, whose sums (chunks, columns) do not depend on the number of threads.
+template <class T>
+static void backward(const T *g, const T *y, T *d, float *sums, const float *change, const float *bias, int64_t rows,
+                     int64_t columns, int64_t chunk, int threads) {
+    const int64_t chunks = (rows + chunk - 1) / chunk;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t number = 0; number < chunks; ++number) {
+        const int64_t last = (number + 1) * chunk < rows ? (number + 1) * chunk : rows;
+        float *sum = sums ? sums + number * columns : nullptr;
+        for (int64_t row = number * chunk; row < last; ++row) {
+            const T *from = y + row * columns, *grad = g + row * columns;
+            T *to = d + row * columns;
+            for (int64_t i = 0; i < columns; i += LANES) {
+                Floats slope = take(grad, i, columns);
+                put(to, slope + take(change, i, columns) * slope, i, columns);
+                if (sum) put(sum, take(sum, i, columns) + slope * without(take(from, i, columns), bias, i, columns), i, columns);
+            }
+        }
+    }
+}
+
+#define FUNCTIONS(T, NAME)                                                                                            \
+    void forward_##NAME(const T *y, T *h, const float *change, const float *bias, int64_t rows, int64_t columns,      \
+                        int threads) {                                                                                \
+        forward(y, h, change, bias, rows, columns, threads);                                                          \
+    }                                                                                                                 \
+    void backward_##NAME(const T *g, const T *y, T *d, float *sums, const float *change, const float *bias,           \
+                         int64_t rows, int64_t columns, int64_t chunk, int threads) {                                 \
+        backward(g, y, d, sums, change, bias, rows, columns, chunk, threads);                                         \
+    }
+
+extern "C" {
+FUNCTIONS(float, float32)
+FUNCTIONS(uint16_t, bfloat16)
+}
