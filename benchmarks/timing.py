@@ -121,7 +121,8 @@ def saved_for_backward(function: Callable[[], object]) -> tuple[int, int]:
 
     def keep(tensor: Tensor) -> Tensor:
         alone = tensor.detach()  # an operator that held its own output would never be freed
-        if not isinstance(tensor, torch.nn.Parameter):
+        # Views of parameters too, as the transposed weight that a linear layer keeps, are no copies.
+        if not isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter):
             storages[alone.untyped_storage().data_ptr()] = alone.untyped_storage().nbytes()
             kept.append(alone)  # or its memory would be used again
         return alone

@@ -206,6 +206,8 @@ def test_meta_device_then_empty_then_load(method):
         network = MODELS["vit"].make()
     la.attach(network, ALL[method], train=["head"])
     assert {t.device.type for t in network.state_dict().values()} == {"meta"}
+    images = MODELS["vit"].inputs()
+    assert network(images.to("meta")).shape == source(images).shape
     network.to_empty(device="cpu").load_state_dict(source.state_dict())
     assert torch.equal(MODELS["vit"].run(network), MODELS["vit"].run(source))
     assert frozen_keys(network) == frozen_keys(source)

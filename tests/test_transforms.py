@@ -46,6 +46,18 @@ def test_gradients_of_every_sample(case):
     assert_close({name: g.mean(0) for name, g in each.items()}, expected)
 
 
+# Not for LoRAN, whose backward writes to its results block by block.
+@pytest.mark.parametrize("case", [m for m in ALL if not m.startswith("loran")], indirect=True)
+def test_many_gradients_at_a_time(case):
+    loss, values, images, expected = case
+    leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+    upstream, total = torch.tensor([1.0, -2.0]), loss(leaves, images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that vmap is slow over attention
+        found = torch.autograd.grad(total, list(leaves.values()), upstream, is_grads_batched=True)
+    assert_close({name: g[1] / -2 for name, g in zip(leaves, found, strict=True)}, expected)
+
+
 def test_forward_mode(case):
     loss, values, images, expected = case
     with sdpa_kernel(SDPBackend.MATH):  # the only one of PyTorch's attentions with a forward mode

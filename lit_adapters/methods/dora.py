@@ -23,6 +23,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.keeping import KeepingAdapter
 from lit_adapters.methods.layers import LinearLayer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.ops._autocast import without_autocast
 from lit_adapters.ops._transforms import transformed
 from lit_adapters.ops.rescaled import rescaled
 
@@ -89,10 +90,10 @@ class DoRAAdapter(KeepingAdapter, LowRankAdapter):
 
     def weight_norm(self) -> Tensor:
         """||W0 + s B A|| of every row (out,), float32; a constant for the backward pass."""
-        with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(self.lora_A):
             if not torch.compiler.is_compiling():
                 self._follow_base()
-            a, b, matrix = self.lora_A, self.lora_B, self.base_matrix()
+            a, b, matrix = self.lora_A.float(), self.lora_B.float(), self.base_matrix()
             # The wide product runs in the weight's own dtype: a float32 copy of the weight would cost as much as it.
             half = torch.addmm((matrix @ a.to(matrix.dtype).T).float(), b, a @ a.T, alpha=self.scaling / 2)
             update = 2 * self.scaling * (half * b).sum(1)

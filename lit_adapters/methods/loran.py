@@ -26,6 +26,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.keeping import KeepingAdapter
 from lit_adapters.methods.layers import ConvolutionLayer, LinearLayer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.ops._autocast import without_autocast
 from lit_adapters.ops.merged_linear import merged_linear, merged_weight
 
 _NUDGE = 1e-3  # of B, where f is flat at 0: B A is then this share of a freshly initialised weight
@@ -111,7 +112,7 @@ class LoRANAdapter(KeepingAdapter, LowRankAdapter):
         weight, bias = (None, None) if dropped else (self._parameters["weight"], self._parameters["bias"])
         merged = None if dropped else self._kept(x.dtype)
         if merged is not None and not torch.is_grad_enabled():
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x):
                 y = F.linear(x, merged, None if bias is None else bias.to(x.dtype))
             return y.to(given) if self.layer.keeps_dtype else y
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -134,13 +135,13 @@ class LoRANAdapter(KeepingAdapter, LowRankAdapter):
 
     def _merged(self, dtype: torch.dtype) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
-        with torch.autocast(self.lora_A.device.type, enabled=False):
+        with without_autocast(self.lora_A):
             a, b, frequency = self.lora_A.to(wide), self.lora_B.to(wide), self.frequency.to(wide)
             return merged_weight(self.base_matrix(), a, b, frequency, self.update, dtype)
 
     def _convolution(self, x: Tensor) -> Tensor:
         """The same on a convolution, whose weight is small beside its input: plain autograd."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             change = self.layer.stored(self.base, self.delta_weight(torch.promote_types(x.dtype, torch.float32)))
         if self.dropout > 0 and self.training:
             bias_free = F.dropout(x, self.dropout, True)

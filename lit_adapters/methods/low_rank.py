@@ -17,6 +17,7 @@ from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.keeping import Kept
 from lit_adapters.methods.layers import LinearLayer, matrix_layer, reads_weight
 from lit_adapters.methods.weight_adapter import WeightAdapter
+from lit_adapters.ops._autocast import autocast_dtype
 from lit_adapters.ops._transforms import transformed
 from lit_adapters.ops.low_rank import low_rank_linear
 from lit_adapters.statistics import product_spectrum
@@ -153,13 +154,13 @@ class LowRankAdapter(WeightAdapter):
         weight, bias = base.weight, base.bias
         if not _is_constant(weight) or not (bias is None or _is_constant(bias)):
             return False
-        return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+        return x.dtype == weight.dtype or autocast_dtype(x) is not None
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         """What the base layer computes in, for this input."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # which autocast leaves alone
-            return torch.get_autocast_dtype(kind)
+        dtype = autocast_dtype(x)
+        if dtype is not None and x.dtype != torch.float64:  # which autocast leaves alone
+            return dtype
         return self.layer.compute_dtype(self.base, x)
 
     def _fused(self, x: Tensor, between: Callable[[Tensor], Tensor] | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
+from lit_adapters.ops._autocast import autocast_dtype
 
 
 class PeftAdapter(AdapterModule):
@@ -65,7 +66,7 @@ class PeftAdapter(AdapterModule):
             self.tuner.training = self.training
         y = self.tuner(*args, **kwargs)
         weight = self._parameters.get("weight")
-        if weight is None or not isinstance(y, Tensor) or torch.is_autocast_enabled(y.device.type):
+        if weight is None or not isinstance(y, Tensor) or autocast_dtype(y) is not None:
             return y
         # The adapter's float32 must not widen what a layer in half precision returns.
         widened = y.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from lit_adapters.ops._native import DTYPES, function, library, pointers, threads, usable
+from lit_adapters.ops._native import DTYPES, function, in_memory, library, pointers, threads, usable
 
 NAME = "merged"
 _CHUNK = 1 << 14  # elements a thread takes at a time; sums over chunks do not depend on the number of threads
@@ -15,13 +15,12 @@ _CHUNK = 1 << 14  # elements a thread takes at a time; sums over chunks do not d
 Wave = tuple[float, float, float, float]  # c1, c2, c3 and phase of s f(z) = c1 z + (c2 + c3 z) sin(w z + phase)
 
 
-def serves(z: Tensor, matrix: Tensor | None, merged: Tensor | None) -> bool:
+def serves(z: Tensor, matrix: Tensor | None, merged: Tensor | None, gradient: Tensor | None = None) -> bool:
     """Whether this path can compute; not on a GPU, while traced or differentiated, or in another dtype or order."""
     if not usable(NAME) or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     given = [t for t in (z, matrix, merged) if t is not None]
-    # Of a subclass - a shard, a tensor without values - the memory is not what it seems.
-    plain = all(type(t.detach()) is Tensor and t.device.type == "cpu" and t.is_contiguous() for t in given)
+    plain = in_memory(*given, gradient) and all(t.is_contiguous() for t in given)
     return plain and z.dtype == torch.float32 and all(t.dtype in DTYPES for t in given)
 
 

@@ -110,6 +110,12 @@ def function(functions: ctypes.CDLL, name: str, pointers: int, sizes: int) -> An
     return found
 
 
+def in_memory(*tensors: Tensor | None) -> bool:
+    """Whether all are values in the processor's memory: no shards, stand-ins without values, or batches of vmap."""
+    given = (t for t in tensors if t is not None)
+    return all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and torch._C._has_storage(t) for t in given)
+
+
 def pointers(*tensors: Tensor | None) -> list[int | None]:
     """Where tensors lie in memory; None is no place."""
     return [None if t is None else t.data_ptr() for t in tensors]

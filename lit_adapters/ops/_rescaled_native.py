@@ -5,19 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_adapters.ops._native import DTYPES, function, library, pointers, threads, usable
+from lit_adapters.ops._native import DTYPES, function, in_memory, library, pointers, threads, usable
 
 NAME = "rescaled"
 _CHUNK = 64  # rows whose products are added in float32, one after the other
 
 
-def serves(y: Tensor, change: Tensor, bias: Tensor | None) -> bool:
+def serves(y: Tensor, change: Tensor, bias: Tensor | None, gradient: Tensor | None = None) -> bool:
     """Whether this path can compute; not on a GPU, while traced or differentiated, or in another dtype or order."""
     if not usable(NAME) or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    # Of a subclass - a shard, a tensor without values - the memory is not what it seems.
-    plain = all(type(t.detach()) is Tensor and t.is_cpu for t in (y, change, bias) if t is not None)
-    return plain and y.is_contiguous() and y.dtype in DTYPES and change.dtype == torch.float32
+    plain = in_memory(y, change, bias, gradient) and y.is_contiguous()
+    return plain and y.dtype in DTYPES and change.dtype == torch.float32
 
 
 def _float(bias: Tensor | None) -> Tensor | None:
@@ -44,7 +43,7 @@ def backward(
     gradient, change, bias = gradient.contiguous(), change.contiguous(), _float(bias)
     d_y, columns = torch.empty_like(gradient), y.shape[-1]
     rows = y.numel() // max(1, columns)
-    total = torch.zeros(-(-rows // _CHUNK), columns, device="cpu") if sums else None
+    total = torch.zeros(-(-rows // _CHUNK), columns, dtype=torch.float32, device="cpu") if sums else None
     kernel = function(functions, f"backward_{DTYPES[y.dtype]}", pointers=6, sizes=3)
     kernel(*pointers(gradient, y, d_y, total, change, bias), rows, columns, _CHUNK, threads(y.numel()))
     return d_y, None if total is None else total.sum(0)

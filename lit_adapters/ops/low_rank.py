@@ -1,7 +1,7 @@
 """A frozen linear layer with a low-rank update: y = x W^T + bias + s c B^T, with a code c = x A^T or a function of it.
 
 The update is added into the output of the wide product, in place; so is its part of the gradient of x: no second
-tensor of either size is made. Kept for backward: x in the dtype of the products, A, B and codes (N, r); W is no copy.
+tensor of either size is made. Kept for backward: x in the dtype of the products, W as given, A, B and codes (N, r).
 Thin products are written so that r counts the rows of their result, where BLAS libraries are several times faster.
 
 Without a function between A and B one Function does it all. With one, two Functions share x: `_Down` hands it on beside
@@ -13,12 +13,13 @@ than many of these products, and only serves the transforms of torch.func, under
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lit_adapters.ops._autocast import without_autocast
 
 
 def _down(x: Tensor, a: Tensor) -> Tensor:
@@ -115,12 +116,6 @@ class _Up(torch.autograd.Function):
             weight, code, b = ctx.saved_tensors
             d_x, d_code, d_b = _up_backward(g, weight, code, b, ctx.scale, (needs_x, needs_code, needs_b))
         return d_x, None, None, d_code, d_b, None
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """A context without autocast on the device of `tensor`; where there is none, one that costs nothing."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def low_rank_linear(

@@ -2,7 +2,8 @@
 
 Nothing of the size of the weight outlives the call: backward forms W' again for the gradient of x, and f'(B A) in
 blocks of rows for those of A and B. One product of the layer's size forward, two backward (plus the thin ones). What is
-elementwise takes a dozen PyTorch operations, or one pass of merged.cpp for functions that it knows.
+elementwise takes a dozen PyTorch operations, or one pass of merged.cpp for functions that it knows. Batched gradients
+(`is_grads_batched`) are not supported: backward writes to its results block by block.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_adapters.ops import _merged_native as native
+from lit_adapters.ops._autocast import without_autocast
 from lit_adapters.ops._transforms import transformed
 
 _BLOCK = 1 << 19  # elements of the weight at a time: temporaries that stay in the cache
@@ -69,7 +71,7 @@ def _differentiate(
     z: Tensor, gradient: Tensor, matrix: Tensor | None, merged: Tensor | None, frequency: Tensor, update: Update
 ) -> tuple[Tensor, Tensor | float]:
     """The gradient of z from that of the weight, (rows, in), and the frequency's; writes W0 + s f(z) to `merged`."""
-    if update.wave is not None and native.serves(z, matrix, merged) and gradient.dtype == z.dtype:
+    if update.wave is not None and native.serves(z, matrix, merged, gradient) and gradient.dtype == z.dtype:
         gradient = gradient.contiguous()
         total = native.backward(z, gradient, matrix, merged, update.wave, frequency.item(), update.learns_frequency)
         if total is not None:
@@ -89,7 +91,7 @@ def _empty(matrix: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> T
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
     # One block when traced: a compiler fuses it, and a loop would be unrolled into the graph.
     blocks = 1 if torch.compiler.is_compiling() else -(-rows * columns // _BLOCK)
-    height = -(-rows // blocks)  # all alike: a thin last one would keep the threads waiting
+    height = -(-rows // blocks)  # all about alike: the threads would wait for a thin last one
     return (slice(i, min(i + height, rows)) for i in range(0, rows, height))
 
 
@@ -119,7 +121,7 @@ class _MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # Nothing keeps a caller from running backward under autocast, which would spoil the argument of f.
-        with torch.autocast(gradients[0].device.type, enabled=False):
+        with without_autocast(gradients[0]):
             return _backward(ctx, gradients[0])
 
 
@@ -179,14 +181,14 @@ def merged_linear(
         to_matrix: W0 (out, in) from `weight`.
         merged: W' in the dtype of x, if it is at hand.
     """
-    # F.linear flattens a contiguous input itself, and its output would be a view, which callers may not write to if it
-    # comes out of a Function; ViTs with a class token and Swin V2 do write to it.
     if transformed():
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             matrix, change = _matrix(weight, to_matrix), update.value(b @ a, frequency)
             formed = (change if matrix is None else matrix + change).to(x.dtype)
             return F.linear(x, formed, None if bias is None else bias.to(x.dtype))
+    # F.linear flattens a contiguous input itself, and its output would be a view, which callers may not write to if it
+    # comes out of a Function; ViTs with a class token and Swin V2 do write to it.
     rows = x.reshape(-1, x.shape[-1]) if x.is_contiguous() else x
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y: Tensor = _MergedLinear.apply(rows, weight, bias, a, b, frequency, update, to_matrix, merged)
     return y.view(*x.shape[:-1], y.shape[-1]) if rows is not x else y

@@ -29,15 +29,16 @@ class _Rescaled(torch.autograd.Function):
         y, change, bias = ctx.saved_tensors
         (g,) = gradients
         needs_y, needs_change, _ = ctx.needs_input_grad
-        if native.serves(y, change, bias) and (found := native.backward(g, y, change, bias, needs_change)) is not None:
+        served = native.serves(y, change, bias, g)
+        if served and (found := native.backward(g, y, change, bias, needs_change)) is not None:
             return *found, None
         d_y = torch.addcmul(g, g, change.to(g.dtype)) if needs_y else None
         d_change = None
         if needs_change:
-            rows = tuple(range(y.dim() - 1))
-            d_change = (g * y).sum(rows, dtype=change.dtype)
+            rows = g.reshape(-1, g.shape[-1])
+            d_change = (rows * y.reshape(rows.shape)).sum(0, dtype=change.dtype)
             if bias is not None:
-                d_change = d_change - bias * g.sum(rows, dtype=change.dtype)
+                d_change = d_change - bias * rows.sum(0, dtype=change.dtype)
         return d_y, d_change, None
 
 

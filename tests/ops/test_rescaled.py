@@ -21,7 +21,7 @@ def formula(y, change, bias):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1.2e-2)])
-@pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12), (1, 1), (300, 33)])
+@pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12), (1, 1), (300, 33), (12,), (0, 12)])
 @pytest.mark.parametrize("biased", [True, False])
 def test_agrees_with_float64(shape, biased, dtype, tolerance):
     generator = torch.Generator().manual_seed(0)
@@ -34,7 +34,11 @@ def test_agrees_with_float64(shape, biased, dtype, tolerance):
     wide = [t.detach().double().requires_grad_() for t in (y, change)]
     expected = formula(*wide, None if bias is None else bias.double())
     expected.backward(upstream.double())
-    terms = (upstream.double() * (wide[0] - (0 if bias is None else bias))).abs().flatten(0, -2).sum(0)
+    terms = (upstream.double() * (wide[0] - (0 if bias is None else bias))).abs().reshape(-1, shape[-1]).sum(0)
+    if y.numel() == 0:
+        assert h.shape == y.grad.shape == y.shape
+        assert not change.grad.any()
+        return
     assert h.dtype == y.grad.dtype == dtype
     assert change.grad.dtype == torch.float32
     for got, reference, scale in (
@@ -85,11 +89,48 @@ def test_any_memory_order_and_what_is_not_finite(dtype):
         torch.testing.assert_close(one[finite], other[finite], **tolerance)
 
 
-def test_what_needs_no_gradient_gets_none():
+def test_a_change_without_gradient_costs_no_sums():
     y, change = torch.randn(5, 8, requires_grad=True), torch.randn(8)
-    rescaled(y, change, None).sum().backward()
-    torch.testing.assert_close(y.grad, (1 + change).expand(5, 8))
-    assert change.grad is None
+    h = rescaled(y, change, None)
+    with torch.no_grad():
+        found = h.grad_fn.apply(torch.ones(5, 8))
+    torch.testing.assert_close(found[0], (1 + change).expand(5, 8))
+    assert found[1] is None
+
+
+def test_the_kernel_leaves_second_derivatives_to_autograd():
+    y, change, bias = torch.randn(6, 40, requires_grad=True), torch.randn(40, requires_grad=True), torch.randn(40)
+    first = torch.autograd.grad(rescaled(y, change, bias).square().sum(), change, create_graph=True)[0]
+    found = torch.autograd.grad(first.sum(), [y, change])
+    wide = [t.detach().double().requires_grad_() for t in (y, change)]
+    slope = torch.autograd.grad(formula(*wide, bias).square().sum(), wide[1], create_graph=True)[0]
+    expected = torch.autograd.grad(slope.sum(), wide)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(default):
+    tensors = [torch.randn(*s) for s in ((130, 40), (40,), (40,), (130, 40))]
+    expected = gradients(*tensors)
+    try:
+        torch.set_default_dtype(default)
+        found = gradients(*tensors)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_many_gradients_at_a_time():
+    y, change, upstream = torch.randn(6, 40, requires_grad=True), torch.randn(40), torch.randn(3, 6, 40)
+    (found,) = torch.autograd.grad(rescaled(y, change, None), y, upstream, is_grads_batched=True)
+    torch.testing.assert_close(found, upstream * (1 + change))
+
+
+def test_a_gradient_in_another_memory_order():
+    y, change, bias, upstream = torch.randn(6, 40), torch.randn(40), torch.randn(40), torch.randn(40, 6).t()
+    found, expected = gradients(y, change, bias, upstream), gradients(y, change, bias, upstream.contiguous())
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
