@@ -25,7 +25,7 @@ def _float(bias: Tensor | None) -> Tensor | None:
 
 def forward(y: Tensor, change: Tensor, bias: Tensor | None) -> Tensor | None:
     """y + change (y - bias); None where the kernel cannot be built."""
-    if (functions := library(NAME, "DoRA")) is None:
+    if (functions := library(NAME, "gain of DoRA")) is None:
         return None
     h, columns = torch.empty_like(y), y.shape[-1]
     change, bias = change.contiguous(), _float(bias)
@@ -38,7 +38,7 @@ def backward(
     gradient: Tensor, y: Tensor, change: Tensor, bias: Tensor | None, sums: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """The gradients of y, and of the change if `sums` are wanted; None where the kernel cannot be built."""
-    if (functions := library(NAME, "DoRA")) is None:
+    if (functions := library(NAME, "gain of DoRA")) is None:
         return None
     gradient, change, bias = gradient.contiguous(), change.contiguous(), _float(bias)
     d_y, columns = torch.empty_like(gradient), y.shape[-1]

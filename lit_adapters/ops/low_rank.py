@@ -6,8 +6,8 @@ Thin products are written so that r counts the rows of their result, where BLAS 
 
 Without a function between A and B one Function does it all. With one, two Functions share x: `_Down` hands it on beside
 the code, so that its backward gets the gradient of the wide product and adds to it, and autograd has what lies between.
-Both do the same products in the same order. They take `ctx` in forward: a `setup_context` costs some 50 us a call, more
-than many of these products, and only serves the transforms of torch.func, under which layers take the plain formula.
+Both do the same products in the same order. They take `ctx` in forward: a `setup_context` costs more a call than
+many of these products, and only serves the transforms of torch.func, under which layers take the plain formula.
 """
 
 from __future__ import annotations
