@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from lit_adapters.ops import Denominator, rational
+from lit_adapters.ops import Denominator, fixed_rational, rational
+from lit_adapters.ops._transforms import transformed
+from lit_adapters.ops.kept import Kept
 
 
 class RationalActivation(nn.Module):
@@ -39,15 +45,38 @@ class RationalActivation(nn.Module):
         self.form, self.channel_dim, self.anchor = form, channel_dim, anchor
         self.register_buffer("base_numerator", None if base is None else base[0].detach().clone())
         self.register_buffer("base_denominator", None if base is None else base[1].detach().clone())
+        self._kept: Kept[Callable[[Tensor], Tensor]] = Kept()
 
     def forward(self, x: Tensor) -> Tensor:
-        coefficients = self.numerator.float(), self.denominator.float()
-        if self.anchor is None or self.base_numerator is None or self.base_denominator is None:
-            return rational(x, *coefficients, self.form, self.channel_dim)
-        base = self.base_numerator.float(), self.base_denominator.float()
-        change = rational(x, *coefficients, self.form, self.channel_dim, base=base)
+        change = self._evaluate(x)
+        if self.anchor is None:
+            return change
         y: Tensor = self.anchor(x)
         return y + change.to(y.dtype)
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        """R(x), less that of the base; in use, frozen and without gradients, the function is formed once."""
+        trained = torch.is_grad_enabled() or any(p.requires_grad for p in self._parameters.values() if p is not None)
+        if trained or torch.compiler.is_compiling() or transformed():
+            a, b, base = self._coefficients()
+            return rational(x, a, b, self.form, self.channel_dim, base)
+        made_from = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
+        return self._kept.get(torch.float32, made_from, self._fixed)(x)
+
+    def _fixed(self) -> Callable[[Tensor], Tensor]:
+        a, b, base = self._coefficients()  # copied, as sharding takes the memory of a parameter away
+        base = None if base is None else (base[0].clone(), base[1].clone())
+        return fixed_rational(a.clone(), b.clone(), self.form, self.channel_dim, base)
+
+    def _coefficients(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        base = None
+        if self.base_numerator is not None and self.base_denominator is not None:
+            base = self.base_numerator.float(), self.base_denominator.float()
+        return self.numerator.float(), self.denominator.float(), base
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._kept.clear()  # moving a parameter does not count as writing to it
+        return super()._apply(*args, **kwargs)
 
     def extra_repr(self) -> str:
         groups, degrees = self.numerator.shape[0], (self.numerator.shape[1] - 1, self.denominator.shape[1])

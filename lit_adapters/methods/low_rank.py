@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule, Method
-from lit_adapters.methods.keeping import Kept
 from lit_adapters.methods.layers import LinearLayer, matrix_layer, reads_weight
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops._autocast import autocast_dtype
 from lit_adapters.ops._transforms import transformed
+from lit_adapters.ops.kept import Kept
 from lit_adapters.ops.low_rank import low_rank_linear
 from lit_adapters.statistics import product_spectrum
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from lit_adapters.activations import RationalActivation, fit_for
 from lit_adapters.activations.sensitivity import coefficient_effects
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.keeping import KeepingAdapter
-from lit_adapters.ops import rational
+from lit_adapters.ops import fixed_rational, rational
 from lit_adapters.statistics import drift, histogram, regular_sample, slope_bound
 
 if TYPE_CHECKING:
@@ -162,14 +163,23 @@ class NoRAActivation(KeepingAdapter):
         a, b = self.base_coefficients()
         return a + self._update("numerator"), b + self._update("denominator")
 
-    def _coefficients(self) -> tuple[Tensor, Tensor]:
-        """`coefficients`, formed anew only where they may have changed."""
+    def _subtracted(self) -> tuple[Tensor, Tensor] | None:
+        return self.base_coefficients() if self.config.base == "anchored" else None
+
+    def _fixed(self) -> Callable[[Tensor], Tensor]:
+        a, b = self.coefficients()
+        return fixed_rational(a, b, self.config.denominator, self.channel_dim, self._subtracted())
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        """R(x; a, b), or with base="anchored" its difference from R(x; a0, b0)."""
         if not self.may_keep():
-            return self.coefficients()
+            a, b = self.coefficients()
+            return rational(x, a, b, self.config.denominator, self.channel_dim, self._subtracted())
         # From the table itself: looking attributes up takes longer than the function of a token. Buffers change in
         # calibration alone.
         made_from = [self._parameters[n] for n in self._adapter_parameters]
-        return self.kept.get(torch.float32, made_from, self.coefficients)
+        function: Callable[[Tensor], Tensor] = self.kept.get(torch.float32, made_from, self._fixed)
+        return function(x)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -184,11 +194,9 @@ class NoRAActivation(KeepingAdapter):
                 f"{self.config.groups} groups do not divide the {x.shape[self.channel_dim]} channels of "
                 f"{self.qualified_name!r} (input {tuple(x.shape)}, channel_dim {self.channel_dim})"
             )
-        a, b = self._coefficients()
-        form = self.config.denominator
+        change = self._evaluate(x)
         if self.config.base == "rational":
-            return rational(x, a, b, form, self.channel_dim)
-        change = rational(x, a, b, form, self.channel_dim, base=self.base_coefficients())
+            return change
         y: Tensor = self.base(x)
         return y + change.to(y.dtype)
 

@@ -6,6 +6,7 @@ Any failure to build or load it means, after one warning, the path that needs no
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,33 @@ def forward(
     floats = _floats(coefficients, base)  # alive until the kernel has run
     kernel(*pointers(x, y, *floats), *shape, threads(x.numel()))
     return True
+
+
+class Prepared:
+    """`forward` of coefficients that stay as they are: what does not depend on x is looked up once."""
+
+    def __init__(self, coefficients: Coefficients, base: Coefficients | None, form: str) -> None:
+        self._coefficients, self._base, self._form = coefficients, base, form
+        self._floats: list[Tensor | None] = []  # alive as long as their addresses
+        self._kernels: dict[torch.dtype, Any] = {}  # with those addresses
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """R(x) of a contiguous x (..., D) in the processor's memory; None where this path cannot serve it."""
+        channels, groups = x.shape[-1], self._coefficients[0].shape[0]
+        found = self._kernels.get(x.dtype) or self._find(x.dtype)
+        if found is None or channels < _SHORTEST * groups or not x.numel():
+            return None
+        kernel, addresses = found
+        y, rows = torch.empty_like(x), x.numel() // channels
+        kernel(x.data_ptr(), y.data_ptr(), *addresses, rows, groups, channels // groups, threads(x.numel()))
+        return y
+
+    def _find(self, dtype: torch.dtype) -> tuple[Any, list[int | None]] | None:
+        if dtype not in DTYPES or not usable(NAME) or (functions := _library(self._coefficients, self._form)) is None:
+            return None
+        self._floats = self._floats or _floats(self._coefficients, self._base)
+        kernel = function(functions, f"forward_{DTYPES[dtype]}", pointers=6, sizes=3)
+        return self._kernels.setdefault(dtype, (kernel, pointers(*self._floats)))
 
 
 def backward(

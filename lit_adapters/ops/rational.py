@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -20,11 +21,20 @@ from torch import Tensor
 
 from lit_adapters.ops import _rational_blocks, _rational_native
 from lit_adapters.ops._groups import as_groups, dense, grouped_shape
+from lit_adapters.ops._native import in_memory
 from lit_adapters.ops._rational_math import MAX_DEGREE, sign
 from lit_adapters.ops._transforms import transformed
 
 Denominator = Literal["abs-of-sum", "sum-of-abs"]
-__all__ = ["MAX_DEGREE", "Backend", "Denominator", "rational", "rational_reference", "set_rational_backend"]
+__all__ = [
+    "MAX_DEGREE",
+    "Backend",
+    "Denominator",
+    "fixed_rational",
+    "rational",
+    "rational_reference",
+    "set_rational_backend",
+]
 
 Backend = Literal["auto", "blocks", "triton"]
 
@@ -127,6 +137,28 @@ def rational(
     base_numerator, base_denominator = base if base is not None else (None, None)
     function = _evaluate if _needs_no_operator(x, numerator, denominator) else _rational
     return function(x, numerator, denominator, form, channel_dim, base_numerator, base_denominator)
+
+
+def fixed_rational(
+    numerator: Tensor, denominator: Tensor, form: Denominator, channel_dim: int, base: _Pair | None
+) -> Callable[[Tensor], Tensor]:
+    """`rational` as a function of x alone, of coefficients that nothing will write to.
+
+    For generation: between layers whose weights fill the caches, a call on one token costs what it touches in memory,
+    and `rational` itself touches ten times as much as the arithmetic needs.
+    """
+    prepared = _rational_native.Prepared((numerator, denominator), base, form)
+    at_hand = in_memory(numerator, denominator, *(base or ()))
+
+    def evaluate(x: Tensor) -> Tensor:
+        last = channel_dim == -1 or channel_dim == x.ndim - 1
+        if at_hand and last and _backend == "auto" and _needs_no_operator(x) and x.is_cpu and x.is_contiguous():
+            y = prepared(x)
+            if y is not None:
+                return y
+        return rational(x, numerator, denominator, form, channel_dim, base)
+
+    return evaluate
 
 
 def _by_formula(x: Tensor, coefficients: _Pair, base: _Pair | None, form: Denominator, channel_dim: int) -> Tensor:
