@@ -70,7 +70,7 @@ class Prepared:
         """R(x) of a contiguous x (..., D) in the processor's memory; None where this path cannot serve it."""
         channels, groups = x.shape[-1], self._coefficients[0].shape[0]
         found = self._kernels.get(x.dtype) or self._find(x.dtype)
-        if found is None or channels < _SHORTEST * groups or not x.numel():
+        if found is None or channels % groups or channels < _SHORTEST * groups or not x.numel():
             return None
         kernel, addresses = found
         y, rows = torch.empty_like(x), x.numel() // channels

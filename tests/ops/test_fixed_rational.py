@@ -84,6 +84,11 @@ def test_without_a_compiler(monkeypatch):
     assert torch.equal(y, rational(x, a, b))
 
 
+def test_groups_that_do_not_divide_the_channels_are_refused():
+    with torch.no_grad(), pytest.raises(ValueError, match="4 groups do not divide the 98 channels"):
+        fixed(*coefficients(4))(torch.randn(3, 98))
+
+
 def test_gradients_of_x_are_those_of_the_function():
     a, b = coefficients(4)
     x, function = torch.randn(3, 96, requires_grad=True), fixed(a, b)
