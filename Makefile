@@ -40,6 +40,8 @@ bench: $(ENVIRONMENT)  ## measure everything that docs/ shows: hours
 	$(BIN)/python -m benchmarks.healthy_and_sick --root $(ROOT)/cifar10
 	$(BIN)/python -m benchmarks.against_peft --ranks 4 8 16 64 --precisions fp32 bf16
 	$(BIN)/python -m benchmarks.against_peft --models vit llama --precisions fp32 bf16 --checkpointing
+	$(BIN)/python -m benchmarks.peft_memory --ranks 4 8 16 64 --precisions fp32 bf16
+	$(BIN)/python -m benchmarks.peft_memory --models vit llama --precisions fp32 bf16 --checkpointing
 	for question in rational_speed time_shares loran_speed inference startup growth; do \
 		$(BIN)/python -m benchmarks.$$question || exit 1; done
 	$(BIN)/python -m benchmarks.preferences --root $(ROOT)

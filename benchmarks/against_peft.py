@@ -1,4 +1,4 @@
-"""How long does a training step take, and what does it keep, ours over peft's? Same weights, batch, targets and rank.
+"""How long does a training step take, ours over peft's? Same weights, batch, targets and rank.
 
     python -m benchmarks.against_peft [--models vit llama layer] [--methods lora dora] [--ranks 8] [--precisions fp32]
                                       [--checkpointing] [--rounds 9] [--threads 2]
@@ -6,9 +6,8 @@
 `vit`: ViT-S/16 at 128 px, 64 patches, batch 16; `llama`: the shape of SmolLM2-135M, 4 rows of 128 tokens; `layer`: one
 linear layer of a LLaMA of 1B, 2048 to 8192, 512 tokens. Random weights; r = 8 on all linear layers but the head. A step
 is forward, loss, backward and AdamW. The two take turns in one process with the step that no adapter can do without:
-the frozen model, gradients carried down to the first layer's input. Saved bytes are what autograd keeps between
-forward and backward, parameters apart. Memory is that of steps in a process of its own, less what it held before them:
-the peak of what is resident, and of what tensors take.
+the frozen model, gradients carried down to the first layer's input. Resident memory is the peak of steps in a process
+of its own, less what it held before them; what tensors take, `peft_memory` counts.
 """
 
 from __future__ import annotations
@@ -26,16 +25,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 import lit_adapters as la
-from benchmarks.results_file import RESULTS, append, environment
-from benchmarks.timing import (
-    alternate,
-    memory_of,
-    other_load,
-    ratios,
-    saved_for_backward,
-    spread,
-    training_step,
-)
+from benchmarks.results_file import RESULTS, append, environment, measurable
+from benchmarks.timing import alternate, other_load, ratios, resident_of, spread, training_step
 
 TARGETS = {
     "vit": ["qkv", "attn.proj", "fc1", "fc2"],
@@ -89,11 +80,6 @@ def adapted(model: nn.Module, name: str, library: str, method: str, rank: int) -
     return model.train()
 
 
-def step_of(name: str, library: str, method: str, rank: int, precision: str, checkpointing: bool) -> Callable[[], None]:
-    """A closure that takes a training step."""
-    return training_step(*model_and_loss(name, library, method, rank, precision, checkpointing))
-
-
 def model_and_loss(
     name: str, library: str, method: str, rank: int, precision: str, checkpointing: bool
 ) -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -108,49 +94,61 @@ def model_and_loss(
     return model, loss
 
 
+def step_of(name: str, library: str, method: str, rank: int, precision: str, checkpointing: bool) -> Callable[[], None]:
+    """A closure that takes a training step."""
+    return training_step(*model_and_loss(name, library, method, rank, precision, checkpointing))
+
+
 def measure(name: str, method: str, rank: int, precision: str, checkpointing: bool, rounds: int) -> dict[str, Any]:
     """Both libraries and the frozen model in turns, then each library alone for its memory."""
     rest = (method, rank, precision, checkpointing)
-    pairs = {library: model_and_loss(name, library, *rest) for library in ("ours", "peft")}
-    steps = pairs | {"frozen": model_and_loss(name, "frozen", *rest)}
-    _, times = alternate({library: training_step(*pair) for library, pair in steps.items()}, rounds)
+    steps = {library: step_of(name, library, *rest) for library in ("ours", "peft", "frozen")}
+    _, times = alternate(steps, rounds)
     del steps
-    saved = {library: saved_for_backward(loss) for library, (_, loss) in pairs.items()}
-    memory = {library: memory_of(step_of, name, library, *rest) for library in pairs}
     return {
         **{"model": name, "method": method, "rank": rank, "precision": precision, "checkpointing": checkpointing},
         **{"seconds": spread(times["ours"]), "seconds_peft": spread(times["peft"])},
         "ratio": ratios(times, "ours", "peft"),
         **{"over_frozen": ratios(times, "ours", "frozen"), "peft_over_frozen": ratios(times, "peft", "frozen")},
-        **{"saved_mib": saved["ours"][0] / 2**20, "saved_mib_peft": saved["peft"][0] / 2**20},
-        **{"largest_saved_mib": saved["ours"][1] / 2**20, "largest_saved_mib_peft": saved["peft"][1] / 2**20},
-        **{"memory_mib": memory["ours"].needed, "memory_mib_peft": memory["peft"].needed},
-        **{"allocated_mib": memory["ours"].allocated, "allocated_mib_peft": memory["peft"].allocated},
+        "memory_mib": resident_of(step_of, name, "ours", *rest).needed,
+        "memory_mib_peft": resident_of(step_of, name, "peft", *rest).needed,
         **{"rounds": rounds, "system_load": other_load(), "environment": environment()},
     }
 
 
-def main() -> None:
-    """Measure every combination asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Options that choose combinations."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[8])
     parser.add_argument("--precisions", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
-    for combination in itertools.product(a.models, a.methods, a.ranks, a.precisions):
-        record = measure(*combination, a.checkpointing, a.rounds)
+    return parser
+
+
+def combinations(given: argparse.Namespace) -> list[tuple[str, str, int, str, bool]]:
+    """Model, method, rank, precision and checkpointing of each that was chosen."""
+    return list(itertools.product(given.models, given.methods, given.ranks, given.precisions, [given.checkpointing]))
+
+
+def main() -> None:
+    """Measure every combination asked for."""
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    given.precisions = measurable(given.precisions)
+    for combination in combinations(given):
+        record = measure(*combination, given.rounds)
         append(RESULTS / "against_peft.json", record)
-        memory = [f"{record[name]:.0f} / {record[f'{name}_peft']:.0f}" for name in ("saved_mib", "memory_mib")]
         over = [record[name]["median"] for name in ("ratio", "over_frozen", "peft_over_frozen")]
         print(
-            f"{combination}: {over[0]:.2f} of peft's time, {over[1]:.2f} and peft's {over[2]:.2f} of the frozen step's;"
+            f"{combination}: {over[0]:.2f} of peft's time, {over[1]:.2f} and peft's {over[2]:.2f} of the frozen step's,"
+            f" {record['memory_mib']} and peft's {record['memory_mib_peft']} MiB resident",
+            flush=True,
         )
-        print(f"    MiB saved {memory[0]}, peak {memory[1]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 ViT-S/16 at 128 px with random weights, 65 tokens an image, float32, r = 8 on all linear layers of the blocks: 31
 images (2,015 tokens) and 4 (260). LoRAN forms W0 + s f(B A) for the call, and once more in backward; the branch leaves
 all of it to autograd. Memory is that of steps in a process of its own, less what it held before them: the peak of what
-is resident, and of what tensors take.
+is resident in three, and of what tensors take in two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 import lit_adapters as la
 from benchmarks.results_file import RESULTS, append, environment
-from benchmarks.timing import alternate, memory_of, other_load, ratios, spread, training_step
+from benchmarks.timing import allocated_mib, alone, alternate, other_load, ratios, resident_of, spread, training_step
 from lit_adapters.methods.loran import LoRANAdapter
 
 TARGETS = ["qkv", "attn.proj", "fc1", "fc2"]
@@ -44,6 +44,11 @@ def step_of(arm: str, images: int) -> Callable[[], None]:
     return training_step(model, lambda: F.cross_entropy(model(batch), labels))
 
 
+def allocated_of(arm: str, images: int) -> float:
+    """MiB that tensors take."""
+    return allocated_mib(step_of(arm, images))
+
+
 def main() -> None:
     """Measure and append to results/loran_speed.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,17 +59,18 @@ def main() -> None:
     for images in (31, 4):
         steps = {arm: step_of(arm, images) for arm in ("lora", "loran", "branch")}
         _, times = alternate(steps, arguments.rounds)
-        memory = {arm: memory_of(step_of, arm, images) for arm in steps}
         for arm, seconds in times.items():
             record = {
                 **{"arm": arm, "tokens": 65 * images, "seconds": spread(seconds)},
-                **{"memory_mib": memory[arm].needed, "allocated_mib": memory[arm].allocated},
+                "memory_mib": resident_of(step_of, arm, images).needed,
+                "allocated_mib": alone(allocated_of, arm, images),
                 **{"over_lora": ratios(times, arm, "lora"), "over_branch": ratios(times, arm, "branch")},
                 **{"rounds": arguments.rounds, "system_load": other_load(), "environment": environment()},
             }
             append(RESULTS / "loran_speed.json", record)
             lora, other = record["over_lora"]["median"], record["over_branch"]["median"]
-            print(f"{65 * images} tokens {arm:<7} time / LoRA's {lora:.2f}, / the branch's {other:.2f}, {memory[arm]}")
+            memory = f"{record['allocated_mib']:.0f} MiB allocated, {record['memory_mib']} resident"
+            print(f"{65 * images} tokens {arm:<7} time / LoRA's {lora:.2f}, / the branch's {other:.2f}, {memory}")
 
 
 if __name__ == "__main__":

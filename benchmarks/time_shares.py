@@ -20,7 +20,7 @@ from tqdm import trange
 
 from benchmarks.against_peft import METHODS, TARGETS, step_of
 from benchmarks.performance_tables import KINDS
-from benchmarks.results_file import RESULTS, append, environment
+from benchmarks.results_file import RESULTS, append, environment, measurable
 from benchmarks.timing import other_load, timed
 
 RANK = 8
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     a = parser.parse_args()
     torch.set_num_threads(1)
-    for model, method, precision in itertools.product(a.models, a.methods, a.precisions):
+    for model, method, precision in itertools.product(a.models, a.methods, measurable(a.precisions)):
         record: dict[str, Any] = {"model": model, "method": method, "precision": precision, "rank": RANK}
         for library in ("ours", "peft"):
             record[library] = shares(model, library, method, precision, a.steps)

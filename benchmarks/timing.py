@@ -63,39 +63,49 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], 
     return step
 
 
-class Memory(NamedTuple):
-    """What steps take, in MiB."""
-
-    peak: int  # resident, at most, in three steps
-    needed: int  # of it, beyond what was resident before
-    allocated: int  # by tensors, at most, in a fourth step and beyond what was allocated before it
-
-
-def memory_of(make_step: Callable[..., Callable[[], None]], *arguments: Any) -> Memory:
-    """What the steps of a closure take in a process of their own."""
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_memory_of, (make_step, arguments))
+        return pool.apply(function, arguments)
 
 
-def _memory_of(make_step: Callable[..., Callable[[], None]], arguments: tuple[Any, ...]) -> Memory:
+class Resident(NamedTuple):
+    """Memory of a process that takes three steps, in MiB."""
+
+    peak: int
+    needed: int  # of it, beyond what was resident before them
+
+
+def resident_of(make_step: Callable[..., Callable[[], None]], *arguments: Any) -> Resident:
+    """What three steps of a closure need, the C library's fragments included, in a process of their own."""
+    resident: Resident = alone(_resident_of, make_step, arguments)
+    return resident
+
+
+def _resident_of(make_step: Callable[..., Callable[[], None]], arguments: tuple[Any, ...]) -> Resident:
     step = make_step(*arguments)
     peak_memory_mib(reset=True)
     before = peak_memory_mib()
     for _ in range(3):
         step()
     peak = peak_memory_mib()
-    return Memory(round(peak), round(peak - before), round(_allocated_mib(step)))
+    return Resident(round(peak), round(peak - before))
 
 
-def _allocated_mib(function: Callable[[], object]) -> float:
-    """The most that tensors take at a time while `function` runs, beyond what they took before."""
+def allocated_mib(step: Callable[[], object]) -> float:
+    """The most that tensors take at a time in the first two steps, beyond what there was before.
+
+    The first makes what stays: the optimiser's state, and copies that adapters keep.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
+        step()
+        step()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
-    return max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]") / 2**20
+    largest: int = max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]")
+    return largest / 2**20
 
 
 def spread(values: list[float]) -> dict[str, Any]:

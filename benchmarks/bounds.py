@@ -1,0 +1,155 @@
+"""Every bound on speed and memory beside what was measured last: the first table of docs/performance.md."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from benchmarks.performance_tables import with_spread
+from benchmarks.results_file import RESULTS, load
+
+Record = dict[str, Any]
+MODELS = {"vit": "ViT", "llama": "LLaMA", "layer": "layer"}
+
+
+class Bound(NamedTuple):
+    """At most `limit`, of every one of the things measured: what it is, the value, and how it is shown."""
+
+    quantity: str
+    limit: float
+    measured: list[tuple[str, float, str]]
+
+    def row(self) -> list[str]:
+        """The quantity, its limit, the values, those above it in bold, and how many are not; to two decimals."""
+        met = [round(value, 2) <= self.limit for _, value, _ in self.measured]
+        shown = [
+            f"{name} {text}".strip() if fits else f"**{name} {text}**".replace("** ", "**")
+            for (name, _, text), fits in zip(self.measured, met, strict=True)
+        ]
+        if not met:
+            return [self.quantity, f"{self.limit:.2f}", "not run", ""]
+        answer = "yes" if all(met) else "**no**" if not any(met) else f"**{sum(met)} of {len(met)}**"
+        return [self.quantity, f"{self.limit:.2f}", "; ".join(shown), answer]
+
+
+def _last(file: str, **key: Any) -> list[Record]:
+    """The last record that has these values, or none."""
+    return [r for r in load(RESULTS / f"{file}.json") if key.items() <= r.items()][-1:]
+
+
+def _ratio(name: str, records: list[Record], field: str) -> list[tuple[str, float, str]]:
+    return [(name, r[field]["median"], with_spread(r[field])) for r in records]
+
+
+def _share(name: str, part: float, whole: float) -> tuple[str, float, str]:
+    return name, part / whole, f"{part / whole:.2f}"
+
+
+def bounds() -> list[Bound]:
+    """All of them."""
+    return [*_rational(), *_nora(), *_peft(), *_loran(), *_use(), *_beginning()]
+
+
+def _rational() -> list[Bound]:
+    limits = {
+        "rational": ("Rational function, forward and backward / compiled GELU's", 1.10),
+        "without coefficient gradients": ("the same without coefficient gradients", 1.00),
+        "groups of 24 channels": ("the same in groups of 24 channels", 1.40),
+        "anchored": ("the same, anchored", 1.35),
+        "blocks": ("the same without a C++ compiler", 3.5),
+    }
+    found = []
+    for variant, (quantity, limit) in limits.items():
+        dtypes = ["float32"] if variant == "blocks" else ["float32", "bfloat16"]
+        of = {d: _last("rational_speed", variant=variant, dtype=d, device="cpu") for d in dtypes}
+        found.append(Bound(quantity, limit, [m for d in dtypes for m in _ratio(d, of[d], "over_gelu")]))
+    return found
+
+
+def _nora() -> list[Bound]:
+    limits = {("fp32", "frozen"): 1.05, ("bf16", "frozen"): 1.07, ("fp32", "full"): 0.75, ("bf16", "full"): 0.85}
+    names = {"frozen": "the frozen model's", "full": "full fine-tuning's"}
+    return [
+        Bound(
+            f"NoRA, a step of ViT-S / {names[other]}, {precision}",
+            limit,
+            _ratio("", _last("step_time", model="vit", arm="nora", precision=precision), f"over_{other}"),
+        )
+        for (precision, other), limit in limits.items()
+    ]
+
+
+def _peft() -> list[Bound]:
+    limits = {("LoRA", "fp32"): 0.88, ("LoRA", "bf16"): 0.90, ("DoRA", "fp32"): 0.83, ("DoRA", "bf16"): 0.72}
+    found = []
+    for (method, precision), limit in limits.items():
+        key = {"method": method.lower(), "precision": precision, "rank": 8, "checkpointing": False}
+        of = {name: _last("against_peft", model=model, **key) for model, name in MODELS.items()}
+        times = [m for name, records in of.items() for m in _ratio(name, records, "ratio")]
+        found.append(Bound(f"{method}, a step / peft's, {precision}", limit, times))
+    for precision in ("fp32", "bf16"):
+        key = {"method": "dora", "precision": precision, "rank": 8, "checkpointing": False}
+        tensors, resident = [], []
+        for model, name in MODELS.items():
+            for r in _last("peft_memory", model=model, **key):
+                tensors.append(_share(name, r["ours"]["allocated_mib"], r["peft"]["allocated_mib"]))
+            for r in _last("against_peft", model=model, **key):
+                resident.append(_share(name, r["memory_mib"], r["memory_mib_peft"]))
+        found.append(Bound(f"DoRA, memory of tensors / peft's, {precision}", 0.70, tensors))
+        found.append(Bound(f"DoRA, resident memory / peft's, {precision}", 0.70, resident))
+    return found
+
+
+def _loran() -> list[Bound]:
+    many, few = 2015, 260
+    of = {(arm, n): _last("loran_speed", arm=arm, tokens=n) for arm in ("lora", "loran") for n in (many, few)}
+    memory = [
+        _share(f"{what}, {n:,} tokens", ours[field], lora[field])
+        for field, what in (("allocated_mib", "tensors"), ("memory_mib", "resident"))
+        for n in (many, few)
+        for ours, lora in zip(of["loran", n], of["lora", n], strict=True)
+    ]
+    return [
+        *(
+            Bound(f"LoRAN, a step / LoRA's, {n:,} tokens", limit, _ratio("", of["loran", n], "over_lora"))
+            for n, limit in ((many, 1.40), (few, 1.65))
+        ),
+        Bound(
+            "LoRAN, a step / that of a separate branch",
+            0.65,
+            [m for n in (many, few) for m in _ratio(f"{n:,} tokens", of["loran", n], "over_branch")],
+        ),
+        Bound("LoRAN, memory / LoRA's", 1.05, memory),
+    ]
+
+
+def _use() -> list[Bound]:
+    def ratios(variant: str, name: str = "") -> list[tuple[str, float, str]]:
+        of = {"ViT-S": "vit", "generation": "llama"}
+        return [
+            m
+            for use, model in of.items()
+            for m in _ratio(f"{name} {use}".strip(), _last("inference", model=model, variant=variant), "over_base")
+        ]
+
+    merged = {"LoRA": "lora, merged", "DoRA": "dora, merged", "AFA-LoRA": "afa, merged", "LoRAN": "loran, merged"}
+    return [
+        Bound("A second copy of the base, in use / the base: chance", 1.02, ratios("base, again")),
+        Bound("Merged, in use / the base", 1.02, [m for name, v in merged.items() for m in ratios(v, name)]),
+        Bound("NoRA, in use / the base", 1.05, ratios("nora")),
+    ]
+
+
+def _beginning() -> list[Bound]:
+    records = load(RESULTS / "startup.json")
+    if not records:
+        return []
+    of = {r["what"]: r for r in records}
+    methods = [r for r in of.values() if "attach" in r]
+    slowest = max(methods, key=lambda r: r["attach"]["median"])
+    longest = max(methods, key=lambda r: r["file_bytes"] - r["value_bytes"])
+    rest = (longest["file_bytes"] - longest["value_bytes"]) / 1024
+    return [
+        Bound("Attaching to a LLaMA of 8B, seconds", 2.0, _ratio("at most", [slowest], "attach")),
+        Bound("`import lit_adapters` beyond torch, seconds", 0.3, _ratio("", [of["import"]], "seconds")),
+        Bound("An adapter file beyond its values, KiB", 64, [("at most", rest, f"{rest:.0f}")]),
+    ]
