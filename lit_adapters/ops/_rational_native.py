@@ -19,6 +19,7 @@ _CHUNK = 1 << 15  # elements of a chunk of rows, forward and backward: x, dy and
 _SHORTEST = 8  # elements of a group that stand together; fewer would waste the lanes of a vector
 
 Shape = tuple[int, int, int]  # outer, G, K
+_Kernel = tuple[Any, list[int | None], list[Tensor | None]]  # the coefficients' addresses, and what lies there
 
 
 def serves(x: Tensor, shape: Shape) -> bool:
@@ -63,8 +64,7 @@ class Prepared:
 
     def __init__(self, coefficients: Coefficients, base: Coefficients | None, form: str) -> None:
         self._coefficients, self._base, self._form = coefficients, base, form
-        self._floats: list[Tensor | None] = []  # alive as long as their addresses
-        self._kernels: dict[torch.dtype, Any] = {}  # with those addresses
+        self._kernels: dict[torch.dtype, _Kernel] = {}
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """R(x) of a contiguous x (..., D) in the processor's memory; None where this path cannot serve it."""
@@ -72,17 +72,17 @@ class Prepared:
         found = self._kernels.get(x.dtype) or self._find(x.dtype)
         if found is None or channels % groups or channels < _SHORTEST * groups or not x.numel():
             return None
-        kernel, addresses = found
+        kernel, addresses, _ = found
         y, rows = torch.empty_like(x), x.numel() // channels
         kernel(x.data_ptr(), y.data_ptr(), *addresses, rows, groups, channels // groups, threads(x.numel()))
         return y
 
-    def _find(self, dtype: torch.dtype) -> tuple[Any, list[int | None]] | None:
+    def _find(self, dtype: torch.dtype) -> _Kernel | None:
         if dtype not in DTYPES or not usable(NAME) or (functions := _library(self._coefficients, self._form)) is None:
             return None
-        self._floats = self._floats or _floats(self._coefficients, self._base)
+        floats = _floats(self._coefficients, self._base)
         kernel = function(functions, f"forward_{DTYPES[dtype]}", pointers=6, sizes=3)
-        return self._kernels.setdefault(dtype, (kernel, pointers(*self._floats)))
+        return self._kernels.setdefault(dtype, (kernel, pointers(*floats), floats))
 
 
 def backward(

@@ -144,8 +144,8 @@ def fixed_rational(
 ) -> Callable[[Tensor], Tensor]:
     """`rational` as a function of x alone, of coefficients that nothing will write to.
 
-    For generation: between layers whose weights fill the caches, a call on one token costs what it touches in memory,
-    and `rational` itself touches ten times as much as the arithmetic needs.
+    For generation: between layers whose weights fill the caches, a call on one token costs what it touches in memory
+    more than its arithmetic, and `rational` looks much up that stays the same.
     """
     prepared = _rational_native.Prepared((numerator, denominator), base, form)
     at_hand = in_memory(numerator, denominator, *(base or ()))
