@@ -50,11 +50,6 @@ def rational_rows(records: list[Record]) -> list[list[str]]:
     return rows
 
 
-def has_bfloat16(record: Record) -> bool:
-    """Whether the processor that it was measured on computes in bfloat16; else numbers are converted."""
-    return bool(record["environment"].get("bfloat16"))
-
-
 def combination(record: Record) -> tuple[str, bool, bool, int, str]:
     """Model, checkpointing, whether DoRA, rank and precision, in which order rows come."""
     model, checkpointing, precision = (record[k] for k in ("model", "checkpointing", "precision"))
@@ -71,12 +66,8 @@ def peft_rows(records: list[Record], memory: list[Record]) -> list[list[str]]:
         checkpointing = ", checkpointing" if either["checkpointing"] else ""
         name = f"{METHODS[either['method']]}, r = {either['rank']}"
         row = [either["model"], name, f"{either['precision']}{checkpointing}"]
-        rows.append([*row, *_peft_times(times.get(key)), *_peft_memory(taken.get(key), times.get(key))])
+        rows.append([*row, *_peft_times(times.get(key)), *_peft_memory(taken.get(key))])
     return rows
-
-
-def _mark(record: Record) -> str:
-    return "" if has_bfloat16(record) else " †"
 
 
 def _peft_times(r: Record | None) -> list[str]:
@@ -84,35 +75,30 @@ def _peft_times(r: Record | None) -> list[str]:
         return ["not run", *[""] * 4]
     bound = PEFT_BOUNDS[r["method"], r["precision"]] if r["rank"] == 8 and not r["checkpointing"] else ""
     return [
-        f"{r['seconds']['median']:.3f} / {r['seconds_peft']['median']:.3f}{_mark(r)}",
+        f"{r['seconds']['median']:.3f} / {r['seconds_peft']['median']:.3f}",
         with_spread(r["ratio"]),
         " / ".join(f"{r[n]['median']:.2f}" for n in ("over_frozen", "peft_over_frozen") if n in r),
         bound,
-        f"{r['memory_mib']} / {r['memory_mib_peft']}{_mark(r)}",
+        f"{r['memory_mib']} / {r['memory_mib_peft']}",
     ]
 
 
-def _peft_memory(r: Record | None, time: Record | None) -> list[str]:
-    """What tensors take; where that was not counted again, what was counted beside them."""
-    kinds = ("saved_mib", "largest_saved_mib")
-    if r is not None:
-        saved = [f"{of[kinds[0]]:.0f} ({of[kinds[1]]:.1f})" for of in (r["ours"], r["peft"])]
-        allocated = f"{r['ours']['allocated_mib']:.0f} / {r['peft']['allocated_mib']:.0f}{_mark(r)}"
-        return [" / ".join(saved) + _mark(r), allocated]
-    if time is None or kinds[0] not in time:
+def _peft_memory(r: Record | None) -> list[str]:
+    if r is None:
         return ["not run", "not run"]
-    saved = [f"{time[kinds[0] + of]:.0f} ({time[kinds[1] + of]:.1f})" for of in ("", "_peft")]
-    return [" / ".join(saved) + _mark(time), "not run"]
+    saved = [f"{of['saved_mib']:.0f} ({of['largest_saved_mib']:.1f})" for of in (r["ours"], r["peft"])]
+    return [" / ".join(saved), f"{r['ours']['allocated_mib']:.0f} / {r['peft']['allocated_mib']:.0f}"]
 
 
 def share_rows(records: list[Record]) -> list[list[str]]:
     """A row a combination: milliseconds a step of ours / peft's, by kind of operator."""
     rows = []
-    for r in _latest(records, lambda r: (r["model"], r["method"], r["precision"])):
+    latest = _latest(records, lambda r: (r["model"], r["method"] == "dora", r["precision"]))
+    for r in sorted(latest, key=lambda r: (r["model"], r["method"] == "dora", r["precision"])):
         ours, theirs = r["ours"], r["peft"]
         cells = [f"{ours[kind]:.0f} / {theirs[kind]:.0f}" for kind in KINDS]
         cells.append(f"{sum(ours.values()) / sum(theirs.values()):.2f}")
-        rows.append([f"{r['model']}, {METHODS[r['method']]}, {r['precision']}{_mark(r)}", *cells])
+        rows.append([f"{r['model']}, {METHODS[r['method']]}, {r['precision']}", *cells])
     return rows
 
 

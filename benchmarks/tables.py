@@ -85,12 +85,6 @@ def machine(records: list[dict[str, Any]]) -> str:
     return f"{e['cores']} cores of {e['cpu']}{computes}, {e['threads']} thread(s) a process, {versions}, {e['date']}."
 
 
-def machines(records: list[dict[str, Any]]) -> str:
-    """`machine` of rows without and with a †."""
-    of = {mark: [r for r in records if performance_tables.has_bfloat16(r) == (mark == "")] for mark in ("", "† ")}
-    return "\n\n".join(f"{mark}{machine(rows)}" for mark, rows in of.items() if rows)
-
-
 def accuracy_figure(records: list[dict[str, Any]], path: Path) -> None:
     """Both protocols side by side: bars with standard errors, points for the seeds."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -186,8 +180,7 @@ def performance() -> None:
     }
     for name, (file, header, rows) in sections.items():
         if records := load(RESULTS / f"{file}.json"):
-            where = machines(records) if name in ("peft", "shares") else machine(records)
-            replace_block(page, name, f"{table(header, rows(records))}\n\n{where}")
+            replace_block(page, name, f"{table(header, rows(records))}\n\n{machine(records)}")
     steps = load(RESULTS / "step_time.json")
     for model in dict.fromkeys(r["model"] for r in steps):
         shown = table(*performance_tables.step_table(steps, model))
