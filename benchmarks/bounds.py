@@ -55,7 +55,7 @@ def _rational() -> list[Bound]:
         "without coefficient gradients": ("the same without coefficient gradients", 1.00),
         "groups of 24 channels": ("the same in groups of 24 channels", 1.40),
         "anchored": ("the same, anchored", 1.35),
-        "blocks": ("the same without a C++ compiler", 3.5),
+        "blocks": ("the same without a C++ compiler, float32", 3.5),
     }
     found = []
     for variant, (quantity, limit) in limits.items():
