@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"], choices=["fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=5)
     a = parser.parse_args()
+    if a.steps < 1:
+        parser.error(f"--steps {a.steps} must be at least 1")
     torch.set_num_threads(1)
     for model, method, precision in itertools.product(a.models, a.methods, measurable(a.precisions)):
         record: dict[str, Any] = {"model": model, "method": method, "precision": precision, "rank": RANK}

@@ -40,7 +40,12 @@ def alternate(
 
     Machines drift: the functions take turns, in the opposite order every other round, and one more call of each that is
     not counted comes first.
+
+    Raises:
+        SystemExit: less than two rounds, which have no quartiles.
     """
+    if rounds < 2:
+        raise SystemExit(f"error: {rounds} rounds have no quartiles; take at least 2")
     first = {name: timed(function) for name, function in functions.items()}
     for function in functions.values():
         function()
