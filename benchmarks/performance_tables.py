@@ -90,6 +90,22 @@ def _peft_memory(r: Record | None) -> list[str]:
     return [" / ".join(saved), f"{r['ours']['allocated_mib']:.0f} / {r['peft']['allocated_mib']:.0f}"]
 
 
+def repeated_rows(records: list[Record]) -> list[list[str]]:
+    """A row a combination at r = 8: the ratio of every run, on processors with bfloat16, and on those without."""
+    runs: dict[tuple[str, bool, bool, int, str], tuple[list[str], list[str]]] = {}
+    for r in (r for r in records if r["rank"] == 8 and not r["checkpointing"]):
+        bfloat16 = r["environment"].get("bfloat16")
+        # With bfloat16, records that count bytes too are of the code before LoRA was one Function.
+        if bfloat16 is False or (bfloat16 and "saved_mib" not in r):
+            of = runs.setdefault(combination(r), ([], []))
+            of[0 if bfloat16 else 1].append(f"{r['ratio']['median']:.2f}")
+    rows = []
+    for (model, _, dora, _, precision), of in sorted(runs.items()):
+        cells = [", ".join(ratios) or "not run" for ratios in of]
+        rows.append([f"{model}, {'DoRA' if dora else 'LoRA'}, {precision}", *cells])
+    return rows
+
+
 def share_rows(records: list[Record]) -> list[list[str]]:
     """A row a combination: milliseconds a step of ours / peft's, by kind of operator."""
     rows = []

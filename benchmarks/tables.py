@@ -181,6 +181,9 @@ def performance() -> None:
     for name, (file, header, rows) in sections.items():
         if records := load(RESULTS / f"{file}.json"):
             replace_block(page, name, f"{table(header, rows(records))}\n\n{machine(records)}")
+    header = ["step at r = 8", "processor with bfloat16, each run", "without, each run"]
+    repeated = performance_tables.repeated_rows(load(RESULTS / "against_peft.json"))
+    replace_block(page, "repeated", table(header, repeated))
     steps = load(RESULTS / "step_time.json")
     for model in dict.fromkeys(r["model"] for r in steps):
         shown = table(*performance_tables.step_table(steps, model))
