@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import lit_adapters as la
 from benchmarks.results_file import RESULTS, environment
-from lit_adapters.checkpoint import write_atomically
+from lit_adapters.files.atomic import write_atomically
 from tests.families import FAMILIES, Family
 
 PAGE = Path(__file__).parents[1] / "docs" / "breadth.md"

@@ -24,7 +24,7 @@ import lit_adapters as la
 from benchmarks.language_tuning import DATA
 from benchmarks.results_file import RESULTS, append, environment
 from language.__main__ import main as language
-from lit_adapters.callback.recorder import Recorder
+from lit_adapters.lightning.record.recorder import Recorder
 from lit_adapters.methods.afa import AFAAdapter
 from lit_adapters.methods.nora import NoRAActivation
 from vision.__main__ import main as vision

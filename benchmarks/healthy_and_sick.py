@@ -20,8 +20,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.results_file import RESULTS, append, environment, load
-from lit_adapters.callback.attached import adapter_layers
-from lit_adapters.callback.figures import functions_figure
+from lit_adapters.learned.figures import functions_figure
+from lit_adapters.lightning.attached import adapter_layers
 from lit_adapters.methods.nora import NoRAActivation
 from vision.__main__ import main as vision
 

@@ -28,13 +28,13 @@ import lit_adapters as la
 from benchmarks.cifar10_accuracy import Steps
 from benchmarks.results_file import RESULTS, append, environment, load
 from benchmarks.timing import peak_memory_mib
-from language.__main__ import LanguageCLI
 from language.__main__ import main as language
-from language.asking import Settings
-from language.choice import score_tokens
-from language.evaluate import evaluate
-from language.metrics import held_out_loss, normalised, proportion, rouge, rouge_of_texts, row_losses
-from language.validation import choice_questions
+from language.cli import LanguageCLI
+from language.evaluate.__main__ import evaluate
+from language.evaluate.likelihood import score_tokens
+from language.evaluate.metrics import held_out_loss, normalised, proportion, rouge, rouge_of_texts, row_losses
+from language.evaluate.tasks import Settings
+from language.evaluate.validation import choice_questions
 
 RATES = (5e-4, 2e-3)
 # Recipe, and what is changed in it.

@@ -28,10 +28,10 @@ import lit_adapters as la
 from benchmarks.results_file import RESULTS, append, environment, load
 from benchmarks.smollm2 import RECIPES, EagerSteps, adapters, average
 from benchmarks.timing import peak_memory_mib
-from language.dpo import DPOTuner, preference_loss, wins
-from language.dpo import main as dpo
+from language.dpo.module import DPOTuner, preference_loss, wins
+from language.dpo.module import main as dpo
+from language.evaluate.metrics import Estimate, RowLosses, held_out_loss
 from language.loss import learned_tokens
-from language.metrics import Estimate, RowLosses, held_out_loss
 
 PATH = RESULTS / "preferences.json"
 ARMS = ("untouched", "lora", "afa", "dora", "nora_plus_plus", "loran")

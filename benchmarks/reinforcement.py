@@ -25,9 +25,9 @@ import lit_adapters as la
 from benchmarks.results_file import RESULTS, append, environment, load
 from benchmarks.smollm2 import RECIPES, EagerSteps, adapters, average
 from benchmarks.timing import peak_memory_mib
+from language.evaluate.metrics import Estimate
 from language.generate import generate, prompt_rows
-from language.grpo import main as grpo
-from language.metrics import Estimate
+from language.grpo.module import main as grpo
 
 ARMS = ("lora", "afa", "dora", "nora_plus_plus", "loran")
 STEPS, EVERY = 100, 5  # the curve has means over so many steps

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lit_adapters.checkpoint import write_atomically
+from lit_adapters.files.atomic import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -11,8 +11,8 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 
 from benchmarks.cifar10_accuracy import Steps
-from language.draft import DraftTuner
-from language.metrics import Estimate
+from language.draft.module import DraftTuner
+from language.evaluate.metrics import Estimate
 
 RECIPES = Path(__file__).parents[1] / "configs/language/smollm2"
 

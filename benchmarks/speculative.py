@@ -28,12 +28,12 @@ import lit_adapters as la
 from benchmarks.results_file import RESULTS, append, environment, load
 from benchmarks.smollm2 import RECIPES, EagerSteps, adapters
 from benchmarks.timing import peak_memory_mib
-from language.__main__ import prompt_tokens
-from language.decoding import Settings
-from language.draft import main as draft
-from language.draft import merged_draft
-from language.results import as_plain
-from language.speculative import first_turns, measure
+from language.draft.decoding import Settings
+from language.draft.module import main as draft
+from language.draft.module import merged_draft
+from language.draft.speculative import first_turns, measure
+from language.evaluate.results import as_plain
+from language.prompt import prompt_tokens
 
 RATES = (2e-3, 5e-3)
 STEPS = {"rate": 25, "full": 150}

@@ -9,29 +9,18 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import torch
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from lightning.pytorch.cli import ArgsType
+from transformers import TextStreamer
 
-from language.data import InstructionDataModule
-from language.formats import FORMATS, FormatName, Record
+from language.cli import LanguageCLI
+from language.data.formats import FormatName
+from language.data.module import InstructionDataModule
 from language.generate import generate
-from language.loading import load_tuner
 from language.models import context_length
-from language.module import CausalLMTuner
-from language.templates import Renderer
-from language.tokenise import Encoder
-from lit_adapters.callback import AdapterCLI
-from lit_adapters.callback.console import run
+from language.module import CausalLMTuner, load_tuner
+from language.prompt import prompt_tokens
 from lit_adapters.errors import AdapterError
-
-
-class LanguageCLI(AdapterCLI):
-    """The tokenizer is the model's own."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link what data and model share."""
-        super().add_arguments_to_parser(parser)
-        parser.link_arguments("model.model", "data.tokenizer")
+from lit_adapters.lightning.cli import run
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,33 +61,6 @@ def generate_command(args: Sequence[str]) -> str:
     streamer = TextStreamer(tuner.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
     torch.manual_seed(given.seed)
     return generate(tuner.model, tuner.tokenizer, [row], given.max_new_tokens, given.temperature, streamer)[0]
-
-
-def prompt_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, name: FormatName | None, chat: bool, room: int
-) -> list[int]:
-    """The tokens of a prompt, framed as `language.data` frames it in training; at most `room`.
-
-    Args:
-        tokenizer: the model's own.
-        prompt: an instruction, question, message or text, whatever the format asks for.
-        name: the format; None takes the prompt as it is.
-        chat: frame by the tokenizer's chat template; format chat always does.
-        room: most tokens.
-
-    Raises:
-        DataError: the prompt is longer, or there is no chat template where one is needed.
-    """
-    if name is None and not chat:
-        return list(tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]
-    end: Any = tokenizer.eos_token
-    renderer = Renderer(tokenizer, end, name or "chat", chat=chat)
-    if name in FORMATS:
-        record = Record({FORMATS[name].fields[0]: prompt, FORMATS[name].optional: ""}, origin="--prompt")
-    else:
-        record = Record(messages=(("user", prompt), ("assistant", "")), origin="--prompt")
-    end_id: Any = tokenizer.eos_token_id
-    return Encoder(tokenizer, end_id, room, True, plain=not renderer.chat).prompt(renderer.example(record))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import torch
 
 import lit_adapters as la
 from language.__main__ import main as language
+from language.evaluate.metrics import Estimate, RowLosses, held_out_loss, row_losses
 from language.generate import generate, prompt_rows
-from language.metrics import Estimate, RowLosses, held_out_loss, row_losses
 from language.models import create_model
 
 CONFIG = Path(__file__).parents[1] / "configs" / "language" / "smollm2" / "afa.yaml"

@@ -12,8 +12,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from language.loss import IGNORED, Batch
 from language.models import context_length
-from lit_adapters.control import evaluating
 from lit_adapters.errors import AdapterError, DataError
+from lit_adapters.model.modes import evaluating
 
 
 def generate(

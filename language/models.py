@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from language.gguf_files import converted
-from lit_adapters.assets import is_package_address, resolve
-from lit_adapters.callback.hub import short_hub_waits
+from lit_adapters.assets.hub import short_hub_waits
+from lit_adapters.assets.package_index import is_package_address, resolve
 from lit_adapters.errors import AdapterError, AssetError
-from lit_adapters.methods.layers import is_quantised, stop_repacking
+from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
 
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_ADDRESS = (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -25,8 +26,10 @@ from language.models import (
     create_tokenizer,
     vocabulary_size,
 )
+from lit_adapters.errors import AdapterError
+from lit_adapters.files.adapters import check_whole
 from lit_adapters.methods.base import to_methods
-from lit_adapters.sharding import refuse_sharded, shard
+from lit_adapters.model.sharding import refuse_sharded, shard
 
 
 class TokenLoss(Metric):
@@ -58,7 +61,7 @@ class CausalLMTuner(LightningModule):
     which begin anew with each document, in the place of attention_mask. Labels stand at the places of their own tokens.
 
     Optimiser and schedule come from the YAML of `python -m language`. In Python give the model a
-    `configure_optimizers`; `lit_adapters.callback.build_optimizers` makes what it returns from the same sections.
+    `configure_optimizers`; `lit_adapters.lightning.build_optimizers` makes what it returns from the same sections.
 
     Args:
         model: name, directory or file; see `language.models.create_model`.
@@ -256,3 +259,28 @@ def frequencies_kept(model: nn.Module) -> Iterator[None]:
         after = getattr(module, name)
         if after.dtype != before.dtype:
             setattr(module, name, before.to(after.device))
+
+
+Tuner = TypeVar("Tuner", bound=CausalLMTuner)
+
+
+def load_tuner(path: Path, kind: type[Tuner], command: str) -> Tuner:
+    """The tuner on the CPU.
+
+    Args:
+        path: what --ckpt was given.
+        kind: its class.
+        command: the module whose `fit` writes such checkpoints.
+
+    Raises:
+        AdapterError: the file is missing, torn or another class's.
+    """
+    if not path.is_file():
+        raise AdapterError(f"--ckpt {str(path)!r} does not exist; give a file that a fit has written")
+    check_whole(path, "--ckpt ")
+    try:
+        return kind.load_from_checkpoint(path, map_location="cpu")
+    except AdapterError:
+        raise
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise AdapterError(f"--ckpt {str(path)!r} is no checkpoint of `python -m {command} fit`: {error}") from error

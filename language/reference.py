@@ -11,9 +11,9 @@ from torch.func import functional_call
 
 import lit_adapters as la
 from language.loss import Batch, read
-from lit_adapters.attach import attachment
-from lit_adapters.control import evaluating
 from lit_adapters.errors import AdapterError
+from lit_adapters.model.attach import attachment
+from lit_adapters.model.modes import evaluating
 
 
 class _Reader(nn.Module):

@@ -7,19 +7,19 @@ print(la.attach(model, la.NoRA(groups=8, rank=3), train=["head"]))
 
 from typing import TYPE_CHECKING, Any
 
-from lit_adapters import schedules
+from lit_adapters import renamed, schedules
 from lit_adapters.activations import RationalActivation
-from lit_adapters.attach import adapters, attach, detach
-from lit_adapters.checkpoint import load_adapters, save_adapters
-from lit_adapters.control import calibrate, disabled, set_progress, verify
 from lit_adapters.errors import AdapterError, AssetError, DataError, TargetsNotFound
-from lit_adapters.merge import MergeReport, merge, unmerge
+from lit_adapters.files.adapters import load_adapters, save_adapters
+from lit_adapters.files.peft import export_peft, import_peft
 from lit_adapters.methods import AdapterModule, AFALoRA, DoRA, LoRA, LoRAN, Method, NoRA, NoRAPlusPlus, Peft
-from lit_adapters.peft_format import export_peft, import_peft
-from lit_adapters.report import AdapterReport
+from lit_adapters.model.attach import adapters, attach, detach
+from lit_adapters.model.merge import MergeReport, merge, unmerge
+from lit_adapters.model.modes import calibrate, disabled, set_progress, verify
+from lit_adapters.model.report import AdapterReport
 
 if TYPE_CHECKING:
-    from lit_adapters.callback import AdapterCallback, ResumableLoader
+    from lit_adapters.lightning import AdapterCallback, ResumableLoader
 
 __all__ = [
     "AFALoRA",
@@ -49,6 +49,7 @@ __all__ = [
     "import_peft",
     "load_adapters",
     "merge",
+    "renamed",
     "save_adapters",
     "schedules",
     "set_progress",
@@ -60,7 +61,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import what needs Lightning, and Lightning with it, only when asked for."""
     if name in ("AdapterCallback", "ResumableLoader"):
-        from lit_adapters import callback
+        from lit_adapters import lightning
 
-        return getattr(callback, name)
+        return getattr(lightning, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

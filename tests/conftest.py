@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU, if it is imported after this
 
-from lit_adapters.cli import main
+from lit_adapters.cli.commands import main
 
 # The networks are tiny: a second thread costs more than it brings, much more on a busy machine.
 torch.set_num_threads(1)

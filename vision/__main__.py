@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
-from lit_adapters.callback import AdapterCLI
-from lit_adapters.callback.console import run
+from lit_adapters.lightning import AdapterCLI
+from lit_adapters.lightning.cli import run
 from vision.data import CIFARDataModule
 from vision.module import ViTClassifier
 

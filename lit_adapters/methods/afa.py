@@ -19,11 +19,11 @@ from lit_adapters.activations import fit_for
 from lit_adapters.activations.annealed import SIGMAS, annealed
 from lit_adapters.activations.sensitivity import coefficient_effects
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.layers import LinearLayer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.methods.matrix_layers import LinearLayer
 from lit_adapters.ops import rational
+from lit_adapters.ops.statistics import regular_sample
 from lit_adapters.schedules import Linear, Schedule, to_schedule
-from lit_adapters.statistics import regular_sample
 
 RATIONAL = "rational"
 _RANGE = (-6.0, 6.0)  # of the fit of a learnable activation

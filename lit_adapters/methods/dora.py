@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.keeping import KeepingAdapter
-from lit_adapters.methods.layers import LinearLayer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.methods.matrix_layers import LinearLayer
 from lit_adapters.ops._autocast import without_autocast
 from lit_adapters.ops._transforms import transformed
 from lit_adapters.ops.rescaled import rescaled

@@ -16,8 +16,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lit_adapters.methods.layers import LinearLayer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.methods.matrix_layers import LinearLayer
 
 
 @dataclass

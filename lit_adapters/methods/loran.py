@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from lit_adapters.activations.weight_functions import WEIGHT_FUNCTIONS, WeightUpdate
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.keeping import KeepingAdapter
-from lit_adapters.methods.layers import ConvolutionLayer, LinearLayer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.methods.matrix_layers import ConvolutionLayer, LinearLayer
 from lit_adapters.ops._autocast import without_autocast
 from lit_adapters.ops.merged_linear import merged_linear, merged_weight
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule, Method
-from lit_adapters.methods.layers import LinearLayer, matrix_layer, reads_weight
+from lit_adapters.methods.matrix_layers import LinearLayer, matrix_layer, reads_weight
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops._autocast import autocast_dtype
 from lit_adapters.ops._transforms import transformed
 from lit_adapters.ops.kept import Kept
 from lit_adapters.ops.low_rank import low_rank_linear
-from lit_adapters.statistics import product_spectrum
+from lit_adapters.ops.statistics import product_spectrum
 
 _NEGLIGIBLE = 1e-7  # of the largest singular value: directions of smaller ones are rounding errors of float32 factors
 

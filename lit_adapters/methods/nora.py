@@ -18,21 +18,30 @@ coefficients directly (without alpha/r). Trained as a function it is not mergeab
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lit_adapters.activations import is_known_activation
+from lit_adapters.activations import RationalActivation, fit_for, is_known_activation
+from lit_adapters.activations.sensitivity import coefficient_effects
 from lit_adapters.errors import AdapterError
-from lit_adapters.layout import channel_layout
 from lit_adapters.methods.base import AdapterModule, Method
-from lit_adapters.methods.nora_activation import PRESET_RANGE, NoRAActivation
-from lit_adapters.ops import Denominator
+from lit_adapters.methods.channels import channel_layout
+from lit_adapters.methods.keeping import KeepingAdapter
+from lit_adapters.ops import Denominator, fixed_rational, rational
 from lit_adapters.ops.rational import MAX_DEGREE
+from lit_adapters.ops.statistics import drift, histogram, regular_sample, slope_bound
+
+PRESET_RANGE = (-6.0, 6.0)
+_GRID = 256  # points on which functions and densities are kept
+_SAMPLE = 1 << 14  # inputs that an observation looks at
+_ASSUMED_STD = 2.0  # of pre-activations before any were seen; normal with mean 0
+_LEAST_SPREAD = 1e-3  # of inputs to calibrate on
 
 
 @dataclass
@@ -126,3 +135,275 @@ def _interval(ends: object) -> tuple[float, float]:
         if -math.inf < low < high < math.inf:
             return low, high
     raise AdapterError(f"fit_range {ends!r} must be an interval (low, high) or 'calibrate'")
+
+
+class NoRAActivation(KeepingAdapter):
+    """One adapted activation: (..., D, ...) -> the same shape and dtype."""
+
+    method = "nora"
+    decays = False
+    base_numerator: Tensor
+    base_denominator: Tensor
+    numerator_scale: Tensor
+    denominator_scale: Tensor
+    fit_range: Tensor
+    grid_range: Tensor
+    density: Tensor
+    calibrated: Tensor
+
+    def __init__(self, base: nn.Module, config: NoRA, channel_dim: int, device: torch.device) -> None:
+        # A copy, because one activation object may serve several layers.
+        super().__init__(copy.copy(base))
+        self.__dict__["original"] = base
+        if getattr(base, "inplace", False):  # would overwrite the input that backward needs
+            self.base.inplace = False  # type: ignore[assignment]
+        self.config, self.channel_dim = config, channel_dim
+        m, n = config.degrees
+        for part, width in (("numerator", m + 1), ("denominator", n)):
+            self.add_buffer(f"base_{part}", torch.zeros(width, device=device))
+            self.add_buffer(f"{part}_scale", torch.ones(width, device=device))
+            if config.rank is None:
+                self.add_parameter(f"{part}_delta", torch.empty(config.groups, width, device=device))
+            else:
+                self.add_parameter(f"{part}_A", torch.empty(config.rank, width, device=device))
+                self.add_parameter(f"{part}_B", torch.empty(config.groups, config.rank, device=device))
+        self.add_buffer("fit_range", torch.zeros(2, device=device))
+        self.add_buffer("grid_range", torch.zeros(2, device=device))
+        self.add_buffer("density", torch.zeros(_GRID, device=device))
+        self.add_buffer("calibrated", torch.tensor(False, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A Kaiming-uniform, B (or the direct update) zero; inputs assumed normal until calibrated."""
+        for name, parameter in self.adapter_parameters().items():
+            if name.endswith("_A"):
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+            else:
+                nn.init.zeros_(parameter)
+        spread = 5 * _ASSUMED_STD
+        x = torch.linspace(-spread, spread, 2001, dtype=torch.float64, device="cpu")
+        interval = PRESET_RANGE if isinstance(self.config.fit_range, str) else self.config.fit_range
+        self._fit(interval, x, torch.exp(-0.5 * (x / _ASSUMED_STD) ** 2), (-spread, spread), None)
+        with torch.no_grad():
+            self.calibrated.fill_(False)
+        self._awaits_calibration = self.config.fit_range == "calibrate"
+
+    @property
+    def awaits_calibration(self) -> bool:
+        return self._awaits_calibration
+
+    def calibrate(self, values: Tensor) -> None:
+        """Take the density of the inputs, and with fit_range="calibrate" their range, from a sample (N,).
+
+        Raises:
+            AdapterError: the coefficients have already moved, or the sample is empty, constant or not finite.
+        """
+        moved = [n for n, p in self.adapter_parameters().items() if not n.endswith("_A") and p.detach().any()]
+        if moved:
+            raise AdapterError(
+                f"{self.qualified_name!r} has been trained ({moved[0]} is not zero): calibrating now would change its "
+                "function. Calibrate once, right after attach"
+            )
+        values = values.detach().double().flatten().cpu()
+        if not torch.isfinite(values).all() or len(values) < 2:
+            raise AdapterError(f"the inputs seen by {self.qualified_name!r} are empty or not finite; check the batches")
+        sample = values[:: max(1, len(values) // 1_000_000)]
+        span = (torch.quantile(sample, 5e-4).item(), torch.quantile(sample, 1 - 5e-4).item())
+        if span[1] - span[0] < _LEAST_SPREAD:
+            raise AdapterError(
+                f"the inputs seen by {self.qualified_name!r} are constant, {span[0]:g}: nothing can be measured on "
+                "them. Give batches of real data, or exclude this layer"
+            )
+        histogram = torch.histc(values, bins=_GRID, min=span[0], max=span[1])
+        if isinstance(self.config.fit_range, str):
+            self._fit(span, values, torch.ones_like(values), span, histogram, histogram)
+        else:
+            self._fit(self.config.fit_range, values, torch.ones_like(values), span, None, histogram)
+        self.calibrated.fill_(True)
+        self._awaits_calibration = False
+
+    def _fit(
+        self,
+        interval: tuple[float, float],
+        x: Tensor,
+        weights: Tensor,
+        grid_range: tuple[float, float],
+        fit_density: Tensor | None,
+        density: Tensor | None = None,
+    ) -> None:
+        """Set the base coefficients for `interval`, and the scales for inputs x (N,) with `weights` (N,)."""
+        config = self.config
+        fit = fit_for(self.base_copy(), interval, config.degrees, config.denominator, density=fit_density)
+        grid = torch.linspace(*grid_range, _GRID, dtype=torch.float64, device="cpu")
+        if density is None:
+            density = torch.exp(-0.5 * (grid / _ASSUMED_STD) ** 2)
+        with torch.no_grad():
+            for buffer, values in (
+                (self.base_numerator, fit.numerator),
+                (self.base_denominator, fit.denominator),
+                (self.fit_range, interval),
+                (self.grid_range, grid_range),
+            ):
+                buffer.copy_(torch.tensor(values, device="cpu"))
+            self.density.copy_(density / density.sum())
+            if config.scaling == "density":
+                effect_a, effect_b = coefficient_effects(x, weights, fit)
+                self.numerator_scale.copy_(config.scale / effect_a)
+                self.denominator_scale.copy_(config.scale / effect_b)
+        self.kept.clear()
+
+    def _update(self, part: str) -> Tensor:
+        config = self.config
+        if config.rank is None:
+            update = getattr(self, f"{part}_delta")
+        else:
+            # Written as a product and a sum, which autocast leaves in float32; the factors are tiny.
+            b, a = getattr(self, f"{part}_B"), getattr(self, f"{part}_A")
+            update = (b.unsqueeze(-1) * a).sum(1) * (config.alpha / config.rank)
+        scaled: Tensor = update * getattr(self, f"{part}_scale")
+        return scaled
+
+    def base_coefficients(self) -> tuple[Tensor, Tensor]:
+        """The frozen fit of the pretrained activation, repeated for every group: (G, m+1) and (G, n)."""
+        groups = self.config.groups
+        return self.base_numerator.expand(groups, -1), self.base_denominator.expand(groups, -1)
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """The effective numerator (G, m+1) and denominator (G, n), float32 and differentiable."""
+        a, b = self.base_coefficients()
+        return a + self._update("numerator"), b + self._update("denominator")
+
+    def _subtracted(self) -> tuple[Tensor, Tensor] | None:
+        return self.base_coefficients() if self.config.base == "anchored" else None
+
+    def _fixed(self) -> Callable[[Tensor], Tensor]:
+        a, b = self.coefficients()
+        return fixed_rational(a, b, self.config.denominator, self.channel_dim, self._subtracted())
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        """R(x; a, b), or with base="anchored" its difference from R(x; a0, b0)."""
+        if not self.may_keep():
+            a, b = self.coefficients()
+            return rational(x, a, b, self.config.denominator, self.channel_dim, self._subtracted())
+        # From the table itself: looking attributes up takes longer than the function of a token. Buffers change in
+        # calibration alone.
+        made_from = [self._parameters[n] for n in self._adapter_parameters]
+        function: Callable[[Tensor], Tensor] = self.kept.get(torch.float32, made_from, self._fixed)
+        return function(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return self.base(x)
+        if self.training and self._awaits_calibration:
+            raise AdapterError(
+                f"{self.qualified_name!r} has fit_range='calibrate' and was not calibrated; call "
+                "lit_adapters.calibrate(model, batches) before training, or train with AdapterCallback, which does"
+            )
+        if x.shape[self.channel_dim] % self.config.groups:
+            raise AdapterError(
+                f"{self.config.groups} groups do not divide the {x.shape[self.channel_dim]} channels of "
+                f"{self.qualified_name!r} (input {tuple(x.shape)}, channel_dim {self.channel_dim})"
+            )
+        change = self._evaluate(x)
+        if self.config.base == "rational":
+            return change
+        y: Tensor = self.base(x)
+        return y + change.to(y.dtype)
+
+    def grid(self) -> Tensor:
+        """The points (D,) that `density` belongs to, float64 on the CPU."""
+        low, high = self.grid_range.tolist()
+        return torch.linspace(low, high, _GRID, dtype=torch.float64, device="cpu")
+
+    @torch.no_grad()
+    def learned_change(self, x: Tensor, coefficients: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """R(x; a, b) - R(x; a0, b0) of every group at inputs x (D,): (G, D), float64 on the CPU.
+
+        What training did, without the error of the fit that it started from; zero at the start. `coefficients` are
+        those of another moment, (G, m+1) and (G, n).
+        """
+        a, b = (c.double().cpu() for c in coefficients or self.coefficients())
+        a0, b0 = (c.double().cpu() for c in self.base_coefficients())
+        columns = x[:, None].expand(-1, self.config.groups)
+        return rational(columns, a, b, self.config.denominator, base=(a0, b0)).T
+
+    @torch.no_grad()
+    def functions(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Grid (D,), the pretrained activation on it (D,), and the G current functions (G, D), float64 on the CPU."""
+        grid = self.grid()
+        initial = self.base(grid)
+        if self.config.base == "anchored":
+            return grid, initial, initial + self.learned_change(grid)
+        a, b = (c.double().cpu() for c in self.coefficients())
+        columns = grid[:, None].expand(-1, self.config.groups)
+        return grid, initial, rational(columns, a, b, self.config.denominator).T
+
+    def group_drift(self) -> Tensor:
+        """Drift of each group's function from the pretrained activation, relative to it, (G,)."""
+        _, initial, current = self.functions()
+        return drift(current, initial, self.density.double().cpu()).relative
+
+    def statistics(self) -> dict[str, float]:
+        """How the functions differ from the pretrained activation; over the groups, the one that differs most.
+
+        drift, relative_drift, sup_drift as in `lit_adapters.statistics.drift`, under the layer's density; max_slope:
+        max |phi'| on the grid, and relative_max_slope: that over the pretrained one's. (min Q would be Q(0) = 1.)
+        """
+        grid, initial, current = self.functions()
+        moved = drift(current, initial, self.density.double().cpu())
+        slope = slope_bound(current, grid).max()
+        return {
+            "drift": moved.l2.max().item(),
+            "relative_drift": moved.relative.max().item(),
+            "sup_drift": moved.sup.max().item(),
+            "max_slope": slope.item(),
+            "relative_max_slope": (slope / slope_bound(initial, grid)).item(),
+        }
+
+    def singular_values(self) -> dict[str, Tensor]:
+        """Of the updates of numerator (G, m+1) and denominator (G, n), in the units that train.
+
+        With scaling="density" that is the effect of each coefficient on the function, otherwise the coefficient itself.
+        """
+        with torch.no_grad():
+            updates = {p: self._update(p) / getattr(self, f"{p}_scale") for p in ("numerator", "denominator")}
+        return {part: torch.linalg.svdvals(update.double().cpu()) for part, update in updates.items()}
+
+    def input_histogram(self, x: Tensor) -> Tensor:
+        """Counts of a regular sample of x: below the grid, in each of its parts, above it; (D + 2,) on the CPU."""
+        low, high = self.grid_range.tolist()
+        return histogram(regular_sample(x, _SAMPLE), low, high, _GRID).cpu()
+
+    def observe(self, x: Tensor) -> dict[str, float]:
+        """outside_range: share of the inputs outside the interval of the fit."""
+        values = regular_sample(x, _SAMPLE)
+        low, high = self.fit_range.tolist()
+        return {"outside_range": ((values < low) | (values > high)).float().mean().item()}
+
+    def folded(self) -> RationalActivation:
+        """The same function with plain coefficients: no factors, no configuration."""
+        anchored = self.config.base == "anchored"
+        with torch.no_grad():
+            a, b = self.coefficients()
+            activation = RationalActivation(
+                a,
+                b,
+                self.config.denominator,
+                self.channel_dim,
+                anchor=self.base_copy() if anchored else None,
+                base=self.base_coefficients() if anchored else None,
+            )
+        return activation.requires_grad_(False).train(self.training)
+
+    def unwrapped(self) -> nn.Module:
+        original: nn.Module = self.__dict__["original"]
+        return original.train(self.training)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.config.fit_range == "calibrate" and not self.calibrated.is_meta:
+            self._awaits_calibration = not self.calibrated.item()
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"{type(self.base).__name__}, groups={c.groups}, rank={c.rank}, degrees={c.degrees}, base={c.base}"

@@ -20,7 +20,7 @@ from torch import nn
 
 from lit_adapters.errors import AdapterError, TargetsNotFound
 from lit_adapters.methods.base import AdapterModule, Method
-from lit_adapters.methods.layers import is_quantised, stop_repacking
+from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
 from lit_adapters.methods.peft_adapter import PeftAdapter
 
 _ADAPTER = "default"  # peft's name for the first adapter of a layer

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
-from lit_adapters.methods.layers import LinearLayer
+from lit_adapters.methods.matrix_layers import LinearLayer
 
 
 class WeightAdapter(AdapterModule):

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import lit_adapters as la
-from language.__main__ import main, prompt_tokens
+from language.__main__ import main
 from language.models import create_tokenizer
-from lit_adapters.callback.console import run
+from language.prompt import prompt_tokens
+from lit_adapters.lightning.cli import run
 from tests.language.tiny import CONFIGS, QUIET, ROWS, built, data, moved, quick_main, trainer
 
 LORA = str(CONFIGS / "smoke/lora.yaml")

@@ -19,7 +19,7 @@ from language.models import (
     create_tokenizer,
     vocabulary_size,
 )
-from lit_adapters.assets import resolve
+from lit_adapters.assets.package_index import resolve
 
 TOKENS = torch.arange(24).view(2, 12)
 

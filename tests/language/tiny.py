@@ -11,10 +11,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lit_adapters as la
-from language.__main__ import LanguageCLI, main
-from language.data import InstructionDataModule
+from language.__main__ import main
+from language.cli import LanguageCLI
+from language.data.module import InstructionDataModule
 from language.module import CausalLMTuner
-from lit_adapters.callback import build_optimizers
+from lit_adapters.lightning import build_optimizers
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "language"
 ROWS = CONFIGS / "smoke" / "alpaca.jsonl"

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from lit_adapters.control import evaluating
 from lit_adapters.methods.loran import LoRANAdapter
+from lit_adapters.model.modes import evaluating
 from tests.methods.loran_layer import layer
 
 

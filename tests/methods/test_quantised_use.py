@@ -10,8 +10,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import lit_adapters as la
-from lit_adapters.attach import frozen_keys
-from lit_adapters.checkpoint import HEADER
+from lit_adapters.files.adapters import HEADER
+from lit_adapters.model.attach import frozen_keys
 from tests.matrix import changed_tensors
 from tests.methods.quantised import (
     HALF,

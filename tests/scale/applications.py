@@ -9,15 +9,15 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, se
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lit_adapters as la
-from language.data import InstructionDataModule
-from language.dpo import DPOTuner
-from language.draft import DraftTuner
-from language.grpo import GRPOTuner
+from language.data.module import InstructionDataModule
+from language.dpo.data import PreferenceDataModule
+from language.dpo.module import DPOTuner
+from language.draft.module import DraftTuner
+from language.grpo.data import QuestionDataModule
+from language.grpo.module import GRPOTuner
 from language.module import CausalLMTuner
-from language.pairs import PreferenceDataModule
-from language.questions import QuestionDataModule
-from lit_adapters.callback import build_optimizers
-from lit_adapters.sharding import whole
+from lit_adapters.lightning import build_optimizers
+from lit_adapters.model.sharding import whole
 from tests.scale.tasks import trainer
 from vision.data import CIFARDataModule
 from vision.module import ViTClassifier
@@ -92,7 +92,7 @@ def grpo(devices: int) -> tuple[LightningModule, LightningDataModule]:
         val_fraction=0.25,
         iterations=2,
     )
-    rewards = [{"function": "tests.language.rewarding.letters", "weight": 1.0}]
+    rewards = [{"function": "tests.language.grpo.rewarding.letters", "weight": 1.0}]
     settings: dict[str, Any] = {"group_size": 4, "max_new_tokens": 6, "kl_weight": 0.1, "iterations": 2, "init_seed": 1}
     return GRPOTuner(model="tiny_llama", adapters=la.LoRA(rank=2), rewards=rewards, **settings), data
 

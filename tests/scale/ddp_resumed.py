@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DistributedSampler
 
 import lit_adapters as la
-from tests.callback import tiny_task
-from tests.callback.tiny_task import loader, nora
+from tests.lightning import tiny_task
+from tests.lightning.tiny_task import loader, nora
 
 
 class Noisy(tiny_task.Task):

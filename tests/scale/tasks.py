@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lit_adapters as la
-from lit_adapters.sharding import shard
+from lit_adapters.model.sharding import shard
 from tests.matrix import ALL, MODELS, build
 
 STEPS, BATCH = 3, 4  # optimiser steps, and rows of a batch of all processes together

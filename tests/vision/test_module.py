@@ -13,7 +13,7 @@ from timm import create_model
 
 import lit_adapters as la
 from lit_adapters import AdapterError, DataError
-from lit_adapters.callback import build_optimizers
+from lit_adapters.lightning import build_optimizers
 from tests.vision.smoke import CONFIGS, checkpoint, log_dir, scalars
 from vision.data import CIFARDataModule
 from vision.module import ViTClassifier

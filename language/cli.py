@@ -1,0 +1,16 @@
+"""The LightningCLI of all language tuners."""
+
+from __future__ import annotations
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_adapters.lightning import AdapterCLI
+
+
+class LanguageCLI(AdapterCLI):
+    """The tokenizer is the model's own."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link what data and model share."""
+        super().add_arguments_to_parser(parser)
+        parser.link_arguments("model.model", "data.tokenizer")

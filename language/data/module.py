@@ -1,0 +1,320 @@
+"""Instruction data in any of the usual formats as a Lightning data module."""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Sampler
+
+from language.data.formats import FORMATS, FormatName, Record, check_template, parse
+from language.data.packing import Batch, BucketSampler, PackedCollator, PaddedCollator, TokenDataset, pack
+from language.data.sources import SplitName, has_split, read_rows
+from language.data.splits import hold_out, subset
+from language.data.templates import Example, Renderer
+from language.data.tokenise import Encoder, tokenise
+from language.models import create_tokenizer
+from lit_adapters.errors import DataError
+from lit_adapters.lightning.resume.loader import ResumableLoader
+from lit_adapters.lightning.resume.sampler import EpochSampler
+
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+_STAGES: dict[str | None, tuple[SplitName, ...]] = {None: SPLITS, "fit": SPLITS[:2], "validate": ("val",)}
+
+
+class InstructionDataModule(lightning.LightningDataModule):
+    """Prompts and answers for a causal language model, as token ids and labels; what is not learned is labelled -100.
+
+    Batches are ``{input_ids, attention_mask, labels}``, or with packing=packed ``{input_ids, labels, position_ids}``
+    and no mask (see `language.data.packing.PackedCollator`); each int64 (rows, tokens). Answers end with the end token,
+    which is learned. Documents over ``max_length`` are cut as `language.data.tokenise.Encoder` says, and counted in one
+    line. Splits are pure functions of the rows and the seed; equal prompts stay in one split. The order of an epoch is
+    a pure function of (order_seed, epoch): equal for any ``num_workers`` and unaffected by the global random state.
+    Under distributed training each process takes its share of the same order.
+
+    Args:
+        path: A file (jsonl, json, parquet, or YAML with ``conversations``), a folder with files named after splits
+            (train.jsonl, val-00000-of-00001.parquet, ...), a ``package://`` address, ``hub:NAME``, or a list of these.
+        tokenizer: Name of a tokenizer as ``language.models.create_tokenizer`` takes it, or a tokenizer.
+        format: Fields of a row. alpaca: instruction, input, output. openorca: system_prompt, question, response. chat:
+            messages, each with role and content. summarisation: dialogue, summary. classification: text, label. pairs:
+            prompt, response.
+        val_path: Validation data; without it path's own validation files, or val_fraction of the training rows.
+        test_path: Test data; without it path's own test files, or test_fraction of the training rows.
+        columns: The files' names of fields where they differ, such as ``{label: label_name}``.
+        max_length: Most tokens of a document, and of a row of packed documents.
+        max_answer_length: Of those, tokens kept for the answer in formats summarisation and classification, whose long
+            texts lose their beginning; default a quarter.
+        batch_size: Rows per batch and process.
+        packing: none pads documents side by side; buckets does so with documents of similar length; packed puts as
+            many documents into a row as fit.
+        val_fraction: Share of the training rows to hold out for validation where there is no validation data.
+        test_fraction: Share of the training rows to hold out for testing where there is no test data.
+        train_subset: Number of training rows to use, chosen at random; default all.
+        val_subset: Number of validation rows to use; default all.
+        test_subset: Number of test rows to use; default all.
+        prompt_template: Prompt with the format's fields in braces, instead of its own.
+        use_chat_template: Write rows of any format as messages, by the tokenizer's chat template; chat always does.
+        chat_template: Jinja text instead of the tokenizer's own chat template.
+        system_in_user: Put system messages before the first user message, for chat templates without them.
+        mask_prompt: Learn answers only; otherwise prompts as well.
+        end_token: Token that ends an answer; default the tokenizer's end token.
+        drop_empty: Drop rows with an empty prompt or answer, and say how many; otherwise they are an error.
+        cache_dir: Folder that keeps tokenised data for the next run; default none is kept.
+        num_workers: Worker processes per loader; 0 loads in the training process.
+        seed: Seeds splits, subsets and packing.
+        order_seed: Seeds the order of epochs; default seed.
+
+    Raises:
+        DataError: Settings out of range, or data missing, torn or badly formed; the message names it and the fix.
+        AssetError: A package or tokenizer that cannot be fetched.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str],
+        tokenizer: str | Any,
+        format: FormatName = "alpaca",
+        val_path: str | list[str] | None = None,
+        test_path: str | list[str] | None = None,
+        columns: dict[str, str] | None = None,
+        max_length: int = 512,
+        max_answer_length: int | None = None,
+        batch_size: int = 8,
+        packing: Literal["none", "packed", "buckets"] = "none",
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.0,
+        train_subset: int | None = None,
+        val_subset: int | None = None,
+        test_subset: int | None = None,
+        prompt_template: str | None = None,
+        use_chat_template: bool = False,
+        chat_template: str | None = None,
+        system_in_user: bool = False,
+        mask_prompt: bool = True,
+        end_token: str | None = None,
+        drop_empty: bool = False,
+        cache_dir: str | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        order_seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.format: FormatName = format
+        self.path = path
+        self.paths = {"val": val_path, "test": test_path}
+        self.columns = columns
+        self.max_length = max_length
+        self.max_answer_length = max_answer_length
+        self.batch_size = batch_size
+        self.packing = packing
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.subsets = {"train": train_subset, "val": val_subset, "test": test_subset}
+        self.prompt_template = prompt_template
+        self.use_chat_template = use_chat_template
+        self.chat_template = chat_template
+        self.system_in_user = system_in_user
+        self.mask_prompt = mask_prompt
+        self.end_token = end_token
+        self.drop_empty = drop_empty
+        self.cache_dir = cache_dir
+        self.num_workers = num_workers
+        self.seed = seed
+        self.order_seed = seed if order_seed is None else order_seed
+        self._tokenizer = tokenizer
+        check_settings(self)
+        self._parsed: dict[str, list[Record]] = {}
+        self._datasets: dict[str, TokenDataset] = {}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return create_tokenizer(self._tokenizer) if isinstance(self._tokenizer, str) else self._tokenizer
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """Writes the text of a row."""
+        return Renderer(
+            self.tokenizer,
+            self._end[0],
+            self.format,
+            self.prompt_template,
+            self.use_chat_template,
+            self.chat_template,
+            self.system_in_user,
+        )
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Turns the text of a row into tokens."""
+        return Encoder(
+            self.tokenizer,
+            self._end[1],
+            self.max_length,
+            self.mask_prompt,
+            plain=not self.renderer.chat,
+            max_answer_length=self.max_answer_length,
+        )
+
+    @cached_property
+    def _end(self) -> tuple[str, int]:
+        """Text and id of the token that ends an answer."""
+        token = self.end_token or self.tokenizer.eos_token
+        if token is None:
+            raise DataError(
+                f"tokenizer {self.tokenizer.name_or_path!r} has no end token: name one of its tokens in end_token"
+            )
+        index = self.tokenizer.get_vocab().get(token)
+        if index is None:
+            raise DataError(f"end_token {token!r} is no token of tokenizer {self.tokenizer.name_or_path!r}")
+        return token, index
+
+    @cached_property
+    def pad_id(self) -> int:
+        """Token id of padding, the end token's where the tokenizer has none."""
+        own = self.tokenizer.pad_token_id
+        if own is None or own == self._end[1]:
+            rank_zero_info(f"Data: padding with the end token {self._end[0]!r}; its labels are masked there.")
+        return self._end[1] if own is None else own
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """All labels of classification data, training rows and those held out of them, sorted."""
+        if self.format != "classification":
+            raise DataError(f"format={self.format} has no classes; only classification has")
+        return sorted({record.answer for record in self._training_rows})
+
+    def examples(self, split: SplitName) -> list[Example]:
+        """Prompts and answers of a split as text, for generation and scoring; needs no ``setup``."""
+        return [self.renderer.example(record) for record in self._records(split)]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenise what the stage uses: fit and validate never touch the test split."""
+        for split in _STAGES.get(stage, ("test",)):
+            optional = stage is None or (stage, split) == ("fit", "val")
+            if split not in self._datasets and (self._has(split) or not optional):
+                self._datasets[split] = self._dataset(split)
+
+    def _has(self, split: SplitName) -> bool:
+        return split == "train" or self._own(split) is not None or self._fraction(split) > 0
+
+    def _dataset(self, split: SplitName) -> TokenDataset:
+        records = self._records(split)
+        cache = Path(self.cache_dir).expanduser() if self.cache_dir else None
+        documents = tokenise(records, self.renderer, self.encoder, f"tokenising {split} rows", cache)
+        if documents.dropped or documents.cut:
+            rank_zero_info(
+                f"Data: of {len(records)} {split} rows {documents.cut} were cut to max_length={self.max_length} tokens "
+                f"and {documents.dropped} dropped because nothing to learn would have been left."
+            )
+        if self.packing != "packed":
+            return TokenDataset(documents, [[i] for i in range(len(documents))])
+        rows = pack(documents.lengths.tolist(), self.max_length, split, self.seed)
+        full = len(documents.input_ids) / (len(rows) * self.max_length)
+        rank_zero_info(f"Data: {len(documents)} {split} documents packed into {len(rows)} rows, {full:.0%} full.")
+        return TokenDataset(documents, rows)
+
+    def _records(self, split: SplitName) -> list[Record]:
+        if split not in SPLITS:
+            raise DataError(f"split {split!r} is unknown: use train, val or test")
+        if split not in self._parsed:
+            records = self._split(split)
+            self._parsed[split] = subset(records, self.subsets[split], split, self.seed)
+        return self._parsed[split]
+
+    def _split(self, split: SplitName) -> list[Record]:
+        if split != "train":
+            if (own := self._own(split)) is not None:
+                return self._parse(own, split)
+            if not self._fraction(split):
+                raise DataError(f"there is no {split} data: set {split}_path, or {split}_fraction above 0")
+        return hold_out(self._training_rows, {"test": self._fraction("test"), "val": self._fraction("val")}, self.seed)[
+            split
+        ]
+
+    def _own(self, split: SplitName) -> str | list[str] | None:
+        """Where a split has data of its own."""
+        return self.paths[split] or (self.path if has_split(self.path, split) else None)
+
+    def _fraction(self, split: SplitName) -> float:
+        """Share of the training rows to hold out for a split: none where it has data of its own."""
+        if self._own(split) is not None:
+            return 0.0
+        return self.val_fraction if split == "val" else self.test_fraction
+
+    @cached_property
+    def _training_rows(self) -> list[Record]:
+        return self._parse(self.path, "train")
+
+    def _parse(self, path: str | list[str], split: SplitName) -> list[Record]:
+        records, dropped = parse(read_rows(path, split), self.format, self.columns, self.drop_empty)
+        if dropped:
+            rank_zero_info(f"Data: {dropped} empty rows of {path} dropped.")
+        return records
+
+    def train_dataloader(self) -> DataLoader:
+        """Training batches, in a new order each epoch; the last one may be smaller."""
+        # The sampler shares an epoch among processes itself, because Lightning's own wrapper would lose the epoch.
+        replicas = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+        dataset = self._ready("train", "fit")
+        if self.packing == "buckets":
+            return self._loader(dataset, BucketSampler(dataset.lengths, self.batch_size, self.order_seed, **replicas))
+        return self._loader(dataset, EpochSampler(dataset, self.order_seed, **replicas))
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Validation batches, in a fixed order; none if there is no validation data."""
+        return self._loader(self._ready("val", "validate")) if self._has("val") else []
+
+    def test_dataloader(self) -> DataLoader:
+        """Test batches, in a fixed order; `predict` continues their prompts, unless rows are packed."""
+        return self._loader(self._ready("test", "test"))
+
+    predict_dataloader = test_dataloader
+
+    def _ready(self, split: str, stage: str) -> TokenDataset:
+        if split not in self._datasets:
+            raise DataError(f"setup({stage!r}) has not run: let the Trainer call it, or call it first")
+        return self._datasets[split]
+
+    def _collator(self) -> Callable[[list], Batch]:
+        return (PackedCollator if self.packing == "packed" else PaddedCollator)(self.pad_id)
+
+    def _loader(self, dataset: TokenDataset, sampler: Sampler | None = None) -> DataLoader:
+        return (DataLoader if sampler is None else ResumableLoader)(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=self._collator(),
+            pin_memory=torch.cuda.is_available(),
+            # Its own generator: otherwise every new iterator draws from the global random state.
+            generator=torch.Generator().manual_seed(self.order_seed),
+        )
+
+
+def check_settings(data: "InstructionDataModule") -> None:
+    """Raise DataError for a value out of range, or one without a meaning for the format; the message names the fix."""
+    subsets = {f"{split}_subset": size for split, size in data.subsets.items()}
+    for name, value in {"batch_size": data.batch_size, **subsets}.items():
+        if value is not None and value < 1:
+            raise DataError(f"{name}={value} must be at least 1")
+    if data.max_length < 2:
+        raise DataError(f"max_length={data.max_length} must be at least 2: a prompt and an answer")
+    if data.max_answer_length is not None and not 0 < data.max_answer_length < data.max_length:
+        raise DataError(
+            f"max_answer_length={data.max_answer_length} must be at least 1 and below max_length={data.max_length}"
+        )
+    if data.num_workers < 0:
+        raise DataError(f"num_workers={data.num_workers} must be at least 0")
+    for name in ("val_fraction", "test_fraction"):
+        if not 0 <= getattr(data, name) < 1:
+            raise DataError(f"{name}={getattr(data, name)} must be at least 0 and below 1")
+    if data.format == "chat" and data.prompt_template is not None:
+        raise DataError("prompt_template has no meaning for format=chat: set chat_template")
+    if data.prompt_template is not None:
+        check_template(data.prompt_template, FORMATS[data.format], data.format)

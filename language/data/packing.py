@@ -1,0 +1,151 @@
+"""From documents to batches: several in one row, or padded side by side, short ones with short ones."""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from language.data.tokenise import IGNORED, Documents
+from lit_adapters.lightning.resume.sampler import EpochSampler, permutation
+
+BUCKET_BATCHES = 50  # batches that are sorted by length together
+
+Batch = dict[str, Tensor]
+
+
+def pack(lengths: Sequence[int], max_length: int, *key: int | str) -> list[list[int]]:
+    """Put documents into rows of at most ``max_length`` tokens, none of them split.
+
+    Documents come in the order that belongs to the key, and each goes into the fullest row that still has room.
+
+    Args:
+        lengths: Tokens of each document, none above ``max_length``.
+        max_length: Tokens of a row.
+        key: Seeds the order.
+
+    Returns:
+        Document indices of each row.
+    """
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for index in permutation(len(lengths), "pack", *key).tolist():
+        place = bisect_left(rooms, (lengths[index], -1))
+        if place == len(rooms):
+            left, row = max_length, len(rows)
+            rows.append([])
+        else:
+            left, row = rooms.pop(place)
+        rows[row].append(index)
+        if left > lengths[index]:
+            insort(rooms, (left - lengths[index], row))
+    return rows
+
+
+class TokenDataset(Dataset):
+    """Rows of one or more documents: item i is the list of (input_ids, labels) of the documents of row i.
+
+    Args:
+        documents: The documents.
+        rows: Document indices of each row.
+    """
+
+    def __init__(self, documents: Documents, rows: list[list[int]]) -> None:
+        self.documents = documents
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of the longest document of each row, int64, shape (rows,)."""
+        lengths = self.documents.lengths.tolist()
+        return torch.tensor([max(lengths[i] for i in row) for row in self.rows])
+
+    def __getitem__(self, index: int | tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
+        """The row at ``index``, or at an (epoch, index) pair of ``EpochSampler``."""
+        row = index[1] if isinstance(index, tuple) else index
+        return [self.documents[i] for i in self.rows[row]]
+
+
+class PackedCollator:
+    """Batches ``{input_ids, labels, position_ids}``, each int64 (rows, longest row).
+
+    Documents of a row stand end to end, each with positions from 0. Where transformers gets such positions, no
+    attention mask and no cache (``use_cache=False``), a token attends to its own document only; an attention mask, even
+    of ones, would let documents see each other. The first label of a document is -100, so that no loss crosses
+    documents. Padding is one more document without labels.
+
+    Args:
+        pad_id: Token id of the padding.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[list[tuple[Tensor, Tensor]]]) -> Batch:
+        ids = [torch.cat([ids for ids, _ in row]) for row in rows]
+        labels = [torch.cat([labels for _, labels in row]) for row in rows]
+        longest = max(map(len, ids))
+        positions = []
+        for row, joined in zip(rows, ids, strict=True):
+            lengths = [len(ids) for ids, _ in row] + [longest - len(joined)]
+            positions.append(torch.cat([torch.arange(length) for length in lengths]))
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            "position_ids": torch.stack(positions),
+        }
+
+
+class PaddedCollator:
+    """Batches ``{input_ids, attention_mask, labels}``, each int64 (documents, longest document), padded on the right.
+
+    Args:
+        pad_id: Token id of the padding; its labels are -100 and its mask 0.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[list[tuple[Tensor, Tensor]]]) -> Batch:
+        ids = [ids for ((ids, _),) in rows]
+        labels = [labels for ((_, labels),) in rows]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
+            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        }
+
+
+class BucketSampler(EpochSampler):
+    """An ``EpochSampler`` whose batches hold documents of similar length, in random order.
+
+    Of each stretch of the epoch's order, ``BUCKET_BATCHES`` batches long, documents are sorted by length and cut into
+    batches; all batches are then shuffled. What is left over for the last, smaller batch is random.
+
+    Args:
+        lengths: Length of each sample.
+        batch_size: Samples per batch and process; the loader's must be the same.
+        seed: Seeds the orders.
+        num_replicas: Number of processes that share an epoch.
+        rank: This process's place among them.
+    """
+
+    def __init__(self, lengths: Tensor, batch_size: int, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(lengths, seed, num_replicas, rank)  # type: ignore[arg-type]
+        self.lengths = lengths
+        self.group = batch_size * num_replicas
+
+    def order(self) -> Tensor:
+        """All sample indices in the order of the present epoch, before replicas share them."""
+        order = super().order()
+        whole = len(order) // self.group * self.group
+        stretches = order[:whole].split(self.group * BUCKET_BATCHES)
+        ordered = [stretch[self.lengths[stretch].argsort(stable=True)] for stretch in stretches]
+        batches = torch.cat([*ordered, order[:0]]).view(-1, self.group)
+        shuffled = batches[permutation(len(batches), "buckets", self.seed, self.epoch)]
+        return torch.cat([shuffled.flatten(), order[whole:]])

@@ -1,0 +1,56 @@
+"""Which rows belong to which split: pure functions of the rows and a seed."""
+
+from collections.abc import Mapping
+
+from language.data.formats import Record
+from lit_adapters.errors import DataError
+from lit_adapters.lightning.resume.sampler import permutation
+
+
+def hold_out(records: list[Record], fractions: Mapping[str, float], seed: int) -> dict[str, list[Record]]:
+    """Share records among splits, equal prompts together; each split keeps the rows' order.
+
+    Splits in turn take prompts, in the order that belongs to the seed, until they have at least their share.
+
+    Args:
+        records: All rows.
+        fractions: Share of the rows by split; what remains is ``train``.
+        seed: Seeds the choice.
+
+    Returns:
+        The records of each split of ``fractions``, and of ``train``.
+
+    Raises:
+        DataError: If nothing remains to train on.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, record in enumerate(records):
+        groups.setdefault(record.prompt_key, []).append(i)
+    waiting = list(groups.values())
+    order = iter([waiting[i] for i in permutation(len(waiting), "hold out", seed).tolist()])
+    chosen: dict[str, list[int]] = {}
+    for split, fraction in fractions.items():
+        chosen[split] = []
+        while len(chosen[split]) < fraction * len(records) and (group := next(order, None)):
+            chosen[split] += group
+    chosen["train"] = [i for group in order for i in group]
+    if not chosen["train"]:
+        raise DataError(
+            f"holding out {dict(fractions)} of {len(groups)} different prompts leaves none to train on: "
+            "lower the fractions"
+        )
+    return {split: [records[i] for i in sorted(indices)] for split, indices in chosen.items()}
+
+
+def subset(records: list[Record], size: int | None, split: str, seed: int) -> list[Record]:
+    """``size`` records chosen at random, in the rows' order; all if ``size`` is None.
+
+    With the same seed a smaller subset is contained in a larger one.
+
+    Raises:
+        DataError: If there are fewer records.
+    """
+    if size is not None and size > len(records):
+        raise DataError(f"{split}_subset={size}, but the {split} split has {len(records)} rows: lower it")
+    chosen = permutation(len(records), "subset", split, seed)[:size].sort().values
+    return [records[i] for i in chosen.tolist()]

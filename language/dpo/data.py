@@ -1,0 +1,185 @@
+"""Preferences as a Lightning data module: pairs of a chosen and a rejected answer to one prompt."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from tqdm import tqdm
+
+from language.data.formats import Record
+from language.data.module import InstructionDataModule
+from language.data.packing import Batch, PaddedCollator, TokenDataset
+from language.data.sources import SplitName, read_rows
+from language.data.tokenise import Documents
+from language.dpo.formats import Pair, read_pairs
+from lit_adapters.errors import DataError
+
+_CHUNK = 256  # pairs tokenised at a time
+
+
+class PairCollator(PaddedCollator):
+    """Batches as ``PaddedCollator``, of rows of two documents: the first of every row, then the second of every row."""
+
+    def __call__(self, rows: list[list[tuple[Tensor, Tensor]]]) -> Batch:
+        return super().__call__([[row[side]] for side in (0, 1) for row in rows])
+
+
+class PreferenceDataModule(InstructionDataModule):
+    r"""Pairs of answers to one prompt, for preference tuning; the answers are learned, the prompts are not.
+
+    Batches are ``{input_ids, attention_mask, labels}``, each int64 (2 pairs, tokens): first the chosen answer of every
+    pair after its prompt, then the rejected ones in the same order, all padded to the longest. Training batches hold
+    pairs of similar length. Rows are read as ``language.pair_formats.read_pairs`` says; answers end with the end token.
+
+    Where prompt and answers do not fit, the prompt keeps its last ``max_length - max_answer_length`` tokens, equally
+    for both answers, and an answer loses its end; both are counted in one line. Pairs that are equal after that are
+    dropped and counted, as nothing could be learned from them.
+
+    Splits, subsets, orders and processes are those of ``InstructionDataModule``.
+
+    Args:
+        path: A file (jsonl, json, parquet), a folder with files named after splits, a ``package://`` address,
+            ``hub:NAME``, or a list of these.
+        tokenizer: Name of a tokenizer as ``language.models.create_tokenizer`` takes it, or a tokenizer.
+        val_path: Validation data; without it path's own validation files, or val_fraction of the training rows.
+        test_path: Test data; without it path's own test files, or test_fraction of the training rows.
+        max_length: Most tokens of a prompt and an answer.
+        max_answer_length: Of those, tokens kept for an answer where the prompt is long; default half. A short prompt
+            leaves more.
+        batch_size: Pairs per batch and process; the model reads twice as many rows.
+        val_fraction: Share of the training rows to hold out for validation where there is no validation data.
+        test_fraction: Share of the training rows to hold out for testing where there is no test data.
+        train_subset: Number of training rows to use, chosen at random; default all.
+        val_subset: Number of validation rows to use; default all.
+        test_subset: Number of test rows to use; default all.
+        use_chat_template: Write prompts and answers as messages, by the tokenizer's chat template. Otherwise a plain
+            prompt stands as it is, with its answer in a new line, and a dialogue in ``\n\nHuman: `` turns.
+        chat_template: Jinja text instead of the tokenizer's own chat template.
+        system_in_user: Put system messages before the first user message, for chat templates without them.
+        end_token: Token that ends an answer; default the tokenizer's end token.
+        drop_unusable: Drop rows without a preference (an empty or equal answer, different prompts), and say how many;
+            otherwise they are an error.
+        num_workers: Worker processes per loader; 0 loads in the training process.
+        seed: Seeds splits and subsets.
+        order_seed: Seeds the order of epochs; default seed.
+
+    Raises:
+        DataError: Settings out of range, or data missing, torn or badly formed; the message names it and the fix.
+        AssetError: A package or tokenizer that cannot be fetched.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str],
+        tokenizer: str | Any,
+        val_path: str | list[str] | None = None,
+        test_path: str | list[str] | None = None,
+        max_length: int = 512,
+        max_answer_length: int | None = None,
+        batch_size: int = 4,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.0,
+        train_subset: int | None = None,
+        val_subset: int | None = None,
+        test_subset: int | None = None,
+        use_chat_template: bool = False,
+        chat_template: str | None = None,
+        system_in_user: bool = False,
+        end_token: str | None = None,
+        drop_unusable: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+        order_seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            path,
+            tokenizer,
+            format="pairs",
+            packing="buckets",
+            val_path=val_path,
+            test_path=test_path,
+            max_length=max_length,
+            max_answer_length=max(1, max_length // 2) if max_answer_length is None else max_answer_length,
+            batch_size=batch_size,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            train_subset=train_subset,
+            val_subset=val_subset,
+            test_subset=test_subset,
+            use_chat_template=use_chat_template,
+            chat_template=chat_template,
+            system_in_user=system_in_user,
+            end_token=end_token,
+            num_workers=num_workers,
+            seed=seed,
+            order_seed=order_seed,
+        )
+        self.drop_unusable = drop_unusable
+
+    def texts(self, pair: Pair) -> tuple[str, str, str]:
+        """Prompt, chosen and rejected answer as the model reads them."""
+        if self.renderer.chat:
+            (*before, (chosen, _)), (*_, (rejected, _)) = (self.renderer.pieces(p) for p in (pair, pair.other))
+            return "".join(text for text, _ in before), chosen, rejected
+        if pair.messages:
+            return pair.plain_prompt, f" {pair.answer}", f" {pair.rejected}"
+        return f"{pair.plain_prompt}\n", pair.answer, pair.rejected
+
+    def _parse(self, path: str | list[str], split: SplitName) -> list[Record]:
+        pairs, dropped = read_pairs(read_rows(path, split), self.drop_unusable)
+        for reason, count in dropped.items():
+            rank_zero_info(f"Data: {count} pairs of {path} dropped: {reason}.")
+        return list(pairs)
+
+    def _dataset(self, split: SplitName) -> TokenDataset:
+        """Two documents for each pair: prompt with chosen, prompt with rejected answer."""
+        pairs = cast(list[Pair], self._records(split))
+        ids: list[Tensor] = []
+        learned: list[Tensor] = []
+        shortened = cut = equal = 0
+        for prompt, *answers in tqdm(self._tokens(pairs), f"tokenising {split} pairs", len(pairs), delay=1.0):
+            kept = prompt
+            if len(prompt) + max(map(len, answers)) > self.max_length:
+                kept = self._shortened(prompt)
+            fitting = [answer[: self.max_length - len(kept)] for answer in answers]
+            shortened += len(kept) < len(prompt)
+            cut += fitting != answers
+            if fitting[0] == fitting[1]:
+                equal += 1
+                continue
+            for answer in fitting:
+                ids.append(torch.tensor(kept + answer, dtype=torch.int32))
+                learned.append(torch.arange(len(ids[-1])) >= len(kept))
+        if shortened or cut:
+            rank_zero_info(
+                f"Data: of {len(pairs)} {split} pairs {shortened} lost the beginning of their prompt and {cut} the end "
+                f"of an answer to max_length={self.max_length} tokens; {equal} dropped as nothing differs in the rest."
+            )
+        if not ids:
+            raise DataError(f"the answers of all {len(pairs)} {split} pairs begin equally: raise max_length")
+        offsets = torch.tensor([0, *map(len, ids)]).cumsum(0)
+        documents = Documents(torch.cat(ids), torch.cat(learned), offsets, equal, cut)
+        return TokenDataset(documents, [[i, i + 1] for i in range(0, len(documents), 2)])
+
+    def _shortened(self, prompt: list[int]) -> list[int]:
+        """What a long prompt keeps: its beginning token, and its last ones."""
+        room, begin = self.max_length - self.encoder.max_answer_length, self.encoder.begin
+        return begin + prompt[max(len(begin), len(prompt) - room + len(begin)) :]
+
+    def _tokens(self, pairs: Iterable[Pair]) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """Prompt, chosen and rejected answer, each tokenised by itself as in generation, answers with their end."""
+        texts = [self.texts(pair) for pair in pairs]
+        for start in range(0, len(texts), _CHUNK):
+            flat = [text for three in texts[start : start + _CHUNK] for text in three]
+            # verbose=False: the model's own maximum is no matter here, max_length is.
+            ids = iter(self.tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"])
+            for prompt, *answers in zip(ids, ids, ids, strict=True):
+                chosen, rejected = (
+                    a if a[-1:] == [self.encoder.end_id] else [*a, self.encoder.end_id] for a in answers
+                )
+                yield self.encoder.begin + prompt, chosen, rejected
+
+    def _collator(self) -> Callable[[list], Batch]:
+        return PairCollator(self.pad_id)

@@ -1,0 +1,220 @@
+"""Direct preference optimisation of a causal language model with adapters (arXiv 2305.18290).
+
+Command line: python -m language.dpo fit|validate|test|predict --config FILE.yaml [--key=value ...]
+
+    r(y) = beta (log pi(y | x) - log pi_ref(y | x))
+    loss = -(1 - eps) log sigmoid(r(y_w) - r(y_l)) - eps log sigmoid(r(y_l) - r(y_w))
+
+pi is the model with its adapters, pi_ref the same without: no second copy is kept, but of what `train` names.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+from language.loss import Batch, learned_logits, learned_tokens
+from language.module import CausalLMTuner
+from language.reference import Reference
+from lit_adapters.errors import AdapterError, DataError
+
+
+def preference_loss(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-(1 - eps) log sigmoid(m) - eps log sigmoid(-m) of reward margins m = r(y_w) - r(y_l); any shape.
+
+    DPO's loss (arXiv 2305.18290, eq. 7), as the cross-entropy of labels that are wrong with probability eps
+    ("conservative" DPO); its minimum is at sigmoid(m) = 1 - eps.
+    """
+    return -(1.0 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+def answer_log_probabilities(logits: Tensor, batch: Batch) -> Tensor:
+    """log p of each row's answer, summed over its tokens, the end token included; (rows,).
+
+    Args:
+        logits: (n, V), float32, those that predict the learned tokens, row by row, as `learned_logits` returns them.
+        batch: input_ids and labels, int64 (rows, T).
+    """
+    learned = learned_tokens(batch)
+    tokens = -F.cross_entropy(logits, batch["labels"][learned], reduction="none")
+    return tokens.new_zeros(learned.shape).masked_scatter(learned, tokens).sum(1)
+
+
+class Comparison(NamedTuple):
+    """What the model and the reference say of B pairs.
+
+    Attributes:
+        policy: log pi(y | x), (2B,), chosen answers first.
+        reference: log pi_ref(y | x), (2B,).
+        divergence: sum_v pi(v) log(pi(v) / pi_ref(v)) at each token of the chosen answers, (n,), pair by pair.
+    """
+
+    policy: Tensor
+    reference: Tensor
+    divergence: Tensor
+
+
+class PreferenceMetrics(Metric):
+    """Means over all pairs, and of `kl` over all tokens, however they fall into batches and processes.
+
+    loss; reward_accuracy, the share of pairs with r(y_w) > r(y_l), ties counting half; reward_margin, the mean of
+    r(y_w) - r(y_l); kl, KL(pi || pi_ref) of the next token in nats, the mean over the tokens of the chosen answers. The
+    answers are those of the data: it is no estimate of the divergence over answers that pi itself would give.
+    """
+
+    sums: Tensor
+    divergence: Tensor
+    pairs: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(3), dist_reduce_fx="sum")
+        self.add_state("divergence", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("pairs", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor, margins: Tensor, divergence: Tensor) -> None:
+        """Add losses and margins of some pairs (B,), and divergences of their tokens (n,)."""
+        # Not in place: what Lightning resets in its inference mode is an inference tensor, which fit may not write to.
+        self.sums = self.sums + torch.stack([losses.sum(), wins(margins).sum(), margins.sum()])
+        self.divergence = self.divergence + divergence.sum()
+        self.pairs, self.tokens = self.pairs + len(margins), self.tokens + len(divergence)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The means by name."""
+        loss, accuracy, margin = (self.sums / self.pairs).unbind()
+        kl = self.divergence / self.tokens
+        return {"loss": loss, "reward_accuracy": accuracy, "reward_margin": margin, "kl": kl}
+
+
+def wins(margins: Tensor) -> Tensor:
+    """1 where the chosen answer has the larger reward, 1/2 for a tie."""
+    return (margins.sign() + 1.0) / 2.0
+
+
+class DPOTuner(CausalLMTuner):
+    """A causal language model that learns which of two answers is preferred.
+
+    A batch holds input_ids, labels and attention_mask, int64 (2B, T): B prompts with their chosen answers, then the
+    same prompts with their rejected ones; only answers are labelled. One forward pass reads them all, and another one,
+    with the adapters disabled, the initial values of what `train` names in place, and dropout off, is the reference.
+
+    Args:
+        beta: how closely the reference is kept to: the larger, the less the model moves. AFA-LoRA's beta is another.
+        label_smoothing: probability that a preference is labelled the wrong way round, in [0, 0.5).
+        settings: those of `language.module.CausalLMTuner`.
+
+    Raises:
+        AdapterError: a value out of range; adapters that are merged, which cannot be taken out for the reference; a
+            sharded model with modules of `train`.
+        DataError: a batch without pairs, or as `CausalLMTuner`.
+    """
+
+    def __init__(self, *, beta: float = 0.1, label_smoothing: float = 0.0, **settings: Any) -> None:
+        if not beta > 0.0:
+            raise AdapterError(f"beta {beta} must be above 0; DPO's usual value is 0.1")
+        if not 0.0 <= label_smoothing < 0.5:
+            raise AdapterError(f"label_smoothing {label_smoothing} must be at least 0 and below 0.5")
+        super().__init__(**settings)
+        self.save_hyperparameters({"beta": beta, "label_smoothing": label_smoothing})
+        self.val_preferences, self.test_preferences = PreferenceMetrics(), PreferenceMetrics()
+        self.reference: Reference | None = None
+
+    def configure_model(self) -> None:
+        """As `CausalLMTuner`; what `train` names is kept as it is before any checkpoint is loaded."""
+        if self.device_mesh is not None and self.train_modules:
+            raise AdapterError(
+                f"train={self.train_modules!r} needs its initial values whole for the reference, and the model would "
+                "be sharded: leave `train` out, or use a strategy that does not shard"
+            )
+        super().configure_model()
+        if self.reference is None:
+            self.reference = Reference(self._built)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        check_pairs(batch)
+        # The reference first: its logits are gone before those that are kept for the gradient come.
+        reference = answer_log_probabilities(learned_logits(self._reference, batch)[0], batch)
+        logits, learned = learned_logits(self.forward, batch)
+        margins = self._margins(answer_log_probabilities(logits, batch), reference)
+        # Processes average their gradients: so that a pair counts as much in each, all divide by the mean number.
+        loss = self._losses(margins).sum() / self._over_processes(len(margins), "mean")
+        self.learned_tokens += int(learned.sum())
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("train/reward_accuracy", wins(margins).mean(), sync_dist=True)
+        self.log("train/reward_margin", margins.mean(), sync_dist=True)
+        self.log("train/learned_tokens", float(self.learned_tokens), sync_dist=True, reduce_fx="sum")
+        return loss
+
+    @torch.no_grad()
+    def compare(self, batch: Batch) -> Comparison:
+        """What the model as it is, in its present mode, and the reference say of a batch."""
+        check_pairs(batch)
+        reference, _ = learned_logits(self._reference, batch)
+        policy, learned = learned_logits(self.forward, batch)
+        of_chosen = int(learned[: len(learned) // 2].sum())
+        ours, theirs = (F.log_softmax(logits[:of_chosen], -1) for logits in (policy, reference))
+        divergence = F.kl_div(theirs, ours, reduction="none", log_target=True).sum(-1)
+        return Comparison(
+            answer_log_probabilities(policy, batch), answer_log_probabilities(reference, batch), divergence
+        )
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._measure(batch, self.val_preferences)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._measure(batch, self.test_preferences)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_preferences("val", self.val_preferences)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_preferences("test", self.test_preferences)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Any:
+        """A continuation of each pair's prompt, a list of B texts; in `fit` as `CausalLMTuner`."""
+        if self._trainer is None or not self._trainer.training:
+            check_pairs(batch)
+            batch = {name: rows[: len(rows) // 2] for name, rows in batch.items()}
+        return super().predict_step(batch, batch_idx)
+
+    @property
+    def _reference(self) -> Reference:
+        assert self.reference is not None, "configure_model has not run"
+        return self.reference
+
+    def _margins(self, policy: Tensor, reference: Tensor) -> Tensor:
+        """r(y_w) - r(y_l) of each pair, (B,)."""
+        chosen, rejected = (self.hparams["beta"] * (policy - reference)).chunk(2)
+        return chosen - rejected
+
+    def _losses(self, margins: Tensor) -> Tensor:
+        return preference_loss(margins, self.hparams["label_smoothing"])
+
+    def _measure(self, batch: Batch, metrics: PreferenceMetrics) -> None:
+        policy, reference, divergence = self.compare(batch)
+        margins = self._margins(policy, reference)
+        metrics.update(self._losses(margins), margins, divergence)
+
+    def _log_preferences(self, split: str, metrics: PreferenceMetrics) -> None:
+        self._log_means(split, metrics.compute())
+        metrics.reset()
+
+
+def check_pairs(batch: Batch) -> None:
+    """Raise unless each half of the rows has an answer in every row.
+
+    Raises:
+        DataError: so.
+    """
+    answered = learned_tokens(batch).any(1)
+    if len(answered) % 2 or not answered.all():
+        raise DataError(
+            f"a batch of {len(answered)} rows, {int(answered.sum())} of them with an answer, is none of pairs: give "
+            "as many rejected as chosen answers, the chosen ones first, as language.dpo.PreferenceDataModule does"
+        )

@@ -1,0 +1,5 @@
+"""Drafts for speculative decoding."""
+
+from language.draft.module import DraftTuner, merged_draft
+
+__all__ = ["DraftTuner", "merged_draft"]

@@ -1,0 +1,158 @@
+"""Continuing a prompt with a draft's help, and what it took: transformers' assisted generation with a count.
+
+A draft proposes K tokens, one after the other; the target reads them all in one pass, accepts the first few and adds
+one of its own (Leviathan et al., arXiv 2211.17192).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from language.generate import plain_settings
+from language.models import context_length, vocabulary_size
+from lit_adapters.errors import AdapterError
+from lit_adapters.model.modes import evaluating
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to decode.
+
+    Args:
+        max_new_tokens: where a continuation stops at the latest.
+        draft_tokens: K, tokens that the draft proposes for each pass of the target; fewer where the end is nearer.
+        temperatures: 0 takes the likeliest token each time; else tokens are drawn from softmax(logits / temperature).
+        seed: of the draws; each prompt has its own.
+
+    Raises:
+        AdapterError: a value is out of range.
+    """
+
+    max_new_tokens: int = 64
+    draft_tokens: int = 5
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "draft_tokens"):
+            if getattr(self, name) < 1:
+                raise AdapterError(f"{name} {getattr(self, name)} must be at least 1")
+        for temperature in self.temperatures:
+            if temperature < 0:
+                raise AdapterError(f"temperature {temperature} must be at least 0")
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One continued prompt.
+
+    Attributes:
+        tokens: the new ones.
+        passes: forward passes of the target, the reading of the prompt included.
+        proposed: tokens of the draft that the target has looked at.
+        seconds: wall clock.
+    """
+
+    tokens: list[int]
+    passes: int
+    proposed: int
+    seconds: float
+
+    @property
+    def accepted(self) -> int:
+        """Tokens that the draft supplied: all but one a pass. An end token counts as the target's own."""
+        return len(self.tokens) - self.passes
+
+
+@torch.no_grad()
+def continued(
+    target: Any,
+    prompt: Sequence[int],
+    settings: Settings,
+    temperature: float = 0.0,
+    draft: Any = None,
+    seed: int | None = None,
+) -> Continuation:
+    """Continue a prompt up to the target's end token, by the target alone or with a draft.
+
+    Args:
+        target: a causal language model of transformers.
+        prompt: its tokens, at least one.
+        settings: lengths.
+        temperature: see `Settings`.
+        draft: another such model, of the same vocabulary; with or without adapters.
+        seed: of the draws at a temperature above 0; `settings.seed` by default.
+
+    Raises:
+        AdapterError: another vocabulary, or prompt and continuation do not fit into a context.
+    """
+    for model in (target,) if draft is None else (target, draft):
+        _check(target, model, len(prompt) + settings.max_new_tokens, len(prompt))
+    ids = torch.tensor([list(prompt)], device=target.device)
+    widths: list[int] = []
+    handle = target.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    drawing = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    assistant = {} if draft is None else {"assistant_model": draft}
+    with contextlib.ExitStack() as stack:
+        stack.callback(handle.remove)
+        stack.enter_context(evaluating(target))
+        stack.enter_context(plain_settings(target))
+        if draft is not None:
+            stack.enter_context(evaluating(draft))
+            stack.enter_context(plain_settings(draft))
+            stack.enter_context(_proposing(draft, settings.draft_tokens))
+        stack.enter_context(torch.random.fork_rng())
+        torch.manual_seed(settings.seed if seed is None else seed)
+        start = time.perf_counter()
+        tokens = target.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_new_tokens,
+            pad_token_id=0,  # a single row has no padding
+            do_sample=temperature > 0, use_cache=True, **drawing, **assistant,
+        )  # fmt: skip
+        new = tokens[0, len(prompt) :].tolist()
+        seconds = time.perf_counter() - start
+    # Every pass reads one token whose keys are not cached yet, the first one the prompt, and what is proposed.
+    return Continuation(new, len(widths), sum(widths) - len(prompt) - (len(widths) - 1), seconds)
+
+
+def _check(target: Any, model: Any, length: int, prompt: int) -> None:
+    if not prompt:
+        raise AdapterError("a prompt has no tokens; give at least one")
+    if vocabulary_size(model) != vocabulary_size(target):
+        raise AdapterError(
+            f"the draft has {vocabulary_size(model)} token ids, the target {vocabulary_size(target)}: choose a draft "
+            "whose tokenizer is the target's"
+        )
+    context = context_length(model)
+    if context is not None and length > context:
+        raise AdapterError(
+            f"a prompt of {prompt} tokens and max_new_tokens {length - prompt} exceed the context of {context}: "
+            "shorten the prompt or lower max_new_tokens"
+        )
+
+
+@contextlib.contextmanager
+def _proposing(draft: Any, tokens: int) -> Iterator[None]:
+    """Let the draft propose a constant number of tokens, however sure it is of them."""
+    config = draft.generation_config
+    wanted = {
+        "num_assistant_tokens": tokens,
+        "num_assistant_tokens_schedule": "constant",
+        "assistant_confidence_threshold": 0.0,
+    }
+    before = {name: getattr(config, name) for name in wanted}
+    for name, value in wanted.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

@@ -1,0 +1,156 @@
+"""A draft model with adapters, taught to follow a target: what speculative decoding needs.
+
+Command line: python -m language.draft fit|validate|test --config FILE.yaml [--key=value ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lit_adapters as la
+from language.draft.distillation import Agreement, DraftQuality, agreement
+from language.draft.shortened import own_copy, own_what_trains, shortened
+from language.loss import Batch, learned_logits, read
+from language.models import create_tokenizer, vocabulary_size
+from language.module import CausalLMTuner, frequencies_kept
+from lit_adapters.errors import AdapterError
+
+
+class DraftTuner(CausalLMTuner):
+    """A draft model, its adapters, and the distillation loss: the mean over all learned tokens of
+
+        KL(p || q) = sum_v p(v) (log p(v) - log q(v)),    p of the target, q of the draft, at temperature 1.
+
+    The draft is the pretrained `model`, or some of its decoder layers; it alone has adapters and is in `self.model`, in
+    checkpoints and in exports. Without a `target` of its own name, the target is the whole of `model`, on the same
+    weights in memory. The target is frozen, in eval mode, and no submodule. Batches are those of `CausalLMTuner`.
+
+    Logged as `val/kl`, `val/agreement` and `val/acceptance`: see `language.distillation.agreement`.
+
+    Args:
+        keep_layers: indices of the decoder layers that the draft has, ascending; all by default.
+        target: name of the target as in `language.models.create_model`; the whole of `model` by default.
+        common: those of `CausalLMTuner`.
+
+    Raises:
+        AdapterError: neither `keep_layers` nor `target` is given, `keep_layers` is out of range, or the target has
+            another vocabulary; or as `CausalLMTuner`.
+        DataError: as `CausalLMTuner`.
+    """
+
+    def __init__(self, keep_layers: list[int] | None = None, target: str | None = None, **common: Any) -> None:
+        super().__init__(**common)
+        if keep_layers is None and target is None:
+            raise AdapterError(
+                "the draft would be its own target: set keep_layers to the layers that it has, or target to a "
+                "larger model's name"
+            )
+        self.save_hyperparameters({"keep_layers": keep_layers, "target": target})
+        self.val_quality, self.test_quality = DraftQuality(), DraftQuality()
+        self._target: tuple[Any, ...] = ()  # in a tuple, so that it is no submodule
+
+    @property
+    def target(self) -> Any:
+        """The model to be followed."""
+        assert self._target, "configure_model has not run"
+        return self._target[0]
+
+    def configure_model(self) -> None:
+        """Create target and draft and attach the draft's adapters; once, though Lightning calls this for every stage.
+
+        Raises:
+            AdapterError: weights would be sharded; or as `CausalLMTuner`.
+        """
+        if self.device_mesh is not None:
+            raise AdapterError("a draft and its target cannot be sharded: set trainer.strategy to auto or ddp")
+        super().configure_model()
+
+    def _create(self, name: str) -> nn.Module:
+        h = self.hparams
+        if h["target"] is not None:
+            check_vocabulary(h["target"], name)
+        source = super()._create(name)
+        target = source if h["target"] is None else super()._create(h["target"])
+        if vocabulary_size(source) != vocabulary_size(target):
+            raise AdapterError(
+                f"the draft {name!r} has {vocabulary_size(source)} token ids, the target {h['target']!r} "
+                f"{vocabulary_size(target)}: choose two models of one family"
+            )
+        draft = source if h["keep_layers"] is None else shortened(source, h["keep_layers"])
+        self._target = (target.requires_grad_(False),)
+        return draft  # type: ignore[no-any-return]
+
+    def _build(self) -> nn.Module:
+        draft = super()._build()
+        own_what_trains(draft)
+        return draft
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """The sum of KL(p || q) over the learned tokens of a batch, in float32, and their number."""
+        kl = self._compare(batch).kl
+        return kl.sum(), len(kl)
+
+    def _compare(self, batch: Batch) -> Agreement:
+        with torch.no_grad():
+            target, _ = learned_logits(partial(read, self.target), batch)
+        draft, _ = learned_logits(self.forward, batch)
+        return agreement(target, draft)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_quality.update(self._compare(batch))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.test_quality.update(self._compare(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_quality("val", self.val_quality)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_quality("test", self.test_quality)
+
+    def _log_quality(self, split: str, metric: DraftQuality) -> None:
+        self._log_means(split, metric.compute())
+        metric.reset()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DraftTuner:
+        """Move and cast the target along; what it shares with the draft has then been moved already."""
+        super()._apply(fn, recurse)
+        for target in self._target:
+            with frequencies_kept(target):
+                target._apply(fn, recurse)
+        return self
+
+
+def merged_draft(tuner: DraftTuner) -> tuple[Any, la.MergeReport]:
+    """The trained draft as a model of its own, adapters merged, for `save_pretrained` and `generate`; and the report.
+
+    The weights are copies: neither the tuner nor the target changes.
+
+    Raises:
+        AdapterError: as `lit_adapters.merge`.
+    """
+    draft = own_copy(tuner.model).eval()
+    return draft, la.merge(draft)
+
+
+def check_vocabulary(target: str, draft: str) -> None:
+    """Compare the tokenizers of two models by name.
+
+    Raises:
+        AdapterError: a token has different ids, or exists in one of them only.
+    """
+    own: dict[str, int] = create_tokenizer(draft).get_vocab()
+    other: dict[str, int] = create_tokenizer(target).get_vocab()
+    differing: Sequence[str] = sorted(t for t in own.keys() | other.keys() if own.get(t) != other.get(t))
+    if differing:
+        token = differing[0]
+        raise AdapterError(
+            f"the draft {draft!r} has another tokenizer than the target {target!r}: token {token!r} is "
+            f"{own.get(token, 'absent')} in one and {other.get(token, 'absent')} in the other; choose a draft whose "
+            "tokenizer is the target's"
+        )

@@ -1,0 +1,1 @@
+"""Tasks and metrics for language models."""

@@ -1,0 +1,271 @@
+"""Multiple choice by log-likelihood: log p(choice | prompt) of each continuation, every prompt read once.
+
+A choice's tokens are those of prompt + choice after the longest prefix that the prompt shares with prompt + every
+choice. Where a tokeniser merges the end of the prompt with the start of a choice, whole tokens are scored, for all
+choices of that prompt from the same token on, so that the sums still compare like with like.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from language.models import context_length
+from lit_adapters.errors import AdapterError, DataError
+from lit_adapters.model.modes import evaluating
+
+_MIN_SHARED = 16  # tokens; a pass of its own for a shorter common prefix would cost more than it saves
+_ROWS = 4  # most choices of a prompt in a pass, on average: each holds a copy of the prompt's cache
+
+
+@dataclass(frozen=True)
+class ChoiceScores:
+    """What ``score_choices`` measured; one entry for each prompt.
+
+    Attributes:
+        log_likelihoods: log p(choice | prompt) in nats, one value for each choice.
+        num_bytes: Length of each choice in UTF-8 bytes.
+        truncated: Number of prompts that lost tokens on the left.
+    """
+
+    log_likelihoods: list[list[float]]
+    num_bytes: list[list[int]]
+    truncated: int
+
+    def predictions(self, per_byte: bool = False) -> list[int]:
+        """Index of the best choice: by the sum (acc), or by the sum divided by the bytes of the choice (acc_norm)."""
+        best = []
+        for row, sizes in zip(self.log_likelihoods, self.num_bytes, strict=True):
+            values = [value / size for value, size in zip(row, sizes, strict=True)] if per_byte else row
+            best.append(values.index(max(values)))
+        return best
+
+
+@torch.no_grad()
+def score_choices(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    choices: Sequence[Sequence[str]],
+    batch_size: int = 8,
+    max_length: int | None = None,
+    description: str = "scoring",
+) -> ChoiceScores:
+    """Log-likelihood of every choice given its prompt.
+
+    A prompt is computed once and its key-value cache serves all its choices; a beginning that the prompts of a batch
+    have in common (examples of k-shot prompts) is computed once for the batch. Choices of a single token need no
+    further pass. Models whose caches cannot be shared this way (sliding windows, recurrent states) read prompt and
+    choice together: the same numbers, slower.
+
+    Args:
+        model: A causal language model of transformers. Its training mode is left as it was.
+        tokenizer: The model's tokenizer.
+        prompts: n texts; the choice follows without a space of its own.
+        choices: For each prompt its continuations, usually with a leading space.
+        batch_size: Prompts in a pass; choices of several tokens are passes of up to 4 times as many rows.
+        max_length: Tokens that a pass may read; default the model's context. Longer prompts lose tokens on the left,
+            a start-of-text token excepted.
+        description: Text at the progress bar.
+
+    Raises:
+        DataError: An empty choice, or one that does not fit into the context.
+        AdapterError: The model's output is not a number.
+    """
+    encoder = PromptEncoder(tokenizer, max_length or context_length(model))
+    questions = [
+        encoder.question(prompt, options)
+        for prompt, options in tqdm(
+            zip(prompts, choices, strict=True), total=len(prompts), desc=f"{description}: tokens", leave=False
+        )
+    ]
+    scores = score_tokens(model, questions, batch_size, description)
+    sizes = [[len(choice.encode()) for choice in options] for options in choices]
+    return ChoiceScores(scores, sizes, encoder.truncated)
+
+
+@torch.no_grad()
+def score_tokens(
+    model: PreTrainedModel, questions: Sequence[TokenQuestion], batch_size: int = 8, description: str = "scoring"
+) -> list[list[float]]:
+    """The same for questions that are tokens already: one value for each continuation of each question.
+
+    Raises:
+        AdapterError: The model's output is not a number.
+    """
+    scores: list[list[float]] = [[]] * len(questions)
+    reader = _Reader(model)
+    with evaluating(model), tqdm(total=len(questions), desc=description, leave=False) as bar:
+        for batch in _batches(_grouped([q.context for q in questions]), batch_size):
+            for index, row in zip(batch, _score(reader, [questions[i] for i in batch]), strict=True):
+                if any(math.isnan(value) for value in row):
+                    raise AdapterError(f"the model's output for prompt {index} is not a number; its weights are broken")
+                scores[index] = row
+            bar.update(len(batch))
+    return scores
+
+
+@dataclass(frozen=True)
+class TokenQuestion:
+    """Tokens of a prompt, and of each continuation to choose from; none of them empty."""
+
+    context: list[int]
+    continuations: list[list[int]]
+
+
+class PromptEncoder:
+    """Tokens of prompts and choices, truncated on the left; counts the prompts that were.
+
+    Args:
+        tokenizer: A tokenizer of transformers. The start-of-text token it would add, and no other, is added.
+        max_length: Tokens that a pass may read; None for any number.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int | None) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.truncated = 0
+        added = tokenizer("").input_ids[:1]
+        self.start: list[int] = added if added and added == [tokenizer.bos_token_id] else []
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text, after the start-of-text token unless the text begins with it in writing."""
+        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        return [row if row[:1] == self.start else self.start + row for row in rows]
+
+    def prompt(self, text: str, room: int = 1) -> list[int]:
+        """Tokens of a prompt, at least one, that leave space for ``room - 1`` further tokens."""
+        return self._fit(self.tokens([text])[0], room)
+
+    def question(self, prompt: str, choices: Sequence[str]) -> TokenQuestion:
+        """Context and continuations; their concatenations are the tokens of prompt + choice."""
+        alone, *whole = self.tokens([prompt, *(prompt + choice for choice in choices)])
+        shared = _common_prefix([alone, *whole])
+        continuations = [tokens[shared:] for tokens in whole]
+        for choice, tokens in zip(choices, continuations, strict=True):
+            if not tokens:
+                raise DataError(f"choice {choice!r} after prompt ...{prompt[-60:]!r} has no tokens; give it a text")
+        return TokenQuestion(self._fit(alone[:shared], max(map(len, continuations))), continuations)
+
+    def _fit(self, context: list[int], room: int) -> list[int]:
+        if not context:
+            # The first token of a text needs something to be predicted from.
+            anything = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+            context = [token for token in anything if token is not None][:1]
+            if not context:
+                raise DataError("an empty prompt needs a tokenizer with a start or end token")
+        if self.max_length is None or len(context) + room - 1 <= self.max_length:
+            return context
+        keep = self.max_length - room + 1
+        if keep < 1:
+            raise DataError(f"{room} tokens after the prompt do not fit into max_length={self.max_length}: raise it")
+        self.truncated += 1
+        start = self.start if keep > 1 else []
+        return start + context[len(context) - keep + len(start) :]
+
+
+def _common_prefix(rows: Sequence[list[int]]) -> int:
+    """Number of leading tokens that all rows share."""
+    low, high = min(rows), max(rows)  # in lexicographic order every other row lies between them
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+
+
+def _grouped(contexts: list[list[int]]) -> list[int]:
+    """An order in which contexts with much in common stand together, and contexts of similar length next."""
+    order = sorted(range(len(contexts)), key=contexts.__getitem__)
+    group = dict.fromkeys(order, 0)
+    for number, (before, after) in enumerate(pairwise(order), 1):
+        pair = [contexts[before], contexts[after]]
+        if 2 * _common_prefix(pair) > len(pair[1]):
+            group[before] = group[before] or number
+            group[after] = group[before]
+    return sorted(order, key=lambda i: (group[i], -len(contexts[i])))
+
+
+def _batches(order: list[int], size: int) -> Iterator[list[int]]:
+    yield from (order[i : i + size] for i in range(0, len(order), size))
+
+
+def _score(reader: _Reader, batch: list[TokenQuestion]) -> list[list[float]]:
+    contexts = [question.context for question in batch]
+    pairs = [(row, tokens) for row, question in enumerate(batch) for tokens in question.continuations]
+    longer = [(i, row, tokens) for i, (row, tokens) in enumerate(pairs) if len(tokens) > 1]
+    shared = min(_common_prefix(contexts), min(map(len, contexts)) - 1) if len(batch) > 1 else 0
+    shared = shared if reader.can_share and shared >= _MIN_SHARED else 0
+    reader.begin(cached=reader.can_share and bool(shared or longer))
+    if shared:
+        reader.feed([contexts[0][:shared]], keep=1)
+        reader = reader.branch([0] * len(batch))
+    first = reader.feed([context[shared:] for context in contexts], keep=1)[:, -1]
+    scores = first[[row for row, _ in pairs], [tokens[0] for _, tokens in pairs]].double()
+    for start in range(0, len(longer), _ROWS * len(batch)):
+        chunk = longer[start : start + _ROWS * len(batch)]
+        keep = max(len(tokens) for _, _, tokens in chunk) - 1
+        if reader.can_share:
+            branch = reader.branch([row for _, row, _ in chunk])
+            rest = branch.feed([tokens[:-1] for _, _, tokens in chunk], keep)
+        else:
+            reader.begin(cached=False)
+            rest = reader.feed([contexts[row] + tokens[:-1] for _, row, tokens in chunk], keep)
+        for (i, _, tokens), log_probabilities in zip(chunk, rest, strict=True):
+            targets = torch.tensor(tokens[1:], device=rest.device)
+            scores[i] += log_probabilities[-len(targets) :].gather(1, targets[:, None]).double().sum()
+    values = iter(scores.tolist())
+    return [[next(values) for _ in question.continuations] for question in batch]
+
+
+class _Reader:
+    """Feeds rows of tokens to a model, one pass after another, and keeps its cache and what of it is padding."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.accepted = set(inspect.signature(model.forward).parameters)
+        layers = DynamicCache(config=model.config).layers
+        # Later passes leave padding between real tokens, which only full attention with explicit positions ignores.
+        self.can_share = "position_ids" in self.accepted and all(type(layer) is DynamicLayer for layer in layers)
+
+    def begin(self, cached: bool) -> None:
+        """Forget what was read; keep a cache from now on if asked to."""
+        self.cache = DynamicCache(config=self.model.config) if cached else None
+        self.mask: Tensor | None = None
+
+    def branch(self, rows: list[int]) -> _Reader:
+        """A reader that goes on from these rows of what was read, in this order; rows may repeat."""
+        index = torch.tensor(rows, device=self.device)
+        assert self.cache is not None
+        assert self.mask is not None
+        other = copy(self)
+        other.cache = copy(self.cache)
+        other.cache.layers = [copy(layer) for layer in self.cache.layers]
+        other.cache.batch_select_indices(index)
+        other.mask = self.mask[index]
+        return other
+
+    def feed(self, rows: list[list[int]], keep: int) -> Tensor:
+        """Log-probabilities (rows, keep, vocabulary) in fp32 after each of the last ``keep`` tokens of the rows."""
+        length = max(map(len, rows))
+        tokens = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=self.device)
+        real = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        self.mask = real if self.mask is None else torch.cat([self.mask, real], dim=1)
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
+        optional = {"position_ids": positions, "logits_to_keep": keep}
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=self.mask,
+            use_cache=self.cache is not None,
+            **({"past_key_values": self.cache} if self.cache is not None else {}),
+            **{name: value for name, value in optional.items() if name in self.accepted},
+        )
+        return output.logits[:, -keep:].float().log_softmax(-1)

@@ -1,0 +1,199 @@
+"""What is computed from a model's answers, each value with its standard error.
+
+Held-out loss and perplexity, accuracy, exact match, ROUGE; and a torchmetrics accuracy for validation loops.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.text.rouge import rouge_score
+from tqdm import tqdm
+
+from language.loss import Batch, token_losses
+from lit_adapters.errors import AdapterError, DataError
+from lit_adapters.model.modes import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Named, because torchmetrics' default includes rougeLsum, which fetches a sentence splitter.
+ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value.
+
+    Attributes:
+        value: The value.
+        stderr: Its standard error; NaN where one observation cannot tell.
+        n: Number of observations: questions, texts, or tokens for a loss.
+    """
+
+    value: float
+    stderr: float
+    n: int
+
+
+def proportion(correct: Sequence[bool]) -> Estimate:
+    """Share of true values with the binomial standard error sqrt(p (1 - p) / n)."""
+    if not correct:
+        raise DataError("no questions were asked: check the data and the limit")
+    n = len(correct)
+    p = sum(map(bool, correct)) / n
+    return Estimate(p, math.sqrt(p * (1 - p) / n), n)
+
+
+def mean_of_groups(groups: Sequence[Estimate]) -> Estimate:
+    """Unweighted mean of independent estimates, sqrt(sum of squared errors) / number of groups as its error."""
+    count = len(groups)
+    error = math.sqrt(sum(group.stderr**2 for group in groups)) / count
+    return Estimate(sum(group.value for group in groups) / count, error, sum(group.n for group in groups))
+
+
+def bootstrap_mean(values: Sequence[float], seed: int = 0, resamples: int = _RESAMPLES) -> Estimate:
+    """Mean with the standard deviation of the means of ``resamples`` samples drawn with replacement, seeded."""
+    if not values:
+        raise DataError("no values to average: check the data and the limit")
+    data = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.stack(
+        [data[torch.randint(len(data), (len(data),), generator=generator)].mean() for _ in range(resamples)]
+    )
+    return Estimate(data.mean().item(), means.std().item(), len(values))
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """What `row_losses` measured, one entry for each row with a learned token.
+
+    Attributes:
+        sums: -log p over the row's learned tokens, in nats.
+        counts: their number.
+    """
+
+    sums: list[float]
+    counts: list[int]
+
+
+@torch.no_grad()
+def row_losses(model: PreTrainedModel, batches: Iterable[Batch]) -> RowLosses:
+    """-log p of held-out rows.
+
+    Args:
+        model: A causal language model of transformers. Its training mode is left as it was.
+        batches: As `language.loss.token_losses` takes them.
+
+    Raises:
+        DataError: A batch without a learned token.
+    """
+    device = next(model.parameters()).device
+    sums: list[float] = []
+    counts: list[int] = []
+    with evaluating(model):
+        for batch in tqdm(batches, desc="held-out loss", leave=False):
+            losses, learned = token_losses(model, {name: value.to(device) for name, value in batch.items()})
+            of_row = learned.sum(1).tolist()
+            sums += [row.double().sum().item() for row in losses.split(of_row) if len(row)]
+            counts += filter(None, of_row)
+    return RowLosses(sums, counts)
+
+
+def held_out_loss(rows: RowLosses) -> dict[str, Estimate]:
+    """Mean negative log-likelihood in nats, and perplexity, over all learned tokens; every token counts the same.
+
+    Returns:
+        ``loss`` and ``perplexity`` = exp(loss). Standard errors take rows as drawn independently, tokens of a row not:
+        sqrt(R / (R - 1) sum_r (s_r - loss n_r)^2) / n for R rows with sums s_r and counts n_r; perplexity's is
+        perplexity times that.
+
+    Raises:
+        DataError: No learned token at all.
+        AdapterError: The loss is not finite.
+    """
+    total, count = sum(rows.counts), len(rows.counts)
+    if not total:
+        raise DataError("no token of the held-out data has a label: check the format and the prompt mask")
+    loss = sum(rows.sums) / total
+    if not math.isfinite(loss):
+        raise AdapterError(f"the held-out loss is {loss}; the model's weights are broken")
+    squares = sum((s - loss * n) ** 2 for s, n in zip(rows.sums, rows.counts, strict=True))
+    error = math.sqrt(squares * count / (count - 1)) / total if count > 1 else math.nan
+    perplexity = math.exp(min(loss, 700.0))
+    return {"loss": Estimate(loss, error, total), "perplexity": Estimate(perplexity, perplexity * error, total)}
+
+
+def rouge(predictions: Sequence[str], references: Sequence[str], seed: int = 0) -> dict[str, Estimate]:
+    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L, with bootstrap standard errors over texts."""
+    return {key: bootstrap_mean(v, seed) for key, v in rouge_of_texts(predictions, references).items()}
+
+
+def rouge_of_texts(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+    """F-measure of ROUGE-1, ROUGE-2 and ROUGE-L of each text, without stemming."""
+    values: dict[str, list[float]] = {key: [] for key in ROUGE_KEYS}
+    for prediction, reference in zip(predictions, references, strict=True):
+        scores = rouge_score(prediction, reference, rouge_keys=ROUGE_KEYS)
+        for key in ROUGE_KEYS:
+            values[key].append(float(scores[f"{key}_fmeasure"]))
+    return values
+
+
+def normalised(text: str) -> str:
+    """Lower case, single spaces, no punctuation at either end: what exact match compares."""
+    return re.sub(r"^[^\w]+|[^\w]+$", "", " ".join(text.lower().split()))
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> Estimate:
+    """Share of predictions that equal their reference after ``normalised``."""
+    pairs = zip(predictions, references, strict=True)
+    return proportion([normalised(prediction) == normalised(reference) for prediction, reference in pairs])
+
+
+def find_option(text: str, options: Sequence[str]) -> int | None:
+    """Index of the option that a generated text names first as a whole word; the longest of those; None without one."""
+    found = []
+    for index, option in enumerate(options):
+        match = re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text, re.IGNORECASE)
+        if match:
+            found.append((match.start(), -len(option), index))
+    return min(found)[2] if found else None
+
+
+class ChoiceAccuracy(Metric):
+    """Share of questions whose right choice has the highest log-likelihood; sums over batches and processes."""
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, log_likelihoods: Tensor, target: Tensor) -> None:
+        """Count a batch: log-likelihoods (B, C), -inf where a question has fewer choices, and right indices (B,)."""
+        if log_likelihoods.ndim != 2 or target.shape != log_likelihoods.shape[:1]:
+            raise DataError(
+                f"log_likelihoods {tuple(log_likelihoods.shape)} and target {tuple(target.shape)} "
+                "must be (B, C) and (B,)"
+            )
+        # Not in place: what Lightning resets in its inference mode is an inference tensor, which fit may not write to.
+        self.correct = self.correct + (log_likelihoods.argmax(1) == target).sum()
+        self.total = self.total + len(target)
+
+    def compute(self) -> Tensor:
+        """Accuracy so far, in [0, 1]."""
+        return self.correct / self.total

@@ -1,0 +1,128 @@
+"""MMLU (arXiv 2009.03300): 57 subjects in four categories, k-shot prompts, and the averages that are in use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from language.data.sources import Row, read_rows
+from language.evaluate.metrics import Estimate, mean_of_groups, proportion
+from language.evaluate.questions import Question, field_of, subset
+from lit_adapters.errors import DataError
+
+LETTERS = "ABCD"
+CATEGORIES = ("STEM", "Humanities", "Social Sciences", "Other")
+# As in categories.py of github.com/hendrycks/test, for files whose rows do not name their category.
+_SUBJECTS = {
+    "STEM": "abstract_algebra astronomy college_biology college_chemistry college_computer_science college_mathematics "
+    "college_physics computer_security conceptual_physics electrical_engineering elementary_mathematics "
+    "high_school_biology high_school_chemistry high_school_computer_science high_school_mathematics "
+    "high_school_physics high_school_statistics machine_learning",
+    "Humanities": "formal_logic high_school_european_history high_school_us_history high_school_world_history "
+    "international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory "
+    "professional_law world_religions",
+    "Social Sciences": "econometrics high_school_geography high_school_government_and_politics "
+    "high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality "
+    "professional_psychology public_relations security_studies sociology us_foreign_policy",
+    "Other": "anatomy business_ethics clinical_knowledge college_medicine global_facts human_aging management "
+    "marketing medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology",
+}
+_CATEGORY = {subject: category for category, names in _SUBJECTS.items() for subject in names.split()}
+
+
+def read_mmlu(root: str | Path, shots: int = 5, per_subject: int | None = None, seed: int = 0) -> list[Question]:
+    """Questions of the test split, each after the first ``shots`` dev questions of its subject with their answers.
+
+    Args:
+        root: Folder with ``dev`` and ``test`` files (jsonl, json or parquet), whose rows have ``subject``,
+            ``question``, four ``choices``, ``answer`` (0-3) and perhaps ``category``.
+        shots: Examples in the prompt.
+        per_subject: Questions of each subject, chosen at random by ``seed``; default all. A smaller choice is
+            contained in a larger one.
+        seed: Seeds the choice.
+
+    Returns:
+        Questions in the file's order; ``group`` is the subject and ``category`` one of the four. The continuations
+        are " A" to " D".
+
+    Raises:
+        DataError: A bad row (file and line), or a subject with too few dev questions.
+    """
+    tests = _by_subject(read_rows(str(root), "test"))
+    examples = _by_subject(read_rows(str(root), "val")) if shots else {}
+    questions = []
+    for subject, rows in tests.items():
+        shown = examples.get(subject, [])[:shots]
+        if len(shown) < shots:
+            raise DataError(f"{root} has {len(shown)} dev questions of {subject!r}, not the {shots} of shots={shots}")
+        topic = subject.replace("_", " ")
+        head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
+        head += "".join(f"{_text(row)} {LETTERS[_answer(row)]}\n\n" for row in shown)
+        questions += [
+            Question(
+                prompt=head + _text(row),
+                choices=tuple(f" {letter}" for letter in LETTERS),
+                answer=_answer(row),
+                group=subject,
+                category=_category(row, subject),
+            )
+            for row in subset(rows, per_subject, seed, subject)
+        ]
+    return questions
+
+
+def summarise_mmlu(questions: Sequence[Question], correct: Sequence[bool]) -> dict[str, Any]:
+    """Accuracy overall, by category and by subject.
+
+    Returns:
+        ``micro`` counts every question once (the usual MMLU score; with ``per_subject`` every subject weighs the
+        same, as in the macro average). ``macro`` is the mean over subjects. ``categories`` holds both for each
+        category with questions, ``subjects`` the accuracy of each subject.
+    """
+    chosen = list(zip(questions, map(bool, correct), strict=True))
+
+    def averages(members: list[tuple[Question, bool]]) -> dict[str, Estimate]:
+        subjects = [proportion([c for q, c in members if q.group == s]) for s in {q.group: None for q, _ in members}]
+        return {"micro": proportion([c for _, c in members]), "macro": mean_of_groups(subjects)}
+
+    categories = {name: [pair for pair in chosen if pair[0].category == name] for name in CATEGORIES}
+    names = {question.group: None for question in questions}
+    return {
+        **averages(chosen),
+        "categories": {name: averages(members) for name, members in categories.items() if members},
+        "subjects": {name: proportion([c for q, c in chosen if q.group == name]) for name in names},
+    }
+
+
+def _by_subject(rows: list[Row]) -> dict[str, list[Row]]:
+    subjects: dict[str, list[Row]] = {}
+    for row in rows:
+        subjects.setdefault(field_of(row, "subject", str), []).append(row)
+    return subjects
+
+
+def _text(row: Row) -> str:
+    choices = field_of(row, "choices", list)
+    if len(choices) != len(LETTERS) or not all(isinstance(choice, str) for choice in choices):
+        raise DataError(f"{row.origin}: choices must be {len(LETTERS)} texts, got {choices!r}; correct the row")
+    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True)]
+    return "\n".join([field_of(row, "question", str).strip(), *lines, "Answer:"])
+
+
+def _answer(row: Row) -> int:
+    answer = field_of(row, "answer", int)
+    if not 0 <= answer < len(LETTERS):
+        raise DataError(f"{row.origin}: answer {answer} must be 0 to {len(LETTERS) - 1}; correct the row")
+    return answer
+
+
+def _category(row: Row, subject: str) -> str:
+    named = row.values.get("category", _CATEGORY.get(subject))
+    for category in CATEGORIES:
+        if str(named).lower() == category.lower():
+            return category
+    raise DataError(
+        f"{row.origin}: category {named!r} of subject {subject!r} is none of {', '.join(CATEGORIES)}; "
+        "put one of them into the row's field 'category'"
+    )

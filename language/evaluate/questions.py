@@ -1,0 +1,176 @@
+"""Evaluation files as questions: common-sense reasoning, classification and summarisation, in the training's prompts.
+
+Rows are read by ``language.sources`` and written out by ``language.templates``, so that a model is asked in the words
+it was tuned with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from language.data.formats import FormatName, parse
+from language.data.sources import Row, read_rows
+from language.data.templates import Renderer
+from lit_adapters.errors import DataError
+from lit_adapters.lightning.resume.sampler import permutation
+
+# The eight tasks of LLM-Adapters (arXiv 2304.01933).
+COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
+LEAD_IN = "the correct answer is"
+
+_OPTIONS = re.compile(r"Answer format:\s*(\S+)\s*$")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with the answers to choose from.
+
+    Attributes:
+        prompt: What the model reads.
+        choices: Continuations of the prompt.
+        answer: Index of the right one.
+        group: Subject or task.
+        category: Of the subject.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+    group: str = ""
+    category: str = ""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The choices as words, to be looked for in generated text."""
+        return tuple(choice.strip() for choice in self.choices)
+
+
+@dataclass(frozen=True)
+class WritingTask:
+    """A prompt and the text that a good answer resembles."""
+
+    prompt: str
+    reference: str
+
+
+def make_renderer(tokenizer: Any, name: FormatName, chat: bool) -> Renderer:
+    """Prompts of a format, plain or in the tokenizer's chat template."""
+    return Renderer(tokenizer, tokenizer.eos_token or "", name, chat=chat)
+
+
+def read_commonsense(
+    root: str | Path, name: str, tokenizer: Any, chat: bool = False, limit: int | None = None, seed: int = 0
+) -> list[Question]:
+    """Questions of one of the eight tasks, from ``root/NAME.test.jsonl`` with instruction, output and answer.
+
+    The prompt is the instruction in the Alpaca template, and the beginning of the answer, "the correct answer is";
+    the choices are those that the instruction names in its "Answer format: a/b".
+
+    Args:
+        root: Folder of the files.
+        name: One of ``COMMONSENSE``.
+        tokenizer: Its chat template is used if ``chat``.
+        chat: Ask in the chat template.
+        limit: Number of questions, chosen at random by ``seed``; default all.
+        seed: Seeds the choice.
+
+    Raises:
+        DataError: Unknown task, or a bad row (file and line).
+    """
+    if name not in COMMONSENSE:
+        raise DataError(f"common-sense task {name!r} is none of {', '.join(COMMONSENSE)}")
+    renderer = make_renderer(tokenizer, "alpaca", chat)
+    questions = []
+    for row in subset(read_rows(str(Path(root) / f"{name}.test.jsonl"), "test"), limit, seed, name):
+        (record,), _ = parse([row], "alpaca")
+        found = _OPTIONS.search(record.fields["instruction"])
+        if not found:
+            raise DataError(f"{row.origin}: the instruction must end in 'Answer format: a/b/...'; correct the row")
+        options, answer = found[1].split("/"), field_of(row, "answer", str)
+        if answer not in options:
+            raise DataError(f"{row.origin}: answer {answer!r} is none of {', '.join(options)}; correct the row")
+        prompt = renderer.example(record).prompt + LEAD_IN
+        choices = tuple(f" {option}" for option in options)
+        questions.append(Question(prompt, choices, options.index(answer), group=name))
+    return questions
+
+
+def read_classification(
+    path: str | Path, tokenizer: Any, chat: bool = False, limit: int | None = None, seed: int = 0
+) -> list[Question]:
+    """Texts with their class; the choices are the names of all classes in the file.
+
+    Args:
+        path: A file, or a folder with a test file; rows have ``text`` and ``label_name``, or ``label``.
+        tokenizer: Its chat template is used if ``chat``.
+        chat: Ask in the chat template.
+        limit: Number of texts, chosen at random by ``seed``; default all.
+        seed: Seeds the choice.
+
+    Raises:
+        DataError: A bad row (file and line), or a single class.
+    """
+    rows = read_rows(str(path), "test")
+    records, _ = parse(rows, "classification", {"label": "label_name"} if "label_name" in rows[0].values else None)
+    labels = sorted({record.answer for record in records})
+    if len(labels) < 2:
+        raise DataError(f"{path} has a single class, {labels[0]!r}: nothing to choose from")
+    renderer = make_renderer(tokenizer, "classification", chat)
+    return [
+        Question(renderer.example(record).prompt, tuple(labels), labels.index(record.answer), group=record.answer)
+        for record in subset(records, limit, seed, "classification")
+    ]
+
+
+def read_summaries(
+    path: str | Path, tokenizer: Any, chat: bool = False, limit: int | None = None, seed: int = 0
+) -> tuple[list[WritingTask], int]:
+    """Dialogues with their summaries, and how many rows were empty and skipped.
+
+    Args:
+        path: A file, or a folder with a test file; rows have ``dialogue`` and ``summary``.
+        tokenizer: Its chat template is used if ``chat``.
+        chat: Ask in the chat template.
+        limit: Number of dialogues, chosen at random by ``seed``; default all.
+        seed: Seeds the choice.
+
+    Raises:
+        DataError: A bad row (file and line).
+    """
+    records, skipped = parse(read_rows(str(path), "test"), "summarisation", drop_empty=True)
+    renderer = make_renderer(tokenizer, "summarisation", chat)
+    chosen = [renderer.example(record) for record in subset(records, limit, seed, "summarisation")]
+    return [WritingTask(example.prompt, example.response) for example in chosen], skipped
+
+
+def subset(items: Sequence[T], size: int | None, seed: int, key: str) -> list[T]:
+    """``size`` items at random, all if there are fewer, in their order: a pure function of (len(items), seed, key).
+
+    With the same key a smaller subset is contained in a larger one.
+    """
+    if size is None:
+        return list(items)
+    if size < 1:
+        raise DataError(f"a subset of {size} questions is empty: ask for at least 1")
+    chosen = permutation(len(items), "questions", key, seed)[:size].sort().values
+    return [items[i] for i in chosen.tolist()]
+
+
+def field_of(row: Row, name: str, kind: type[T]) -> T:
+    """A field of the row, checked to be there and of its kind.
+
+    Raises:
+        DataError: naming file, line and field.
+    """
+    value = row.values.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise DataError(
+            f"{row.origin}: field {name!r} must be of type {kind.__name__}, got {str(value)[:60]!r} "
+            f"(the row has {', '.join(map(str, row.values))}); correct the row"
+        )
+    return value

@@ -1,0 +1,179 @@
+"""The tasks: each reads its questions first, and asks a model later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from language.data.formats import FormatName
+from language.data.module import InstructionDataModule
+from language.data.sources import read_rows
+from language.evaluate.likelihood import PromptEncoder, score_choices
+from language.evaluate.metrics import Estimate, exact_match, find_option, held_out_loss, proportion, rouge, row_losses
+from language.evaluate.mmlu import read_mmlu, summarise_mmlu
+from language.evaluate.questions import Question, WritingTask, read_classification, read_commonsense, read_summaries
+from language.generate import generate
+from language.models import context_length
+
+_DEFAULT_LENGTH = 2048  # tokens, for models that name no context
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the tasks are asked. Paths are relative to the root.
+
+    Args:
+        mmlu: Folder with MMLU's dev and test files.
+        commonsense: Folder with boolq.test.jsonl and the others.
+        classification: File, or folder with a test file, of text and label_name (or label).
+        summarisation: File, or folder with a test file, of dialogue and summary.
+        perplexity: File, or folder with a test file, of held-out data for training.
+        perplexity_format: Format of the held-out data.
+        shots: Examples in an MMLU prompt.
+        per_subject: MMLU questions of each subject, chosen by seed; default all.
+        limit: Questions of each other task, chosen by seed; default all.
+        seed: Seeds the choice of questions and the bootstrap.
+        chat: Ask in the model's chat template; MMLU is always plain.
+        answers: Whether common-sense and classification answers are chosen by log-likelihood or looked for in
+            generated text.
+        max_new_tokens: Longest generated answer.
+        batch_size: Prompts in a pass.
+        max_length: Tokens that the model may read at once; default its context.
+    """
+
+    mmlu: str = "mmlu"
+    commonsense: str = "commonsense"
+    classification: str = "newsgroups20"
+    summarisation: str = "samsum"
+    perplexity: str = "held_out"
+    perplexity_format: FormatName = "alpaca"
+    shots: int = 5
+    per_subject: int | None = None
+    limit: int | None = None
+    seed: int = 0
+    chat: bool = False
+    answers: Literal["choice", "generation"] = "choice"
+    max_new_tokens: int = 64
+    batch_size: int = 8
+    max_length: int | None = None
+
+
+Task = Callable[[], dict[str, Any]]
+
+
+def plan(name: str, model: PreTrainedModel, tokenizer: Any, root: Path, s: Settings) -> Task:
+    """Read a task's data from below ``root``; what is returned asks the model and says what came of it.
+
+    Raises:
+        DataError: Missing or bad data (file and line).
+    """
+    if name == "perplexity":
+        return partial(_perplexity, model, _held_out(root / s.perplexity, model, tokenizer, s))
+    if name == "summarisation":
+        tasks, skipped = read_summaries(root / s.summarisation, tokenizer, s.chat, s.limit, s.seed)
+        return partial(_summaries, model, tokenizer, tasks, skipped, s)
+    questions = read_questions(name, tokenizer, root, s)
+    if name == "mmlu":
+        return partial(_mmlu, model, tokenizer, questions, s)
+    return partial(_choose if s.answers == "choice" else _generate, name, model, tokenizer, questions, s)
+
+
+def read_questions(name: str, tokenizer: Any, root: Path, s: Settings) -> list[Question]:
+    """The questions of a multiple-choice task: mmlu, classification or a common-sense one.
+
+    Raises:
+        DataError: An unknown task, or missing or bad data (file and line).
+    """
+    chosen: dict[str, Any] = {"chat": s.chat, "limit": s.limit, "seed": s.seed}
+    if name == "mmlu":
+        return read_mmlu(root / s.mmlu, s.shots, s.per_subject, s.seed)
+    if name == "classification":
+        return read_classification(root / s.classification, tokenizer, **chosen)
+    return read_commonsense(root / s.commonsense, name, tokenizer, **chosen)
+
+
+def _mmlu(model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: Settings) -> dict[str, Any]:
+    result = _choose("mmlu", model, tokenizer, questions, s)
+    pairs = zip(result["predictions"], result["answers"], strict=True)
+    summary = summarise_mmlu(questions, [prediction == answer for prediction, answer in pairs])
+    metrics = {"micro": summary.pop("micro"), "macro": summary.pop("macro")}
+    return {**result, "metrics": metrics, **summary}
+
+
+def _choose(
+    name: str, model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: Settings
+) -> dict[str, Any]:
+    prompts, choices = [q.prompt for q in questions], [q.choices for q in questions]
+    scores = score_choices(model, tokenizer, prompts, choices, s.batch_size, s.max_length, name)
+    answers = [q.answer for q in questions]
+    by_sum, by_byte = scores.predictions(), scores.predictions(per_byte=True)
+    metrics = {"accuracy": _accuracy(by_sum, answers), "accuracy per byte": _accuracy(by_byte, answers)}
+    return {"metrics": metrics, "truncated": scores.truncated, "predictions": by_sum, "answers": answers}
+
+
+def _generate(
+    name: str, model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: Settings
+) -> dict[str, Any]:
+    texts, truncated = _write(model, tokenizer, [q.prompt for q in questions], s, name)
+    predictions = [find_option(text, q.options) for text, q in zip(texts, questions, strict=True)]
+    answers = [q.answer for q in questions]
+    metrics = {
+        "accuracy": _accuracy(predictions, answers),
+        "exact match": exact_match(texts, [q.options[q.answer] for q in questions]),
+        "answered": proportion([prediction is not None for prediction in predictions]),
+    }
+    return {"metrics": metrics, "truncated": truncated, "predictions": predictions, "answers": answers}
+
+
+def _accuracy(predictions: Sequence[int | None], answers: Sequence[int]) -> Estimate:
+    return proportion([prediction == answer for prediction, answer in zip(predictions, answers, strict=True)])
+
+
+def _summaries(
+    model: PreTrainedModel, tokenizer: Any, tasks: list[WritingTask], skipped: int, s: Settings
+) -> dict[str, Any]:
+    texts, truncated = _write(model, tokenizer, [task.prompt for task in tasks], s, "summarisation")
+    metrics = rouge(texts, [task.reference for task in tasks], s.seed)
+    return {"metrics": metrics, "truncated": truncated, "skipped": skipped, "texts": texts}
+
+
+def _write(
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], s: Settings, name: str
+) -> tuple[list[str], int]:
+    """Greedy continuations of prompts, and how many prompts were truncated."""
+    encoder = PromptEncoder(tokenizer, s.max_length or context_length(model))
+    rows = [encoder.prompt(prompt, room=s.max_new_tokens + 1) for prompt in prompts]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    texts = [""] * len(rows)
+    for start in tqdm(range(0, len(order), s.batch_size), desc=name, leave=False):
+        batch = order[start : start + s.batch_size]
+        answers = generate(model, tokenizer, [rows[i] for i in batch], max_new_tokens=s.max_new_tokens)
+        for index, answer in zip(batch, answers, strict=True):
+            texts[index] = answer.strip()
+    return texts, encoder.truncated
+
+
+def _held_out(path: Path, model: PreTrainedModel, tokenizer: Any, s: Settings) -> InstructionDataModule:
+    data = InstructionDataModule(
+        path=str(path),
+        test_path=str(path),
+        tokenizer=tokenizer,
+        format=s.perplexity_format,
+        max_length=s.max_length or context_length(model) or _DEFAULT_LENGTH,
+        batch_size=s.batch_size,
+        test_subset=s.limit and min(s.limit, len(read_rows(str(path), "test"))),
+        use_chat_template=s.chat,
+        seed=s.seed,
+    )
+    data.setup("test")
+    return data
+
+
+def _perplexity(model: PreTrainedModel, data: InstructionDataModule) -> dict[str, Any]:
+    return {"metrics": held_out_loss(row_losses(model, data.test_dataloader()))}

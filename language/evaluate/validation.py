@@ -1,0 +1,128 @@
+"""Accuracy of choices while training: the classes of the data's own validation rows, or questions of a benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn.utils.rnn import pad_sequence
+
+from language.data.module import InstructionDataModule
+from language.data.sources import SplitName
+from language.evaluate.likelihood import PromptEncoder, TokenQuestion, score_tokens
+from language.evaluate.metrics import ChoiceAccuracy
+from language.evaluate.questions import subset
+from language.evaluate.tasks import Settings, read_questions
+from language.models import context_length
+from lit_adapters.errors import DataError
+
+
+def choice_questions(data: InstructionDataModule, split: SplitName) -> tuple[list[TokenQuestion], list[int]]:
+    """Rows of classification data as questions in the tokens of training, each with all classes to choose from.
+
+    A choice is the class and the end token, so that no class is the beginning of another.
+
+    Args:
+        data: With format classification.
+        split: Whose rows.
+
+    Returns:
+        The questions, and the index of each right class in `data.classes`.
+
+    Raises:
+        DataError: The data are no classification, a class is longer than an answer may be, or no training row has a
+            row's class.
+    """
+    classes, encoder = data.classes, data.encoder
+    choices = [[*ids, encoder.end_id] for ids in data.tokenizer(classes, add_special_tokens=False)["input_ids"]]
+    longest = max(map(len, choices))
+    if longest > encoder.max_answer_length:
+        raise DataError(
+            f"a class has {longest} tokens, more than the {encoder.max_answer_length} kept for an answer: set "
+            f"max_answer_length to {longest}"
+        )
+    questions, answers = [], []
+    for example in data.examples(split):
+        if example.response not in classes:
+            raise DataError(f"{example.origin}: class {example.response!r} occurs in no training row")
+        questions.append(TokenQuestion(encoder.prompt(example), choices))
+        answers.append(classes.index(example.response))
+    return questions, answers
+
+
+class ChoiceValidation(Callback):
+    """Logs `val/TASK_accuracy` with each validation: how often the right choice has the highest log-likelihood.
+
+    Questions are read before training begins. Each process asks its share of them.
+
+    Args:
+        task: "classification" asks the data module's own validation rows; else "mmlu" or a common-sense task, see
+            `language.evaluate`, whose test questions are then no longer unseen where a checkpoint is chosen by them.
+        root: Folder of the data of the other tasks.
+        limit: Questions: of each subject for MMLU, of the task otherwise; chosen by seed, all if None.
+        shots: Examples in an MMLU prompt.
+        batch_size: Prompts in a pass.
+        seed: Seeds the choice.
+
+    Raises:
+        DataError: No root where one is needed; missing or bad data (file and line).
+    """
+
+    def __init__(
+        self,
+        task: str = "classification",
+        root: str | None = None,
+        limit: int | None = 100,
+        shots: int = 0,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        if task != "classification" and root is None:
+            raise DataError(f"task {task!r} needs root, the folder of its data")
+        self.task, self.root, self.limit, self.shots = task, root, limit, shots
+        self.batch_size, self.seed = batch_size, seed
+        self.metric = ChoiceAccuracy()
+        self.questions: list[TokenQuestion] = []
+        self.answers: list[int] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the questions."""
+        self._read(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask this process's share, and log the accuracy over all."""
+        if trainer.sanity_checking:  # a few batches to see that validation runs; its values are not kept
+            return
+        if not self.questions:
+            self._read(trainer, pl_module)
+        mine = slice(trainer.global_rank, None, trainer.world_size)
+        model: Any = pl_module.model
+        with trainer.precision_plugin.forward_context():
+            scores = score_tokens(model, self.questions[mine], self.batch_size, f"val/{self.task}")
+        self.metric.to(pl_module.device)
+        if scores:
+            rows = pad_sequence([torch.tensor(row) for row in scores], batch_first=True, padding_value=-torch.inf)
+            self.metric.update(rows.to(pl_module.device), torch.tensor(self.answers[mine], device=pl_module.device))
+        accuracy = self.metric.compute()
+        self.metric.reset()
+        pl_module.log(f"val/{self.task}_accuracy", accuracy, prog_bar=True)
+
+    def _read(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model: Any = pl_module.model
+        if self.task == "classification":
+            data = getattr(trainer, "datamodule", None)
+            if not isinstance(data, InstructionDataModule):
+                raise DataError("ChoiceValidation of classification asks the rows of an InstructionDataModule: use one")
+            pairs = list(zip(*choice_questions(data, "val"), strict=True))
+            chosen = subset(pairs, self.limit, self.seed, self.task)
+            questions, answers = [q for q, _ in chosen], [a for _, a in chosen]
+        else:
+            assert self.root is not None
+            settings = Settings(shots=self.shots, per_subject=self.limit, limit=self.limit, seed=self.seed)
+            asked = read_questions(self.task, pl_module.tokenizer, Path(self.root), settings)
+            encoder = PromptEncoder(pl_module.tokenizer, context_length(model))
+            questions = [encoder.question(q.prompt, q.choices) for q in asked]
+            answers = [q.answer for q in asked]
+        self.questions, self.answers = questions, answers

@@ -1,0 +1,6 @@
+"""Group-relative policy optimisation with rewards that can be checked."""
+
+from language.grpo.data import QuestionDataModule
+from language.grpo.module import GRPOTuner, clipped_objective
+
+__all__ = ["GRPOTuner", "QuestionDataModule", "clipped_objective"]

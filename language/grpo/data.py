@@ -1,0 +1,208 @@
+"""Questions with an answer that can be checked, as prompts for reinforcement learning."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from language.data.formats import Record
+from language.data.module import InstructionDataModule
+from language.data.sources import SplitName
+from lit_adapters.errors import DataError
+from lit_adapters.lightning.resume.loader import ResumableLoader
+from lit_adapters.lightning.resume.sampler import EpochSampler
+
+ARITHMETIC = "arithmetic:"
+
+
+def arithmetic(largest: int) -> list[Record]:
+    """All sums a + b and all differences a - b >= 0 of whole numbers from 0 to `largest`, as questions "a + b"."""
+    pairs = [(a, b) for a in range(largest + 1) for b in range(largest + 1)]
+    answers = {f"{a} + {b}": a + b for a, b in pairs} | {f"{a} - {b}": a - b for a, b in pairs if a >= b}
+    return [Record({"prompt": question}, str(answer), origin=question) for question, answer in answers.items()]
+
+
+class QuestionDataModule(InstructionDataModule):
+    """Prompts as token ids, and the answers to them as text.
+
+    Batches are ``{input_ids, attention_mask, answers}``: int64 (prompts, tokens), padded on the right, and a list of
+    texts. Splits and orders are as in ``language.data.InstructionDataModule``: equal questions stay in one split.
+    Training reads whole batches only, each ``iterations`` times in a row.
+
+    Args:
+        path: Rows with the fields question and answer, wherever ``InstructionDataModule`` finds rows; or
+            ``arithmetic:N``, all sums, and differences that are not negative, of whole numbers from 0 to N.
+        tokenizer: Name of a tokenizer as ``language.models.create_tokenizer`` takes it, or a tokenizer.
+        val_path: Validation rows; without them path's own validation files, or val_fraction of the training rows.
+        test_path: Test rows; without them path's own test files, or test_fraction of the training rows.
+        columns: The files' names of ``question`` and ``answer`` where they differ.
+        max_length: Most tokens of a prompt; a longer one is an error.
+        batch_size: Prompts per batch and process.
+        val_fraction: Share of the training rows to hold out for validation where there is no validation data.
+        test_fraction: Share of the training rows to hold out for testing where there is no test data.
+        train_subset: Number of training rows to use, chosen at random; default all.
+        val_subset: Number of validation rows to use; default all.
+        test_subset: Number of test rows to use; default all.
+        prompt_template: Prompt with ``{prompt}`` in the place of the question, instead of the question alone.
+        use_chat_template: Write prompts as a user's message, by the tokenizer's chat template.
+        chat_template: Jinja text instead of the tokenizer's own chat template.
+        iterations: Optimiser steps on the completions of each batch; that of the model.
+        num_workers: Worker processes per loader; 0 loads in the training process.
+        seed: Seeds splits and subsets.
+        order_seed: Seeds the order of epochs; default seed.
+
+    Raises:
+        DataError: Settings out of range, or data missing, torn or badly formed; the message names it and the fix.
+        AssetError: A package or tokenizer that cannot be fetched.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str],
+        tokenizer: str | Any,
+        val_path: str | list[str] | None = None,
+        test_path: str | list[str] | None = None,
+        columns: dict[str, str] | None = None,
+        max_length: int = 512,
+        batch_size: int = 8,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.0,
+        train_subset: int | None = None,
+        val_subset: int | None = None,
+        test_subset: int | None = None,
+        prompt_template: str | None = None,
+        use_chat_template: bool = False,
+        chat_template: str | None = None,
+        iterations: int = 1,
+        num_workers: int = 0,
+        seed: int = 0,
+        order_seed: int | None = None,
+    ) -> None:
+        names = {"question": "question", "answer": "answer"}
+        if unknown := sorted(set(columns or {}) - set(names)):
+            raise DataError(f"columns names unknown fields {unknown}: rows have question and answer")
+        names |= columns or {}
+        super().__init__(
+            path,
+            tokenizer,
+            format="pairs",
+            val_path=val_path,
+            test_path=test_path,
+            columns={"prompt": names["question"], "response": names["answer"]},
+            max_length=max_length,
+            batch_size=batch_size,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            train_subset=train_subset,
+            val_subset=val_subset,
+            test_subset=test_subset,
+            prompt_template=prompt_template,
+            use_chat_template=use_chat_template,
+            chat_template=chat_template,
+            num_workers=num_workers,
+            seed=seed,
+            order_seed=order_seed,
+        )
+        self.iterations = iterations
+
+    def _parse(self, path: str | list[str], split: SplitName) -> list[Record]:
+        if not isinstance(path, str) or not path.startswith(ARITHMETIC):
+            return super()._parse(path, split)
+        largest = path.removeprefix(ARITHMETIC)
+        if not re.fullmatch(r"[1-9]\d{0,2}", largest):
+            raise DataError(f"data {path}: give the largest number, from 1 to 999, as in {ARITHMETIC}99")
+        return arithmetic(int(largest))
+
+    def _dataset(self, split: SplitName) -> Any:
+        records = self._records(split)
+        prompts = [torch.tensor(self.encoder.prompt(self.renderer.example(record))) for record in records]
+        return _Questions([(prompt, record.answer) for prompt, record in zip(prompts, records, strict=True)])
+
+    def train_dataloader(self) -> DataLoader:
+        """Training batches, in a new order each epoch."""
+        replicas = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+        dataset = self._ready("train", "fit")
+        sampler = RepeatingSampler(dataset, self.batch_size, self.iterations, self.order_seed, **replicas)
+        return self._loader(dataset, sampler)
+
+    def _loader(self, dataset: Any, sampler: Sampler | None = None) -> DataLoader:
+        return (DataLoader if sampler is None else ResumableLoader)(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=_Collator(self.pad_id),
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.order_seed),  # or iterators draw from the global random state
+        )
+
+
+class RepeatingSampler(EpochSampler):
+    """An ``EpochSampler`` of whole batches, each of which comes several times in a row.
+
+    Args:
+        dataset: The data set; only its length is used.
+        batch_size: Samples per batch and process; the loader's must be the same.
+        repeats: How often each batch comes.
+        seed: Seeds the orders.
+        num_replicas: Number of processes that share an epoch.
+        rank: This process's place among them.
+
+    Raises:
+        DataError: There are fewer samples than one batch of all processes takes.
+    """
+
+    def __init__(
+        self, dataset: Sized, batch_size: int, repeats: int, seed: int, num_replicas: int = 1, rank: int = 0
+    ) -> None:
+        super().__init__(dataset, seed, num_replicas, rank)
+        self.group, self.repeats = batch_size * num_replicas, repeats
+        batches = len(dataset) // self.group
+        if not batches:
+            raise DataError(
+                f"{len(dataset)} training questions make no batch of {batch_size} in each of {num_replicas} processes: "
+                "lower data.batch_size"
+            )
+        self.num_samples = batches * batch_size * repeats
+        self.total_size = self.num_samples * num_replicas
+
+    def order(self) -> Tensor:
+        """All sample indices in the order of the present epoch, before replicas share them."""
+        order = super().order()
+        batches = order[: len(order) // self.group * self.group].view(-1, self.group)
+        return batches.repeat_interleave(self.repeats, 0).flatten()
+
+
+class _Questions(Dataset):
+    """Prompts and answers; item i is (token ids (length,), answer)."""
+
+    def __init__(self, rows: list[tuple[Tensor, str]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, str]:
+        return self.rows[index[1] if isinstance(index, tuple) else index]
+
+
+class _Collator:
+    """Batches of `_Questions`."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[tuple[Tensor, str]]) -> dict[str, Any]:
+        ids = [prompt for prompt, _ in rows]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
+            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+            "answers": [answer for _, answer in rows],
+        }

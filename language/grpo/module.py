@@ -1,0 +1,256 @@
+"""Reinforcement learning with rewards that can be checked: python -m language.grpo fit|validate|test --config FILE.yaml
+
+GRPO (arXiv 2402.03300): for each prompt G completions are sampled, and each learns from its reward relative to the
+group's. With rho = pi / pi_old and d = log pi_ref - log pi of a token, and n tokens of completions in the batch,
+
+    loss = -1/n sum over tokens [ min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) - kl_weight (e^d - d - 1) ]
+
+Every token counts alike, however long its completion is, and the two clips are apart (arXiv 2503.14476).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+import lit_adapters as la
+from language.generate import generate, prompt_rows
+from language.grpo.rewards import Reward, Rewards
+from language.grpo.rollouts import advantages, constant, joined, log_probabilities, sample
+from language.loss import Batch
+from language.models import context_length
+from language.module import CausalLMTuner
+from language.reference import Reference
+from lit_adapters.lightning.processes import gather_objects
+from lit_adapters.lightning.resume.sampler import hash_key
+from lit_adapters.model.modes import evaluating
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Sums over the tokens of a batch.
+
+    Attributes:
+        loss: of the negative objective.
+        kl: of e^d - d - 1, an estimate of KL(pi, pi_ref); None without a reference.
+        clipped: tokens whose gradient the clip took away.
+    """
+
+    loss: Tensor
+    kl: Tensor | None
+    clipped: Tensor
+
+
+def clipped_objective(
+    new: Tensor,
+    old: Tensor,
+    advantage: Tensor,
+    reference: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_weight: float = 0.0,
+) -> Objective:
+    """The clipped objective of each token, summed; log-probabilities and advantages are (n,), one for each token.
+
+    Equation 3 of arXiv 2402.03300, with the KL term of its equation 4.
+    """
+    ratio = (new - old).exp()
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    clipped = (ratio > 1 + clip_high) & (advantage > 0) | (ratio < 1 - clip_low) & (advantage < 0)
+    if reference is None:
+        return Objective(-gain.sum(), None, clipped.sum())
+    distance = reference - new
+    kl = distance.exp() - distance - 1
+    return Objective((kl_weight * kl - gain).sum(), kl.detach().sum(), clipped.sum())
+
+
+class GRPOTuner(CausalLMTuner):
+    """A causal language model, its adapters, and the GRPO objective on completions that it samples.
+
+    A batch holds input_ids and attention_mask, int64 (B, T), of prompts padded on the right, and answers, a list of B
+    texts (`language.questions.QuestionDataModule`). Completions are sampled in eval mode, and their log-probabilities
+    taken there and then: pi_old is the policy that drew them, whatever beta an annealed adapter has later. The
+    samples of a batch are a function of the weights, init_seed, epoch and batch, and are kept in checkpoints while
+    further steps are to use them.
+
+    Args:
+        rewards: functions and weights, see `language.rewards`.
+        group_size: completions of each prompt, G.
+        temperature: of sampling; all log-probabilities are those at this temperature.
+        max_new_tokens: of a completion, in training, validation and `predict`.
+        clip_low: how far below 1 the ratio counts.
+        clip_high: how far above.
+        kl_weight: of the distance to the model before training; 0 leaves the reference out.
+        iterations: optimiser steps on each batch of completions; the data's must be the same.
+        kwargs: those of `CausalLMTuner`.
+
+    Raises:
+        AdapterError: a value is out of range, or a reward function cannot be imported, raises or is not finite.
+        DataError: prompts and completions exceed the model's context, or a batch is not the one that was sampled for.
+    """
+
+    def __init__(
+        self,
+        rewards: list[Reward],
+        group_size: int = 8,
+        temperature: float = 1.0,
+        max_new_tokens: int = 128,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        kl_weight: float = 0.04,
+        iterations: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(max_new_tokens=max_new_tokens, **kwargs)
+        for name, value, least in (("group_size", group_size, 2), ("iterations", iterations, 1)):
+            if value < least:
+                raise la.AdapterError(f"{name} {value} must be at least {least}")
+        for name, number in (("temperature", temperature), ("clip_low", clip_low), ("clip_high", clip_high)):
+            if not number > 0:
+                raise la.AdapterError(f"{name} {number} must be positive")
+        if not kl_weight >= 0:
+            raise la.AdapterError(f"kl_weight {kl_weight} must be at least 0; 0 leaves the reference out")
+        self.rewards = Rewards(rewards)
+        self.save_hyperparameters(
+            {
+                "rewards": [{"function": r.function, "weight": r.weight} for r in self.rewards.terms],
+                "group_size": group_size,
+                "temperature": temperature,
+                "clip_low": clip_low,
+                "clip_high": clip_high,
+                "kl_weight": kl_weight,
+                "iterations": iterations,
+            }
+        )
+        self.means = nn.ModuleList(MeanMetric() for _ in range(len(self.rewards.names) + 1))  # the last of the sum
+        self.reference: Reference | None = None
+        self.rollout: dict[str, Tensor] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse to accumulate gradients over steps of different policies."""
+        accumulated = self.trainer.accumulate_grad_batches
+        if stage == "fit" and self.hparams["iterations"] > 1 and accumulated > 1:
+            raise la.AdapterError(
+                f"iterations {self.hparams['iterations']} takes a step for each batch, and "
+                f"trainer.accumulate_grad_batches is {accumulated}: set one of them to 1"
+            )
+
+    def configure_model(self) -> None:
+        """As `CausalLMTuner`; keep what the reference needs."""
+        if self.device_mesh is not None:  # completions end at different tokens in different processes
+            raise la.AdapterError("a model that samples cannot be sharded: set trainer.strategy to auto or ddp")
+        super().configure_model()
+        if self.reference is None and self.hparams["kl_weight"] > 0:
+            self.reference = Reference(self._built)
+
+    def _check_data(self, data: Any) -> None:
+        super()._check_data(data)
+        context, longest = context_length(self._built), getattr(data, "max_length", 0)
+        if context is not None and longest + self.hparams["max_new_tokens"] > context:
+            raise la.DataError(
+                f"data.max_length {longest} and max_new_tokens {self.hparams['max_new_tokens']} exceed the model's "
+                f"{context} positions: lower one of them"
+            )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:  # type: ignore[override]
+        """The loss; `followed`, for adaptive schedules, is the negative reward, as the loss does not tell progress."""
+        h = self.hparams
+        if batch_idx % h["iterations"] == 0:
+            self.rollout = self._sample(batch, batch_idx)
+        rollout = self.rollout
+        if rollout is None or not torch.equal(rollout["prompts"].to(self.device), batch["input_ids"]):
+            raise la.DataError(
+                f"batch {batch_idx} holds other prompts than the completions of the batch before it answer: give the "
+                f"data module iterations={h['iterations']}, as the model has"
+            )
+        rollout = {name: tensor.to(self.device) for name, tensor in rollout.items()}
+        new = log_probabilities(self.forward, rollout, h["temperature"])
+        terms = clipped_objective(
+            new,
+            rollout["old"],
+            rollout["advantages"],
+            rollout.get("reference"),
+            h["clip_low"],
+            h["clip_high"],
+            h["kl_weight"],
+        )
+        tokens = len(new)
+        # Processes average their gradients: so that a token counts as much in each, all divide by the mean number.
+        loss = terms.loss / self._over_processes(tokens, "mean")
+        logged = {"train/loss": loss, "train/clip_fraction": terms.clipped / tokens}
+        if terms.kl is not None:
+            logged["train/kl"] = terms.kl / tokens
+        self.log_dict(logged, sync_dist=True, batch_size=len(batch["input_ids"]))
+        return {"loss": loss, "followed": -rollout["reward"]}
+
+    def _sample(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Completions of a batch's prompts with all that the objective needs, as tensors."""
+        h = self.hparams
+        rows = [row for row in prompt_rows(batch) for _ in range(h["group_size"])]
+        answers = [answer for answer in batch["answers"] for _ in range(h["group_size"])]
+        seed = hash_key("rollout", h["init_seed"], self.current_epoch, batch_idx, self.global_rank)
+        completions = sample(self._built, self.tokenizer, rows, h["max_new_tokens"], h["temperature"], seed)
+        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        parts = self.rewards(texts, answers)
+        rewards = parts @ self.rewards.weights
+        pad: Any = self.tokenizer.pad_token_id
+        rollout = {k: v.to(self.device) for k, v in joined(rows, completions, pad).items()}
+        with torch.no_grad(), evaluating(self._built):
+            rollout["old"] = log_probabilities(self.forward, rollout, h["temperature"])
+        if self.reference is not None:
+            rollout["reference"] = log_probabilities(self.reference, rollout, h["temperature"])
+        lengths = torch.tensor([len(completion) for completion in completions])
+        rollout["advantages"] = advantages(rewards, h["group_size"]).repeat_interleave(lengths).to(self.device)
+        groups = rewards.view(-1, h["group_size"])
+        logged = dict(zip(self.rewards.names, parts.mean(0), strict=True))
+        logged |= {"reward_std": groups.std(1).mean(), "completion_length": lengths.float().mean()}
+        logged |= {"zero_advantage": constant(groups).float().mean()}
+        size = len(groups)
+        self.log("train/reward", rewards.mean().to(self.device), prog_bar=True, sync_dist=True, batch_size=size)
+        on_device = {f"train/{name}": value.to(self.device) for name, value in logged.items()}
+        self.log_dict(on_device, sync_dist=True, batch_size=size)
+        return rollout | {"prompts": batch["input_ids"], "reward": rewards.mean().to(self.device)}
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to average; at the start, as what is reset in inference mode may not be written to by `fit`."""
+        for mean in self.means:
+            mean.reset()  # type: ignore[operator]
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The rewards of the likeliest completions."""
+        texts = generate(self._built, self.tokenizer, prompt_rows(batch), self.hparams["max_new_tokens"])
+        parts = self.rewards(texts, batch["answers"])  # type: ignore[arg-type]
+        for mean, values in zip(self.means, [*parts.T, parts @ self.rewards.weights], strict=True):
+            mean.update(values.to(self.device))  # type: ignore[operator]
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_rewards("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_rewards("test")
+
+    def _log_rewards(self, split: str) -> None:
+        names = [*self.rewards.names, "reward"]
+        means = [mean.compute() for mean in self.means]  # type: ignore[operator]
+        self._log_means(split, dict(zip(names, means, strict=True)))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the completions of each process, where further steps are to use them."""
+        super().on_save_checkpoint(checkpoint)
+        if self.hparams["iterations"] > 1 and self.rollout is not None and self._trainer is not None:
+            own = {name: tensor.cpu() for name, tensor in self.rollout.items()}
+            checkpoint["rollouts"] = gather_objects(self._trainer, own)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them up again."""
+        super().on_load_checkpoint(checkpoint)
+        rollouts = checkpoint.get("rollouts", [])
+        self.rollout = rollouts[self.global_rank] if self.global_rank < len(rollouts) else None

@@ -1,0 +1,38 @@
+"""The tokens of one prompt, framed as in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from language.data.formats import FORMATS, FormatName, Record
+from language.data.templates import Renderer
+from language.data.tokenise import Encoder
+
+
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, name: FormatName | None, chat: bool, room: int
+) -> list[int]:
+    """The tokens of a prompt, framed as `language.data` frames it in training; at most `room`.
+
+    Args:
+        tokenizer: the model's own.
+        prompt: an instruction, question, message or text, whatever the format asks for.
+        name: the format; None takes the prompt as it is.
+        chat: frame by the tokenizer's chat template; format chat always does.
+        room: most tokens.
+
+    Raises:
+        DataError: the prompt is longer, or there is no chat template where one is needed.
+    """
+    if name is None and not chat:
+        return list(tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]
+    end: Any = tokenizer.eos_token
+    renderer = Renderer(tokenizer, end, name or "chat", chat=chat)
+    if name in FORMATS:
+        record = Record({FORMATS[name].fields[0]: prompt, FORMATS[name].optional: ""}, origin="--prompt")
+    else:
+        record = Record(messages=(("user", prompt), ("assistant", "")), origin="--prompt")
+    end_id: Any = tokenizer.eos_token_id
+    return Encoder(tokenizer, end_id, room, True, plain=not renderer.chat).prompt(renderer.example(record))

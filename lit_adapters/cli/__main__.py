@@ -1,0 +1,6 @@
+"""`python -m lit_adapters.cli` is `lit-adapters`."""
+
+from lit_adapters.cli.commands import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Look into saved adapters, compare, merge and convert them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+from safetensors.torch import save_model
+from torch import nn
+
+from lit_adapters import console, methods
+from lit_adapters.cli.models import adapted_model, build_base
+from lit_adapters.errors import AdapterError
+from lit_adapters.files.adapters import HEADER, TENSORS, save_adapters
+from lit_adapters.files.atomic import check_output, write_directory
+from lit_adapters.files.peft import check_expressible, export_peft, import_peft
+from lit_adapters.files.peft_lora import CONFIG
+from lit_adapters.files.saved import read_saved
+from lit_adapters.learned import comparison, summary
+from lit_adapters.methods import AdapterModule, Method, WeightAdapter
+from lit_adapters.model.merge import forget_quantisation, merge
+
+_WEIGHTS = "model.safetensors"
+_SAVED = "adapter directory (lit_adapter.safetensors inside), or Lightning checkpoint written with AdapterCallback"
+_BASE = 'timm.create_model --base-args \'{"model_name": "vit_tiny_patch16_224", "num_classes": 100}\''
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise AdapterError(f"{message} ({self.prog} --help tells more)")
+
+
+def list_methods(given: argparse.Namespace) -> None:
+    """`methods`: all methods of the library, from the classes themselves."""
+    classes = [c for c in vars(methods).values() if isinstance(c, type) and issubclass(c, Method) and c is not Method]
+    rows = [("method", "merges", "exports to peft", "what it is")]
+    for cls in classes:
+        documentation = import_module(cls.__module__).__doc__ or ""
+        rows.append((cls.__name__, cls.merges, cls.exports, documentation.split("\n")[0]))
+    print("\n".join(summary.table(rows)))
+
+
+def inspect(given: argparse.Namespace) -> None:
+    """`inspect`: what one set of adapters is made of and has learned."""
+    saved = read_saved(given.path)
+    summaries = summary.summarise(saved)
+    print(summary.report(saved, summaries))
+    if given.plot:
+        from lit_adapters.learned.plots import learned_figure  # matplotlib takes a while, and most calls draw nothing
+
+        try:
+            learned_figure(summaries, list(summary.nora_layers(saved).values())).savefig(given.plot, dpi=150)
+        except ValueError as error:
+            raise AdapterError(f"--plot {str(given.plot)!r}: {error}") from error
+        print(f"drawn in {given.plot}")
+
+
+def diff(given: argparse.Namespace) -> None:
+    """`diff`: what two sets of adapters have in common."""
+    print(comparison.report(comparison.compare(read_saved(given.first), read_saved(given.second))))
+
+
+def merge_command(given: argparse.Namespace) -> None:
+    """`merge`: the model with its updates in the weights, as files."""
+    check_output(given.out, given.overwrite, [_WEIGHTS, "model.safetensors.index.json"])
+    _check(given.path, _check_linear)
+    model, tokenizer = _adapted(given)
+    merged = merge(model)
+
+    def write(directory: Path) -> None:
+        # transformers would load such a directory with its own activations, and only warn.
+        save = getattr(model, "save_pretrained", None)
+        if callable(save) and not merged.kept:
+            if not any(hasattr(p, "quant_state") for p in model.parameters()):
+                forget_quantisation(model)  # GGUF files leave that note too, on plain weights
+            save(directory)
+            if hasattr(tokenizer, "save_pretrained"):
+                tokenizer.save_pretrained(directory)
+        else:
+            save_model(model, str(directory / _WEIGHTS))
+
+    write_directory(given.out, write)
+    print(merged)
+    if merged.kept:
+        print(f"{_WEIGHTS} holds their coefficients: to load it, call load_adapters and merge on the base model first")
+    print(f"written to {given.out}")
+
+
+def export_command(given: argparse.Namespace) -> None:
+    """`export-peft`: adapters in peft's format."""
+    check_output(given.out, given.overwrite, [CONFIG])
+    _check(given.path, check_expressible)
+    model, _ = _adapted(given)
+    write_directory(given.out, lambda directory: export_peft(model, directory))
+    print(f"written to {given.out}: peft.PeftModel.from_pretrained(base_model, {str(given.out)!r})")
+
+
+def import_command(given: argparse.Namespace) -> None:
+    """`import-peft`: peft's LoRA or DoRA in ours."""
+    check_output(given.out, given.overwrite, [HEADER, TENSORS])
+    if not given.path.is_dir():
+        raise AdapterError(f"{str(given.path)!r} is no directory; give one that peft's save_pretrained wrote")
+    model = build_base(given.base, given.base_args)
+    print(import_peft(model, given.path))
+    write_directory(given.out, lambda directory: save_adapters(model, directory))
+    print(f"written to {given.out}: lit_adapters.load_adapters(base_model, {str(given.out)!r})")
+
+
+def _check(path: Path, allowed: Callable[[str, AdapterModule], object]) -> None:
+    """Ask the adapters in the files first: building a large model takes a while."""
+    for name, layer in read_saved(path).layers.items():
+        if layer.adapter is not None:
+            allowed(name, layer.adapter)
+
+
+def _check_linear(name: str, adapter: AdapterModule) -> None:
+    if isinstance(adapter, WeightAdapter):
+        adapter.check_linear()
+
+
+def _adapted(given: argparse.Namespace) -> tuple[nn.Module, Any]:
+    return adapted_model(given.path, given.base, given.base_args, given.module)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("lit-adapters", description=__doc__, epilog="lit-adapters COMMAND --help explains each.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, what: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=what,
+            description=f"{what[0].upper()}{what[1:]}.",
+            epilog=f"example:  lit-adapters {name} {example}".rstrip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    def output(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--out", required=True, type=Path, help="directory to create")
+        sub.add_argument("--overwrite", action="store_true", help="replace an earlier result in --out")
+
+    def base(sub: argparse.ArgumentParser, required: bool) -> None:
+        sub.add_argument(
+            "--base", required=required, metavar="PATH", help="what makes the base model, anything Python can import "
+            "and call: timm.create_model, transformers.AutoModelForCausalLM.from_pretrained, my_file.build",
+        )  # fmt: skip
+        sub.add_argument("--base-args", metavar="JSON", help='its arguments: {"name": value, ...} or ["DIR"]')
+
+    command("methods", list_methods, "list the adapter methods: what each is, whether it merges into weights", "")
+    sub = command(
+        "inspect", inspect, "show what adapters have learned, layer by layer; no base model",
+        "out/ --plot learned.png",
+    )  # fmt: skip
+    sub.add_argument("path", type=Path, metavar="DIR|CKPT", help=_SAVED)
+    sub.add_argument("--plot", type=Path, metavar="FILE", help="also draw it, as .png, .pdf or .svg")
+    sub = command(
+        "diff",
+        diff,
+        "compare two sets of adapters, of two seeds say; no base model",
+        "seed0/adapter seed1/adapter",
+    )
+    sub.add_argument("first", type=Path, metavar="A", help=_SAVED)
+    sub.add_argument("second", type=Path, metavar="B", help="the same")
+    for name, run, what in (
+        ("merge", merge_command, "write the model with its updates added to the weights, free of adapters"),
+        ("export-peft", export_command, "write LoRA, DoRA or annealed AFA-LoRA in the format of the peft library"),
+    ):
+        sub = command(name, run, what, f"out/ --out result --base {_BASE}\n"
+                      f"          lit-adapters {name} runs/version_0/checkpoints/last.ckpt --out result")  # fmt: skip
+        sub.add_argument("path", type=Path, metavar="DIR|CKPT", help=_SAVED)
+        output(sub)
+        base(sub, required=False)
+        sub.add_argument(
+            "--module", metavar="CLASS",
+            help="LightningModule of a checkpoint, as vision.module.ViTClassifier; default: the one that wrote it",
+        )  # fmt: skip
+    sub = command(
+        "import-peft", import_command, "write a LoRA or DoRA of the peft library as an adapter directory",
+        f"peft_dir --out adapter --base {_BASE}",
+    )  # fmt: skip
+    sub.add_argument("path", type=Path, metavar="DIR", help="what peft's save_pretrained wrote")
+    output(sub)
+    base(sub, required=True)
+    return parser
+
+
+def _short_warning(message: Warning | str, *rest: Any, **more: Any) -> str:
+    return f"warning: {console.one_line(message)}\n"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command; bad input ends it with one line on stderr and exit status 1."""
+
+    def command() -> None:
+        given = _parser().parse_args(args)
+        try:
+            given.run(given)
+            sys.stdout.flush()
+        except BrokenPipeError:  # somebody reads the first lines only; the rest must not fail at exit either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    formatted, warnings.formatwarning = warnings.formatwarning, _short_warning
+    try:
+        console.run(command, OSError)
+    finally:
+        warnings.formatwarning = formatted

@@ -1,0 +1,1 @@
+"""What lies on disk: adapter directories, peft's format, atomic writing."""

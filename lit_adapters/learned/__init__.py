@@ -1,0 +1,1 @@
+"""What was learned: summaries, comparisons, plots and figures."""

@@ -1,0 +1,55 @@
+"""The functions of several adapted activations, on one grid and under their own densities of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_adapters.methods.nora import NoRAActivation
+from lit_adapters.ops.statistics import FunctionalSubspace, functional_subspace
+
+_POINTS = 1024  # of the grid on which the functions of all layers are compared
+_LEAST_POINTS = 32  # of it in the range of each layer
+
+Change = Callable[[NoRAActivation, Tensor], Tensor]
+
+
+def common_grid(layers: Sequence[NoRAActivation]) -> tuple[Tensor, Tensor]:
+    """Points (D,) in the ranges of all layers, and the share (N, D) of each layer's inputs that each stands for.
+
+    A layer's own range has its share of the points, however narrow it is beside the others.
+    """
+    ranges = dict.fromkeys((low, high) for low, high in (layer.grid_range.tolist() for layer in layers))
+    points = max(_LEAST_POINTS, _POINTS // len(ranges))
+    grid = torch.cat([torch.linspace(low, high, points, dtype=torch.float64) for low, high in ranges]).unique()
+    # Each point stands for what lies nearer to it than to its neighbours.
+    ends = np.concatenate([[-np.inf], (grid[1:] + grid[:-1]).numpy() / 2, [np.inf]])
+    return grid, torch.from_numpy(np.stack([np.diff(_distribution(layer, ends)) for layer in layers]))
+
+
+def _distribution(layer: NoRAActivation, x: np.ndarray) -> np.ndarray:
+    """The share of a layer's inputs below each of x (D,), spread evenly around the points of its own grid."""
+    points = layer.grid().numpy()
+    density = layer.density.double().cpu().numpy()
+    below = np.concatenate([[0.0], density.cumsum() / density.sum()])
+    half = (points[1] - points[0]) / 2
+    return np.interp(x, np.linspace(points[0] - half, points[-1] + half, len(below)), below)
+
+
+def learned_subspace(
+    layers: Sequence[NoRAActivation], k: int = 4, change: Change = NoRAActivation.learned_change
+) -> FunctionalSubspace:
+    """The space that the learned changes of all groups of all layers span, each under its layer's own density.
+
+    Args:
+        layers: adapted activations.
+        k: leading directions to keep.
+        change: the changes (G, D) of a layer's functions on a grid (D,), where they are not those it has learned.
+    """
+    grid, shares = common_grid(layers)
+    changes = [change(layer, grid) for layer in layers]
+    weights = [share.expand(len(change), -1) for share, change in zip(shares, changes, strict=True)]
+    return functional_subspace(torch.cat(changes), torch.cat(weights), grid, k)

@@ -1,0 +1,37 @@
+"""The attached models inside a LightningModule: the names of their layers in logs, and what checkpoints leave out."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lit_adapters.errors import AdapterError
+from lit_adapters.methods.base import AdapterModule
+from lit_adapters.model.attach import adapters, attachment, frozen_keys
+
+
+def attached_models(module: nn.Module) -> dict[str, nn.Module]:
+    """Every model of the tree that was given to `attach`, by qualified name ("" for `module` itself)."""
+    return {name: model for name, model in module.named_modules() if _is_attached(model)}
+
+
+def _is_attached(model: nn.Module) -> bool:
+    try:
+        attachment(model)
+    except AdapterError:
+        return False
+    return True
+
+
+def adapter_layers(module: nn.Module) -> dict[str, AdapterModule]:
+    """All adapters by layer name: the one `attach` reported, or the name in the whole tree if it holds several models.
+
+    The attribute under which a LightningModule keeps its model says nothing about the layer.
+    """
+    models = attached_models(module)
+    return dict(adapters(next(iter(models.values())) if len(models) == 1 else module))
+
+
+def redundant_keys(module: nn.Module) -> set[str]:
+    """Keys that a checkpoint need not hold: frozen parameters of attached models, which strict loading forgives."""
+    models = attached_models(module).items()
+    return {f"{name}.{key}" if name else key for name, model in models for key in frozen_keys(model)}

@@ -1,0 +1,134 @@
+"""The LightningCLI of both applications: optimiser and schedule come from YAML and are completed from the trainer."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+from lit_adapters import console
+from lit_adapters.console import one_line
+from lit_adapters.errors import AdapterError
+from lit_adapters.files.adapters import RECORD, check_whole, read_checkpoint_file
+from lit_adapters.lightning.optimizers import TOTALS, build_optimizers
+from lit_adapters.lightning.resume.record import check_class, check_format, check_settings
+from lit_adapters.methods.base import to_methods
+
+_KEYWORDS = ("best", "last", "hpc", "registry")  # what ckpt_path may be besides a file
+
+
+class AdapterCLI(LightningCLI):
+    """LightningCLI with `optimizer`, `lr_scheduler` and `lr_scale` sections; see `build_optimizers`.
+
+    Raises:
+        AdapterError: the arguments or the YAML are not valid (in the place of a usage text and `SystemExit`), or a
+            checkpoint file is missing, torn, or of another run.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("save_config_kwargs", {"overwrite": True})
+        # The report of `attach` says more than Lightning's table, whose largest row is "model".
+        kwargs["trainer_defaults"] = {"enable_model_summary": False, **(kwargs.get("trainer_defaults") or {})}
+        kwargs["auto_configure_optimizers"] = False
+        super().__init__(*args, **kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Errors come as exceptions."""
+        return super().init_parser(exit_on_error=False, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the sections."""
+        parser.add_subclass_arguments((Optimizer,), "optimizer", instantiate=False, fail_untyped=False, skip={"params"})
+        parser.add_subclass_arguments(
+            LRSchedulerTypeTuple,
+            "lr_scheduler",
+            instantiate=False,
+            fail_untyped=False,
+            skip={"optimizer", *TOTALS},
+        )
+        parser.add_argument(
+            "--lr_scale",
+            type=dict[str, float],
+            default={},
+            help="Factor on the learning rate by group: nora, lora, head (all that trains and is no adapter).",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and look at the checkpoint file before anything is built."""
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            raise AdapterError(f"{one_line(error)} (--help after the subcommand lists what it takes)") from error
+        section = self.config.get(self.config.get("subcommand") or "") or {}
+        path = section.get("ckpt_path")
+        if path is None or str(path) in _KEYWORDS:
+            return
+        if not Path(path).exists():
+            raise AdapterError(f"ckpt_path {str(path)!r} does not exist; give a file that a fit has written, or 'last'")
+        if Path(path).is_file():
+            check_whole(path, "ckpt_path ")
+        if self.config.get("subcommand") == "fit":
+            self._check_resumable(Path(path), section.get("model") or {})
+
+    def _check_resumable(self, path: Path, model: Any) -> None:
+        """Refuse what cannot be resumed; Lightning would let a checkpoint's settings win over the recipe's, unsaid."""
+        checkpoint = read_checkpoint_file(path)
+        check_format(checkpoint, path)
+        if isinstance(self._model_class, type) and not self.subclass_mode_model:
+            check_class(checkpoint, self._model_class, path)
+        for written in checkpoint[RECORD]["models"].values() if "adapters" in model else ():
+            check_settings(written["methods"], [m.to_config() for m in to_methods(_plain(model["adapters"]))], path)
+
+    def instantiate_classes(self) -> None:
+        """Instantiate everything and give the model its `configure_optimizers`."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse's wrapping of what the classes themselves say about their arguments.
+            if not str(error).startswith("Does not validate"):
+                raise
+            raise AdapterError(one_line(error)) from error
+        config = self.config_init.get(str(self.subcommand), self.config_init)
+        sections = {key: config.get(key) for key in ("optimizer", "lr_scheduler", "lr_scale")}
+
+        def configure_optimizers(module: LightningModule) -> Any:
+            return build_optimizers(module, **sections)
+
+        if sections["optimizer"] is not None:
+            self.model.configure_optimizers = MethodType(configure_optimizers, self.model)
+        elif self.subcommand == "fit":
+            raise AdapterError("no optimiser: add an `optimizer:` section with class_path and init_args to the YAML")
+
+
+def _plain(value: Any) -> Any:
+    """jsonargparse's namespaces as dictionaries."""
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value.as_dict() if isinstance(value, Namespace) else value
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Run a command line; bad input ends it with one line on stderr and exit status 1."""
+    quieten()
+    console.run(main, MisconfigurationException)
+
+
+def quieten() -> None:
+    """Drop messages that a user of the recipes can do nothing about."""
+    # Lightning's own use of torch; and its advice on loaders, which the recipes have weighed.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")
+    # Said whenever a checkpoint is tested, as each run logs to a folder of its own.
+    warnings.filterwarnings("ignore", message=r"The dirpath has changed from")
+    chatter = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    chatter.addFilter(lambda record: not record.getMessage().startswith("💡 Tip:"))

@@ -1,0 +1,111 @@
+"""The subspaces of what adapters learn, as a run goes on: of functions over all layers, of weights layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lit_adapters.learned.subspace import Change, learned_subspace
+from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.low_rank import LowRankAdapter
+from lit_adapters.methods.nora import NoRAActivation
+from lit_adapters.ops.statistics import (
+    FunctionalSubspace,
+    components,
+    cosine,
+    effective_rank,
+    leading_space,
+    overlap,
+    principal_angles,
+    stable_rank,
+)
+
+_NEGLIGIBLE = 1e-7  # of the largest singular value: directions of smaller ones are rounding errors
+_LEADING = 3  # directions whose turning is followed
+
+
+def _leading(space: FunctionalSubspace) -> Tensor:
+    """The leading directions (D, k) that are no rounding errors."""
+    values = space.singular_values[: len(space.directions)]
+    return space.directions[values > _NEGLIGIBLE * values[0]].T
+
+
+class SubspaceTracker:
+    """Scalars of the subspaces, some of which compare with the record before.
+
+    Args:
+        layers: adapters by name.
+        coefficients: of the functions at the record before, in a run that is resumed.
+
+    Attributes:
+        coefficients: of the functions at the last record that found them changed, by layer.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, AdapterModule], coefficients: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    ) -> None:
+        self._functions = {n: a for n, a in layers.items() if isinstance(a, NoRAActivation)}
+        self._weights = {n: a for n, a in layers.items() if isinstance(a, LowRankAdapter)}
+        self._leading: dict[str, Tensor] = {}  # of the pretrained weights; found when first needed
+        self._before: FunctionalSubspace | None = None  # at the last record
+        self.coefficients = dict(coefficients or {})
+        if self.coefficients:
+            kept = {id(layer): self.coefficients[name] for name, layer in self._functions.items()}
+            self._before = self._space(lambda layer, grid: layer.learned_change(grid, kept[id(layer)]))
+
+    def layer(self, name: str) -> dict[str, float]:
+        """stable_rank and effective_rank of the update (NoRA: of numerator and of denominator updates).
+
+        For weights also overlap: mean cos^2 of the angles between the column space of the update and the space of the
+        r leading left singular vectors of the pretrained weight; r / out by chance.
+        """
+        if name in self._functions:
+            scalars = {}
+            for part, values in self._functions[name].singular_values().items():
+                scalars[f"{part}_stable_rank"] = stable_rank(values)
+            return scalars
+        if name not in self._weights:
+            return {}
+        adapter = self._weights[name]
+        values, space = adapter.singular_values()["update"], adapter.column_space()
+        if not space.shape[1]:
+            return {}
+        if name not in self._leading:
+            self._leading[name] = leading_space(adapter.base_matrix(), adapter.rank)
+        return {
+            "stable_rank": stable_rank(values),
+            "effective_rank": effective_rank(values),
+            "overlap": overlap(self._leading[name], space),
+        }
+
+    def functions(self) -> dict[str, float]:
+        """Of the stack of all learned changes of functions; empty without NoRA, and before anything was learned.
+
+        effective_rank; components_90 and components_99: directions that hold that share of the energy; drift_cosine:
+        between all changes now and at the record before; rotation: the largest principal angle, in radians, between
+        the spaces of the three leading directions now and then (of fewer, where there are no more).
+        """
+        if not self._functions:
+            return {}
+        space = self._space()
+        if not space.singular_values.any():
+            return {}
+        scalars = {
+            "effective_rank": effective_rank(space.singular_values),
+            "components_90": float(components(space.singular_values, 0.90)),
+            "components_99": float(components(space.singular_values, 0.99)),
+        }
+        if self._before is not None:
+            scalars["drift_cosine"] = cosine(space.stack, self._before.stack)
+            now, then = _leading(space), _leading(self._before)
+            if now.shape == then.shape:
+                scalars["rotation"] = principal_angles(now, then).max().item()
+        self._before = space
+        for name, layer in self._functions.items():
+            a, b = layer.coefficients()
+            self.coefficients[name] = a.detach().cpu(), b.detach().cpu()
+        return scalars
+
+    def _space(self, change: Change = NoRAActivation.learned_change) -> FunctionalSubspace:
+        return learned_subspace(list(self._functions.values()), _LEADING, change)

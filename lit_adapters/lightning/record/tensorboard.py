@@ -1,0 +1,177 @@
+"""What only TensorBoard shows: a page of charts that answers first, the recipe, histograms and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lit_adapters.learned.figures import functions_figure
+from lit_adapters.learned.subspace import learned_subspace
+from lit_adapters.learned.subspace_figures import (
+    drift_map,
+    functional_subspace_figure,
+    norm_map,
+    weight_spectra_figure,
+)
+from lit_adapters.lightning.attached import attached_models
+from lit_adapters.lightning.record.observer import InputObserver
+from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.nora import NoRAActivation
+from lit_adapters.model.attach import attachment
+from lit_adapters.model.sharding import gathered, whole
+
+PAGE = "what the adapters learn"
+_MOST_PANELS = 48  # layers whose functions are drawn one by one; of more, evenly chosen ones
+
+# Charts of the page "Custom Scalars": what fills them, their titles, and what their tags match.
+_CHARTS = (
+    ("any", "does it learn? train/loss and val/loss", r"(train|val)/loss(_step|_epoch)?"),
+    ("scheduled", "AFA: beta (linear at 0)", "adapter/beta"),
+    ("nonlinear", "AFA, LoRAN: distance from linear, each layer", "adapter/(?!summary).+/nonlinearity"),
+    ("weights", "weights: ||dW|| / ||W||, mean over layers", "adapter/summary/relative_norm"),
+    ("weights", "weights: ||dW|| / ||W||, each layer", "adapter/(?!summary).+/relative_norm"),
+    ("ranks", "weights: stable and effective rank, mean over layers", "adapter/summary/(stable|effective)_rank"),
+    ("functions", "functions: drift from the pretrained ones, each layer", "adapter/(?!summary).+/relative_drift"),
+    ("space", "functions: dimension of all changes together", "adapter/subspace/(effective_rank|components_9.)"),
+    ("space", "functions: cosine to the changes at the record before", "adapter/subspace/drift_cosine"),
+    ("functions", "functions: share of inputs outside the fit", "adapter/(?!summary).+/outside_range"),
+)
+
+
+def layout(layers: Mapping[str, AdapterModule], subspace: bool) -> dict[str, dict[str, list[Any]]]:
+    """The page for `SummaryWriter.add_custom_scalars`, with the charts that the statistics of these layers fill.
+
+    Args:
+        layers: those of which "functions" or "weights" are recorded.
+        subspace: whether "subspace" is.
+    """
+    functions = any(isinstance(a, NoRAActivation) for a in layers.values())
+    weights = any(not isinstance(a, NoRAActivation) for a in layers.values())
+    filled = {
+        "any": True,
+        "scheduled": any(a.schedule is not None for a in layers.values()),
+        "nonlinear": any(a.method in ("afa", "loran") for a in layers.values()),
+        "weights": weights,
+        "ranks": weights and subspace,
+        "functions": functions,
+        "space": functions and subspace,
+    }
+    return {PAGE: {title: ["Multiline", [tags]] for needs, title, tags in _CHARTS if filled[needs]}}
+
+
+def describe(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    layers: Mapping[str, AdapterModule],
+    subspace: bool,
+    logger: TensorBoardLogger,
+) -> None:
+    """Add the page of charts for `layers`, and, as text, the recipe."""
+    if trainer.is_global_zero:
+        logger.experiment.add_custom_scalars(layout(layers, subspace))
+        logger.experiment.add_text("recipe", recipe(trainer, pl_module), trainer.global_step)
+
+
+def recipe(trainer: Trainer, pl_module: LightningModule) -> str:
+    """The command line's configuration as Markdown, or what is known without one: methods and hyperparameters."""
+    text = ""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SaveConfigCallback):
+            text = callback.parser.dump(callback.config, skip_none=False)
+    if not text:
+        methods = {
+            name or type(model).__name__: attachment(model).methods
+            for name, model in attached_models(pl_module).items()
+        }
+        text = yaml.safe_dump(_plain({"adapters": methods, "hparams": dict(pl_module.hparams)}), sort_keys=False)
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def _plain(value: Any) -> Any:
+    """The value as YAML can hold it: subclasses of plain types, as NumPy's numbers, are written out."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if type(value) in (bool, int, float, str, type(None)) else repr(value)
+
+
+def draw(
+    boards: Sequence[Any], layers: Mapping[str, AdapterModule], observer: InputObserver, subspace: bool, step: int
+) -> None:
+    """Add the figures and histograms that these adapters have; without boards, only gather what others draw."""
+    functions = {n: a for n, a in layers.items() if isinstance(a, NoRAActivation)}
+    with gathered(*functions.values()):
+        figures = _figures_of_functions(functions, observer, subspace) if boards and functions else {}
+    for name, activation in functions.items():
+        for board in boards if name in observer.counts else ():
+            _add_counts(board, f"adapter/{activation.method}/{name}/inputs", activation, observer.counts[name], step)
+    norms: dict[str, float] = {}
+    spectra: dict[str, Tensor] = {}
+    for name, adapter in layers.items():
+        if name in functions:
+            continue
+        with gathered(adapter):  # one at a time, as its pretrained weight comes with it
+            statistics = adapter.statistics()
+            if "relative_norm" in statistics:
+                norms[name] = statistics["relative_norm"]
+            if subspace:
+                found = adapter.singular_values()
+                spectra |= {name: found["update"]} if found else {}
+            for key, parameter in adapter.adapter_parameters().items():
+                values = whole(parameter.detach()).float().cpu()
+                for board in boards:
+                    board.add_histogram(f"adapter/{adapter.method}/{name}/{key}", values, step)
+    if norms and boards:
+        figures["adapter/norm_map"] = norm_map(norms)
+    if spectra and boards:
+        figures["adapter/weight_spectra"] = weight_spectra_figure(spectra)
+    for tag, figure in figures.items():
+        for board in boards:
+            board.add_figure(tag, figure, step)
+
+
+def _figures_of_functions(
+    functions: Mapping[str, NoRAActivation], observer: InputObserver, subspace: bool
+) -> dict[str, Figure]:
+    chosen = dict(list(functions.items())[:: -(-len(functions) // _MOST_PANELS)])
+    seen = {name: density for name in chosen if (density := observer.density(name)) is not None}
+    figures = {
+        "adapter/functions": functions_figure(chosen, "functions", seen),
+        "adapter/changes": functions_figure(chosen, "changes", seen),
+        "adapter/slopes": functions_figure(chosen, "slopes", seen),
+        "adapter/drift_map": drift_map(functions),
+    }
+    if subspace:
+        space = learned_subspace(list(functions.values()))
+        figures["adapter/functional_subspace"] = functional_subspace_figure(space, functions)
+    return figures
+
+
+def _add_counts(board: Any, tag: str, adapter: NoRAActivation, counts: Tensor, step: int) -> None:
+    """Inputs outside the grid are put at its ends."""
+    low, high = adapter.grid_range.tolist()
+    inside = counts[1:-1].double().clone()
+    inside[0] += counts[0]
+    inside[-1] += counts[-1]
+    limits = torch.linspace(low, high, len(inside) + 1, dtype=torch.float64)
+    middle = (limits[1:] + limits[:-1]) / 2
+    board.add_histogram_raw(
+        tag,
+        min=low,
+        max=high,
+        num=int(inside.sum()),
+        sum=float(inside @ middle),
+        sum_squares=float(inside @ middle**2),
+        bucket_limits=limits[1:].tolist(),
+        bucket_counts=inside.tolist(),
+        global_step=step,
+    )

@@ -1,0 +1,1 @@
+"""Checkpoints that hold what changed, and runs that go on from them bit for bit."""

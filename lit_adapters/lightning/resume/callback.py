@@ -1,0 +1,139 @@
+"""What a checkpoint holds beyond Lightning's own, so that a resumed run equals the uninterrupted one bit for bit."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lit_adapters.files.adapters import RECORD
+from lit_adapters.lightning.processes import gather_objects
+from lit_adapters.lightning.resume import loop_state
+from lit_adapters.lightning.resume.checkpoint_io import SafeCheckpointIO
+from lit_adapters.lightning.resume.random_state import random_states, set_random_states
+from lit_adapters.lightning.resume.record import check_class, check_format, check_methods, record
+
+INTERRUPTED = "last-interrupted.ckpt"  # found by ckpt_path="last"
+TERMINATED = 128 + 15  # what shells give a process that SIGTERM has ended
+
+
+class Resuming:
+    """The part of AdapterCallback that saves and restores.
+
+    Each process has random states of its own and, between two optimiser steps, gradients of its own: a checkpoint holds
+    those of all, in the order of their ranks.
+    """
+
+    def __init__(self) -> None:
+        self._restored: dict[str, Any] | None = None
+        self._gradients: dict[str, Tensor] = {}
+        self._step = 0  # before the present batch
+        self._validated = False  # since the last batch
+        self._interrupted = False
+
+    def setup(self, trainer: Trainer) -> None:
+        """Read and write checkpoint files safely, unless the trainer has an interface of its own for it."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = SafeCheckpointIO(lambda c, path: self.check(trainer, c, path))
+
+    def check(self, trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
+        """Refuse a checkpoint that does not belong to the run; in evaluation also one without a record is read."""
+        if RECORD not in checkpoint and trainer.state.fn != "fit":
+            return
+        check_format(checkpoint, path)
+        check_class(checkpoint, type(trainer.lightning_module), path)
+        check_methods(checkpoint, trainer.lightning_module, path)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the record, the random states and open gradients; complete the state of the loops; flush the loggers."""
+        open_step = trainer.global_step == self._step and not loop_state.between_epochs(trainer)
+        own = {
+            "random": random_states(pl_module.device),
+            "gradients": _gradients(pl_module) if open_step else {},
+        }
+        checkpoint[RECORD] = {**record(pl_module), "processes": gather_objects(trainer, own)}
+        if trainer.state.fn == "fit":
+            loops = checkpoint["loops"]["fit_loop"]
+            loop_state.complete_batch(trainer, loops, self._interrupted, self._validated)
+        # What came before the checkpoint must not be lost with the process.
+        for logger in trainer.loggers:
+            logger.save()
+
+    def on_load_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Keep this process's part until training starts."""
+        self.check(trainer, checkpoint, trainer.ckpt_path)
+        if trainer.state.fn != "fit":
+            return
+        processes = checkpoint[RECORD]["processes"]
+        if len(processes) == trainer.world_size:
+            self._restored = processes[trainer.global_rank]
+        else:
+            self._restored = {"random": None, "gradients": {}}
+            warnings.warn(
+                f"the checkpoint was written by {len(processes)} processes and is resumed by {trainer.world_size}: "
+                "the rest of the training will not be the one of an uninterrupted run, bit for bit",
+                stacklevel=2,
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore, as the last thing before the first epoch or batch."""
+        self._validated = self._interrupted = False
+        self._step = -1
+        restored, self._restored = self._restored, None
+        if restored is None:
+            return
+        if loop_state.in_mid_epoch(trainer) and not all(map(_is_stateful, tree_leaves(trainer.train_dataloader))):
+            warnings.warn(
+                "resuming in mid-epoch with a training loader that cannot tell what it has read: batches of this epoch "
+                "will be repeated and others left out. Give the module a lit_adapters.ResumableLoader whose sampler is "
+                "torch's DistributedSampler(dataset, trainer.world_size, trainer.global_rank, seed=0), or resume from "
+                "the end of an epoch",
+                stacklevel=2,
+            )
+        loop_state.prepare(trainer)
+        self._gradients = restored["gradients"]
+        if restored["random"] is not None:
+            set_random_states(restored["random"], pl_module.device)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put open gradients back before the first batch."""
+        self._step, self._validated = trainer.global_step, False
+        if self._gradients:
+            for name, parameter in pl_module.named_parameters():
+                if name in self._gradients:
+                    parameter.grad = self._gradients[name].to(parameter)
+            self._gradients = {}
+
+    def on_validation_end(self, trainer: Trainer) -> None:
+        """Note that a validation has come after the last batch."""
+        self._validated = not trainer.sanity_checking
+
+    def on_exception(self, trainer: Trainer, exception: BaseException) -> None:
+        """After SIGTERM, which Lightning hands on once the batch is done: save, and end with the usual status."""
+        if not isinstance(exception, SIGTERMException) or trainer.state.fn != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._interrupted = True
+        saver = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath), None)
+        path = Path(saver.dirpath if saver else trainer.default_root_dir) / INTERRUPTED  # type: ignore[arg-type]
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"stopped by SIGTERM after step {trainer.global_step}; resume with ckpt_path={os.fspath(path)}")
+        exception.code = TERMINATED
+
+
+def _is_stateful(loader: Any) -> bool:
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+def _gradients(pl_module: LightningModule) -> dict[str, Tensor]:
+    """Gradients that wait for further batches of their optimiser step."""
+    found = {n: p.grad.detach().cpu() for n, p in pl_module.named_parameters() if p.grad is not None}
+    return {n: g for n, g in found.items() if type(g) is Tensor}

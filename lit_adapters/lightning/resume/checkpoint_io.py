@@ -1,0 +1,59 @@
+"""Reading and writing of checkpoint files: whole or not at all, and checked before anything of them is used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from lit_adapters.errors import AdapterError
+from lit_adapters.files.adapters import check_whole
+from lit_adapters.files.atomic import write_atomically
+
+
+@contextlib.contextmanager
+def _torn_is_refused(path: Any) -> Iterator[None]:
+    """Explain what torch says of a file that is not whole; its words on the contents of a whole one are its own."""
+    if Path(path).is_file():
+        check_whole(path)
+    try:
+        yield
+    except RuntimeError as error:
+        raise AdapterError(f"{str(path)!r} is torn or no checkpoint; give another one") from error
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Lightning's reading and writing of one checkpoint file, made safe.
+
+    A local file is written beside its place, forced to disk and renamed, so a kill at any moment leaves the old one or
+    the new one; Lightning's own writer fills a file in the system's temporary folder, from which a move to another file
+    system is a copy. What is read passes `check` before anything of it is used.
+
+    Args:
+        check: takes the checkpoint and its path, and raises for one that does not fit.
+    """
+
+    def __init__(self, check: Callable[[dict[str, Any], Any], None]) -> None:
+        self._check = check
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write atomically."""
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read and check.
+
+        Raises:
+            AdapterError: the file is torn, or `check` refuses it.
+        """
+        with _torn_is_refused(path):
+            checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        self._check(checkpoint, path)
+        return checkpoint

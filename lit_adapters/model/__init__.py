@@ -1,0 +1,1 @@
+"""What is done to a model: choose targets, attach, report, merge, calibrate, shard."""

@@ -1,0 +1,268 @@
+"""Put adapters into a model, in place, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lit_adapters.errors import AdapterError, TargetsNotFound
+from lit_adapters.methods.base import AdapterModule, Config, Method, to_methods
+from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
+from lit_adapters.model.report import AdapterReport
+from lit_adapters.model.targets import Target, find_targets, head_modules, matches, near_misses, places
+
+_STATE = "_lit_adapters"
+
+
+@dataclass
+class Attachment:
+    """What `attach` was asked for and found, kept on the model for saving and for detaching.
+
+    Attributes:
+        methods: in the `{class_path, init_args}` form.
+        train: as given to `attach`.
+        trained_parameters: names of the base parameters that train.
+        buffers: names of the base's persistent buffers, such as the running statistics that training moves.
+        required_grad: what each base parameter was before.
+        prefix: of this model inside the one that is loading a state dict, while it loads.
+    """
+
+    methods: list[dict[str, Any]]
+    train: str | list[str]
+    trained_parameters: list[str]
+    buffers: list[str]
+    required_grad: dict[str, bool] = field(default_factory=dict)
+    prefix: str = ""
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
+    """All adapters of a model as (qualified name, module)."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterModule):
+            yield name, module
+
+
+def attachment(model: nn.Module) -> Attachment:
+    """The record that `attach` left on `model`.
+
+    Raises:
+        AdapterError: nothing was attached to this very module.
+    """
+    state = model.__dict__.get(_STATE)
+    if state is None:
+        inside = next((name for name, m in model.named_modules() if _STATE in m.__dict__), None)
+        fix = f"give its part {inside!r}, which has them" if inside else "call lit_adapters.attach(model, ...) first"
+        raise AdapterError(f"{type(model).__name__} has no adapters of its own; {fix}")
+    return state  # type: ignore[no-any-return]
+
+
+def attach(
+    model: nn.Module,
+    methods: Method | Config | Iterable[Method | Config] | None,
+    train: str | Sequence[str] = (),
+) -> AdapterReport:
+    """Freeze `model`, put adapters around the targets of `methods`, and leave the modules of `train` trainable.
+
+    Works in place and all or nothing: after an error the model is as before. Base keys keep their names, adapter keys
+    stand beside them; `load_state_dict(strict=True)` then forgives missing frozen base keys and nothing else.
+
+    Args:
+        model: any nn.Module.
+        methods: a method, its `{class_path, init_args}` form, or a list; an empty list only freezes.
+        train: modules or parameters that train besides the adapters, as a list of name suffixes (["head"]) or a
+            regular expression for whole names.
+
+    Raises:
+        TargetsNotFound: a method or `train` matches nothing.
+        AdapterError: adapters are already there, two methods want the same layer, a layer that stands at two places is
+            chosen at one, a layer cannot carry its method, or `train` names a parameter tied to a frozen one.
+    """
+    if _STATE in model.__dict__ or any(True for _ in adapters(model)):
+        raise AdapterError(
+            f"{type(model).__name__} already has adapters (merged ones count while their wrappers stay); "
+            "call lit_adapters.detach or lit_adapters.merge first, or give all methods to one attach"
+        )
+    leaves = [part for method in to_methods(methods) for part in method.parts()]
+    trained = _find_trained(model, train)
+    head = {id(p) for h in head_modules(model) for p in h.parameters()}
+
+    named = dict(model.named_parameters())
+    # Nothing of the model is touched before every adapter stands.
+    wrapped: list[tuple[Target, AdapterModule]] = []
+    shared: dict[int, AdapterModule] = {}
+    for target, method, injected in _assign(model, leaves, train):
+        adapter = shared.get(id(target.module)) or injected
+        if adapter is None:
+            adapter = method.wrap(target.module, target.name, target.parent)
+        adapter.qualified_name = adapter.qualified_name or target.name
+        if isinstance(target.parent, nn.TransformerEncoderLayer):
+            adapter.register_forward_hook(_keep_unfused)
+        if _has_parameters(target.module):
+            shared[id(target.module)] = adapter
+        wrapped.append((target, adapter))
+
+    persistent = model.state_dict(keep_vars=True)
+    state = Attachment(
+        methods=[m.to_config() for m in to_methods(methods)],
+        train=train if isinstance(train, str) else list(train),
+        trained_parameters=[n for n in named if n in trained],
+        buffers=[n for n, _ in model.named_buffers() if n in persistent],
+        required_grad={name: p.requires_grad for name, p in named.items()},
+    )
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in trained)
+    for module in model.modules():  # those without an adapter too: gradients pass through them
+        if is_quantised(module):
+            stop_repacking(module)
+    for target, adapter in wrapped:
+        adapter.adopt()
+        setattr(target.parent, target.attribute, adapter)
+    model.__dict__[_STATE] = state
+    model.register_load_state_dict_pre_hook(_note_prefix)
+    model.register_load_state_dict_post_hook(_forgive_frozen)
+
+    sizes = {n: named[n].numel() for n in state.trained_parameters}
+    # A head of an unknown kind is what `train` names.
+    own = {n for n in sizes if id(named[n]) in head} if head else set(sizes)
+    return AdapterReport(
+        adapters=[(n, a.method, sum(p.numel() for p in a.adapter_parameters().values())) for n, a in adapters(model)],
+        trained={n: size for n, size in sizes.items() if n not in own},
+        head={n: size for n, size in sizes.items() if n in own},
+        total=sum(_logical_size(p) for p in model.parameters()),
+    )
+
+
+def _logical_size(parameter: nn.Parameter) -> int:
+    """Elements; of a packed weight those of the weight it stands for."""
+    size: int = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape).numel()
+    return size
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _assign(
+    model: nn.Module, methods: list[Method], train: str | Sequence[str]
+) -> list[tuple[Target, Method, AdapterModule | None]]:
+    """Who adapts what, and with which adapter if the method has made it already.
+
+    A layer that stands at several places is adapted once; an activation, once for each place.
+    """
+    owner: dict[tuple[int, str], Method] = {}
+    assigned: list[tuple[Target, Method, AdapterModule | None]] = []
+    for method in methods:
+        injected = method.inject(model)
+        if injected is None:
+            targets = find_targets(model, method, train)
+        else:
+            targets = [t for t in places(model) if t.name in injected]
+        for target in targets:
+            key = (id(target.parent), target.attribute)
+            if key in owner:
+                raise AdapterError(
+                    f"{type(owner[key]).__name__} and {type(method).__name__} both want {target.name!r}; "
+                    "give them different targets, or exclude the layer from one"
+                )
+            owner[key] = method
+            assigned.append((target, method, (injected or {}).get(target.name)))
+    chosen = {id(t.module): (t, m) for t, m, _ in assigned if _has_parameters(t.module)}
+    for place in places(model):
+        first, adapted_by = chosen.get(id(place.module), (place, None))
+        if adapted_by and adapted_by is not owner.get((id(place.parent), place.attribute)):
+            raise AdapterError(
+                f"{place.name!r} and {first.name!r} are one and the same layer; give both to the same method, "
+                "or exclude both"
+            )
+    return assigned
+
+
+def _find_trained(model: nn.Module, train: str | Sequence[str]) -> set[str]:
+    """Names of the parameters that `train` selects."""
+    if not train:
+        return set()
+    specs: list[str | Sequence[str]] = [train] if isinstance(train, str) else [[s] for s in train]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = [t.name for t in places(model)]
+    chosen: set[str] = set()
+    for spec in specs:
+        modules = [n for n in names if matches(n, spec)]
+        found = {n for n in parameters if matches(n, spec) or any(n.startswith(f"{m}.") for m in modules)}
+        if not found:
+            raise TargetsNotFound(
+                f"train={spec!r} matches no parameter of {type(model).__name__}.{near_misses(spec, names)} "
+                f"Its last modules are {', '.join(names[-5:])}."
+            )
+        chosen |= found
+    for name in chosen:
+        if not (parameters[name].is_floating_point() or parameters[name].is_complex()):
+            raise AdapterError(
+                f"{name!r} is a weight of {parameters[name].dtype}, which cannot train; leave it out of `train`"
+            )
+        twins = [n for n, p in parameters.items() if p is parameters[name] and n not in chosen]
+        if twins:
+            raise AdapterError(
+                f"{name!r} is tied to {twins[0]!r}, which stays frozen; training one would change both. "
+                f"Untie them, or leave {name!r} out of `train`"
+            )
+    return chosen
+
+
+def detach(model: nn.Module) -> None:
+    """Remove all adapters; the base has its own modules, values and requires_grad again.
+
+    Modules of `train` keep what they have learned.
+
+    Raises:
+        AdapterError: the model has none, or a merge is in effect.
+    """
+    state = attachment(model)
+    merged = [name for name, adapter in adapters(model) if adapter.merged]
+    if merged:
+        raise AdapterError(f"{merged[0]!r} is merged; call lit_adapters.unmerge(model) before detaching")
+    remove_adapters(model, lambda adapter: adapter.unwrapped())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(state.required_grad.get(name, True))
+
+
+def remove_adapters(model: nn.Module, successor: Any) -> None:
+    """Put `successor(adapter)` in the place of every adapter, and forget the attachment."""
+    successors: dict[int, nn.Module] = {}
+    for target in list(places(model)):
+        if isinstance(target.module, AdapterModule):
+            key = id(target.module)
+            if key not in successors:
+                successors[key] = successor(target.module)
+            setattr(target.parent, target.attribute, successors[key])
+    del model.__dict__[_STATE]
+    for hooks in (model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in (_note_prefix, _forgive_frozen):
+                del hooks[key]
+
+
+def frozen_keys(model: nn.Module) -> set[str]:
+    """Keys of the parameters that neither belong to an adapter nor train, with the scales of quantised ones."""
+    own = {id(p) for _, adapter in adapters(model) for p in adapter.adapter_parameters().values()}
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = {n: getattr(p, "quant_state", None) for n, p in named if id(p) not in own and not p.requires_grad}
+    scales = {f"{n}.{key}" for n, state in frozen.items() if state is not None for key in state.as_dict(packed=True)}
+    return set(frozen) | scales
+
+
+def _keep_unfused(module: nn.Module, args: Any, output: Any) -> None:
+    """Does nothing, but having a hook: in eval PyTorch's encoder layer would read all weights and call no layer."""
+
+
+def _note_prefix(model: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
+    attachment(model).prefix = prefix
+
+
+def _forgive_frozen(model: nn.Module, incompatible: Any) -> None:
+    """Frozen base parameters may be absent from a state dict: checkpoints hold what changed."""
+    prefix = attachment(model).prefix
+    forgiven = {prefix + key for key in frozen_keys(model)}
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in forgiven]

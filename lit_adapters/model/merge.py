@@ -1,0 +1,122 @@
+"""Fold adapters into the model they were trained on, with the error of doing so measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lit_adapters.errors import AdapterError
+from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.matrix_layers import QuantisedLayer
+from lit_adapters.methods.peft_adapter import PeftAdapter
+from lit_adapters.methods.weight_adapter import WeightAdapter
+from lit_adapters.model.attach import adapters, attachment, remove_adapters
+from lit_adapters.model.sharding import refuse_sharded
+
+_MERGING = (WeightAdapter, PeftAdapter)
+SHARED = "shared_with"  # attribute of a parameter that another model has too: what that model is called
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Result of `merge`.
+
+    Attributes:
+        max_abs_error: largest |stored - exact| over all merged weights, the exact sum taken in float64.
+        max_rel_error: the same relative to the largest weight of its layer.
+        merged: names of the layers whose weight now holds the update.
+        kept: names of the layers that stay nonlinear: NoRA's functions, with factors folded into plain coefficients.
+        dequantised: names of the merged layers whose weight was quantised and is stored plainly now.
+    """
+
+    max_abs_error: float
+    max_rel_error: float
+    merged: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    dequantised: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        text = f"merged {len(self.merged)} layers, error {self.max_abs_error:.1e} ({self.max_rel_error:.1e} of |W|)"
+        if self.dequantised:
+            text += f"; {len(self.dequantised)} of them were quantised and take the memory of plain weights now"
+        return text + (f"; {len(self.kept)} rational activations stay" if self.kept else "")
+
+
+def _check(model: nn.Module, weights: dict[str, WeightAdapter | PeftAdapter], unload: bool) -> None:
+    """Raise where the weight of an adapted layer cannot take an update."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), []).append(name)
+    for name, adapter in weights.items():
+        adapter.check_mergeable()
+        twins = [n for n in holders[id(adapter._parameters["weight"])] if n != name]
+        if twins:
+            raise AdapterError(f"{name!r} and {twins[0]!r} have one weight, and merging would change both; untie them")
+        other = getattr(adapter._parameters["weight"], SHARED, None)
+        if unload and other:
+            raise AdapterError(
+                f"the weight of {name!r} is also {other}'s, which merging would change; merge a copy.deepcopy of the "
+                "model, or with unload=False"
+            )
+
+
+def merge(model: nn.Module, unload: bool = True) -> MergeReport:
+    """Add weight updates to the weights, in float32 and cast once, and fold NoRA's factors into plain coefficients.
+
+    Args:
+        model: the module given to `attach`.
+        unload: final, no wrapper left: linear layers are the base's own again, adapted activations become
+            `RationalActivation`, quantised weights plain ones, and requires_grad is as before `attach`. False keeps
+            the wrappers and puts a merged weight beside every pretrained one, so that `unmerge` restores the model
+            bit for bit.
+
+    Raises:
+        AdapterError: the model has no adapters or is merged already; an adapter is nonlinear at present (AFA-LoRA
+            before beta = 0); or a weight is on the meta device, sharded, tied to another layer, or also another
+            model's (marked `shared_with`) and to be written. The model is then as before.
+    """
+    state = attachment(model)
+    refuse_sharded(model, "merging")
+    found = list(adapters(model))
+    done = [name for name, adapter in found if adapter.merged]
+    if done:
+        raise AdapterError(f"{done[0]!r} is merged already; call lit_adapters.unmerge(model) first")
+    weights = {name: adapter for name, adapter in found if isinstance(adapter, _MERGING)}
+    _check(model, weights, unload)
+    dequantised = [n for n, a in weights.items() if isinstance(getattr(a, "layer", None), QuantisedLayer)]
+    errors = [(0.0, 0.0), *(adapter.absorb() if unload else adapter.merge() for adapter in weights.values())]
+    kept = [name for name, _ in found if name not in weights]
+    if unload:
+        remove_adapters(model, _successor)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(state.required_grad.get(name, False))
+    if dequantised and unload and not any(hasattr(p, "quant_state") for p in model.parameters()):
+        forget_quantisation(model)
+    return MergeReport(max(e for e, _ in errors), max(e for _, e in errors), list(weights), kept, dequantised)
+
+
+def forget_quantisation(model: nn.Module) -> None:
+    """Take back transformers' note that a model is quantised, with which it could not be saved and loaded again."""
+    for module in model.modules():
+        quantizer = getattr(module, "hf_quantizer", None)
+        if quantizer is not None and hasattr(quantizer, "remove_quantization_config"):
+            quantizer.remove_quantization_config(module)
+
+
+def _successor(adapter: AdapterModule) -> nn.Module:
+    return adapter.unwrapped() if isinstance(adapter, _MERGING) else adapter.folded()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge(model, unload=False)`: every weight is the pretrained one again, bit for bit.
+
+    Raises:
+        AdapterError: no merge is in effect.
+    """
+    merged = [a for _, a in adapters(model) if isinstance(a, _MERGING) and a.merged]
+    if not merged:
+        raise AdapterError("nothing is merged; merge(model, unload=False) is what unmerge undoes")
+    for adapter in merged:
+        adapter.unmerge()

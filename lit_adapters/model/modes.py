@@ -1,0 +1,189 @@
+"""Run an adapted model in particular ways: without its adapters, to check them, or to measure their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lit_adapters.errors import AdapterError
+from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.keeping import KeepingAdapter
+from lit_adapters.methods.weight_adapter import WeightAdapter
+from lit_adapters.model.attach import adapters
+from lit_adapters.ops.statistics import regular_sample
+
+_VALUES_PER_CALL = 1 << 14
+
+
+def _require_adapters(model: nn.Module) -> list[tuple[str, AdapterModule]]:
+    found = list(adapters(model))
+    if not found:
+        raise AdapterError(f"{type(model).__name__} has no adapters; call lit_adapters.attach(model, ...) first")
+    return found
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The pretrained function bit for bit inside the block, except for modules of `train`.
+
+    Raises:
+        AdapterError: the model has no adapters, or a merge is in effect.
+    """
+    found = _require_adapters(model)
+    merged = [name for name, adapter in found if adapter.merged]
+    if merged:
+        raise AdapterError(f"{merged[0]!r} is merged into its weight; call lit_adapters.unmerge(model) first")
+    before = [adapter.enabled for _, adapter in found]
+    for _, adapter in found:
+        adapter.enabled = False
+    try:
+        yield
+    finally:
+        for (_, adapter), enabled in zip(found, before, strict=True):
+            adapter.enabled = enabled
+
+
+@contextmanager
+def _observed(found: list[tuple[str, AdapterModule]], observe: Any) -> Iterator[None]:
+    """Call observe(name, input) before each adapter's forward."""
+
+    def hook_for(name: str) -> Any:
+        return lambda module, args, kwargs: observe(name, args[0] if args else next(iter(kwargs.values())))
+
+    handles = [a.register_forward_pre_hook(hook_for(n), with_kwargs=True) for n, a in found]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _noticed(found: list[tuple[str, AdapterModule]], notice: Any) -> Iterator[None]:
+    """Call notice(name) at each adapter's forward, without a hook: hooks turn PyTorch's fused encoder layers off."""
+    own = [adapter.__dict__.get("forward") for _, adapter in found]
+
+    def noticing(name: str, forward: Any) -> Any:
+        def noticed_forward(*args: Any, **kwargs: Any) -> Any:
+            notice(name)
+            return forward(*args, **kwargs)
+
+        return noticed_forward
+
+    for name, adapter in found:
+        adapter.__dict__["forward"] = noticing(name, adapter.forward)
+        if isinstance(adapter, WeightAdapter):
+            adapter.on_read = partial(notice, name)
+    try:
+        yield
+    finally:
+        for (_, adapter), forward in zip(found, own, strict=True):
+            if isinstance(adapter, WeightAdapter):
+                adapter.on_read = None
+            del adapter.__dict__["forward"]
+            if forward is not None:
+                adapter.__dict__["forward"] = forward
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; every module's own mode comes back after it, and what was kept for eval goes."""
+    modes = {module: module.training for module in model.modules()}
+    modes |= {module.base: module.base.training for module in model.modules() if isinstance(module, AdapterModule)}
+    if any(modes.values()):  # or what is kept would go for nothing
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+            if training and isinstance(module, KeepingAdapter):
+                module.kept.clear()
+
+
+def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
+    """Run `model(*inputs, **kwargs)` once in eval mode and raise if an adapter did not take part.
+
+    Raises:
+        AdapterError: adapters that never ran, by name: code that reads `layer.weight` instead of calling the layer,
+            or a fused MLP, passes them by silently.
+    """
+    found = _require_adapters(model)
+    ran: set[str] = set()
+    with torch.no_grad(), evaluating(model), _noticed(found, ran.add):
+        model(*inputs, **kwargs)
+    idle = [f"{name} ({type(adapter.base).__name__})" for name, adapter in found if name not in ran]
+    if idle:
+        raise AdapterError(
+            f"{len(idle)} of {len(found)} adapters did not run: {', '.join(idle[:6])}. The model bypasses these "
+            "layers (it reads their weights directly, fuses them, or routed nothing to them); exclude them or turn the "
+            "fusion off"
+        )
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Show the adapters their real inputs before training: NoRA takes densities, and on request fit ranges, from them.
+
+    Args:
+        model: an adapted model.
+        batches: inputs for `model`: tensors, tuples of positional arguments or dictionaries of keyword ones. One or
+            a few batches of training data are enough.
+
+    Raises:
+        AdapterError: no batch, no adapters, training has begun, or a layer's inputs are constant or not finite.
+    """
+    if isinstance(batches, (Tensor, Mapping)):
+        raise AdapterError("calibrate takes an iterable of batches; put a single batch into a list: [batch]")
+    found = [(n, a) for n, a in _require_adapters(model) if type(a).calibrate is not AdapterModule.calibrate]
+    samples: dict[str, list[Tensor]] = {name: [] for name, _ in found}
+
+    def observe(name: str, x: Tensor) -> None:
+        samples[name].append(regular_sample(x, _VALUES_PER_CALL).float().cpu())
+
+    device = next(model.parameters()).device
+    with torch.no_grad(), evaluating(model), _observed(found, observe):
+        for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=None):
+            batch = _to(batch, device)
+            if isinstance(batch, Mapping):
+                model(**batch)
+            elif isinstance(batch, (tuple, list)):
+                model(*batch)
+            else:
+                model(batch)
+    unseen = [name for name, values in samples.items() if not values]
+    if unseen:
+        raise AdapterError(f"no input reached {unseen[0]!r}; give at least one batch that passes through every adapter")
+    for name, adapter in found:
+        adapter.calibrate(torch.cat(samples[name]))
+
+
+def set_progress(model: nn.Module, progress: float) -> None:
+    """Move every scheduled adapter to training progress in [0, 1]; at 1 annealed activations have become linear.
+
+    Args:
+        model: any module that holds adapters; one without annealed adapters is left as it is.
+        progress: share of the optimiser steps that are done.
+
+    Raises:
+        AdapterError: the model has no adapters, an annealed one is merged, or progress lies outside [0, 1].
+    """
+    if not 0.0 <= progress <= 1.0:
+        raise AdapterError(f"progress {progress} must lie in [0, 1]")
+    for name, adapter in _require_adapters(model):
+        if adapter.merged and adapter.schedule is not None:
+            raise AdapterError(f"{name!r} is merged at its linear end; call lit_adapters.unmerge(model) first")
+        adapter.set_progress(progress)
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {k: _to(v, device) for k, v in batch.items()}
+    return tuple(_to(v, device) for v in batch) if isinstance(batch, (tuple, list)) else batch

@@ -1,0 +1,190 @@
+"""Which modules of a model a method adapts."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lit_adapters.activations import is_known_activation
+from lit_adapters.errors import AdapterError, TargetsNotFound
+from lit_adapters.methods.base import AdapterModule, Method
+from lit_adapters.methods.channels import is_linear, is_pointwise_conv
+from lit_adapters.methods.matrix_layers import is_plain
+
+# Parts of a name that mark an activation as something else than an MLP's: reached by naming them in `targets`.
+_NOT_MLP = re.compile(
+    r"(^|\.)(pooler\w*|attn_pool|stem|patch_embed|head|head_\w+|\w+_head|fc_norm|cls|classifier|score|predictions|"
+    r"pre_logits|sequence_summary|gate|se|router|time_embed\w*)(\.|$)"
+)
+_GATE_CLASS = re.compile(r"Squeeze|Excit|^SE|Gather")
+_MLP_NAME = re.compile(r"(mlp|ffn|feed_?forward|intermediate)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One place in a model: `parent.attribute` is `module`."""
+
+    name: str
+    parent: nn.Module
+    attribute: str
+    module: nn.Module
+
+
+def places(model: nn.Module) -> Iterator[Target]:
+    """Every place that holds a module, once for each (parent, attribute); a shared module appears at all its places."""
+    seen: set[tuple[int, str]] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name:
+            continue
+        parent_name, _, attribute = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        if (id(parent), attribute) not in seen:
+            seen.add((id(parent), attribute))
+            yield Target(name, parent, attribute, module)
+
+
+def matches(name: str, spec: str | Sequence[str]) -> bool:
+    """A list holds name suffixes (whole dotted parts), a string is a regular expression for the whole name.
+
+    Raises:
+        AdapterError: the string is no regular expression.
+    """
+    if isinstance(spec, str):
+        try:
+            return re.fullmatch(spec, name) is not None
+        except re.error as error:
+            raise AdapterError(f"{spec!r} is not a regular expression ({error}); name suffixes go in a list") from error
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in spec)
+
+
+def head_modules(model: nn.Module) -> list[nn.Module]:
+    """The prediction heads by timm's `get_classifier()` or transformers' `get_output_embeddings()`; may be empty.
+
+    The getter may belong to a module inside `model`: a LightningModule, say, that holds a timm model.
+    """
+    heads: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for getter in ("get_classifier", "get_output_embeddings"):
+            found = getattr(module, getter)() if callable(getattr(module, getter, None)) else None
+            for head in found if isinstance(found, (list, tuple, nn.ModuleList)) else [found]:
+                if isinstance(head, nn.Module) and not isinstance(head, nn.Identity):
+                    heads[id(head)] = head
+    return list(heads.values())
+
+
+def _all_linear(model: nn.Module) -> Callable[[Target], bool]:
+    heads = {id(m) for head in head_modules(model) for m in head.modules()}
+    # nn.MultiheadAttention reads the weight of its output projection without calling the layer.
+    return lambda t: (
+        is_linear(t.module)
+        and is_plain(t.module)
+        and id(t.module) not in heads
+        and not isinstance(t.module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    )
+
+
+def _activations(model: nn.Module) -> Callable[[Target], bool]:
+    heads = {id(m) for head in head_modules(model) for m in head.modules()}
+
+    def selected(t: Target) -> bool:
+        if not is_known_activation(t.module) or _NOT_MLP.search(t.name) or id(t.module) in heads:
+            return False
+        if _GATE_CLASS.search(type(t.parent).__name__):
+            return False
+        return any((is_linear(m) or is_pointwise_conv(m)) and id(m) not in heads for m in t.parent.children())
+
+    return selected
+
+
+KEYWORDS = {"all-linear": _all_linear, "activations": _activations}
+
+
+def find_targets(model: nn.Module, method: Method, train: str | Sequence[str] = ()) -> list[Target]:
+    """The places of `model` that `method` adapts; modules in a `train` list or in the method's `exclude` are left out.
+
+    Raises:
+        TargetsNotFound: nothing matches; the message lists the nearest names and, for activations, the MLPs that call
+            a function in place of a module.
+    """
+    spec = method.targets
+    if isinstance(spec, str) and spec in KEYWORDS:
+        wanted = KEYWORDS[spec](model)
+        # A list names particular modules, such as a head that no getter tells of; a regular expression may mean all.
+        named = () if isinstance(train, str) else tuple(train)
+        trained = [t.name for t in places(model) if matches(t.name, named)]
+
+        def selected(t: Target) -> bool:
+            return wanted(t) and not any(t.name == n or t.name.startswith(f"{n}.") for n in trained)
+    else:
+
+        def selected(t: Target) -> bool:
+            return matches(t.name, spec)
+
+    names = [t.name for t in places(model)]
+    for suffix in method.exclude:
+        if not any(matches(name, [suffix]) for name in names):
+            raise TargetsNotFound(
+                f"{type(method).__name__}: exclude {suffix!r} matches no module of {type(model).__name__}."
+                f"{near_misses([suffix], names)}"
+            )
+    found = [t for t in places(model) if selected(t) and not within(t.name, tuple(method.exclude))]
+    if not found:
+        raise TargetsNotFound(_nothing_found(model, method))
+    for pattern in getattr(method, "rank_pattern", None) or {}:
+        if not any(re.fullmatch(pattern, t.name) for t in found):
+            raise TargetsNotFound(
+                f"{type(method).__name__}: rank_pattern {pattern!r} matches none of its {len(found)} layers, such as "
+                f"{found[0].name!r}; it is a regular expression for the whole name"
+            )
+    return found
+
+
+def within(name: str, suffixes: Sequence[str]) -> bool:
+    """Whether a module, or one that holds it, is named by one of `suffixes`."""
+    parts = name.split(".")
+    return any(matches(".".join(parts[: i + 1]), suffixes) for i in range(len(parts)))
+
+
+def _nothing_found(model: nn.Module, method: Method) -> str:
+    spec = method.targets
+    message = f"{type(method).__name__}: targets {spec!r} match no module of {type(model).__name__}."
+    candidates = [
+        t.name
+        for t in places(model)
+        if (is_known_activation(t.module) if method.kind == "activation" else is_linear(t.module))
+    ]
+    if spec == "activations":
+        functional = [
+            f"{name} ({type(m).__name__})"
+            for name, m in model.named_modules()
+            if _MLP_NAME.search(name) and not any(is_known_activation(c) for c in m.children())
+        ]
+        if functional:
+            message += (
+                f" These blocks hold no known activation module of their own (they call a function, or keep it "
+                f"elsewhere): {_few(functional)}."
+            )
+    message += near_misses(spec, [t.name for t in places(model)])
+    if candidates:
+        message += f" Modules it could adapt if named: {_few(candidates)}."
+    elif not any(isinstance(m, AdapterModule) for m in model.modules()):
+        message += " The model has no module of a kind that this method adapts."
+    return message
+
+
+def near_misses(spec: str | Sequence[str], names: Sequence[str]) -> str:
+    """A sentence for an error message on what `spec`, which matches none of `names`, may have meant."""
+    if isinstance(spec, str) and any(matches(name, [spec]) for name in names):
+        return f" A string is a regular expression for the whole name; write [{spec!r}] for a suffix."
+    wanted = [spec] if isinstance(spec, str) else list(spec)
+    tails = sorted({n.rpartition(".")[2] for n in names})
+    near = [n for w in wanted for n in difflib.get_close_matches(w, [*names, *tails], n=3, cutoff=0.5)]
+    return f" Near misses: {_few(list(dict.fromkeys(near)))}." if near else ""
+
+
+def _few(names: Sequence[str], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,61 @@
+"""Parameter groups for the optimiser: what trains, at which rate, and what may decay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lit_adapters.activations import RationalActivation
+from lit_adapters.errors import AdapterError
+from lit_adapters.model.attach import adapters
+
+HEAD = "head"  # group of everything that trains and is no adapter: modules of `train`
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, lr_scale: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters by kind, as an optimiser takes them.
+
+    Rational coefficients and their factors never decay: a coefficient of zero is no simpler function, and the factors
+    follow the coefficients.
+
+    Args:
+        model: a module whose tree may hold adapters.
+        lr: the common learning rate.
+        weight_decay: decay of everything but rational coefficients.
+        lr_scale: factor on `lr` by group: a method's name ("nora", "lora") or "head" for all that is no adapter.
+
+    Raises:
+        AdapterError: nothing trains, or `lr_scale` names a group that does not exist.
+    """
+    rational = (p for m in model.modules() if isinstance(m, RationalActivation) for p in m.parameters())
+    undecayed = {id(p) for p in rational}
+    kind: dict[int, str] = {}
+    for _, adapter in adapters(model):
+        kind |= {id(p): adapter.method for p in adapter.adapter_parameters().values()}
+        undecayed |= {id(p) for p in adapter.undecayed_parameters()}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = (kind.get(id(parameter), HEAD), id(parameter) not in undecayed)
+            groups.setdefault(key, []).append(parameter)
+    if not groups:
+        raise AdapterError("nothing trains: give `adapters`, or name modules in `train`")
+    scale = dict(lr_scale or {})
+    present = {name for name, _ in groups}
+    unknown = sorted(scale.keys() - present)
+    if unknown:
+        raise AdapterError(f"lr_scale names {unknown[0]!r}; the trainable groups are {', '.join(sorted(present))}")
+    return [
+        {
+            "params": parameters,
+            # Lightning wants names to differ; where all of a method's parameters are alike, it keeps its own.
+            "name": name if decays or (name, True) not in groups else f"{name}/no_decay",
+            "lr": lr * scale.get(name, 1.0),
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (name, decays), parameters in groups.items()
+    ]

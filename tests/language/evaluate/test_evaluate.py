@@ -1,0 +1,223 @@
+"""Evaluation from files to JSON: every task on a tiny model, the command line, and its errors."""
+
+import json
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+import lit_adapters as la
+from language.evaluate.__main__ import Settings, evaluate, load, main, task_names
+from language.evaluate.likelihood import score_choices
+from language.evaluate.metrics import Estimate
+from language.evaluate.mmlu import read_mmlu
+from language.evaluate.questions import COMMONSENSE
+from language.evaluate.results import as_plain, table, write_json
+from language.models import create_model, create_tokenizer
+from language.module import CausalLMTuner
+from lit_adapters.errors import AdapterError, DataError
+
+SUBJECTS = ("astronomy", "anatomy", "sociology")
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def root(tmp_path):
+    def mmlu(n):
+        return [
+            {"subject": s, "question": f"{s} {i}?", "choices": ["a", "b", "c", f"{i}"], "answer": i % 4}
+            for s in SUBJECTS
+            for i in range(n)
+        ]
+
+    write(tmp_path / "mmlu" / "dev.jsonl", mmlu(2))
+    write(tmp_path / "mmlu" / "test.jsonl", mmlu(4))
+
+    def yes_no(i):
+        answer = ("true", "false")[i % 2]
+        instruction = f"Is it {i}?\n\nAnswer format: true/false"
+        return {"instruction": instruction, "output": f"the correct answer is {answer}", "answer": answer}
+
+    for name in COMMONSENSE:
+        write(tmp_path / "commonsense" / f"{name}.test.jsonl", [yes_no(i) for i in range(3)])
+    write(tmp_path / "newsgroups20" / "test.jsonl", [{"text": f"t{i}", "label": i % 2} for i in range(4)])
+    write(tmp_path / "samsum" / "test.jsonl", [{"dialogue": f"A: {i}", "summary": f"say {i}"} for i in range(3)])
+    write(
+        tmp_path / "held_out" / "test.jsonl", [{"instruction": f"say {i}", "output": "x" * (i + 1)} for i in range(5)]
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def model():
+    return create_model("tiny_llama")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return create_tokenizer("tiny_llama")
+
+
+def test_mmlu(root, model, tokenizer):
+    settings = Settings(shots=2, batch_size=5)
+    result = evaluate(model, tokenizer, "mmlu", root, settings)["results"]["mmlu"]
+    questions = read_mmlu(root / "mmlu", shots=2)
+    scores = score_choices(
+        model, tokenizer, [q.prompt for q in questions], [q.choices for q in questions], batch_size=1
+    )
+    expected = [row.index(max(row)) for row in scores.log_likelihoods]
+    assert result["predictions"] == expected
+    assert result["answers"] == [0, 1, 2, 3] * 3
+    right = [p == a for p, a in zip(expected, result["answers"], strict=True)]
+    assert result["metrics"]["micro"].value == pytest.approx(sum(right) / 12)
+    assert result["subjects"]["anatomy"].value == pytest.approx(sum(right[4:8]) / 4)
+    assert set(result["categories"]) == {"STEM", "Other", "Social Sciences"}
+    assert result["truncated"] == 0
+    few = evaluate(model, tokenizer, "mmlu", root, Settings(shots=1, per_subject=2))["results"]["mmlu"]
+    assert few["metrics"]["micro"].n == 6
+
+
+def test_commonsense(root, model, tokenizer):
+    results = evaluate(model, tokenizer, ["commonsense"], root, Settings(limit=2))["results"]
+    assert list(results) == [*COMMONSENSE, "commonsense"]
+    values = [results[name]["metrics"]["accuracy"].value for name in COMMONSENSE]
+    assert results["commonsense"]["metrics"]["accuracy"].value == pytest.approx(sum(values) / 8)
+    assert results["boolq"]["metrics"]["accuracy per byte"].n == 2
+
+
+def test_by_generation(root, model, tokenizer):
+    """A model that has learned to answer "1" to everything."""
+    train_to_say(model, tokenizer, "1")
+    settings = Settings(answers="generation", max_new_tokens=2)
+    result = evaluate(model, tokenizer, "classification", root, settings)["results"]["classification"]
+    assert result["predictions"] == [1, 1, 1, 1]
+    assert {name: e.value for name, e in result["metrics"].items()} == {
+        "accuracy": 0.5,
+        "exact match": 0.5,
+        "answered": 1.0,
+    }
+    by_choice = evaluate(model, tokenizer, "classification", root)["results"]["classification"]
+    assert by_choice["predictions"] == [1, 1, 1, 1]
+    summaries = evaluate(model, tokenizer, "summarisation", root, settings)["results"]["summarisation"]
+    assert summaries["texts"] == ["1", "1", "1"]
+    # One of the two words of "say 1" was found, and none of the others.
+    assert summaries["metrics"]["rouge1"].value == pytest.approx(2 / 3 / 3)
+
+
+def train_to_say(model, tokenizer, text):
+    """Set the weights by hand: after any token comes ``text``, of one token, and after that the end."""
+    (said,) = tokenizer(text, add_special_tokens=False).input_ids
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.model.norm.weight.fill_(1)
+        model.model.embed_tokens.weight[:, 0] = 1
+        model.model.embed_tokens.weight[said] = torch.eye(32)[1]
+        model.lm_head.weight[said, 0] = 9
+        model.lm_head.weight[tokenizer.eos_token_id, 1] = 9
+
+
+def test_perplexity(root, model, tokenizer):
+    metrics = evaluate(model, tokenizer, "perplexity", root)["results"]["perplexity"]["metrics"]
+    total, count = 0.0, 0
+    for i in range(5):
+        prompt = (
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+            f"\n\n### Instruction:\nsay {i}\n\n### Response:\n"
+        )
+        context = tokenizer(prompt).input_ids
+        answer = [*tokenizer("x" * (i + 1), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            log_probabilities = model(torch.tensor([context + answer])).logits[0].double().log_softmax(-1)
+        total -= sum(log_probabilities[len(context) - 1 + j, t].item() for j, t in enumerate(answer))
+        count += len(answer)
+    assert metrics["loss"].n == count
+    assert metrics["loss"].value == pytest.approx(total / count, abs=1e-6)
+    assert metrics["perplexity"].value == pytest.approx(math.exp(total / count), rel=1e-6)
+    limited = evaluate(model, tokenizer, "perplexity", root, Settings(limit=9))["results"]["perplexity"]["metrics"]
+    assert limited["loss"] == metrics["loss"]
+
+
+def test_command_line_with_adapters(root, tmp_path, capsys):
+    torch.manual_seed(3)
+    base = create_model("tiny_llama")
+    base.save_pretrained(tmp_path / "base")
+    create_tokenizer("tiny_llama").save_pretrained(tmp_path / "base")
+    la.attach(base, la.LoRAN(rank=2))
+    with torch.no_grad():
+        for parameter in base.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    la.save_adapters(base, tmp_path / "adapters")
+    tokenizer = create_tokenizer("tiny_llama")
+    out = tmp_path / "results" / "out.json"
+    common = ["--model", str(tmp_path / "base"), "--root", str(root), "--out", str(out)]
+    common += ["--tasks", "mmlu,perplexity", "--shots", "1", "--per_subject", "2", "--seed", "4"]
+    main(common)
+    plain = json.loads(out.read_text())
+    main([*common, "--adapters", str(tmp_path / "adapters")])
+    adapted = json.loads(out.read_text())
+    assert [p.name for p in out.parent.iterdir()] == ["out.json"]
+    assert adapted["adapters"] == str(tmp_path / "adapters")
+    assert adapted["settings"]["seed"] == 4
+    assert torch.__version__.startswith(adapted["versions"]["torch"])
+    expected = evaluate(base.eval(), tokenizer, "perplexity", root)["results"]["perplexity"]["metrics"]["loss"]
+    assert adapted["results"]["perplexity"]["metrics"]["loss"]["value"] == pytest.approx(expected.value, rel=1e-6)
+    assert plain["results"]["perplexity"]["metrics"]["loss"]["value"] != pytest.approx(expected.value, rel=1e-3)
+    assert adapted["results"]["mmlu"]["metrics"]["micro"]["n"] == 6
+    shown = capsys.readouterr().out
+    assert f"{expected.value:.4f}" in shown
+    assert "Social Sciences (macro)" in shown
+
+
+def test_checkpoint(root, tmp_path):
+    tuner = CausalLMTuner("tiny_llama", la.LoRA(rank=2), init_seed=5)
+    trainer = Trainer(logger=False, barebones=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.strategy.connect(tuner)
+    tuner.configure_model()
+    with torch.no_grad():
+        for parameter in tuner.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    trainer.save_checkpoint(tmp_path / "tuned.ckpt")
+    model, tokenizer = load(None, ckpt=str(tmp_path / "tuned.ckpt"))
+    loaded = evaluate(model, tokenizer, "perplexity", root)["results"]["perplexity"]["metrics"]
+    assert loaded == evaluate(tuner.model, tokenizer, "perplexity", root)["results"]["perplexity"]["metrics"]
+
+
+def test_errors(root, model, tokenizer, tmp_path):
+    assert task_names("mmlu, boolq,mmlu") == ["mmlu", "boolq"]
+    with pytest.raises(DataError, match="task 'mmul' is unknown: use mmlu"):
+        task_names("mmul")
+    with pytest.raises(DataError, match="give a model, perhaps with adapters, or a checkpoint"):
+        load(None)
+    with pytest.raises(DataError, match=r"none\.ckpt does not exist or is torn"):
+        load(None, ckpt=str(tmp_path / "none.ckpt"))
+    with pytest.raises(DataError, match="root nowhere is no folder"):
+        main(["--model", "tiny_llama", "--root", "nowhere", "--out", "o.json", "--tasks", "mmlu"])
+    # Every file is read before the first question is asked.
+    (root / "samsum" / "test.jsonl").unlink()
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    with pytest.raises(DataError, match="samsum"):
+        evaluate(model, tokenizer, "mmlu,summarisation", root, Settings(shots=1))
+    with pytest.raises(AdapterError, match="is not a number"):
+        evaluate(model, tokenizer, "mmlu", root, Settings(shots=1))
+
+
+def test_written_results(tmp_path):
+    result = {"a": Estimate(0.5, math.nan, 3), "b": [1, None, (2.0,)]}
+    assert as_plain(result) == {"a": {"value": 0.5, "stderr": None, "n": 3}, "b": [1, None, [2.0]]}
+    path = tmp_path / "out.json"
+    write_json(path, result)
+    assert json.loads(path.read_text()) == as_plain(result)
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == as_plain(result)
+    lines = table({"t": {"metrics": {"loss": Estimate(0.5, 0.01, 3000)}, "truncated": 2}}).split("\n")
+    assert lines[1].split() == ["t", "loss", "0.5000", "0.0100", "3,000"]
+    assert "2 prompts" in lines[2]

@@ -1,0 +1,178 @@
+"""Log-likelihoods of choices: against plain, uncached, one-row-at-a-time computations."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import lit_adapters as la
+from language.evaluate.likelihood import ChoiceScores, score_choices
+from lit_adapters.errors import AdapterError, DataError
+
+MERGES = [("a", "b"), ("c", "d"), ("Ġ", "A"), ("Ġ", "B"), ("ab", "cd"), (":", "x")]
+
+
+def make_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
+    """Bytes with a few merges; puts <s> first, and </s> last, if ``bos``."""
+    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "<s> $0 </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def llama(**changes):
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    settings = {"vocab_size": 270, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 128} | sizes
+    return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
+
+
+def gpt2():
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=270, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3)
+    ).eval()
+
+
+def mistral():
+    config = LlamaConfig().to_diff_dict() | llama().config.to_dict() | {"sliding_window": 8}
+    config.pop("model_type")
+    return MistralForCausalLM(MistralConfig(**config)).eval()
+
+
+@torch.no_grad()
+def plain(model, context: list[int], continuation: list[int]) -> float:
+    """log p(continuation | context) from one uncached pass over one unpadded row."""
+    logits = model(torch.tensor([context + continuation]), use_cache=False).logits[0].double().log_softmax(-1)
+    start = len(context) - 1
+    return sum(logits[start + i, token].item() for i, token in enumerate(continuation))
+
+
+def ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+EXAMPLES = "Q: one plus one?\nA: two\n\nQ: two plus two?\nA: four\n\n"
+PROMPTS = ["Q: why\nA:", EXAMPLES + "Q: three\nA:", EXAMPLES + "Q: how long is this\nA:", "A:", EXAMPLES + "Q\nA:"]
+CHOICES = [
+    [" A", " B"],
+    [" three", " 3", " it is long", "ab", "zy", " w z"],
+    [" A"],
+    [" A", " B", " no"],
+    [" yes", " A"],
+]
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, mistral])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_equals_plain_computation(build, batch_size):
+    model, tokenizer = build(), make_tokenizer()
+    scores = score_choices(model, tokenizer, PROMPTS, CHOICES, batch_size=batch_size)
+    for prompt, choices, row in zip(PROMPTS, CHOICES, scores.log_likelihoods, strict=True):
+        context = [0, *ids(tokenizer, prompt)]
+        expected = [plain(model, context, ids(tokenizer, choice)) for choice in choices]
+        assert row == pytest.approx(expected, abs=1e-4)
+        assert max(expected) < -0.1
+    assert scores.truncated == 0
+
+
+def test_adapted_model():
+    model, tokenizer = llama(), make_tokenizer()
+    before = score_choices(model, tokenizer, PROMPTS, CHOICES).log_likelihoods
+    la.attach(model, [la.LoRAN(rank=2), la.NoRA(groups=4)])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.train()
+    after = score_choices(model, tokenizer, PROMPTS, CHOICES, batch_size=4).log_likelihoods
+    assert all(module.training for module in model.modules())
+    model.eval()
+    expected = plain(model, [0, *ids(tokenizer, PROMPTS[1])], ids(tokenizer, " it is long"))
+    assert after[1][2] == pytest.approx(expected, abs=1e-4)
+    assert abs(after[1][2] - before[1][2]) > 1e-2
+
+
+def test_reads_each_prompt_once():
+    """Work, counted in tokens: examples once, each question once, and each choice's tokens but the last."""
+    model, tokenizer = llama(), make_tokenizer(bos=False)
+    fed = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: fed.append(tuple(args[0].shape)))
+    examples, questions = EXAMPLES, ["Q: three\nA:", "Q: fives\nA:"]
+    score_choices(model, tokenizer, [examples + q for q in questions], [[" xyz", " A"]] * 2)
+    shared = len(ids(tokenizer, examples + "Q: "))
+    assert fed == [(1, shared), (2, len(ids(tokenizer, questions[0])) - 3), (2, 3)]
+    fed.clear()
+    score_choices(model, tokenizer, ["Q:", "R:"], [[" A", " B"]] * 2)
+    assert fed == [(2, 2)]
+    fed.clear()
+    score_choices(model, tokenizer, ["Q:", "R:"], [[f" x{i}" for i in range(7)], [" A"]])
+    assert fed == [(2, 2), (7, 2)]
+    fed.clear()
+    score_choices(model, tokenizer, ["Q:"], [[f" x{i}" for i in range(7)]])
+    assert fed == [(1, 2), (4, 2), (3, 2)]
+
+
+def test_merges_across_the_boundary():
+    model, tokenizer = llama(), make_tokenizer()
+    assert ids(tokenizer, "Q:abcd") != ids(tokenizer, "Q:ab") + ids(tokenizer, "x")
+    row = score_choices(model, tokenizer, ["Q:ab"], [["cd", "x"]]).log_likelihoods[0]
+    context = [0, *ids(tokenizer, "Q:")]
+    # "ab" + "cd" is one token, so "ab" counts for the other choice as well.
+    assert row[0] == pytest.approx(plain(model, context, ids(tokenizer, "abcd")), abs=1e-4)
+    assert row[1] == pytest.approx(plain(model, context, ids(tokenizer, "abx")), abs=1e-4)
+    # A space at the prompt's end becomes part of the choice's first token.
+    spaced = score_choices(model, tokenizer, ["Q: "], [["A", "B"]]).log_likelihoods
+    assert spaced[0] == pytest.approx(score_choices(model, tokenizer, ["Q:"], [[" A", " B"]]).log_likelihoods[0])
+
+
+def test_start_tokens():
+    model, with_start, without = llama(), make_tokenizer(), make_tokenizer(bos=False)
+    written = score_choices(model, with_start, ["<s>Q:"], [[" A"]]).log_likelihoods[0][0]
+    assert written == pytest.approx(plain(model, [0, *ids(without, "Q:")], ids(without, " A")), abs=1e-4)
+    bare = score_choices(model, without, ["Q:"], [[" A"]]).log_likelihoods[0][0]
+    assert bare == pytest.approx(plain(model, ids(without, "Q:"), ids(without, " A")), abs=1e-4)
+    empty = score_choices(model, without, [""], [["ab"]]).log_likelihoods[0][0]
+    assert empty == pytest.approx(plain(model, [0], ids(without, "ab")), abs=1e-4)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_long_prompts_lose_their_beginning(bos):
+    model, tokenizer = llama(), make_tokenizer(bos)
+    prompt = "x" * 200 + "y" * 30
+    scores = score_choices(model, tokenizer, [prompt, "Q:"], [[" A", " zzz"], [" A", " B"]], max_length=40)
+    assert scores.truncated == 1
+    room = 40 - 3 - bos
+    context = [0] * bos + ids(tokenizer, prompt)[-room:]
+    expected = [plain(model, context, ids(tokenizer, choice)) for choice in (" A", " zzz")]
+    assert scores.log_likelihoods[0] == pytest.approx(expected, abs=1e-4)
+    assert score_choices(model, tokenizer, [prompt], [[" A"]]).truncated == 1  # the model has 128 positions
+    with pytest.raises(DataError, match="9 tokens after the prompt do not fit into max_length=8"):
+        score_choices(model, tokenizer, ["Q:"], [[" A", " zzzzzzzz"]], max_length=8)
+
+
+def test_normalisation():
+    scores = ChoiceScores([[-3.0, -4.0], [-1.0, -1.0]], [[2, 8], [1, 1]], truncated=0)
+    assert scores.predictions() == [0, 0]
+    assert scores.predictions(per_byte=True) == [1, 0]
+    assert score_choices(llama(), make_tokenizer(), ["Q:"], [[" é", " A"]]).num_bytes == [[3, 2]]
+
+
+def test_errors():
+    model, tokenizer = llama(), make_tokenizer()
+    with pytest.raises(DataError, match="choice '' after prompt"):
+        score_choices(model, tokenizer, ["Q:"], [[" A", ""]])
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(AdapterError, match="prompt 0 is not a number"):
+        score_choices(model, tokenizer, ["Q:"], [[" A"]])

@@ -1,0 +1,194 @@
+"""Readers: the prompts word for word, choices, subsets, averages, and errors with file and line."""
+
+import json
+
+import pytest
+
+from language.evaluate.metrics import Estimate
+from language.evaluate.mmlu import CATEGORIES, read_mmlu, summarise_mmlu
+from language.evaluate.questions import COMMONSENSE, Question, read_classification, read_commonsense, read_summaries
+from language.models import create_tokenizer
+from lit_adapters.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return create_tokenizer("tiny_llama")
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def mmlu_row(subject, number, answer, **more):
+    choices = [f"{number}{letter}" for letter in "wxyz"]
+    return {"subject": subject, "question": f"What is {number}? ", "choices": choices, "answer": answer} | more
+
+
+@pytest.fixture
+def mmlu(tmp_path):
+    counts = {"astronomy": 8, "anatomy": 4, "world_religions": 4, "sociology": 4}
+    write(tmp_path / "dev.jsonl", [mmlu_row(s, i, i % 4) for s in counts for i in range(5)])
+    write(tmp_path / "test.jsonl", [mmlu_row(s, 10 + i, i % 4) for s, n in counts.items() for i in range(n)])
+    return tmp_path
+
+
+def test_mmlu_prompt(mmlu):
+    questions = read_mmlu(mmlu, shots=2)
+    assert len(questions) == 20
+    question = questions[-3]
+    assert question.prompt == (
+        "The following are multiple choice questions (with answers) about sociology.\n\n"
+        "What is 0?\nA. 0w\nB. 0x\nC. 0y\nD. 0z\nAnswer: A\n\n"
+        "What is 1?\nA. 1w\nB. 1x\nC. 1y\nD. 1z\nAnswer: B\n\n"
+        "What is 11?\nA. 11w\nB. 11x\nC. 11y\nD. 11z\nAnswer:"
+    )
+    assert question.choices == (" A", " B", " C", " D")
+    assert (question.answer, question.group, question.category) == (1, "sociology", "Social Sciences")
+    assert "about world religions." in read_mmlu(mmlu, shots=0)[-5].prompt
+
+
+def test_mmlu_categories(mmlu):
+    expected = {"astronomy": "STEM", "anatomy": "Other", "world_religions": "Humanities"}
+    questions = read_mmlu(mmlu)
+    assert {q.group: q.category for q in questions} == expected | {"sociology": "Social Sciences"}
+    # The row's own field comes first, in any spelling.
+    write(mmlu / "test.jsonl", [mmlu_row("made_up", 1, 0, category="social sciences")])
+    assert read_mmlu(mmlu, shots=0)[0].category == "Social Sciences"
+    write(mmlu / "test.jsonl", [mmlu_row("made_up", 1, 0)])
+    with pytest.raises(DataError, match=r"test\.jsonl line 1: category None of subject 'made_up'"):
+        read_mmlu(mmlu, shots=0)
+
+
+def test_mmlu_table_has_57_subjects():
+    from language.evaluate import mmlu
+
+    assert len(mmlu._CATEGORY) == 57
+    assert {name: len(subjects.split()) for name, subjects in mmlu._SUBJECTS.items()} == dict(
+        zip(CATEGORIES, (18, 13, 12, 14), strict=True)
+    )
+
+
+def test_mmlu_subsets(mmlu):
+    def chosen(n, seed=0):
+        return {(q.group, q.prompt) for q in read_mmlu(mmlu, per_subject=n, seed=seed)}
+
+    assert len(chosen(3)) == 12
+    assert chosen(2) < chosen(3) == chosen(3)
+    assert chosen(3, seed=1) != chosen(3)
+    assert len(chosen(6)) == 6 + 4 + 4 + 4
+    with pytest.raises(DataError, match="subset of 0"):
+        chosen(0)
+
+
+def test_mmlu_averages():
+    def ask(subject, category, n):
+        return [Question("", (), 0, subject, category)] * n
+
+    questions = ask("a", "STEM", 4) + ask("b", "STEM", 1) + ask("c", "Other", 2)
+    summary = summarise_mmlu(questions, [True, True, True, False, True, False, False])
+    assert summary["micro"].value == pytest.approx(4 / 7)
+    assert summary["micro"].n == 7
+    assert summary["macro"].value == pytest.approx((3 / 4 + 1 + 0) / 3)
+    assert set(summary["categories"]) == {"STEM", "Other"}
+    assert summary["categories"]["STEM"]["micro"].value == pytest.approx(4 / 5)
+    assert summary["categories"]["STEM"]["macro"].value == pytest.approx((3 / 4 + 1) / 2)
+    assert summary["subjects"]["c"] == Estimate(0.0, 0.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (mmlu_row("anatomy", 1, 4), "answer 4 must be 0 to 3"),
+        (mmlu_row("anatomy", 1, "B"), "field 'answer' must be of type int, got 'B'"),
+        (mmlu_row("anatomy", 1, 0, choices=["a", "b"]), "choices must be 4 texts"),
+        (mmlu_row("anatomy", 1, 0, question=None), "field 'question' must be of type str"),
+    ],
+)
+def test_mmlu_errors(mmlu, row, message):
+    write(mmlu / "test.jsonl", [mmlu_row("anatomy", 0, 0), row])
+    with pytest.raises(DataError, match=rf"test\.jsonl line 2: {message}"):
+        read_mmlu(mmlu)
+
+
+def test_mmlu_needs_enough_examples(mmlu):
+    with pytest.raises(DataError, match="has 5 dev questions of 'astronomy', not the 6 of shots=6"):
+        read_mmlu(mmlu, shots=6)
+
+
+INSTRUCTION = "Please choose the correct answer to the question: Why?\n\nAnswer1: a Answer2: b Answer3: c\n\n"
+
+
+def commonsense_row(answer="answer3", end="Answer format: answer1/answer2/answer3"):
+    return {
+        "instruction": INSTRUCTION + end,
+        "input": "",
+        "output": f"the correct answer is {answer}",
+        "answer": answer,
+    }
+
+
+def test_commonsense(tmp_path, tokenizer):
+    write(tmp_path / "openbookqa.test.jsonl", [commonsense_row(), commonsense_row("answer1")])
+    question, other = read_commonsense(tmp_path, "openbookqa", tokenizer)
+    assert question.prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{INSTRUCTION}Answer format: answer1/answer2/answer3\n\n### Response:\n"
+        "the correct answer is"
+    )
+    assert question.choices == (" answer1", " answer2", " answer3")
+    assert question.options == ("answer1", "answer2", "answer3")
+    assert (question.answer, other.answer) == (2, 0)
+    assert len(COMMONSENSE) == 8
+    chat = read_commonsense(tmp_path, "openbookqa", tokenizer, chat=True, limit=1)
+    assert len(chat) == 1
+    assert chat[0].prompt.endswith("answer3</s>\n<s>assistant\nthe correct answer is")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (commonsense_row("answer4"), "answer 'answer4' is none of answer1, answer2, answer3"),
+        (commonsense_row(end=""), "the instruction must end in 'Answer format"),
+        (commonsense_row() | {"output": 3}, "field 'output' must be text"),
+    ],
+)
+def test_commonsense_errors(tmp_path, tokenizer, row, message):
+    write(tmp_path / "piqa.test.jsonl", [commonsense_row(), row])
+    with pytest.raises(DataError, match=rf"piqa\.test\.jsonl line 2: {message}"):
+        read_commonsense(tmp_path, "piqa", tokenizer)
+
+
+def test_commonsense_files(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="'squad' is none of boolq"):
+        read_commonsense(tmp_path, "squad", tokenizer)
+    with pytest.raises(DataError, match=r"boolq\.test\.jsonl does not exist"):
+        read_commonsense(tmp_path, "boolq", tokenizer)
+    (tmp_path / "boolq.test.jsonl").write_text('{"instruction": ')
+    with pytest.raises(DataError, match=r"boolq\.test\.jsonl line 1: not valid JSON"):
+        read_commonsense(tmp_path, "boolq", tokenizer)
+
+
+def test_classification(tmp_path, tokenizer):
+    rows = [{"text": f"text {i}", "label": i % 3, "label_name": ("sci", "rec", "alt")[i % 3]} for i in range(9)]
+    path = write(tmp_path / "groups" / "test.jsonl", rows)
+    questions = read_classification(path.parent, tokenizer)
+    assert questions[3].prompt == "text 3\n\nLabel:\n"
+    assert questions[3].choices == ("alt", "rec", "sci")
+    assert [q.answer for q in questions[:3]] == [2, 1, 0]
+    few = read_classification(path, tokenizer, limit=1)
+    assert len(few) == 1
+    assert few[0].choices == ("alt", "rec", "sci")
+    write(path, [{"text": "a", "label": 1}, {"text": "b", "label": 1}])
+    with pytest.raises(DataError, match="single class, '1'"):
+        read_classification(path, tokenizer)
+
+
+def test_summaries(tmp_path, tokenizer):
+    rows = [{"dialogue": "A: hi\r\nB: ho", "summary": "They greet."}, {"dialogue": "", "summary": "Nothing."}]
+    tasks, skipped = read_summaries(write(tmp_path / "test.jsonl", rows), tokenizer)
+    assert skipped == 1
+    assert [task.reference for task in tasks] == ["They greet."]
+    assert tasks[0].prompt == "Summarize this dialogue.\n\nA: hi\nB: ho\n\nSummary:\n"

@@ -1,0 +1,128 @@
+"""The callback calibrates what asks for it: before the first step, on training batches, never again."""
+
+from collections import namedtuple
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import lit_adapters as la
+from lit_adapters import AdapterCallback, AdapterError
+from tests.lightning.tiny_task import Task, fit, loader, nora, trainer
+
+CALIBRATE = {"fit_range": "calibrate"}
+
+
+def activations(task):
+    return [a for _, a in la.adapters(task) if a.method == "nora"]
+
+
+def test_equals_calibrating_by_hand_on_the_same_batches(tmp_path):
+    by_hand, by_callback = Task(nora(**CALIBRATE)), Task(nora(**CALIBRATE))
+    la.calibrate(by_hand.net, [x for x, _ in loader()][:2])
+    fit(tmp_path, by_callback, AdapterCallback(calibration_batches=2))
+    for mine, theirs in zip(activations(by_hand), activations(by_callback), strict=True):
+        assert theirs.calibrated
+        assert not theirs.awaits_calibration
+        for name in ("fit_range", "density", "base_numerator", "base_denominator", "numerator_scale"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+        assert mine.fit_range.tolist() != [-6.0, 6.0]
+
+
+def test_nothing_is_calibrated_unasked(tmp_path):
+    task = Task(nora())
+    fit(tmp_path, task)
+    assert not any(a.calibrated for a in activations(task))
+
+
+def test_without_the_callback_training_refuses(tmp_path):
+    with pytest.raises(AdapterError, match="was not calibrated"):
+        trainer(tmp_path).fit(Task(nora(**CALIBRATE)), loader())
+
+
+def test_the_state_of_the_run_is_left_alone(tmp_path):
+    """Calibration runs in eval mode and without gradient: batch statistics and modes are as before."""
+
+    class Watching(Task):
+        def on_train_start(self):
+            self.seen = self.net.norm.num_batches_tracked.item(), self.training, self.net.blocks[0].training
+
+    task = Watching(nora(**CALIBRATE))
+    fit(tmp_path, task)
+    assert task.seen == (0, True, True)
+
+
+def test_modules_whose_forward_takes_no_batch_need_a_predict_step(tmp_path):
+    class Plain(Task):
+        def forward(self, x):
+            return self.net(x)
+
+        def loss(self, batch):
+            return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    with pytest.raises(AdapterError, match=r"gives training batches to Plain\.predict_step, which failed .* give the"):
+        fit(tmp_path, Plain(nora(**CALIBRATE)))
+
+    class Predicting(Plain):
+        def predict_step(self, batch, batch_idx):
+            return self(batch[0])
+
+    task = Predicting(nora(**CALIBRATE))
+    fit(tmp_path, task)
+    assert all(a.calibrated for a in activations(task))
+
+
+Pair = namedtuple("Pair", ["x", "y"])
+
+
+@pytest.mark.parametrize("kind", ["dict", "namedtuple", "single", "loaders"])
+def test_batches_keep_their_type(tmp_path, kind):
+    """What `predict_step` gets is what `training_step` gets."""
+    kinds = {}
+
+    class Typed(Task):
+        def parts(self, batch):
+            if kind == "dict":
+                return batch["x"], batch["y"]
+            if kind == "namedtuple":
+                return batch.x, batch.y
+            if kind == "single":
+                return batch[0], torch.arange(len(batch[0])) % 3
+            return batch["first"][0], batch["second"][1]
+
+        def training_step(self, batch, batch_idx):
+            kinds["train"] = type(batch)
+            x, y = self.parts(batch)
+            return torch.nn.functional.cross_entropy(self.net(x), y)
+
+        def predict_step(self, batch, batch_idx):
+            kinds["predict"] = type(batch)
+            return self.net(self.parts(batch)[0])
+
+    collate = {
+        "dict": lambda rows: {"x": torch.stack([r[0] for r in rows]), "y": torch.stack([r[1] for r in rows])},
+        "namedtuple": lambda rows: Pair(torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])),
+        "single": lambda rows: (torch.stack([r[0] for r in rows]),),
+    }
+    if kind == "loaders":
+        data = {"first": loader(), "second": loader()}
+    else:
+        data = DataLoader(loader().dataset, batch_size=4, collate_fn=collate[kind])
+    task = Typed(nora(**CALIBRATE))
+    trainer(tmp_path, AdapterCallback()).fit(task, data)
+    assert all(a.calibrated for a in activations(task))
+    assert kinds["train"] is kinds["predict"]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_in_the_precision_of_the_run(tmp_path, precision):
+    task = Task(nora(**CALIBRATE))
+    fit(tmp_path, task, precision=precision)
+    assert all(a.calibrated and a.base_numerator.dtype == torch.float32 for a in activations(task))
+
+
+def test_workers_that_persist_give_all_batches_to_the_training(tmp_path):
+    """Such a loader has one iterator: calibrating on it would take batches away from the first epoch."""
+    data = loader(num_workers=1, persistent_workers=True)
+    running = fit(tmp_path, Task(nora(fit_range="calibrate")), la.AdapterCallback(), data=data, max_epochs=2)
+    assert running.global_step == 12
