@@ -1,9 +1,9 @@
-# make demo | demo-language | test | slow | lint | bench ROOT=<folder with data>   Each creates .venv on a fresh machine.
+# make demo | demo-language | test | slow | lint | docs | bench ROOT=<folder with data>   Each creates .venv on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/.complete
 
-.PHONY: demo demo-language test slow lint bench clean
+.PHONY: demo demo-language test slow lint docs bench clean
 
 demo: $(ENVIRONMENT)  ## fine-tune a pretrained ViT on real images with NoRA++, against the head alone
 	$(BIN)/python -m vision.demo $(DEMO)
@@ -14,7 +14,7 @@ demo-language: $(ENVIRONMENT)  ## fine-tune a language model with AFA-LoRA, merg
 # A process for each core, at most 8: each takes about a gigabyte.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
-test: $(ENVIRONMENT)  ## fast tests: no network, under six minutes
+test: $(ENVIRONMENT)  ## fast tests: no network, under five minutes
 	$(PYTEST)
 
 slow: $(ENVIRONMENT)  ## real weights, compiled kernels, several processes
@@ -27,6 +27,9 @@ lint: $(ENVIRONMENT)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(ENVIRONMENT)  ## the site from docs/ and the docstrings, in site/; warnings and dead links are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # ROOT holds cifar10/ (train and test, folders or .tar.gz), alpaca_demo/, dolly_hhrlhf_small/, hh_helpful/, mmlu/,
 # mt_bench/, newsgroups20/ and samsum/.

@@ -20,6 +20,7 @@ MODULES = {
     "lit_adapters.callback.epoch_sampler": "lit_adapters.lightning.resume.sampler",
     "lit_adapters.callback.resumable_loader": "lit_adapters.lightning.resume.loader",
     "lit_adapters.optim": "lit_adapters.optimizers.groups",
+    "lit_adapters.sharding": "lit_adapters.model.sharding",
     "language.distillation": "language.draft.distillation",
     "language.pairs": "language.dpo.data",
     "language.questions": "language.grpo.data",

@@ -1,0 +1,29 @@
+"""Hooks of mkdocs: pages at the top of the repository become pages of the site, and links to them follow."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+# File at the top of the repository: page of the site.
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+_LINK = re.compile(rf"\]\((?:\.\./)?({'|'.join(map(re.escape, PAGES))})(#[\w-]+)?\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages at the top of the repository."""
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point links from the place of the file in the repository to the place of the page on the site."""
+    if page.file.src_uri in PAGES.values():
+        markdown = markdown.replace("](docs/", "](")
+    return _LINK.sub(lambda link: f"]({PAGES[link[1]]}{link[2] or ''})", markdown)
