@@ -21,8 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.results_file import RESULTS, append, environment, load
 from lit_adapters.learned.figures import functions_figure
-from lit_adapters.lightning.attached import adapter_layers
 from lit_adapters.methods.nora import NoRAActivation
+from lit_adapters.training.attached import adapter_layers
 from vision.__main__ import main as vision
 
 ARMS = {"healthy": "density", "sick": "none"}

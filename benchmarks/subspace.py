@@ -32,10 +32,10 @@ from benchmarks.language_tuning import DATA
 from benchmarks.results_file import RESULTS, append, environment, load
 from language.__main__ import main as language
 from lit_adapters.learned.subspace import learned_subspace
-from lit_adapters.lightning.attached import adapter_layers
 from lit_adapters.methods.nora import NoRAActivation
 from lit_adapters.ops import rational
 from lit_adapters.ops.statistics import FunctionalSubspace, components, effective_rank
+from lit_adapters.training.attached import adapter_layers
 from vision.__main__ import main as vision
 
 DRAWS = 20  # of random updates

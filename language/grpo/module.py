@@ -25,9 +25,9 @@ from language.loss import Batch
 from language.models import context_length
 from language.module import CausalLMTuner
 from language.reference import Reference
-from lit_adapters.lightning.processes import gather_objects
 from lit_adapters.lightning.resume.sampler import hash_key
 from lit_adapters.model.modes import evaluating
+from lit_adapters.training.processes import gather_objects
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class GRPOTuner(CausalLMTuner):
         super().on_save_checkpoint(checkpoint)
         if self.hparams["iterations"] > 1 and self.rollout is not None and self._trainer is not None:
             own = {name: tensor.cpu() for name, tensor in self.rollout.items()}
-            checkpoint["rollouts"] = gather_objects(self._trainer, own)
+            checkpoint["rollouts"] = gather_objects(own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them up again."""

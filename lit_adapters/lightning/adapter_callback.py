@@ -12,15 +12,15 @@ from torch import Tensor
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.lightning.annealing import Annealer
-from lit_adapters.lightning.attached import attached_models, redundant_keys
 from lit_adapters.lightning.calibration import calibrate_in_trainer
-from lit_adapters.lightning.nonfinite import broken_values, locate_nonfinite, nonfinite_gradient
-from lit_adapters.lightning.probe import Probe
-from lit_adapters.lightning.processes import raise_together
 from lit_adapters.lightning.record.recorder import Recorder
 from lit_adapters.lightning.resume.callback import Resuming
 from lit_adapters.lightning.resume.sharded import check_keys, expect_missing_keys
 from lit_adapters.model.attach import adapters
+from lit_adapters.training.attached import attached_models, redundant_keys
+from lit_adapters.training.nonfinite import locate_nonfinite, nonfinite_gradient, nonfinite_values
+from lit_adapters.training.participation import Probe
+from lit_adapters.training.processes import raise_together
 
 Statistic = Literal["functions", "weights", "subspace"]
 
@@ -134,16 +134,17 @@ class AdapterCallback(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check that all adapters took part in the first batch; stop at a loss that is not finite, whenever."""
         if self._probe is not None and self._probe.watching and pl_module.automatic_optimization:
-            raise_together(trainer, self._probe.after_forward())
+            raise_together(self._probe.after_forward())
         finite = bool(torch.isfinite(loss).all())
         if not trainer.strategy.reduce_boolean_decision(finite):
             # In every process, whosever loss it is: a sharded model runs in all of them together.
-            where = locate_nonfinite(pl_module, self._batch)
+            with trainer.precision_plugin.forward_context():
+                where = locate_nonfinite(pl_module, self._batch, lambda batch: pl_module.predict_step(batch, 0))
             failure = (
                 f"the loss is {loss.mean().item()} at step {trainer.global_step}: {where}. Lower the learning rate or "
                 "check the data; checkpoints were written before this step"
             )
-            raise_together(trainer, None if finite else failure)
+            raise_together(None if finite else failure)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -151,7 +152,9 @@ class AdapterCallback(Callback):
         """Check gradients: that there are some in the first steps, that they are finite in all."""
         if self._probe is not None:
             self._probe.before_step(optimizer, trainer.optimizers)
-        broken = nonfinite_gradient(pl_module, trainer.precision_plugin)
+        # A gradient scaler looks at the gradients itself and skips such steps.
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        broken = None if scaled else nonfinite_gradient(pl_module)
         if broken:  # in all processes: gradients are reduced by now
             raise AdapterError(
                 f"the gradient of {broken!r} is not finite at step {trainer.global_step}, though the loss was. Lower "
@@ -166,7 +169,7 @@ class AdapterCallback(Callback):
         assert self._recorder is not None
         self._recorder.after_batch(trainer)
         if self._probe is not None and self._probe.watching:  # several losses may have taken turns
-            raise_together(trainer, self._probe.after_forward())
+            raise_together(self._probe.after_forward())
         followed = outputs.get("followed", outputs.get("loss")) if isinstance(outputs, dict) else outputs
         self._annealer.after_batch(trainer, followed)
         if self._annealer.beta is not None:
@@ -224,14 +227,14 @@ class AdapterCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what changed: adapters, modules of `train`, persistent buffers; never a parameter that is not finite."""
-        broken = broken_values(pl_module)
+        broken = nonfinite_values(pl_module)
         failure = (
             f"{broken[0]!r} is not finite at step {trainer.global_step}: no checkpoint was written, "
             "earlier ones are kept. Lower the learning rate or check the data"
             if broken
             else None
         )
-        raise_together(trainer, failure)
+        raise_together(failure)
         if self.save_adapters_only:
             redundant = redundant_keys(pl_module)
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in redundant}

@@ -21,8 +21,8 @@ from lit_adapters.console import one_line
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import RECORD, check_whole, read_checkpoint_file
 from lit_adapters.lightning.optimizers import TOTALS, build_optimizers
-from lit_adapters.lightning.resume.record import check_class, check_format, check_settings
 from lit_adapters.methods.base import to_methods
+from lit_adapters.training.checkpoint import check_class, check_format, check_settings
 
 _KEYWORDS = ("best", "last", "hpc", "registry")  # what ckpt_path may be besides a file
 

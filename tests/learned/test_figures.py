@@ -6,8 +6,8 @@ import torch
 import lit_adapters as la
 from lit_adapters import AdapterCallback
 from lit_adapters.learned.figures import functions_figure
-from lit_adapters.lightning.attached import adapter_layers
 from lit_adapters.lightning.record import recorder
+from lit_adapters.training.attached import adapter_layers
 from tests.lightning.tiny_task import Task, both, nora, tensorboard
 
 

@@ -9,13 +9,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_adapters.lightning.attached import adapter_layers
-from lit_adapters.lightning.record.observer import InputObserver
-from lit_adapters.lightning.record.subspace_tracker import SubspaceTracker
 from lit_adapters.lightning.record.tensorboard import describe, draw
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.nora import NoRAActivation
 from lit_adapters.model.sharding import gathered, is_sharded
+from lit_adapters.training.attached import adapter_layers
+from lit_adapters.training.observer import InputObserver
+from lit_adapters.training.subspace_tracker import SubspaceTracker
 
 _DRAWING_SHARE = 0.02  # of the time of a training, at most, apart from its last figures
 _DRAWING_SECONDS = (1.0, 0.4)  # taken for granted before anything was drawn: in all, and for each adapted activation
@@ -85,7 +85,7 @@ class Recorder:
         if trainer.global_step == self._step or not trainer.loggers:
             return
         self._step = trainer.global_step
-        observed = self._observer.means(trainer)
+        observed = self._observer.means(trainer.global_step)
         if not (trainer.is_global_zero or self._sharded):
             return
         scalars: dict[str, float] = {}

@@ -21,12 +21,12 @@ from lit_adapters.learned.subspace_figures import (
     norm_map,
     weight_spectra_figure,
 )
-from lit_adapters.lightning.attached import attached_models
-from lit_adapters.lightning.record.observer import InputObserver
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.nora import NoRAActivation
 from lit_adapters.model.attach import attachment
 from lit_adapters.model.sharding import gathered, whole
+from lit_adapters.training.attached import attached_models
+from lit_adapters.training.observer import InputObserver
 
 PAGE = "what the adapters learn"
 _MOST_PANELS = 48  # layers whose functions are drawn one by one; of more, evenly chosen ones

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lit_adapters.files.adapters import RECORD
-from lit_adapters.lightning.processes import gather_objects
 from lit_adapters.lightning.resume import loop_state
 from lit_adapters.lightning.resume.checkpoint_io import SafeCheckpointIO
 from lit_adapters.lightning.resume.random_state import random_states, set_random_states
-from lit_adapters.lightning.resume.record import check_class, check_format, check_methods, record
+from lit_adapters.training.checkpoint import check_class, check_format, check_methods, record
+from lit_adapters.training.processes import gather_objects
 
 INTERRUPTED = "last-interrupted.ckpt"  # found by ckpt_path="last"
 TERMINATED = 128 + 15  # what shells give a process that SIGTERM has ended
@@ -60,7 +60,7 @@ class Resuming:
             "random": random_states(pl_module.device),
             "gradients": _gradients(pl_module) if open_step else {},
         }
-        checkpoint[RECORD] = {**record(pl_module), "processes": gather_objects(trainer, own)}
+        checkpoint[RECORD] = {**record(pl_module), "processes": gather_objects(own)}
         if trainer.state.fn == "fit":
             loops = checkpoint["loops"]["fit_loop"]
             loop_state.complete_batch(trainer, loops, self._interrupted, self._validated)

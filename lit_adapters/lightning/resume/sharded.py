@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.lightning.attached import redundant_keys
+from lit_adapters.training.attached import redundant_keys
 
 
 def expect_missing_keys(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -12,9 +12,9 @@ from torch import nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import RECORD, RECORD_FORMAT, describe
-from lit_adapters.lightning.attached import attached_models
 from lit_adapters.model.attach import attachment
 from lit_adapters.renamed import current
+from lit_adapters.training.attached import attached_models
 
 
 def record(module: nn.Module) -> dict[str, Any]:

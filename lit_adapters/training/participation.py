@@ -12,10 +12,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.lightning.attached import adapter_layers
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.model.attach import adapters
 from lit_adapters.model.sharding import whole
+from lit_adapters.training.attached import adapter_layers
 
 _PATIENCE = 100  # steps in a row without any gradient, as where all rewards are equal, before they count
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lit_adapters.lightning.processes import gather_objects
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.nora import NoRAActivation
+from lit_adapters.training.processes import gather_objects
 
 
 class InputObserver:
@@ -69,10 +68,10 @@ class InputObserver:
 
         return observe
 
-    def means(self, trainer: Trainer) -> dict[str, dict[str, float]]:
-        """`scalars` of this step, each the mean over the processes that saw the layer; all processes call this."""
+    def means(self, step: int) -> dict[str, dict[str, float]]:
+        """`scalars` of a step, each the mean over the processes that saw the layer; all processes call this."""
         collected: dict[str, dict[str, list[float]]] = {}
-        for scalars in gather_objects(trainer, self.scalars if self.step == trainer.global_step else {}):
+        for scalars in gather_objects(self.scalars if self.step == step else {}):
             for name, values in scalars.items():
                 for key, value in values.items():
                     collected.setdefault(name, {}).setdefault(key, []).append(value)

@@ -1,0 +1,42 @@
+"""Agreement among the processes of a training: what stops one of them stops all, or the others would wait for it."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import distributed
+
+from lit_adapters.errors import AdapterError
+
+T = TypeVar("T")
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all processes, in the order of their ranks; every process calls this.
+
+    Args:
+        value: this process's own; picklable.
+
+    Returns:
+        One value per process, the same list in each of them.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    values = [value] * distributed.get_world_size()
+    if len(values) > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def raise_together(failure: str | None) -> None:
+    """Stop all processes if something went wrong in one; every process calls this.
+
+    Args:
+        failure: what went wrong in this process, or None.
+
+    Raises:
+        AdapterError: a process has a failure; the message is that of the first one.
+    """
+    failures = [text for text in gather_objects(failure) if text is not None]
+    if failures:
+        raise AdapterError(failures[0])
