@@ -1,13 +1,15 @@
-"""How a command line ends on bad input: one line on stderr, and exit status 1."""
+"""Command lines: options from a typed function, and one line on stderr with exit status 1 for bad input."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from lit_adapters.errors import AdapterError
+
+T = TypeVar("T")
 
 # How jsonargparse tells that a value fitted none of several types; the reasons stand between these lines.
 _FRAME = re.compile(
@@ -21,6 +23,34 @@ def one_line(message: object) -> str:
     lines = [line.strip().removeprefix("- ") for line in str(message).splitlines()]
     kept = [line for line in dict.fromkeys(lines) if line and not _FRAME.match(line)]
     return re.sub(r"([:;,.]);", r"\1", "; ".join(kept))
+
+
+def call(function: Callable[..., T], args: Sequence[str] | None, prog: str) -> T:
+    """Call a function with the arguments of a command line.
+
+    Each parameter is an option, typed by its annotation and explained by the docstring; a parameter without a default
+    is required. Where the function passes `**kwargs` on to another one, the other one's parameters are options too.
+
+    Args:
+        function: what to call; its docstring is also the description of the command.
+        args: the arguments; `sys.argv[1:]` by default.
+        prog: how the command is called, such as "python -m language.evaluate".
+
+    Raises:
+        AdapterError: an argument is unknown, missing or not of its type.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
+    parser.add_function_arguments(function)
+    for action in parser._actions:
+        if action.default is False and action.nargs is None:
+            action.nargs, action.const = "?", True  # `--flag` alone means true
+    try:
+        values = parser.parse_args(args)
+    except ArgumentError as error:
+        raise AdapterError(f"{one_line(error)} ({prog} --help lists what it takes)") from error
+    return function(**parser.instantiate_classes(values).as_dict())
 
 
 def run(main: Callable[[], Any], *errors: type[Exception]) -> None:
