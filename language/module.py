@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 import lit_adapters as la
 from language.generate import generate, prompt_rows
 from language.loss import Batch, read, token_losses
+from language.means import Means
 from language.models import (
     SMOLLM2,
     Dtype,
@@ -30,28 +30,6 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import check_whole
 from lit_adapters.methods.base import to_methods
 from lit_adapters.model.sharding import refuse_sharded, shard
-
-
-class TokenLoss(Metric):
-    """The mean of -log p over all learned tokens, however they fall into batches and processes."""
-
-    total: Tensor
-    tokens: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, total: Tensor, tokens: int) -> None:
-        """Add the sum of -log p over some tokens."""
-        # Not in place: what Lightning resets in its inference mode is an inference tensor, which fit may not write to.
-        self.total = self.total + total
-        self.tokens = self.tokens + tokens
-
-    def compute(self) -> Tensor:
-        """Nats per token."""
-        return self.total / self.tokens
 
 
 class CausalLMTuner(LightningModule):
@@ -83,6 +61,8 @@ class CausalLMTuner(LightningModule):
             than it was made for.
     """
 
+    logs_perplexity: ClassVar[bool] = True  # exp(loss), beside the mean of -log p
+
     def __init__(
         self,
         model: str = SMOLLM2,
@@ -113,7 +93,7 @@ class CausalLMTuner(LightningModule):
         self.model: nn.Module | None = None
         self.report: la.AdapterReport | None = None
         self.learned_tokens = 0
-        self.val_loss, self.test_loss = TokenLoss(), TokenLoss()
+        self.measure("loss")
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -177,25 +157,24 @@ class CausalLMTuner(LightningModule):
         return read(self._built, batch, positions)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        total, tokens = self._loss(batch)
-        # Processes average their gradients: so that a token counts as much in each, all divide by the mean number.
-        loss = total / self._over_processes(tokens, "mean")
-        self.learned_tokens += tokens
+        losses = self._losses(batch)
+        loss = self._mean_over_processes(losses.sum(), len(losses))
+        self.learned_tokens += len(losses)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         self.log("train/learned_tokens", float(self.learned_tokens), sync_dist=True, reduce_fx="sum")
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.val_loss)
+        self.val_means.update(self._measured(batch))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.test_loss)
+        self.test_means.update(self._measured(batch))
 
     def on_validation_epoch_end(self) -> None:
-        self._log_loss("val", self.val_loss)
+        self._log_means("val", self.val_means)
 
     def on_test_epoch_end(self) -> None:
-        self._log_loss("test", self.test_loss)
+        self._log_means("test", self.test_means)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Any:
         """A continuation of each row's prompt, the tokens before its first learned one; a list of B texts.
@@ -216,10 +195,24 @@ class CausalLMTuner(LightningModule):
         """Take the count up again, in one process: what is logged is the sum, however many there are by now."""
         self.learned_tokens = checkpoint["learned_tokens"] if self.global_rank == 0 else 0
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """The sum of -log p over the learned tokens of a batch, in float32, and their number."""
-        losses, _ = token_losses(self._built, batch)
-        return losses.sum(), len(losses)
+    def measure(self, *names: str) -> None:
+        """Say what validation and tests average: the names of the values that `_measured` returns."""
+        self.val_means, self.test_means = Means(*names), Means(*names)
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """The loss of each learned token of a batch, -log p in nats, float32 (n,)."""
+        return token_losses(self._built, batch)[0]
+
+    def _measured(self, batch: Batch) -> dict[str, Tensor]:
+        """What validation and tests average over a batch, (n,) by name."""
+        return {"loss": self._losses(batch)}
+
+    def _mean_over_processes(self, total: Tensor, number: int) -> Tensor:
+        """This process's part of the mean loss, of the sum of its own `number` terms.
+
+        Processes average their gradients. All divide by the mean number of terms, so that each term counts the same.
+        """
+        return total / self._over_processes(number, "mean")
 
     def _over_processes(self, number: int, operation: str) -> float:
         """The sum or mean of a number over all processes; without a trainer there is one."""
@@ -228,17 +221,13 @@ class CausalLMTuner(LightningModule):
         counted = torch.tensor(number, dtype=torch.float64, device=self.device)
         return float(self._trainer.strategy.reduce(counted, reduce_op=operation))
 
-    def _evaluate(self, batch: Batch, metric: TokenLoss) -> None:
-        metric.update(*self._loss(batch))
-
-    def _log_loss(self, split: str, metric: TokenLoss) -> None:
-        loss = metric.compute()
-        metric.reset()
-        self._log_means(split, {"loss": loss, "perplexity": loss.exp()})
-
-    def _log_means(self, split: str, means: Mapping[str, Tensor]) -> None:
-        # The metrics have gone through all processes by now; averaging equal values tells Lightning so.
-        self.log_dict({f"{split}/{name}": v for name, v in means.items()}, prog_bar=split == "val", sync_dist=True)
+    def _log_means(self, split: str, means: Means) -> None:
+        found = means.compute()
+        means.reset()
+        if self.logs_perplexity:
+            found["perplexity"] = found["loss"].exp()
+        # The means are those of all processes already; averaging equal values tells Lightning so.
+        self.log_dict({f"{split}/{name}": v for name, v in found.items()}, prog_bar=split == "val", sync_dist=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLMTuner:
         """Move and cast everything but the frequencies of rotary embeddings, which are moved only."""

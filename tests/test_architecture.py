@@ -14,7 +14,7 @@ FILES = sorted(p for room in ("lit_adapters", "vision", "language") for p in (RO
 # Each room may import itself and those before it.
 LIBRARY = ["errors", "renamed", "console", "ops", "activations", "schedules", "methods", "model", "optimizers", "files"]
 LIBRARY += ["learned", "assets", "training", "lightning", "cli"]
-LANGUAGE = ["gguf_files", "models", "loss", "generate", "reference", "module", "data", "prompt", "cli"]
+LANGUAGE = ["gguf_files", "models", "loss", "means", "generate", "reference", "module", "data", "prompt", "cli"]
 LANGUAGE += ["evaluate", "dpo", "grpo", "draft", "__main__", "demo"]
 ROOMS = {"lit_adapters": LIBRARY, "language": LANGUAGE}
 FOREIGN = {"timm", "transformers", "torchvision", "vision", "language"}

@@ -1,6 +1,6 @@
 """Direct preference optimisation."""
 
 from language.dpo.data import PreferenceDataModule
-from language.dpo.module import DPOTuner, PreferenceMetrics, preference_loss
+from language.dpo.module import DPOTuner, preference_loss
 
-__all__ = ["DPOTuner", "PreferenceDataModule", "PreferenceMetrics", "preference_loss"]
+__all__ = ["DPOTuner", "PreferenceDataModule", "preference_loss"]

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
 
 from language.loss import Batch, learned_logits, learned_tokens
 from language.module import CausalLMTuner
@@ -58,40 +57,6 @@ class Comparison(NamedTuple):
     divergence: Tensor
 
 
-class PreferenceMetrics(Metric):
-    """Means over all pairs, and of `kl` over all tokens, however they fall into batches and processes.
-
-    loss; reward_accuracy, the share of pairs with r(y_w) > r(y_l), ties counting half; reward_margin, the mean of
-    r(y_w) - r(y_l); kl, KL(pi || pi_ref) of the next token in nats, the mean over the tokens of the chosen answers. The
-    answers are those of the data: it is no estimate of the divergence over answers that pi itself would give.
-    """
-
-    sums: Tensor
-    divergence: Tensor
-    pairs: Tensor
-    tokens: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("sums", torch.zeros(3), dist_reduce_fx="sum")
-        self.add_state("divergence", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("pairs", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, losses: Tensor, margins: Tensor, divergence: Tensor) -> None:
-        """Add losses and margins of some pairs (B,), and divergences of their tokens (n,)."""
-        # Not in place: what Lightning resets in its inference mode is an inference tensor, which fit may not write to.
-        self.sums = self.sums + torch.stack([losses.sum(), wins(margins).sum(), margins.sum()])
-        self.divergence = self.divergence + divergence.sum()
-        self.pairs, self.tokens = self.pairs + len(margins), self.tokens + len(divergence)
-
-    def compute(self) -> dict[str, Tensor]:
-        """The means by name."""
-        loss, accuracy, margin = (self.sums / self.pairs).unbind()
-        kl = self.divergence / self.tokens
-        return {"loss": loss, "reward_accuracy": accuracy, "reward_margin": margin, "kl": kl}
-
-
 def wins(margins: Tensor) -> Tensor:
     """1 where the chosen answer has the larger reward, 1/2 for a tie."""
     return (margins.sign() + 1.0) / 2.0
@@ -104,6 +69,11 @@ class DPOTuner(CausalLMTuner):
     same prompts with their rejected ones; only answers are labelled. One forward pass reads them all, and another one,
     with the adapters disabled, the initial values of what `train` names in place, and dropout off, is the reference.
 
+    Logged as `val/...` and `test/...`: `loss`; `reward_accuracy`, the share of pairs with r(y_w) > r(y_l), ties
+    counting half; `reward_margin`, the mean of r(y_w) - r(y_l); `kl`, KL(pi || pi_ref) of the next token in nats, the
+    mean over the tokens of the chosen answers. The answers are those of the data: `kl` does not estimate the
+    divergence over answers that pi itself would give.
+
     Args:
         beta: how closely the reference is kept to: the larger, the less the model moves. AFA-LoRA's beta is another.
         label_smoothing: probability that a preference is labelled the wrong way round, in [0, 0.5).
@@ -115,6 +85,8 @@ class DPOTuner(CausalLMTuner):
         DataError: a batch without pairs, or as `CausalLMTuner`.
     """
 
+    logs_perplexity = False
+
     def __init__(self, *, beta: float = 0.1, label_smoothing: float = 0.0, **settings: Any) -> None:
         if not beta > 0.0:
             raise AdapterError(f"beta {beta} must be above 0; DPO's usual value is 0.1")
@@ -122,7 +94,7 @@ class DPOTuner(CausalLMTuner):
             raise AdapterError(f"label_smoothing {label_smoothing} must be at least 0 and below 0.5")
         super().__init__(**settings)
         self.save_hyperparameters({"beta": beta, "label_smoothing": label_smoothing})
-        self.val_preferences, self.test_preferences = PreferenceMetrics(), PreferenceMetrics()
+        self.measure("loss", "reward_accuracy", "reward_margin", "kl")
         self.reference: Reference | None = None
 
     def configure_model(self) -> None:
@@ -142,8 +114,7 @@ class DPOTuner(CausalLMTuner):
         reference = answer_log_probabilities(learned_logits(self._reference, batch)[0], batch)
         logits, learned = learned_logits(self.forward, batch)
         margins = self._margins(answer_log_probabilities(logits, batch), reference)
-        # Processes average their gradients: so that a pair counts as much in each, all divide by the mean number.
-        loss = self._losses(margins).sum() / self._over_processes(len(margins), "mean")
+        loss = self._mean_over_processes(self._pair_losses(margins).sum(), len(margins))
         self.learned_tokens += int(learned.sum())
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         self.log("train/reward_accuracy", wins(margins).mean(), sync_dist=True)
@@ -164,18 +135,6 @@ class DPOTuner(CausalLMTuner):
             answer_log_probabilities(policy, batch), answer_log_probabilities(reference, batch), divergence
         )
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._measure(batch, self.val_preferences)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._measure(batch, self.test_preferences)
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_preferences("val", self.val_preferences)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_preferences("test", self.test_preferences)
-
     def predict_step(self, batch: Batch, batch_idx: int) -> Any:
         """A continuation of each pair's prompt, a list of B texts; in `fit` as `CausalLMTuner`."""
         if self._trainer is None or not self._trainer.training:
@@ -193,17 +152,18 @@ class DPOTuner(CausalLMTuner):
         chosen, rejected = (self.hparams["beta"] * (policy - reference)).chunk(2)
         return chosen - rejected
 
-    def _losses(self, margins: Tensor) -> Tensor:
+    def _pair_losses(self, margins: Tensor) -> Tensor:
         return preference_loss(margins, self.hparams["label_smoothing"])
 
-    def _measure(self, batch: Batch, metrics: PreferenceMetrics) -> None:
+    def _measured(self, batch: Batch) -> dict[str, Tensor]:
         policy, reference, divergence = self.compare(batch)
         margins = self._margins(policy, reference)
-        metrics.update(self._losses(margins), margins, divergence)
-
-    def _log_preferences(self, split: str, metrics: PreferenceMetrics) -> None:
-        self._log_means(split, metrics.compute())
-        metrics.reset()
+        return {
+            "loss": self._pair_losses(margins),
+            "reward_accuracy": wins(margins),
+            "reward_margin": margins,
+            "kl": divergence,
+        }
 
 
 def check_pairs(batch: Batch) -> None:

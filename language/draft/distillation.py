@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
 
 
 @dataclass(frozen=True)
@@ -41,34 +40,3 @@ def agreement(target: Tensor, draft: Tensor) -> Agreement:
     with torch.no_grad():
         greedy = (target.argmax(-1) == draft.argmax(-1)).to(kl.dtype)
         return Agreement(kl, greedy, torch.minimum(p, log_q.exp()).sum(-1))
-
-
-class DraftQuality(Metric):
-    """Means of what `agreement` returns over all learned tokens, however they fall into batches and processes."""
-
-    kl: Tensor
-    greedy: Tensor
-    acceptance: Tensor
-    tokens: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("kl", "greedy", "acceptance"):
-            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, found: Agreement) -> None:
-        """Add some tokens."""
-        # Not in place: what Lightning resets in its inference mode is an inference tensor, which fit may not write to.
-        self.kl = self.kl + found.kl.detach().sum()
-        self.greedy = self.greedy + found.greedy.sum()
-        self.acceptance = self.acceptance + found.acceptance.sum()
-        self.tokens = self.tokens + len(found.kl)
-
-    def compute(self) -> dict[str, Tensor]:
-        """kl, in nats per token; agreement and acceptance, in [0, 1]."""
-        return {
-            "kl": self.kl / self.tokens,
-            "agreement": self.greedy / self.tokens,
-            "acceptance": self.acceptance / self.tokens,
-        }

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import lit_adapters as la
-from language.draft.distillation import Agreement, DraftQuality, agreement
-from language.draft.shortened import own_copy, own_what_trains, shortened
+from language.draft.distillation import Agreement, agreement
+from language.draft.shortened import shortened, unshare_trained, unshared_copy
 from language.loss import Batch, learned_logits, read
 from language.models import create_tokenizer, vocabulary_size
 from language.module import CausalLMTuner, frequencies_kept
@@ -30,7 +30,8 @@ class DraftTuner(CausalLMTuner):
     checkpoints and in exports. Without a `target` of its own name, the target is the whole of `model`, on the same
     weights in memory. The target is frozen, in eval mode, and no submodule. Batches are those of `CausalLMTuner`.
 
-    Logged as `val/kl`, `val/agreement` and `val/acceptance`: see `language.distillation.agreement`.
+    Logged as `val/kl`, in nats per token, `val/agreement`, the share of tokens with the same likeliest one, and
+    `val/acceptance`, and the same as `test/...`: see `language.draft.distillation.agreement`.
 
     Args:
         keep_layers: indices of the decoder layers that the draft has, ascending; all by default.
@@ -43,6 +44,8 @@ class DraftTuner(CausalLMTuner):
         DataError: as `CausalLMTuner`.
     """
 
+    logs_perplexity = False
+
     def __init__(self, keep_layers: list[int] | None = None, target: str | None = None, **common: Any) -> None:
         super().__init__(**common)
         if keep_layers is None and target is None:
@@ -51,7 +54,7 @@ class DraftTuner(CausalLMTuner):
                 "larger model's name"
             )
         self.save_hyperparameters({"keep_layers": keep_layers, "target": target})
-        self.val_quality, self.test_quality = DraftQuality(), DraftQuality()
+        self.measure("kl", "agreement", "acceptance")
         self._target: tuple[Any, ...] = ()  # in a tuple, so that it is no submodule
 
     @property
@@ -87,35 +90,22 @@ class DraftTuner(CausalLMTuner):
 
     def _build(self) -> nn.Module:
         draft = super()._build()
-        own_what_trains(draft)
+        unshare_trained(draft)
         return draft
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """The sum of KL(p || q) over the learned tokens of a batch, in float32, and their number."""
-        kl = self._compare(batch).kl
-        return kl.sum(), len(kl)
+    def _losses(self, batch: Batch) -> Tensor:
+        """KL(p || q) at each learned token of a batch, float32 (n,)."""
+        return self._compare(batch).kl
+
+    def _measured(self, batch: Batch) -> dict[str, Tensor]:
+        found = self._compare(batch)
+        return {"kl": found.kl, "agreement": found.greedy, "acceptance": found.acceptance}
 
     def _compare(self, batch: Batch) -> Agreement:
         with torch.no_grad():
             target, _ = learned_logits(partial(read, self.target), batch)
         draft, _ = learned_logits(self.forward, batch)
         return agreement(target, draft)
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.val_quality.update(self._compare(batch))
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.test_quality.update(self._compare(batch))
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_quality("val", self.val_quality)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_quality("test", self.test_quality)
-
-    def _log_quality(self, split: str, metric: DraftQuality) -> None:
-        self._log_means(split, metric.compute())
-        metric.reset()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DraftTuner:
         """Move and cast the target along; what it shares with the draft has then been moved already."""
@@ -134,7 +124,7 @@ def merged_draft(tuner: DraftTuner) -> tuple[Any, la.MergeReport]:
     Raises:
         AdapterError: as `lit_adapters.merge`.
     """
-    draft = own_copy(tuner.model).eval()
+    draft = unshared_copy(tuner.model).eval()
     return draft, la.merge(draft)
 
 

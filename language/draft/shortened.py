@@ -64,7 +64,7 @@ def check_layers(keep_layers: Sequence[int], total: int) -> list[int]:
     return keep
 
 
-def own_what_trains(short: nn.Module) -> None:
+def unshare_trained(short: nn.Module) -> None:
     """Give a shortened model copies of the shared parameters that train."""
     own: dict[int, nn.Parameter] = {}
     for module in short.modules():
@@ -73,7 +73,7 @@ def own_what_trains(short: nn.Module) -> None:
                 module._parameters[name] = own.setdefault(id(parameter), nn.Parameter(parameter.detach().clone()))
 
 
-def own_copy(short: Any) -> Any:
+def unshared_copy(short: Any) -> Any:
     """A copy of a shortened model with all weights its own."""
     copied = copy.deepcopy(short)
     for parameter in copied.parameters():

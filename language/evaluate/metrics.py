@@ -1,6 +1,6 @@
 """What is computed from a model's answers, each value with its standard error.
 
-Held-out loss and perplexity, accuracy, exact match, ROUGE; and a torchmetrics accuracy for validation loops.
+Held-out loss and perplexity, accuracy, exact match, ROUGE.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.functional.text.rouge import rouge_score
 from tqdm import tqdm
 
@@ -166,34 +164,3 @@ def find_option(text: str, options: Sequence[str]) -> int | None:
         if match:
             found.append((match.start(), -len(option), index))
     return min(found)[2] if found else None
-
-
-class ChoiceAccuracy(Metric):
-    """Share of questions whose right choice has the highest log-likelihood; sums over batches and processes."""
-
-    higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
-
-    correct: Tensor
-    total: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, log_likelihoods: Tensor, target: Tensor) -> None:
-        """Count a batch: log-likelihoods (B, C), -inf where a question has fewer choices, and right indices (B,)."""
-        if log_likelihoods.ndim != 2 or target.shape != log_likelihoods.shape[:1]:
-            raise DataError(
-                f"log_likelihoods {tuple(log_likelihoods.shape)} and target {tuple(target.shape)} "
-                "must be (B, C) and (B,)"
-            )
-        # Not in place: what Lightning resets in its inference mode is an inference tensor, which fit may not write to.
-        self.correct = self.correct + (log_likelihoods.argmax(1) == target).sum()
-        self.total = self.total + len(target)
-
-    def compute(self) -> Tensor:
-        """Accuracy so far, in [0, 1]."""
-        return self.correct / self.total

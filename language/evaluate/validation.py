@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.nn.utils.rnn import pad_sequence
 
 from language.data.module import InstructionDataModule
 from language.data.sources import SplitName
 from language.evaluate.likelihood import PromptEncoder, TokenQuestion, score_tokens
-from language.evaluate.metrics import ChoiceAccuracy
 from language.evaluate.questions import subset
 from language.evaluate.tasks import Settings, read_questions
+from language.means import Means
 from language.models import context_length
 from lit_adapters.errors import DataError
 
@@ -83,7 +82,7 @@ class ChoiceValidation(Callback):
             raise DataError(f"task {task!r} needs root, the folder of its data")
         self.task, self.root, self.limit, self.shots = task, root, limit, shots
         self.batch_size, self.seed = batch_size, seed
-        self.metric = ChoiceAccuracy()
+        self.means = Means("accuracy")
         self.questions: list[TokenQuestion] = []
         self.answers: list[int] = []
 
@@ -101,12 +100,13 @@ class ChoiceValidation(Callback):
         model: Any = pl_module.model
         with trainer.precision_plugin.forward_context():
             scores = score_tokens(model, self.questions[mine], self.batch_size, f"val/{self.task}")
-        self.metric.to(pl_module.device)
-        if scores:
-            rows = pad_sequence([torch.tensor(row) for row in scores], batch_first=True, padding_value=-torch.inf)
-            self.metric.update(rows.to(pl_module.device), torch.tensor(self.answers[mine], device=pl_module.device))
-        accuracy = self.metric.compute()
-        self.metric.reset()
+        right = [
+            int(torch.tensor(row).argmax()) == answer for row, answer in zip(scores, self.answers[mine], strict=True)
+        ]
+        self.means.to(pl_module.device)
+        self.means.update({"accuracy": torch.tensor(right, dtype=torch.float32, device=pl_module.device)})
+        accuracy = self.means.compute()["accuracy"]
+        self.means.reset()
         pl_module.log(f"val/{self.task}_accuracy", accuracy, prog_bar=True)
 
     def _read(self, trainer: Trainer, pl_module: LightningModule) -> None:

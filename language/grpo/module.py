@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
 
 import lit_adapters as la
 from language.generate import generate, prompt_rows
@@ -93,6 +92,8 @@ class GRPOTuner(CausalLMTuner):
         DataError: prompts and completions exceed the model's context, or a batch is not the one that was sampled for.
     """
 
+    logs_perplexity = False
+
     def __init__(
         self,
         rewards: list[Reward],
@@ -126,7 +127,7 @@ class GRPOTuner(CausalLMTuner):
                 "iterations": iterations,
             }
         )
-        self.means = nn.ModuleList(MeanMetric() for _ in range(len(self.rewards.names) + 1))  # the last of the sum
+        self.measure(*self.rewards.names, "reward")
         self.reference: Reference | None = None
         self.rollout: dict[str, Tensor] | None = None
 
@@ -179,8 +180,7 @@ class GRPOTuner(CausalLMTuner):
             h["kl_weight"],
         )
         tokens = len(new)
-        # Processes average their gradients: so that a token counts as much in each, all divide by the mean number.
-        loss = terms.loss / self._over_processes(tokens, "mean")
+        loss = self._mean_over_processes(terms.loss, tokens)
         logged = {"train/loss": loss, "train/clip_fraction": terms.clipped / tokens}
         if terms.kl is not None:
             logged["train/kl"] = terms.kl / tokens
@@ -215,32 +215,12 @@ class GRPOTuner(CausalLMTuner):
         self.log_dict(on_device, sync_dist=True, batch_size=size)
         return rollout | {"prompts": batch["input_ids"], "reward": rewards.mean().to(self.device)}
 
-    def on_validation_epoch_start(self) -> None:
-        """Begin to average; at the start, as what is reset in inference mode may not be written to by `fit`."""
-        for mean in self.means:
-            mean.reset()  # type: ignore[operator]
-
-    on_test_epoch_start = on_validation_epoch_start
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The rewards of the likeliest completions."""
+    def _measured(self, batch: Batch) -> dict[str, Tensor]:
+        """The rewards of the likeliest completions, (B,) for each function and for their weighted sum."""
         texts = generate(self._built, self.tokenizer, prompt_rows(batch), self.hparams["max_new_tokens"])
         parts = self.rewards(texts, batch["answers"])  # type: ignore[arg-type]
-        for mean, values in zip(self.means, [*parts.T, parts @ self.rewards.weights], strict=True):
-            mean.update(values.to(self.device))  # type: ignore[operator]
-
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_rewards("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_rewards("test")
-
-    def _log_rewards(self, split: str) -> None:
-        names = [*self.rewards.names, "reward"]
-        means = [mean.compute() for mean in self.means]  # type: ignore[operator]
-        self._log_means(split, dict(zip(names, means, strict=True)))
+        values = [*parts.T, parts @ self.rewards.weights]
+        return {name: v.to(self.device) for name, v in zip([*self.rewards.names, "reward"], values, strict=True)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the completions of each process, where further steps are to use them."""

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import lit_adapters as la
-from language.dpo.module import DPOTuner, PreferenceMetrics, preference_loss
+from language.dpo.module import DPOTuner, preference_loss, wins
 from tests.language.dpo.preferring import METHODS, built, data, plain_log_probabilities, tuner
 from tests.language.tiny import batch, moved, trainer
 
@@ -47,7 +47,7 @@ def test_loss_and_gradient_against_a_second_model(method):
 
     module.on_validation_epoch_end = lambda: None
     module.validation_step(rows, 0)
-    measured = module.val_preferences.compute()
+    measured = module.val_means.compute()
     of_chosen = rows["labels"][:2] != -100
     with torch.no_grad():
         logits = [
@@ -65,7 +65,7 @@ def test_loss_and_gradient_against_a_second_model(method):
 def test_before_training_the_model_is_its_reference(method):
     module, rows = built(adapters=METHODS[method]).eval(), batch(9, 14, 12, 7)
     module.validation_step(rows, 0)
-    measured = {name: value.item() for name, value in module.val_preferences.compute().items()}
+    measured = {name: value.item() for name, value in module.val_means.compute().items()}
     expected = {"loss": math.log(2), "reward_accuracy": 0.5, "reward_margin": 0.0, "kl": 0.0}
     exact = method not in ("dora", "nora_plus_plus")  # the one divides by norms, the other starts at a fit of SiLU
     assert measured["reward_accuracy"] == 0.5 or not exact
@@ -74,10 +74,11 @@ def test_before_training_the_model_is_its_reference(method):
 
 
 def test_ties_count_half_and_means_are_exact_over_uneven_batches():
-    metrics = PreferenceMetrics()
+    metrics = built().val_means
     margins, divergence = torch.tensor([1.0, -2.0, 0.0, 3.0, 0.5]), torch.arange(7.0)
     for a, b, c, d in ((0, 3, 0, 1), (3, 5, 1, 7)):
-        metrics.update(preference_loss(margins[a:b]), margins[a:b], divergence[c:d])
+        part = {"loss": preference_loss(margins[a:b]), "reward_accuracy": wins(margins[a:b])}
+        metrics.update(part | {"reward_margin": margins[a:b], "kl": divergence[c:d]})
     measured = metrics.compute()
     assert measured["reward_accuracy"].item() == pytest.approx(3.5 / 5)
     assert measured["reward_margin"].item() == pytest.approx(margins.mean().item())

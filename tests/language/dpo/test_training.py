@@ -31,7 +31,7 @@ def test_every_method_learns_the_training_pairs(tmp_path, method):
     given = data(train_subset=8, batch_size=8)
     given.setup("fit")
     module.eval().validation_step(next(iter(given.train_dataloader())), 0)
-    learned = module.val_preferences.compute()
+    learned = module.val_means.compute()
     assert learned["loss"] < math.log(2)
     assert learned["reward_margin"] > 0
     assert learned["kl"] > 0

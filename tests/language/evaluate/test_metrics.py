@@ -8,7 +8,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from language.evaluate.metrics import (
-    ChoiceAccuracy,
     Estimate,
     bootstrap_mean,
     exact_match,
@@ -136,15 +135,3 @@ def test_exact_match_and_options():
     assert find_option("I think Answer10, or sci", options) == 3
     assert find_option("it is sci.med", options) == 0
     assert find_option("science", options) is None
-
-
-def test_choice_accuracy():
-    metric = ChoiceAccuracy()
-    metric.update(torch.tensor([[-1.0, -2.0, -3.0], [-5.0, -4.0, -math.inf]]), torch.tensor([0, 0]))
-    metric.update(torch.tensor([[-9.0, -2.0]]), torch.tensor([1]))
-    assert metric.compute() == pytest.approx(2 / 3)
-    metric.reset()
-    metric.update(torch.tensor([[-9.0, -2.0]]), torch.tensor([0]))
-    assert metric.compute() == 0
-    with pytest.raises(DataError, match=r"log_likelihoods \(2,\) and target \(2,\)"):
-        metric.update(torch.tensor([-1.0, -2.0]), torch.tensor([0, 1]))
