@@ -13,6 +13,10 @@ ROOT = Path(__file__).parents[1]
 # File at the top of the repository: page of the site.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 _LINK = re.compile(rf"\]\((?:\.\./)?({'|'.join(map(re.escape, PAGES))})(#[\w-]+)?\)")
+# A link to a file that is no page of the site keeps its words alone.
+_OUTSIDE = re.compile(
+    r"\[([^\]]+)\]\((?:\.\./)?(?:examples|configs|benchmarks|tests|language|vision|lit_adapters)\b[^)]*\)"
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -26,4 +30,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Point links from the place of the file in the repository to the place of the page on the site."""
     if page.file.src_uri in PAGES.values():
         markdown = markdown.replace("](docs/", "](")
+    markdown = _OUTSIDE.sub(r"\1", markdown)
     return _LINK.sub(lambda link: f"]({PAGES[link[1]]}{link[2] or ''})", markdown)
