@@ -1,5 +1,8 @@
 """Look into saved adapters, compare, merge and convert them."""
 
+# argparse, although jsonargparse is a dependency: typed functions would turn the flag --overwrite into an option that
+# takes true or false, and --base-args into --base_args, which breaks command lines that people have written down.
+
 from __future__ import annotations
 
 import argparse
@@ -23,7 +26,7 @@ from lit_adapters.files.peft import check_expressible, export_peft, import_peft
 from lit_adapters.files.peft_lora import CONFIG
 from lit_adapters.files.saved import read_saved
 from lit_adapters.learned import comparison, summary
-from lit_adapters.methods import AdapterModule, Method, WeightAdapter
+from lit_adapters.methods import AdapterModule, Method
 from lit_adapters.model.merge import forget_quantisation, merge
 
 _WEIGHTS = "model.safetensors"
@@ -36,41 +39,41 @@ class _Parser(argparse.ArgumentParser):
         raise AdapterError(f"{message} ({self.prog} --help tells more)")
 
 
-def list_methods(given: argparse.Namespace) -> None:
+def list_methods(args: argparse.Namespace) -> None:
     """`methods`: all methods of the library, from the classes themselves."""
     classes = [c for c in vars(methods).values() if isinstance(c, type) and issubclass(c, Method) and c is not Method]
-    rows = [("method", "merges", "exports to peft", "what it is")]
+    rows = []
     for cls in classes:
         documentation = import_module(cls.__module__).__doc__ or ""
         rows.append((cls.__name__, cls.merges, cls.exports, documentation.split("\n")[0]))
-    print("\n".join(summary.table(rows)))
+    print("\n".join(console.table(("method", "merges", "exports to peft", "what it is"), rows)))
 
 
-def inspect(given: argparse.Namespace) -> None:
+def inspect(args: argparse.Namespace) -> None:
     """`inspect`: what one set of adapters is made of and has learned."""
-    saved = read_saved(given.path)
+    saved = read_saved(args.path)
     summaries = summary.summarise(saved)
     print(summary.report(saved, summaries))
-    if given.plot:
+    if args.plot:
         from lit_adapters.learned.plots import learned_figure  # matplotlib takes a while, and most calls draw nothing
 
         try:
-            learned_figure(summaries, list(summary.nora_layers(saved).values())).savefig(given.plot, dpi=150)
+            learned_figure(summaries, list(summary.learned_functions(saved).values())).savefig(args.plot, dpi=150)
         except ValueError as error:
-            raise AdapterError(f"--plot {str(given.plot)!r}: {error}") from error
-        print(f"drawn in {given.plot}")
+            raise AdapterError(f"--plot {str(args.plot)!r}: {error}") from error
+        print(f"drawn in {args.plot}")
 
 
-def diff(given: argparse.Namespace) -> None:
+def diff(args: argparse.Namespace) -> None:
     """`diff`: what two sets of adapters have in common."""
-    print(comparison.report(comparison.compare(read_saved(given.first), read_saved(given.second))))
+    print(comparison.report(comparison.compare(read_saved(args.first), read_saved(args.second))))
 
 
-def merge_command(given: argparse.Namespace) -> None:
+def merge_command(args: argparse.Namespace) -> None:
     """`merge`: the model with its updates in the weights, as files."""
-    check_output(given.out, given.overwrite, [_WEIGHTS, "model.safetensors.index.json"])
-    _check(given.path, _check_linear)
-    model, tokenizer = _adapted(given)
+    check_output(args.out, args.overwrite, [_WEIGHTS, "model.safetensors.index.json"])
+    _check(args.path, lambda name, adapter: adapter.check_linear())
+    model, tokenizer = _adapted(args)
     merged = merge(model)
 
     def write(directory: Path) -> None:
@@ -85,31 +88,31 @@ def merge_command(given: argparse.Namespace) -> None:
         else:
             save_model(model, str(directory / _WEIGHTS))
 
-    write_directory(given.out, write)
+    write_directory(args.out, write)
     print(merged)
     if merged.kept:
         print(f"{_WEIGHTS} holds their coefficients: to load it, call load_adapters and merge on the base model first")
-    print(f"written to {given.out}")
+    print(f"written to {args.out}")
 
 
-def export_command(given: argparse.Namespace) -> None:
+def export_command(args: argparse.Namespace) -> None:
     """`export-peft`: adapters in peft's format."""
-    check_output(given.out, given.overwrite, [CONFIG])
-    _check(given.path, check_expressible)
-    model, _ = _adapted(given)
-    write_directory(given.out, lambda directory: export_peft(model, directory))
-    print(f"written to {given.out}: peft.PeftModel.from_pretrained(base_model, {str(given.out)!r})")
+    check_output(args.out, args.overwrite, [CONFIG])
+    _check(args.path, check_expressible)
+    model, _ = _adapted(args)
+    write_directory(args.out, lambda directory: export_peft(model, directory))
+    print(f"written to {args.out}: peft.PeftModel.from_pretrained(base_model, {str(args.out)!r})")
 
 
-def import_command(given: argparse.Namespace) -> None:
+def import_command(args: argparse.Namespace) -> None:
     """`import-peft`: peft's LoRA or DoRA in ours."""
-    check_output(given.out, given.overwrite, [HEADER, TENSORS])
-    if not given.path.is_dir():
-        raise AdapterError(f"{str(given.path)!r} is no directory; give one that peft's save_pretrained wrote")
-    model = build_base(given.base, given.base_args)
-    print(import_peft(model, given.path))
-    write_directory(given.out, lambda directory: save_adapters(model, directory))
-    print(f"written to {given.out}: lit_adapters.load_adapters(base_model, {str(given.out)!r})")
+    check_output(args.out, args.overwrite, [HEADER, TENSORS])
+    if not args.path.is_dir():
+        raise AdapterError(f"{str(args.path)!r} is no directory; give one that peft's save_pretrained wrote")
+    model = build_base(args.base, args.base_args)
+    print(import_peft(model, args.path))
+    write_directory(args.out, lambda directory: save_adapters(model, directory))
+    print(f"written to {args.out}: lit_adapters.load_adapters(base_model, {str(args.out)!r})")
 
 
 def _check(path: Path, allowed: Callable[[str, AdapterModule], object]) -> None:
@@ -119,13 +122,8 @@ def _check(path: Path, allowed: Callable[[str, AdapterModule], object]) -> None:
             allowed(name, layer.adapter)
 
 
-def _check_linear(name: str, adapter: AdapterModule) -> None:
-    if isinstance(adapter, WeightAdapter):
-        adapter.check_linear()
-
-
-def _adapted(given: argparse.Namespace) -> tuple[nn.Module, Any]:
-    return adapted_model(given.path, given.base, given.base_args, given.module)
+def _adapted(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    return adapted_model(args.path, args.base, args.base_args, args.module)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -200,9 +198,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run a command; bad input ends it with one line on stderr and exit status 1."""
 
     def command() -> None:
-        given = _parser().parse_args(args)
+        parsed = _parser().parse_args(args)
         try:
-            given.run(given)
+            parsed.run(parsed)
             sys.stdout.flush()
         except BrokenPipeError:  # somebody reads the first lines only; the rest must not fail at exit either
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,8 @@
-"""Adapters as files hold them, without the base model: from an adapter directory or from a Lightning checkpoint.
+"""Read adapters without the base model, from an adapter directory or from a Lightning checkpoint.
 
-Each adapter is built anew around a placeholder of its layer, which takes no memory, and given its saved tensors: what
-follows from them alone (factors, scaling, coefficients, beta) is then available; its forward and base weight are not.
+`Method.placeholder` builds each adapter around a layer on the meta device, which takes no memory, and the saved tensors
+are loaded into it. What follows from them alone (factors, scaling, coefficients, beta) is then available; its forward
+and its base weight are not.
 """
 
 from __future__ import annotations
@@ -11,17 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import RECORD, RECORD_FORMAT, TENSORS, read_checkpoint_file, read_directory
 from lit_adapters.files.peft_lora import CONFIG
 from lit_adapters.methods.base import AdapterModule, Method, to_methods
-from lit_adapters.methods.low_rank import LowRank
-from lit_adapters.methods.matrix_layers import LinearLayer
-from lit_adapters.methods.nora import NoRA, NoRAActivation
 from lit_adapters.model.targets import KEYWORDS, matches, within
+
+_BASE_PARAMETERS = ("weight", "bias")  # names that plain layers give their own parameters
 
 
 @dataclass
@@ -29,18 +28,20 @@ class SavedLayer:
     """One adapted layer.
 
     Attributes:
-        method: its name, as in the report of `attach`.
-        tensors: by local name.
-        adapter: with these tensors; None for a method that needs the base model to be built, as peft's do.
+        method: The method's name, as in the report of `attach`.
+        tensors: The saved tensors by local name.
+        adapter: The adapter with these tensors; None for a method that needs the base model to be built, as peft's do.
+        merges: Whether layers of the method merge into weights, in a few words (`Method.merges`).
     """
 
     method: str
     tensors: dict[str, Tensor]
     adapter: AdapterModule | None
+    merges: str = "yes"
 
     @property
     def parameters(self) -> int:
-        """Trained values; of a method that cannot be built here, all floating values, buffers included."""
+        """The number of trained values; without an adapter, that of all floating values, buffers included."""
         if self.adapter is None:
             return sum(t.numel() for t in self.tensors.values() if t.is_floating_point())
         return sum(p.numel() for p in self.adapter.adapter_parameters().values())
@@ -51,11 +52,11 @@ class SavedAdapters:
     """What a directory or a checkpoint holds.
 
     Attributes:
-        file: the file with the tensors.
-        methods: as they were given to `attach`.
-        layers: by qualified name.
-        trained: sizes of the parameters of `train`, by name.
-        module: class path of the LightningModule; None for a directory.
+        file: The file with the tensors.
+        methods: The methods as they were given to `attach`.
+        layers: The adapted layers by qualified name.
+        trained: Sizes of the parameters of `train`, by name.
+        module: Class path of the LightningModule; None for a directory.
     """
 
     file: Path
@@ -66,10 +67,10 @@ class SavedAdapters:
 
 
 def is_directory(path: Path) -> bool:
-    """Whether `path` is an adapter directory, and not a checkpoint.
+    """Whether `path` is an adapter directory (or its tensor file), and not a checkpoint.
 
     Raises:
-        AdapterError: there is nothing, or a directory of peft or of something else.
+        AdapterError: the path does not exist, or is a directory that `save_adapters` did not write.
     """
     if path.is_file() and path.name != TENSORS:
         return False
@@ -84,20 +85,20 @@ def is_directory(path: Path) -> bool:
 
 
 def read_saved(path: Path) -> SavedAdapters:
-    """Read an adapter directory, or a Lightning checkpoint that AdapterCallback had a part in.
+    """Read an adapter directory, or a Lightning checkpoint of a run with AdapterCallback.
 
-    Layers of a checkpoint with several adapted models are named from the LightningModule, else from the model.
+    In a checkpoint of several adapted models, layer names begin at the LightningModule; otherwise at the model.
 
     Raises:
-        AdapterError: missing, torn, foreign, newer, without adapters, or tensors that do not fit their description.
+        AdapterError: the file is missing, torn, not ours, of a newer format or without adapters, or its tensors do not
+            fit its description.
     """
     if is_directory(path):
         directory = path.parent if path.is_file() else path
         header, tensors = read_directory(directory)
         trained = {n: tensors[n].numel() for n in header["base"]["shapes"] if n in tensors}
-        return SavedAdapters(
-            directory / TENSORS, to_methods(header["methods"]), _layers(path, header, tensors), trained
-        )
+        layers = _layers(path, header, tensors, header["base"]["shapes"])
+        return SavedAdapters(directory / TENSORS, to_methods(header["methods"]), layers, trained)
     record, state = read_checkpoint(path)
     models = record["models"]
     saved = SavedAdapters(path, [], {}, module=record["module"])
@@ -108,20 +109,20 @@ def read_saved(path: Path) -> SavedAdapters:
             raise AdapterError(f"{str(path)!r} lacks {lacking[0]!r}, which trained: it was changed after training")
         shown = inside if len(models) > 1 else ""
         saved.methods += to_methods(model["methods"])
-        saved.layers |= {shown + n: layer for n, layer in _layers(path, model, tensors).items()}
+        saved.layers |= {shown + n: layer for n, layer in _layers(path, model, tensors, {}).items()}
         saved.trained |= {shown + n: tensors[n].numel() for n in model["trained"]}
     return saved
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What AdapterCallback wrote about the adapters of a checkpoint, and its state dict.
+    """The record of AdapterCallback in a checkpoint, and the state dict.
 
     Raises:
-        AdapterError: torn, foreign or newer, or without adapters.
+        AdapterError: the file is torn, not a Lightning checkpoint, of a newer format or without adapters.
     """
     content = read_checkpoint_file(path)
     if not isinstance(content, Mapping) or "state_dict" not in content:
-        raise AdapterError(f"{str(path)!r} is no Lightning checkpoint: it has no state_dict")
+        raise AdapterError(f"{str(path)!r} is not a Lightning checkpoint: it has no state_dict")
     record = content.get(RECORD)
     if not record or not record.get("models"):
         raise AdapterError(
@@ -133,17 +134,32 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return record, content["state_dict"]
 
 
-def _layers(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, SavedLayer]:
-    """All layers that a description tells of, with their tensors."""
+def _layers(
+    path: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Mapping[str, str]
+) -> dict[str, SavedLayer]:
+    """Every layer that a description lists, with its tensors.
+
+    Args:
+        path: For messages.
+        description: `methods`, and the method's name by adapted layer.
+        tensors: Of the whole file.
+        shapes: Shapes of the base model's parameters, such as "64x32", where the file records them.
+    """
     parts = [part for method in to_methods(description["methods"]) for part in method.parts()]
     layers = {}
     for name, kind in description["adapters"].items():
         local = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
         method = _method_of(name, kind, parts)
-        adapter = None if method is None else _placeholder(path, method, name, local)
+        try:
+            adapter = None if method is None else method.placeholder(name, local, _base_shapes(name, local, shapes))
+        except AdapterError as error:
+            raise AdapterError(f"{str(path)!r} does not fit its own description: {error}") from error
+        merges = "" if method is None else method.merges
         if adapter is None:
-            layers[name] = SavedLayer(kind, {k: t for k, t in local.items() if k not in ("weight", "bias")}, None)
+            own = {k: t for k, t in local.items() if k not in _BASE_PARAMETERS}
+            layers[name] = SavedLayer(kind, own, None, merges)
             continue
+        adapter.qualified_name = name
         expected = adapter.adapter_tensors()
         wrong = [k for k in expected if k not in local or local[k].shape != expected[k].shape]
         if wrong:
@@ -154,31 +170,24 @@ def _layers(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Te
             )
         own = {k: local[k] for k in expected}
         adapter.load_state_dict({k: t.clone() for k, t in own.items()}, strict=False, assign=True)
-        layers[name] = SavedLayer(kind, own, adapter.eval())
+        layers[name] = SavedLayer(kind, own, adapter.eval(), merges)
     return layers
+
+
+def _base_shapes(name: str, tensors: Mapping[str, Tensor], recorded: Mapping[str, str]) -> dict[str, list[int]]:
+    """Shapes of the base layer's own parameters, as the file records them or as whole checkpoints hold them."""
+    shapes = {key: list(tensors[key].shape) for key in _BASE_PARAMETERS if key in tensors}
+    for key in _BASE_PARAMETERS:
+        if text := recorded.get(f"{name}.{key}"):
+            shapes[key] = [int(size) for size in text.split("x")]
+    return shapes
 
 
 def _method_of(name: str, kind: str, parts: list[Method]) -> Method | None:
     """The method that adapts layer `name`: of its kind; the one that names the layer, if there are several."""
-    known = [p for p in parts if p.name == kind and isinstance(p, (LowRank, NoRA))]
+    known = [p for p in parts if p.name == kind]
+    if len(known) < 2:
+        return next(iter(known), None)
     candidates = [p for p in known if not within(name, tuple(p.exclude))]
     named = [p for p in candidates if p.targets not in tuple(KEYWORDS) and matches(name, p.targets)]
     return next(iter(named or candidates), None)
-
-
-def _placeholder(path: Path, method: Method, name: str, tensors: Mapping[str, Tensor]) -> AdapterModule | None:
-    """The adapter around a layer of the right size without values; None for methods of other kinds."""
-    adapter: AdapterModule
-    if isinstance(method, LowRank):
-        if not {"lora_A", "lora_B"} <= tensors.keys():
-            raise AdapterError(f"{str(path)!r} does not fit its own description: {name!r} lacks lora_A or lora_B")
-        (rank, inputs), outputs = tensors["lora_A"].shape, tensors["lora_B"].shape[0]
-        layer = nn.Linear(inputs, outputs, bias=False, device="meta")
-        adapter = method.adapter(layer, LinearLayer(), rank)
-    elif isinstance(method, NoRA):
-        # Which activation it was is not in the files, and what is asked of a placeholder does not depend on it.
-        adapter = NoRAActivation(nn.GELU(), method, -1, torch.device("meta"))
-    else:
-        return None
-    adapter.qualified_name = name
-    return adapter

@@ -7,30 +7,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from lit_adapters.console import table
 from lit_adapters.files.saved import SavedAdapters
 from lit_adapters.learned.subspace import common_grid
-from lit_adapters.learned.summary import table
 from lit_adapters.methods.base import AdapterModule
-from lit_adapters.methods.low_rank import LowRankAdapter
-from lit_adapters.methods.nora import NoRAActivation
-from lit_adapters.ops.statistics import overlap, principal_angles
+from lit_adapters.methods.description import LearnedFunctions, LowRankUpdate
+from lit_adapters.ops.statistics import cosine, overlap, principal_angles
 
 
 @dataclass(frozen=True)
 class LayerComparison:
     """One layer of both sets; X is the first update, Y the second.
 
-    Updates are s B A of weights (of LoRAN's and DoRA's too), learned changes of functions.
+    An update is s B A for low-rank methods (LoRAN and DoRA too), the learned changes for functions, and what
+    `AdapterModule.learned_update` returns for other methods.
 
     Attributes:
-        name: qualified name.
-        method: of the first, and of the second if it is another.
+        name: The qualified name.
+        method: The method of the first, and that of the second if it is another.
         cosine: <X, Y> / (|X| |Y|); 0 if one is zero.
         norms: |X| and |Y|; Frobenius, or L2 under the mean of both densities of inputs.
-        overlap: mean cos^2 of the principal angles between the column spaces; None for functions and zero updates.
-        chance: what `overlap` would be for spaces in general position, max(k, l) / out.
-        angles: the principal angles in degrees, ascending.
+        overlap: The mean cos^2 of the principal angles between the column spaces; None where there are none.
+        chance: What `overlap` would be for spaces in general position, max(k, l) / out.
+        angles: The principal angles in degrees, ascending.
     """
 
     name: str
@@ -52,10 +53,10 @@ class Comparison:
     """Two sets of adapters.
 
     Attributes:
-        layers: those of both.
-        only_first: names of layers that only the first adapts.
-        only_second: the same for the second.
-        unlike: names of layers of both that cannot be compared, with the reason.
+        layers: The layers that are in both.
+        only_first: Names of layers that only the first adapts.
+        only_second: Names of layers that only the second adapts.
+        unlike: Why a layer of both cannot be compared, by its name.
     """
 
     layers: list[LayerComparison]
@@ -68,16 +69,13 @@ def compare(first: SavedAdapters, second: SavedAdapters) -> Comparison:
     """Compare all layers that have one name in both."""
     layers, unlike = [], {}
     for name in (n for n in first.layers if n in second.layers):
-        pair = first.layers[name], second.layers[name]
-        method = " and ".join(dict.fromkeys(layer.method for layer in pair))
-        x, y = (layer.adapter for layer in pair)
-        reason = _unlike(x, y)
-        if reason:
-            unlike[name] = f"{method}: {reason}"
-        elif isinstance(x, LowRankAdapter) and isinstance(y, LowRankAdapter):
-            layers.append(_low_rank(name, method, x, y))
-        elif isinstance(x, NoRAActivation) and isinstance(y, NoRAActivation):
-            layers.append(_functions(name, method, x, y))
+        x, y = first.layers[name], second.layers[name]
+        method = " and ".join(dict.fromkeys((x.method, y.method)))
+        compared = _compare(name, method, x.adapter, y.adapter)
+        if isinstance(compared, str):
+            unlike[name] = f"{method}: {compared}"
+        else:
+            layers.append(compared)
     return Comparison(
         layers,
         [n for n in first.layers if n not in second.layers],
@@ -86,27 +84,35 @@ def compare(first: SavedAdapters, second: SavedAdapters) -> Comparison:
     )
 
 
-def _unlike(x: AdapterModule | None, y: AdapterModule | None) -> str:
-    """Why two adapters of a layer cannot be compared; empty if they can."""
-    if isinstance(x, LowRankAdapter) and isinstance(y, LowRankAdapter):
-        shapes = [(a.lora_B.shape[0], a.lora_A.shape[1]) for a in (x, y)]
-        return "" if shapes[0] == shapes[1] else "weights of {0[0]} x {0[1]} and {1[0]} x {1[1]}".format(*shapes)
-    if isinstance(x, NoRAActivation) and isinstance(y, NoRAActivation):
-        return ""
-    return "only low-rank updates and NoRA's functions can be compared, each with its like"
-
-
 @torch.no_grad()
-def _low_rank(name: str, method: str, x: LowRankAdapter, y: LowRankAdapter) -> LayerComparison:
-    norms, inner = (_inner(x, x) ** 0.5, _inner(y, y) ** 0.5), _inner(x, y)
-    cosine = inner / (norms[0] * norms[1]) if all(norms) else 0.0
+def _compare(name: str, method: str, x: AdapterModule | None, y: AdapterModule | None) -> LayerComparison | str:
+    """The comparison of two adapters of a layer, or why they cannot be compared."""
+    if x is None or y is None:
+        return "what these adapters have learned is known only with their base model"
+    updates = x.low_rank_update(), y.low_rank_update()
+    if updates[0] is not None and updates[1] is not None:
+        return _low_rank(name, method, updates[0], updates[1])
+    functions = x.learned_functions(), y.learned_functions()
+    if functions[0] is not None and functions[1] is not None:
+        return _functions(name, method, functions[0], functions[1])
+    learned = x.learned_update(), y.learned_update()
+    if learned[0] is not None and learned[1] is not None:
+        return _tensors(name, method, learned[0], learned[1])
+    return "only two updates of a weight, or two sets of functions, or two updates of another tensor can be compared"
+
+
+def _low_rank(name: str, method: str, x: LowRankUpdate, y: LowRankUpdate) -> LayerComparison | str:
+    if x.shape != y.shape:
+        return f"weights of {x.shape[0]} x {x.shape[1]} and {y.shape[0]} x {y.shape[1]}"
+    norms, inner = (x.inner(x) ** 0.5, y.inner(y) ** 0.5), x.inner(y)
+    similarity = inner / (norms[0] * norms[1]) if all(norms) else 0.0
     spaces = [x.column_space(), y.column_space()]
     if not all(space.shape[1] for space in spaces):
-        return LayerComparison(name, method, cosine, norms)
+        return LayerComparison(name, method, similarity, norms)
     return LayerComparison(
         name,
         method,
-        cosine,
+        similarity,
         norms,
         overlap(*spaces),
         max(space.shape[1] for space in spaces) / spaces[0].shape[0],
@@ -114,36 +120,36 @@ def _low_rank(name: str, method: str, x: LowRankAdapter, y: LowRankAdapter) -> L
     )
 
 
-def _inner(x: LowRankAdapter, y: LowRankAdapter) -> float:
-    """<s B A, s' B' A'> = s s' tr(A^T B^T B' A') = s s' sum((B^T B') * (A A'^T)), from (r, r') products alone."""
-    b, a = x.lora_B.double().T @ y.lora_B.double(), x.lora_A.double() @ y.lora_A.double().T
-    return x.scaling * y.scaling * (b * a).sum().item()
+def _tensors(name: str, method: str, x: Tensor, y: Tensor) -> LayerComparison | str:
+    if x.shape != y.shape:
+        return f"tensors of shapes {tuple(x.shape)} and {tuple(y.shape)}"
+    norms = x.double().norm().item(), y.double().norm().item()
+    return LayerComparison(name, method, cosine(x, y), norms)
 
 
-def _functions(name: str, method: str, x: NoRAActivation, y: NoRAActivation) -> LayerComparison:
+def _functions(name: str, method: str, x: LearnedFunctions, y: LearnedFunctions) -> LayerComparison:
     grid, shares = common_grid([x, y])
     weight = shares.mean(0).sqrt()
-    groups = math.lcm(x.config.groups, y.config.groups)
+    changes = [layer.learned_change(grid) * weight for layer in (x, y)]
+    groups = math.lcm(len(changes[0]), len(changes[1]))
     # A layer of few groups gives each of its functions to several neighbouring groups of the other.
-    first, second = (
-        (layer.learned_change(grid) * weight).repeat_interleave(groups // layer.config.groups, 0) / math.sqrt(groups)
-        for layer in (x, y)
-    )
+    first, second = (change.repeat_interleave(groups // len(change), 0) / math.sqrt(groups) for change in changes)
     norms = first.norm().item(), second.norm().item()
-    cosine = ((first * second).sum().item() / (norms[0] * norms[1])) if all(norms) else 0.0
-    return LayerComparison(name, method, cosine, norms)
+    inner = (first * second).sum().item()
+    return LayerComparison(name, method, inner / (norms[0] * norms[1]) if all(norms) else 0.0, norms)
 
 
 def report(comparison: Comparison) -> str:
     """The comparison as a table, with what only one side has, and a summary."""
-    rows = [("layer", "method", "cosine", "norm change", "overlap", "by chance", "angles")]
+    heading = ("layer", "method", "cosine", "norm change", "overlap", "by chance", "angles")
+    rows = []
     for layer in comparison.layers:
         space = ("", "", "")
         if layer.overlap is not None and layer.chance is not None:
             ends = f"{layer.angles[0]:.0f} to {layer.angles[-1]:.0f}°"
             space = (f"{layer.overlap:.3f}", f"{layer.chance:.3f}", ends)
         rows.append((layer.name, layer.method, f"{layer.cosine:+.3f}", f"{layer.norm_change:+.1%}", *space))
-    lines = [*table(rows, right=(2, 3, 4, 5)), ""] if comparison.layers else []
+    lines = [*table(heading, rows, right=(2, 3, 4, 5)), ""] if comparison.layers else []
     for label, names in (("first", comparison.only_first), ("second", comparison.only_second)):
         if names:
             lines.append(f"only in the {label}, {len(names)} layers: {', '.join(names)}")

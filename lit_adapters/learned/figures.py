@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from lit_adapters.methods.nora import NoRAActivation
+from lit_adapters.methods.description import LearnedFunctions, relative_drift
 
 _COLUMNS = 4
 _SEEN = 1e-3  # of the largest density: where inputs are rarer, a function is not shown
@@ -27,15 +27,15 @@ _LABELS = {"functions": "output", "changes": "output - pretrained output", "slop
 
 
 def functions_figure(
-    layers: Mapping[str, NoRAActivation], what: What = "functions", seen: Mapping[str, Tensor] | None = None
+    layers: Mapping[str, LearnedFunctions], what: What = "functions", seen: Mapping[str, Tensor] | None = None
 ) -> Figure:
     """One panel a layer, where its inputs lie: the pretrained function and the current one of each group.
 
     Args:
-        layers: adapted activations by name.
-        what: the functions; how they changed, on one scale for all layers; or their slopes.
-        seen: by layer, shares of the inputs seen in training on the layer's grid, drawn beside the density that the
-            statistics use.
+        layers: The adapted activations by name.
+        what: The functions; how they changed, on one scale for all layers; or their slopes.
+        seen: The shares (D,) of the inputs seen in training on a layer's grid, by layer; they are drawn beside the
+            density that the statistics use.
     """
     columns = min(_COLUMNS, len(layers))
     rows = math.ceil(len(layers) / columns)
@@ -47,7 +47,7 @@ def functions_figure(
     seen = seen or {}
     for panel, (name, adapter) in zip(panels, layers.items(), strict=False):
         _draw(panel, adapter, what, seen.get(name))
-        panel.set_title(f"{name}  drift {adapter.statistics()['relative_drift']:.1%}", fontsize=8)
+        panel.set_title(f"{name}  drift {relative_drift(adapter).max().item():.1%}", fontsize=8)
         panel.tick_params(labelsize=7, labelleft=True)
         panel.locator_params(nbins=7)
     for panel in panels[len(layers) :]:
@@ -59,7 +59,7 @@ def functions_figure(
     return figure
 
 
-def _draw(panel: Axes, adapter: NoRAActivation, what: What, seen: Tensor | None) -> None:
+def _draw(panel: Axes, adapter: LearnedFunctions, what: What, seen: Tensor | None) -> None:
     grid, initial, current = (t.numpy() for t in adapter.functions())
     density = adapter.density.cpu().numpy()
     if what == "changes":
@@ -77,23 +77,24 @@ def _draw(panel: Axes, adapter: NoRAActivation, what: What, seen: Tensor | None)
     for row, colour in zip(current[:, shown], _palette(len(current)), strict=True):
         panel.plot(x, row, color=colour, linewidth=1.0)
     panel.plot(x, initial[shown], color="black", linewidth=1.0, linestyle="--")
-    for end in adapter.fit_range.tolist():
+    for end in adapter.fitted_range() or ():
         if x[0] < end < x[-1]:
             panel.axvline(end, color="tab:red", linewidth=0.8, linestyle=":")
     panel.set_xlim(x[0], x[-1])
 
 
-def _legend(adapters: list[NoRAActivation], seen: bool) -> list[Line2D | Patch]:
-    groups = max(adapter.config.groups for adapter in adapters)
+def _legend(adapters: list[LearnedFunctions], seen: bool) -> list[Line2D | Patch]:
+    groups = max(len(adapter.functions()[2]) for adapter in adapters)
     colours = _palette(groups)
     chosen = dict.fromkeys((0, groups - 1))
+    fitted = any(adapter.fitted_range() is not None for adapter in adapters)
     measured = all(bool(adapter.calibrated) for adapter in adapters)
     return [
         Line2D([], [], color="black", linestyle="--", label="pretrained"),
         *(Line2D([], [], color=colours[g], label=f"group {g + 1} of {groups}") for g in chosen),
         Patch(color="0.87", label=f"{'measured' if measured else 'assumed'} density of inputs"),
         *([Line2D([], [], color="tab:orange", label="inputs seen in training")] if seen else []),
-        Line2D([], [], color="tab:red", linestyle=":", label="end of the fitted range"),
+        *([Line2D([], [], color="tab:red", linestyle=":", label="end of the fitted range")] if fitted else []),
     ]
 
 

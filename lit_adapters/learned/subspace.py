@@ -8,21 +8,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_adapters.methods.nora import NoRAActivation
+from lit_adapters.methods.description import LearnedFunctions
 from lit_adapters.ops.statistics import FunctionalSubspace, functional_subspace
 
 _POINTS = 1024  # of the grid on which the functions of all layers are compared
 _LEAST_POINTS = 32  # of it in the range of each layer
 
-Change = Callable[[NoRAActivation, Tensor], Tensor]
+Change = Callable[[LearnedFunctions, Tensor], Tensor]
 
 
-def common_grid(layers: Sequence[NoRAActivation]) -> tuple[Tensor, Tensor]:
+def learned_change(layer: LearnedFunctions, x: Tensor) -> Tensor:
+    """What training added to each function of a layer at inputs x (D,): (G, D)."""
+    return layer.learned_change(x)
+
+
+def common_grid(layers: Sequence[LearnedFunctions]) -> tuple[Tensor, Tensor]:
     """Points (D,) in the ranges of all layers, and the share (N, D) of each layer's inputs that each stands for.
 
     A layer's own range has its share of the points, however narrow it is beside the others.
     """
-    ranges = dict.fromkeys((low, high) for low, high in (layer.grid_range.tolist() for layer in layers))
+    ranges = dict.fromkeys((low, high) for low, high in (layer.grid()[[0, -1]].tolist() for layer in layers))
     points = max(_LEAST_POINTS, _POINTS // len(ranges))
     grid = torch.cat([torch.linspace(low, high, points, dtype=torch.float64) for low, high in ranges]).unique()
     # Each point stands for what lies nearer to it than to its neighbours.
@@ -30,7 +35,7 @@ def common_grid(layers: Sequence[NoRAActivation]) -> tuple[Tensor, Tensor]:
     return grid, torch.from_numpy(np.stack([np.diff(_distribution(layer, ends)) for layer in layers]))
 
 
-def _distribution(layer: NoRAActivation, x: np.ndarray) -> np.ndarray:
+def _distribution(layer: LearnedFunctions, x: np.ndarray) -> np.ndarray:
     """The share of a layer's inputs below each of x (D,), spread evenly around the points of its own grid."""
     points = layer.grid().numpy()
     density = layer.density.double().cpu().numpy()
@@ -40,14 +45,14 @@ def _distribution(layer: NoRAActivation, x: np.ndarray) -> np.ndarray:
 
 
 def learned_subspace(
-    layers: Sequence[NoRAActivation], k: int = 4, change: Change = NoRAActivation.learned_change
+    layers: Sequence[LearnedFunctions], k: int = 4, change: Change = learned_change
 ) -> FunctionalSubspace:
     """The space that the learned changes of all groups of all layers span, each under its layer's own density.
 
     Args:
-        layers: adapted activations.
-        k: leading directions to keep.
-        change: the changes (G, D) of a layer's functions on a grid (D,), where they are not those it has learned.
+        layers: The adapted activations.
+        k: The number of leading directions to keep.
+        change: Gives the changes (G, D) of a layer's functions on a grid (D,); by default those it has learned.
     """
     grid, shares = common_grid(layers)
     changes = [change(layer, grid) for layer in layers]

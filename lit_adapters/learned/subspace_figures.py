@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lit_adapters.learned.subspace import common_grid
-from lit_adapters.methods.nora import NoRAActivation
+from lit_adapters.methods.description import LearnedFunctions, relative_drift
 from lit_adapters.ops.statistics import FunctionalSubspace, components, effective_rank
 
 _TINY = 1e-12
 _SHOWN = 10  # singular values of the functional subspace: as many as a function has coefficients
 
 
-def functional_subspace_figure(space: FunctionalSubspace, layers: Mapping[str, NoRAActivation]) -> Figure:
+def functional_subspace_figure(space: FunctionalSubspace, layers: Mapping[str, LearnedFunctions]) -> Figure:
     """Spectrum of the stack of all learned changes, and its leading directions as functions.
 
     A direction is divided by the root of the layers' mean density, which weighted it, and drawn where that is not
@@ -53,9 +53,9 @@ def functional_subspace_figure(space: FunctionalSubspace, layers: Mapping[str, N
     return figure
 
 
-def drift_map(layers: Mapping[str, NoRAActivation]) -> Figure:
+def drift_map(layers: Mapping[str, LearnedFunctions]) -> Figure:
     """Layer by group: drift of each function from the pretrained one, relative to it."""
-    rows = {name: layer.group_drift().numpy() for name, layer in layers.items()}
+    rows = {name: relative_drift(layer).numpy() for name, layer in layers.items()}
     width = max(len(row) for row in rows.values())
     values = np.full((len(rows), width), np.nan)
     for place, row in enumerate(rows.values()):

@@ -9,7 +9,7 @@ annealed to the identity like the others. r (in + out) parameters a layer, and 1
 
 # Annotations are not postponed here: jsonargparse would not resolve them, and accept anything for a schedule.
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from lit_adapters.activations import fit_for
 from lit_adapters.activations.annealed import SIGMAS, annealed
 from lit_adapters.activations.sensitivity import coefficient_effects
 from lit_adapters.errors import AdapterError
+from lit_adapters.methods.description import AdapterSummary, each_layer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.matrix_layers import LinearLayer
 from lit_adapters.ops import rational
@@ -211,3 +212,12 @@ class AFAAdapter(LowRankAdapter):
     def statistics(self) -> dict[str, float]:
         """relative_norm, of s B A as for LoRA; beta."""
         return super().statistics() | {"beta": self.beta.item()}
+
+    def summary(self) -> AdapterSummary:
+        """As for any pair, and beta."""
+        return replace(super().summary(), note=f"beta {self.beta.item():g}")
+
+    def charts(self) -> dict[str, str]:
+        """As for any pair, and how far the activation is from linear."""
+        title = "AFA, LoRAN: distance from linear, each layer"
+        return {title: each_layer("nonlinearity")} | super().charts()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.methods.description import AdapterSummary, LearnedFunctions, LowRankUpdate, functions_summary
+from lit_adapters.methods.placeholder import plain_layers
 from lit_adapters.schedules import Schedule
 
 Config = Mapping[str, Any]
@@ -67,6 +69,37 @@ class Method:
         module = type(self).__module__
         module = "lit_adapters" if module.startswith("lit_adapters.") else module
         return {"class_path": f"{module}.{type(self).__qualname__}", "init_args": plain}
+
+    def placeholder(
+        self, qualified_name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+    ) -> AdapterModule | None:
+        """An adapter around a layer on the meta device, to hold the saved `tensors` where no base model is at hand.
+
+        By default `wrap` is tried on a plain layer of the recorded `shapes`. A method whose tensors tell the sizes of
+        their layer overrides this: then its checkpoints, which record no shapes, can be inspected as well.
+
+        Args:
+            qualified_name: The layer's name.
+            tensors: What the file holds for this layer, by local name; their shapes decide.
+            shapes: Shapes of the base layer's own parameters by local name; empty where the file does not tell.
+
+        Returns:
+            The adapter, its tensors not yet loaded; None if only the base model could tell how to build it.
+
+        Raises:
+            AdapterError: a tensor is missing without which the sizes are not known.
+        """
+        for layer in plain_layers(self.kind, shapes):
+            parent = nn.Module()
+            parent.add_module("layer", layer)
+            try:
+                adapter = self.wrap(layer, qualified_name, parent)
+            except AdapterError:
+                continue
+            own = adapter.adapter_tensors()
+            if all(tensors[key].shape == own[key].shape for key in own.keys() & tensors.keys()):
+                return adapter
+        return None
 
 
 def _plain(value: Any) -> Any:
@@ -180,8 +213,9 @@ class AdapterModule(nn.Module):
         return {}
 
     def singular_values(self) -> dict[str, Tensor]:
-        """Spectra of what this adapter has learned, by the name of the matrix; descending. None by default."""
-        return {}
+        """Spectra of what was learned, descending, by the name of the matrix: "update" for that of a weight."""
+        update = self.low_rank_update()
+        return {} if update is None else {"update": update.spectrum()[1].cpu()}
 
     def observe(self, x: Tensor) -> dict[str, float]:
         """Scalars that say what this adapter does to its own input x of the present batch; by default none."""
@@ -253,3 +287,63 @@ class AdapterModule(nn.Module):
             return torch.empty_like(tensor, device=moved.device) if tensor.is_meta else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
+
+    # What the adapter says of itself, from its own tensors: files may hold it without the base model.
+
+    def low_rank_update(self) -> LowRankUpdate | None:
+        """The learned update of a weight as its factors; spectra, ranks and comparisons follow from it."""
+        return None
+
+    def learned_update(self) -> Tensor | None:
+        """What was learned, as one tensor that is zero at the start: the change of a bias or of output scales, say.
+
+        For methods without factors (`low_rank_update`) and functions (`learned_functions`); None if only the base
+        model could tell.
+        """
+        return None
+
+    def learned_functions(self) -> LearnedFunctions | None:
+        """This adapter, if what it learns are activation functions: they are drawn, and counted as "functions"."""
+        return None
+
+    def summary(self) -> AdapterSummary:
+        """What `lit-adapters inspect` shows: by default what follows from the three hooks above, else sizes alone."""
+        update, functions = self.low_rank_update(), self.learned_functions()
+        if update is not None:
+            return update.summary()
+        if functions is not None:
+            return functions_summary(functions)
+        sizes = {name: "x".join(map(str, p.shape)) or "1" for name, p in self.adapter_parameters().items()}
+        learned = self.learned_update()
+        change = None if learned is None else torch.linalg.vector_norm(learned.detach().double()).item()
+        return AdapterSummary(", ".join(f"{name} {size}" for name, size in sizes.items()), change)
+
+    def check_linear(self) -> None:
+        """Raise if the layer's parameters could not hold the effect at present; most methods are linear throughout.
+
+        Raises:
+            AdapterError: the adapter is annealed, and still nonlinear.
+        """
+
+    def merge_obstacle(self) -> str:
+        """Why the effect cannot go into the layer's parameters now; empty if it can."""
+        try:
+            self.check_linear()
+        except AdapterError as error:
+            return str(error)
+        return ""
+
+    def charts(self) -> dict[str, str]:
+        """Charts for the page of TensorBoard: the tags of each by its title.
+
+        `each_layer` and `mean_over_layers` of `methods/description.py` give the tags of a statistic, one that
+        `statistics` or `observe` returns.
+        """
+        return {}
+
+    def input_histogram(self, x: Tensor) -> Tensor | None:
+        """Counts (D + 2,) of a sample of the inputs x: below the grid of `learned_functions`, in its D parts, above it.
+
+        None, the default, counts nothing.
+        """
+        return None

@@ -12,7 +12,7 @@ layer. r (in + out) + out parameters a layer. Dropout acts on the input of B A a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.methods.description import AdapterSummary
 from lit_adapters.methods.keeping import KeepingAdapter
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.matrix_layers import LinearLayer
@@ -140,3 +141,7 @@ class DoRAAdapter(KeepingAdapter, LowRankAdapter):
             if f"{prefix}magnitude" not in state_dict and not self.lora_B.any():  # another base, nothing trained yet
                 with torch.no_grad():
                     self.magnitude.copy_(self.base_square.sqrt())
+
+    def summary(self) -> AdapterSummary:
+        """As for any pair; the magnitudes are not in it."""
+        return replace(super().summary(), note="magnitudes apart")

@@ -14,7 +14,7 @@ more with "sine", whose frequency is learned.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lit_adapters.activations.weight_functions import WEIGHT_FUNCTIONS, WeightUpdate
 from lit_adapters.errors import AdapterError
+from lit_adapters.methods.description import AdapterSummary, each_layer
 from lit_adapters.methods.keeping import KeepingAdapter
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.matrix_layers import ConvolutionLayer, LinearLayer
@@ -162,3 +163,14 @@ class LoRANAdapter(KeepingAdapter, LowRankAdapter):
         """relative_norm: ||s f(B A)||_F / ||W0||_F; nonlinearity: ||f(B A) - B A||_F / ||B A||_F."""
         size, residual = self.update_size()
         return {"relative_norm": size / self.base_norm(), "nonlinearity": residual}
+
+    @torch.no_grad()
+    def summary(self) -> AdapterSummary:
+        """The norm of s f(B A), and the spectrum of s B A."""
+        change, residual = self.update_size()
+        return replace(super().summary(), change=change, note=f"|f(BA) - BA| / |BA| = {residual:.1e}")
+
+    def charts(self) -> dict[str, str]:
+        """As for any pair, and how far f(B A) is from linear."""
+        title = "AFA, LoRAN: distance from linear, each layer"
+        return {title: each_layer("nonlinearity")} | super().charts()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule, Method
+from lit_adapters.methods.description import LowRankUpdate, each_layer, mean_over_layers
 from lit_adapters.methods.matrix_layers import LinearLayer, matrix_layer, reads_weight
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops._autocast import autocast_dtype
@@ -103,6 +104,22 @@ class LowRank(Method):
     def adapter(self, base: nn.Module, layer: LinearLayer, rank: int) -> LowRankAdapter:
         """The adapter of this method for a layer that can carry it."""
         raise NotImplementedError
+
+    def placeholder(
+        self, qualified_name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+    ) -> AdapterModule | None:
+        """As for any method; of the sizes that the pair in the file has.
+
+        Raises:
+            AdapterError: one of the pair is missing.
+        """
+        pair = {"lora_A", "lora_B"}
+        if not pair & tensors.keys():
+            return super().placeholder(qualified_name, tensors, shapes)
+        if not pair <= tensors.keys():
+            raise AdapterError(f"{qualified_name!r} lacks lora_A or lora_B")
+        (rank, inputs), outputs = tensors["lora_A"].shape, tensors["lora_B"].shape[0]
+        return self.adapter(nn.Linear(inputs, outputs, bias=False, device="meta"), LinearLayer(), rank)
 
 
 def _is_constant(tensor: Tensor) -> bool:
@@ -231,3 +248,14 @@ class LowRankAdapter(WeightAdapter):
 
     def extra_repr(self) -> str:
         return f"{self.base.extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"
+
+    def low_rank_update(self) -> LowRankUpdate:
+        """s B A."""
+        return LowRankUpdate(self.lora_B.detach(), self.lora_A.detach(), self.scaling)
+
+    def charts(self) -> dict[str, str]:
+        """The size of the update, relative to the pretrained weight."""
+        return {
+            "weights: ||dW|| / ||W||, mean over layers": mean_over_layers("relative_norm"),
+            "weights: ||dW|| / ||W||, each layer": each_layer("relative_norm"),
+        }

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -32,6 +32,7 @@ from lit_adapters.activations.sensitivity import coefficient_effects
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.channels import channel_layout
+from lit_adapters.methods.description import AdapterSummary, LearnedFunctions, each_layer
 from lit_adapters.methods.keeping import KeepingAdapter
 from lit_adapters.ops import Denominator, fixed_rational, rational
 from lit_adapters.ops.rational import MAX_DEGREE
@@ -127,6 +128,12 @@ class NoRA(Method):
             )
         device = next((t.device for t in (*parent.parameters(), *parent.buffers())), torch.device("cpu"))
         return NoRAActivation(base, self, channel_dim, device)
+
+    def placeholder(
+        self, qualified_name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+    ) -> AdapterModule:
+        """As for any method; files do not tell which activation it was, and what they hold does not depend on it."""
+        return NoRAActivation(nn.GELU(), self, -1, torch.device("meta"))
 
 
 def _interval(ends: object) -> tuple[float, float]:
@@ -407,3 +414,29 @@ class NoRAActivation(KeepingAdapter):
     def extra_repr(self) -> str:
         c = self.config
         return f"{type(self.base).__name__}, groups={c.groups}, rank={c.rank}, degrees={c.degrees}, base={c.base}"
+
+    def learned_functions(self) -> LearnedFunctions:
+        """Itself."""
+        return self
+
+    def fitted_range(self) -> tuple[float, float]:
+        """The ends of the interval on which the rational function was fitted to the pretrained activation."""
+        low, high = self.fit_range.tolist()
+        return low, high
+
+    def summary(self) -> AdapterSummary:
+        """As for any functions, with their degrees and rank."""
+        c = self.config
+        rank = "" if c.rank is None else f", r = {c.rank}"
+        return replace(super().summary(), size=f"{c.groups} groups, {c.degrees[0]}/{c.degrees[1]}{rank}")
+
+    def merge_obstacle(self) -> str:
+        """No parameter of the model holds a function."""
+        return "a function of the activations: merging leaves a plain rational activation in its place"
+
+    def charts(self) -> dict[str, str]:
+        """How far the functions have moved, and how many inputs lie where the fit was not made."""
+        return {
+            "functions: drift from the pretrained ones, each layer": each_layer("relative_drift"),
+            "functions: share of inputs outside the fit": each_layer("outside_range"),
+        }

@@ -21,13 +21,11 @@ class Drift:
         l2: sqrt(E (phi - phi0)^2), the expectation over the density.
         relative: l2 / sqrt(E phi0^2).
         sup: max |phi - phi0| over the grid.
-        relative_sup: sup / max |phi0|.
     """
 
     l2: Tensor
     relative: Tensor
     sup: Tensor
-    relative_sup: Tensor
 
 
 def drift(current: Tensor, initial: Tensor, density: Tensor) -> Drift:
@@ -38,7 +36,7 @@ def drift(current: Tensor, initial: Tensor, density: Tensor) -> Drift:
     sup = difference.abs().amax(-1)
     tiny = torch.finfo(initial.dtype).tiny
     norm = (initial.square() * weights).sum(-1).sqrt().clamp_min(tiny)
-    return Drift(l2, l2 / norm, sup, sup / initial.abs().amax(-1).clamp_min(tiny))
+    return Drift(l2, l2 / norm, sup)
 
 
 def slope_bound(values: Tensor, grid: Tensor) -> Tensor:

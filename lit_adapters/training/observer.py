@@ -1,4 +1,4 @@
-"""Looks at the inputs of adapters while they train, in the batches whose step is going to be recorded."""
+"""Observe the inputs of adapters while they train, in the batches whose step will be recorded."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from lit_adapters.methods.base import AdapterModule
-from lit_adapters.methods.nora import NoRAActivation
 from lit_adapters.training.processes import gather_objects
 
 
 class InputObserver:
-    """Histograms of the inputs of adapted activations, added up over a run, and what adapters say of their inputs.
+    """Histograms of the inputs of adapters, added up over a run, and the scalars that adapters compute from them.
 
-    Each forward pass contributes a regular sample of a few thousand values, so that a batch costs next to nothing. A
-    pass without gradients, of a step that also generates or asks a reference, is none of the training and not seen. A
-    model that was compiled as a whole may ignore hooks: then nothing is seen.
+    `AdapterModule.observe` and `input_histogram` decide what is observed of a layer. Each forward pass contributes a
+    sample of a few thousand values, which costs next to nothing. Passes without gradients are not observed: a training
+    step makes them to generate text or to ask a reference model. In a model that was compiled as a whole, hooks may not
+    run; then nothing is observed.
 
     Attributes:
-        counts: by layer, (D + 2,): below the layer's grid, in each of its parts, above it; of this process's inputs.
-        scalars: by layer, what `AdapterModule.observe` returned in the batch observed last.
-        step: which that batch led to, in optimiser steps.
+        counts: The histogram (D + 2,) of the inputs that this process has seen, by layer: below the layer's grid, in
+            each of its D parts, above it.
+        scalars: What `AdapterModule.observe` returned in the last observed batch, by layer.
+        step: The optimiser step that the last observed batch led to.
     """
 
     def __init__(self, layers: Mapping[str, AdapterModule]) -> None:
@@ -34,7 +35,7 @@ class InputObserver:
         self.step = -1
 
     def start(self) -> None:
-        """Watch the batch that comes."""
+        """Observe the next batch."""
         self.stop()
         self.scalars = {}
         for name, adapter in self._layers.items():
@@ -42,13 +43,13 @@ class InputObserver:
             self._handles.append(adapter.register_forward_pre_hook(hook, with_kwargs=True))
 
     def end_batch(self, step: int) -> None:
-        """Watch no longer; what was seen belongs to `step`."""
+        """Stop observing; what was seen belongs to optimiser step `step`."""
         if self._handles:
             self.step = step
         self.stop()
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop observing."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -61,15 +62,15 @@ class InputObserver:
 
         def see(adapter: AdapterModule, x: Tensor) -> None:
             self.scalars[name] = adapter.observe(x)
-            if isinstance(adapter, NoRAActivation):
-                counted = adapter.input_histogram(x)
+            counted = adapter.input_histogram(x)
+            if counted is not None:
                 before = self.counts.get(name)
                 self.counts[name] = counted if before is None else before + counted
 
         return observe
 
     def means(self, step: int) -> dict[str, dict[str, float]]:
-        """`scalars` of a step, each the mean over the processes that saw the layer; all processes call this."""
+        """`scalars` of a step, each averaged over the processes that saw the layer; every process must call this."""
         collected: dict[str, dict[str, list[float]]] = {}
         for scalars in gather_objects(self.scalars if self.step == step else {}):
             for name, values in scalars.items():
@@ -78,6 +79,6 @@ class InputObserver:
         return {n: {k: sum(v) / len(v) for k, v in values.items()} for n, values in collected.items()}
 
     def density(self, name: str) -> Tensor | None:
-        """Shares of the inputs seen so far, on the parts of the layer's grid (D,); None if nothing was seen there."""
+        """The share (D,) of the inputs seen so far in each part of the layer's grid; None if nothing was seen there."""
         inside = self.counts[name][1:-1].double() if name in self.counts else torch.zeros(1)
         return inside / inside.sum() if inside.any() else None

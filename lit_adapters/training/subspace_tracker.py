@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lit_adapters.learned.subspace import Change, learned_subspace
+from lit_adapters.learned.subspace import Change, learned_change, learned_subspace
 from lit_adapters.methods.base import AdapterModule
-from lit_adapters.methods.low_rank import LowRankAdapter
-from lit_adapters.methods.nora import NoRAActivation
+from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops.statistics import (
     FunctionalSubspace,
     components,
@@ -32,21 +31,22 @@ def _leading(space: FunctionalSubspace) -> Tensor:
 
 
 class SubspaceTracker:
-    """Scalars of the subspaces, some of which compare with the record before.
+    """Scalars of the learned subspaces; some compare with the record before.
 
     Args:
-        layers: adapters by name.
-        coefficients: of the functions at the record before, in a run that is resumed.
+        layers: The adapters by name.
+        coefficients: The functions' coefficients at the record before, in a run that is resumed.
 
     Attributes:
-        coefficients: of the functions at the last record that found them changed, by layer.
+        coefficients: The functions' coefficients at the last record that found them changed, by layer.
     """
 
     def __init__(
         self, layers: Mapping[str, AdapterModule], coefficients: Mapping[str, tuple[Tensor, Tensor]] | None = None
     ) -> None:
-        self._functions = {n: a for n, a in layers.items() if isinstance(a, NoRAActivation)}
-        self._weights = {n: a for n, a in layers.items() if isinstance(a, LowRankAdapter)}
+        self._layers = dict(layers)
+        found = {name: adapter.learned_functions() for name, adapter in layers.items()}
+        self._functions = {name: functions for name, functions in found.items() if functions is not None}
         self._leading: dict[str, Tensor] = {}  # of the pretrained weights; found when first needed
         self._before: FunctionalSubspace | None = None  # at the last record
         self.coefficients = dict(coefficients or {})
@@ -55,32 +55,33 @@ class SubspaceTracker:
             self._before = self._space(lambda layer, grid: layer.learned_change(grid, kept[id(layer)]))
 
     def layer(self, name: str) -> dict[str, float]:
-        """stable_rank and effective_rank of the update (NoRA: of numerator and of denominator updates).
+        """stable_rank and effective_rank of a layer's update; of another matrix its stable rank, <matrix>_stable_rank.
 
-        For weights also overlap: mean cos^2 of the angles between the column space of the update and the space of the
-        r leading left singular vectors of the pretrained weight; r / out by chance.
+        The matrices are those of `AdapterModule.singular_values`. Where the update is known by its factors there is
+        also overlap: mean cos^2 of the angles between its column space and the space of the r leading left singular
+        vectors of the pretrained weight; r / out by chance.
         """
-        if name in self._functions:
-            scalars = {}
-            for part, values in self._functions[name].singular_values().items():
-                scalars[f"{part}_stable_rank"] = stable_rank(values)
-            return scalars
-        if name not in self._weights:
-            return {}
-        adapter = self._weights[name]
-        values, space = adapter.singular_values()["update"], adapter.column_space()
-        if not space.shape[1]:
+        adapter = self._layers[name]
+        scalars: dict[str, float] = {}
+        for matrix, values in adapter.singular_values().items():
+            if matrix != "update":
+                scalars[f"{matrix}_stable_rank"] = stable_rank(values)
+            elif values.any():
+                scalars["stable_rank"] = stable_rank(values)
+                scalars["effective_rank"] = effective_rank(values)
+                scalars |= self._overlap(name, adapter)
+        return scalars
+
+    def _overlap(self, name: str, adapter: AdapterModule) -> dict[str, float]:
+        update = adapter.low_rank_update()
+        if update is None or not isinstance(adapter, WeightAdapter):
             return {}
         if name not in self._leading:
-            self._leading[name] = leading_space(adapter.base_matrix(), adapter.rank)
-        return {
-            "stable_rank": stable_rank(values),
-            "effective_rank": effective_rank(values),
-            "overlap": overlap(self._leading[name], space),
-        }
+            self._leading[name] = leading_space(adapter.base_matrix(), update.rank)
+        return {"overlap": overlap(self._leading[name], update.column_space())}
 
     def functions(self) -> dict[str, float]:
-        """Of the stack of all learned changes of functions; empty without NoRA, and before anything was learned.
+        """Statistics of the stack of all learned changes of functions; empty while nothing was learned.
 
         effective_rank; components_90 and components_99: directions that hold that share of the energy; drift_cosine:
         between all changes now and at the record before; rotation: the largest principal angle, in radians, between
@@ -107,5 +108,5 @@ class SubspaceTracker:
             self.coefficients[name] = a.detach().cpu(), b.detach().cpu()
         return scalars
 
-    def _space(self, change: Change = NoRAActivation.learned_change) -> FunctionalSubspace:
+    def _space(self, change: Change = learned_change) -> FunctionalSubspace:
         return learned_subspace(list(self._functions.values()), _LEADING, change)

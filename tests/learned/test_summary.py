@@ -9,7 +9,7 @@ from torch import nn
 import lit_adapters as la
 from lit_adapters.files.saved import read_saved
 from lit_adapters.learned.plots import learned_figure
-from lit_adapters.learned.summary import learned_subspace, nora_layers, summarise
+from lit_adapters.learned.summary import learned_functions, learned_subspace, summarise
 from tests.learned.saved_adapters import Deep, adapted_net, change_of, checkpoint, ranks, refuses, rows, saved_net
 from tests.lightning.tiny_task import Net, Task
 from tests.matrix import ALL
@@ -80,7 +80,7 @@ def test_layers_of_very_different_ranges_share_one_functional_subspace(tmp_path)
     for _, adapter in la.adapters(net):
         weights = adapter.density.double() / adapter.density.sum()
         expected += (change_of(adapter, adapter.grid()).square() * weights).sum().item()
-    space = learned_subspace(list(nora_layers(read_saved(tmp_path)).values()))
+    space = learned_subspace(list(learned_functions(read_saved(tmp_path)).values()))
     assert space.singular_values.square().sum().item() == pytest.approx(expected, rel=0.02)
 
 

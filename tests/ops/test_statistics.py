@@ -28,7 +28,6 @@ def test_drift_of_a_shifted_line_under_a_uniform_density():
     assert moved.l2.tolist() == pytest.approx([0.5, (1 / 3) ** 0.5], rel=1e-3)
     assert moved.relative.tolist() == pytest.approx([0.5 * 3**0.5, 1.0], rel=1e-3)
     assert moved.sup.tolist() == pytest.approx([0.5, 1.0])
-    assert moved.relative_sup.tolist() == pytest.approx([0.5, 1.0])
 
 
 def test_drift_counts_only_where_inputs_are():

@@ -9,9 +9,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_adapters.lightning.record.tensorboard import describe, draw
+from lit_adapters.lightning.record.tensorboard import add_figures, add_overview
 from lit_adapters.methods.base import AdapterModule
-from lit_adapters.methods.nora import NoRAActivation
 from lit_adapters.model.sharding import gathered, is_sharded
 from lit_adapters.training.attached import adapter_layers
 from lit_adapters.training.observer import InputObserver
@@ -41,7 +40,7 @@ class Recorder:
         self._layers = layers if "subspace" in self._chosen else self._of_chosen_kind(layers)
         state = state or {}
         self._tracker = SubspaceTracker(layers, state.get("coefficients")) if "subspace" in self._chosen else None
-        self._functions = [a for a in layers.values() if isinstance(a, NoRAActivation)]
+        self._functions = [a for a in layers.values() if a.learned_functions() is not None]
         self._observer = InputObserver(self._of_chosen_kind(layers))
         self._observer.scalars, self._observer.step = dict(state.get("observed", {})), state.get("observed_step", -1)
         self._sharded = is_sharded(pl_module)
@@ -61,7 +60,7 @@ class Recorder:
     def start(self, trainer: Trainer, beta: float | None) -> None:
         """Tell TensorBoard what is to come, and record the start of a run that is not resumed."""
         for logger in _boards(trainer):
-            describe(trainer, self._module, self._of_chosen_kind(self._layers), self._tracker is not None, logger)
+            add_overview(trainer, self._module, self._of_chosen_kind(self._layers), self._tracker is not None, logger)
         if self._step < 0:
             self.record(trainer, beta)
 
@@ -124,7 +123,7 @@ class Recorder:
         if not last and (self._sharded or start - self._drawn_at < self._drawing_seconds / _DRAWING_SHARE):
             return
         boards = [logger.experiment for logger in _boards(trainer)] if trainer.is_global_zero else []
-        draw(boards, self._layers, self._observer, "subspace" in self._chosen, trainer.global_step)
+        add_figures(boards, self._layers, self._observer, "subspace" in self._chosen, trainer.global_step)
         self._drawn_step, self._drawn_at = trainer.global_step, time.monotonic()
         self._drawing_seconds = self._drawn_at - start
 
@@ -135,8 +134,8 @@ class Recorder:
                 _log_final_metrics(logger, trainer.callback_metrics, trainer.global_step)
 
 
-def _kind(adapter: object) -> str:
-    return "functions" if isinstance(adapter, NoRAActivation) else "weights"
+def _kind(adapter: AdapterModule) -> str:
+    return "weights" if adapter.learned_functions() is None else "functions"
 
 
 def _boards(trainer: Trainer) -> list[TensorBoardLogger]:

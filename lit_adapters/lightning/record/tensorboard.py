@@ -22,61 +22,57 @@ from lit_adapters.learned.subspace_figures import (
     weight_spectra_figure,
 )
 from lit_adapters.methods.base import AdapterModule
-from lit_adapters.methods.nora import NoRAActivation
+from lit_adapters.methods.description import LearnedFunctions, mean_over_layers
 from lit_adapters.model.attach import attachment
 from lit_adapters.model.sharding import gathered, whole
 from lit_adapters.training.attached import attached_models
 from lit_adapters.training.observer import InputObserver
 
 PAGE = "what the adapters learn"
-_MOST_PANELS = 48  # layers whose functions are drawn one by one; of more, evenly chosen ones
+_MAX_PANELS = 48  # layers whose functions are drawn one by one; of more layers, some are chosen evenly
 
-# Charts of the page "Custom Scalars": what fills them, their titles, and what their tags match.
-_CHARTS = (
-    ("any", "does it learn? train/loss and val/loss", r"(train|val)/loss(_step|_epoch)?"),
-    ("scheduled", "AFA: beta (linear at 0)", "adapter/beta"),
-    ("nonlinear", "AFA, LoRAN: distance from linear, each layer", "adapter/(?!summary).+/nonlinearity"),
-    ("weights", "weights: ||dW|| / ||W||, mean over layers", "adapter/summary/relative_norm"),
-    ("weights", "weights: ||dW|| / ||W||, each layer", "adapter/(?!summary).+/relative_norm"),
-    ("ranks", "weights: stable and effective rank, mean over layers", "adapter/summary/(stable|effective)_rank"),
-    ("functions", "functions: drift from the pretrained ones, each layer", "adapter/(?!summary).+/relative_drift"),
-    ("space", "functions: dimension of all changes together", "adapter/subspace/(effective_rank|components_9.)"),
-    ("space", "functions: cosine to the changes at the record before", "adapter/subspace/drift_cosine"),
-    ("functions", "functions: share of inputs outside the fit", "adapter/(?!summary).+/outside_range"),
-)
+_LOSS = {"does it learn? train/loss and val/loss": r"(train|val)/loss(_step|_epoch)?"}
+_ANNEALED = {"AFA: beta (linear at 0)": "adapter/beta"}
+_RANKS = {"weights: stable and effective rank, mean over layers": mean_over_layers("(stable|effective)_rank")}
+_SPACE = {
+    "functions: dimension of all changes together": "adapter/subspace/(effective_rank|components_9.)",
+    "functions: cosine to the changes at the record before": "adapter/subspace/drift_cosine",
+}
 
 
-def layout(layers: Mapping[str, AdapterModule], subspace: bool) -> dict[str, dict[str, list[Any]]]:
+def overview_layout(layers: Mapping[str, AdapterModule], subspace: bool) -> dict[str, dict[str, list[Any]]]:
     """The page for `SummaryWriter.add_custom_scalars`, with the charts that the statistics of these layers fill.
 
     Args:
-        layers: those of which "functions" or "weights" are recorded.
-        subspace: whether "subspace" is.
+        layers: The layers whose "functions" or "weights" are recorded.
+        subspace: Whether "subspace" is recorded.
     """
-    functions = any(isinstance(a, NoRAActivation) for a in layers.values())
-    weights = any(not isinstance(a, NoRAActivation) for a in layers.values())
-    filled = {
-        "any": True,
-        "scheduled": any(a.schedule is not None for a in layers.values()),
-        "nonlinear": any(a.method in ("afa", "loran") for a in layers.values()),
-        "weights": weights,
-        "ranks": weights and subspace,
-        "functions": functions,
-        "space": functions and subspace,
-    }
-    return {PAGE: {title: ["Multiline", [tags]] for needs, title, tags in _CHARTS if filled[needs]}}
+    functions = [a for a in layers.values() if a.learned_functions() is not None]
+    weights = [a for a in layers.values() if a.learned_functions() is None]
+    charts = dict(_LOSS)
+    if any(adapter.schedule is not None for adapter in layers.values()):
+        charts |= _ANNEALED
+    for adapter in weights:
+        charts |= adapter.charts()
+    if subspace and any(adapter.low_rank_update() is not None for adapter in weights):
+        charts |= _RANKS
+    for adapter in functions:
+        charts |= adapter.charts()
+    if subspace and functions:
+        charts |= _SPACE
+    return {PAGE: {title: ["Multiline", [tags]] for title, tags in charts.items()}}
 
 
-def describe(
+def add_overview(
     trainer: Trainer,
     pl_module: LightningModule,
     layers: Mapping[str, AdapterModule],
     subspace: bool,
     logger: TensorBoardLogger,
 ) -> None:
-    """Add the page of charts for `layers`, and, as text, the recipe."""
+    """Add the page of charts for `layers`, and the recipe as text."""
     if trainer.is_global_zero:
-        logger.experiment.add_custom_scalars(layout(layers, subspace))
+        logger.experiment.add_custom_scalars(overview_layout(layers, subspace))
         logger.experiment.add_text("recipe", recipe(trainer, pl_module), trainer.global_step)
 
 
@@ -91,29 +87,30 @@ def recipe(trainer: Trainer, pl_module: LightningModule) -> str:
             name or type(model).__name__: attachment(model).methods
             for name, model in attached_models(pl_module).items()
         }
-        text = yaml.safe_dump(_plain({"adapters": methods, "hparams": dict(pl_module.hparams)}), sort_keys=False)
+        text = yaml.safe_dump(_yaml_value({"adapters": methods, "hparams": dict(pl_module.hparams)}), sort_keys=False)
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def _plain(value: Any) -> Any:
+def _yaml_value(value: Any) -> Any:
     """The value as YAML can hold it: subclasses of plain types, as NumPy's numbers, are written out."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _yaml_value(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [_yaml_value(v) for v in value]
     return value if type(value) in (bool, int, float, str, type(None)) else repr(value)
 
 
-def draw(
+def add_figures(
     boards: Sequence[Any], layers: Mapping[str, AdapterModule], observer: InputObserver, subspace: bool, step: int
 ) -> None:
     """Add the figures and histograms that these adapters have; without boards, only gather what others draw."""
-    functions = {n: a for n, a in layers.items() if isinstance(a, NoRAActivation)}
-    with gathered(*functions.values()):
+    found = {name: adapter.learned_functions() for name, adapter in layers.items()}
+    functions = {name: learned for name, learned in found.items() if learned is not None}
+    with gathered(*(layers[name] for name in functions)):
         figures = _figures_of_functions(functions, observer, subspace) if boards and functions else {}
-    for name, activation in functions.items():
+    for name, learned in functions.items():
         for board in boards if name in observer.counts else ():
-            _add_counts(board, f"adapter/{activation.method}/{name}/inputs", activation, observer.counts[name], step)
+            _add_counts(board, f"adapter/{layers[name].method}/{name}/inputs", learned, observer.counts[name], step)
     norms: dict[str, float] = {}
     spectra: dict[str, Tensor] = {}
     for name, adapter in layers.items():
@@ -124,8 +121,8 @@ def draw(
             if "relative_norm" in statistics:
                 norms[name] = statistics["relative_norm"]
             if subspace:
-                found = adapter.singular_values()
-                spectra |= {name: found["update"]} if found else {}
+                matrices = adapter.singular_values()
+                spectra |= {name: matrices["update"]} if "update" in matrices else {}
             for key, parameter in adapter.adapter_parameters().items():
                 values = whole(parameter.detach()).float().cpu()
                 for board in boards:
@@ -140,9 +137,9 @@ def draw(
 
 
 def _figures_of_functions(
-    functions: Mapping[str, NoRAActivation], observer: InputObserver, subspace: bool
+    functions: Mapping[str, LearnedFunctions], observer: InputObserver, subspace: bool
 ) -> dict[str, Figure]:
-    chosen = dict(list(functions.items())[:: -(-len(functions) // _MOST_PANELS)])
+    chosen = dict(list(functions.items())[:: -(-len(functions) // _MAX_PANELS)])
     seen = {name: density for name in chosen if (density := observer.density(name)) is not None}
     figures = {
         "adapter/functions": functions_figure(chosen, "functions", seen),
@@ -156,9 +153,9 @@ def _figures_of_functions(
     return figures
 
 
-def _add_counts(board: Any, tag: str, adapter: NoRAActivation, counts: Tensor, step: int) -> None:
+def _add_counts(board: Any, tag: str, layer: LearnedFunctions, counts: Tensor, step: int) -> None:
     """Inputs outside the grid are put at its ends."""
-    low, high = adapter.grid_range.tolist()
+    low, high = layer.grid()[[0, -1]].tolist()
     inside = counts[1:-1].double().clone()
     inside[0] += counts[0]
     inside[-1] += counts[-1]

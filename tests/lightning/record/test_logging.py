@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 import lit_adapters as la
 from lit_adapters import AdapterCallback, AdapterError
 from lit_adapters.learned.subspace import learned_subspace
-from lit_adapters.lightning.record.tensorboard import PAGE, layout
+from lit_adapters.lightning.record.tensorboard import PAGE, overview_layout
 from lit_adapters.ops.statistics import components, effective_rank, overlap, stable_rank
 from lit_adapters.training.attached import adapter_layers
 from lit_adapters.training.subspace_tracker import SubspaceTracker
@@ -253,7 +253,7 @@ def test_the_page_of_charts_matches_tags_that_are_there(tmp_path):
     titles = [chart.title for chart in page.chart]
     assert any(t.startswith("functions:") for t in titles)
     assert any(t.startswith("AFA:") for t in titles)
-    without = layout(dict(la.adapters(Task(la.LoRA(rank=2)))), subspace=False)[PAGE]
+    without = overview_layout(dict(la.adapters(Task(la.LoRA(rank=2)))), subspace=False)[PAGE]
     assert any(t.startswith("weights:") for t in without)
     assert not any(t.startswith(("functions:", "AFA", "weights: stable")) for t in without)
 
