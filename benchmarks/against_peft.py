@@ -106,13 +106,21 @@ def measure(name: str, method: str, rank: int, precision: str, checkpointing: bo
     _, times = alternate(steps, rounds)
     del steps
     return {
-        **{"model": name, "method": method, "rank": rank, "precision": precision, "checkpointing": checkpointing},
-        **{"seconds": spread(times["ours"]), "seconds_peft": spread(times["peft"])},
+        "model": name,
+        "method": method,
+        "rank": rank,
+        "precision": precision,
+        "checkpointing": checkpointing,
+        "seconds": spread(times["ours"]),
+        "seconds_peft": spread(times["peft"]),
         "ratio": ratios(times, "ours", "peft"),
-        **{"over_frozen": ratios(times, "ours", "frozen"), "peft_over_frozen": ratios(times, "peft", "frozen")},
+        "over_frozen": ratios(times, "ours", "frozen"),
+        "peft_over_frozen": ratios(times, "peft", "frozen"),
         "memory_mib": resident_of(step_of, name, "ours", *rest).needed,
         "memory_mib_peft": resident_of(step_of, name, "peft", *rest).needed,
-        **{"rounds": rounds, "system_load": other_load(), "environment": environment()},
+        "rounds": rounds,
+        "system_load": other_load(),
+        "environment": environment(),
     }
 
 
@@ -128,20 +136,20 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def combinations(given: argparse.Namespace) -> list[tuple[str, str, int, str, bool]]:
+def combinations(args: argparse.Namespace) -> list[tuple[str, str, int, str, bool]]:
     """Model, method, rank, precision and checkpointing of each that was chosen."""
-    return list(itertools.product(given.models, given.methods, given.ranks, given.precisions, [given.checkpointing]))
+    return list(itertools.product(args.models, args.methods, args.ranks, args.precisions, [args.checkpointing]))
 
 
 def main() -> None:
     """Measure every combination asked for."""
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    given.precisions = measurable(given.precisions)
-    for combination in combinations(given):
-        record = measure(*combination, given.rounds)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.precisions = measurable(args.precisions)
+    for combination in combinations(args):
+        record = measure(*combination, args.rounds)
         append(RESULTS / "against_peft.json", record)
         over = [record[name]["median"] for name in ("ratio", "over_frozen", "peft_over_frozen")]
         print(

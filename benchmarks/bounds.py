@@ -1,13 +1,35 @@
-"""Every bound on speed and memory beside what was measured last: the first table of docs/performance.md."""
+"""Every bound on speed and memory, and what was measured last beside it: the first table of docs/performance.md."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from benchmarks.performance_tables import with_spread
-from benchmarks.results_file import RESULTS, load
+from benchmarks.arms import ARMS
+from benchmarks.results_file import RESULTS, load, with_spread
 
 Record = dict[str, Any]
+
+
+class Limit(NamedTuple):
+    """The quantity that a bound is on, and the most that it may be."""
+
+    quantity: str
+    limit: float
+
+
+# By the variant of benchmarks/rational_speed.py: time over compiled GELU's.
+RATIONAL = {
+    "rational": Limit("Rational function, forward and backward / compiled GELU's", 1.10),
+    "without coefficient gradients": Limit("the same without coefficient gradients", 1.00),
+    "groups of 24 channels": Limit("the same in groups of 24 channels", 1.40),
+    "anchored": Limit("the same, anchored", 1.35),
+    "blocks": Limit("the same without a C++ compiler, float32", 3.5),
+}
+# By precision and what is compared with: a step of NoRA over that of the frozen model or of full fine-tuning.
+NORA_STEP = {("fp32", "frozen"): 1.05, ("bf16", "frozen"): 1.07, ("fp32", "full"): 0.75, ("bf16", "full"): 0.85}
+# By method and precision: a step over peft's.
+PEFT_STEP = {("lora", "fp32"): 0.88, ("lora", "bf16"): 0.90, ("dora", "fp32"): 0.83, ("dora", "bf16"): 0.72}
+IMPORT_SECONDS = 0.3  # of `import lit_adapters`, beyond torch
 MODELS = {"vit": "ViT", "llama": "LLaMA", "layer": "layer"}
 
 
@@ -27,7 +49,9 @@ class Bound(NamedTuple):
         ]
         if not met:
             return [self.quantity, f"{self.limit:.2f}", "not run", ""]
-        answer = "yes" if all(met) else "**no**" if not any(met) else f"**{sum(met)} of {len(met)}**"
+        answer = f"**{sum(met)} of {len(met)}**" if any(met) else "**no**"
+        if all(met):
+            answer = "yes"
         return [self.quantity, f"{self.limit:.2f}", "; ".join(shown), answer]
 
 
@@ -50,15 +74,8 @@ def bounds() -> list[Bound]:
 
 
 def _rational() -> list[Bound]:
-    limits = {
-        "rational": ("Rational function, forward and backward / compiled GELU's", 1.10),
-        "without coefficient gradients": ("the same without coefficient gradients", 1.00),
-        "groups of 24 channels": ("the same in groups of 24 channels", 1.40),
-        "anchored": ("the same, anchored", 1.35),
-        "blocks": ("the same without a C++ compiler, float32", 3.5),
-    }
     found = []
-    for variant, (quantity, limit) in limits.items():
+    for variant, (quantity, limit) in RATIONAL.items():
         dtypes = ["float32"] if variant == "blocks" else ["float32", "bfloat16"]
         of = {d: _last("rational_speed", variant=variant, dtype=d, device="cpu") for d in dtypes}
         found.append(Bound(quantity, limit, [m for d in dtypes for m in _ratio(d, of[d], "over_gelu")]))
@@ -66,7 +83,6 @@ def _rational() -> list[Bound]:
 
 
 def _nora() -> list[Bound]:
-    limits = {("fp32", "frozen"): 1.05, ("bf16", "frozen"): 1.07, ("fp32", "full"): 0.75, ("bf16", "full"): 0.85}
     names = {"frozen": "the frozen model's", "full": "full fine-tuning's"}
     return [
         Bound(
@@ -74,21 +90,21 @@ def _nora() -> list[Bound]:
             limit,
             _ratio("", _last("step_time", model="vit", arm="nora", precision=precision), f"over_{other}"),
         )
-        for (precision, other), limit in limits.items()
+        for (precision, other), limit in NORA_STEP.items()
     ]
 
 
 def _peft() -> list[Bound]:
-    limits = {("LoRA", "fp32"): 0.88, ("LoRA", "bf16"): 0.90, ("DoRA", "fp32"): 0.83, ("DoRA", "bf16"): 0.72}
     found = []
-    for (method, precision), limit in limits.items():
-        key = {"method": method.lower(), "precision": precision, "rank": 8, "checkpointing": False}
+    for (method, precision), limit in PEFT_STEP.items():
+        key = {"method": method, "precision": precision, "rank": 8, "checkpointing": False}
         of = {name: _last("against_peft", model=model, **key) for model, name in MODELS.items()}
         times = [m for name, records in of.items() for m in _ratio(name, records, "ratio")]
-        found.append(Bound(f"{method}, a step / peft's, {precision}", limit, times))
+        found.append(Bound(f"{ARMS[method].name}, a step / peft's, {precision}", limit, times))
     for precision in ("fp32", "bf16"):
         key = {"method": "dora", "precision": precision, "rank": 8, "checkpointing": False}
-        tensors, resident = [], []
+        tensors = []
+        resident = []
         for model, name in MODELS.items():
             for r in _last("peft_memory", model=model, **key):
                 tensors.append(_share(name, r["ours"]["allocated_mib"], r["peft"]["allocated_mib"]))
@@ -100,7 +116,8 @@ def _peft() -> list[Bound]:
 
 
 def _loran() -> list[Bound]:
-    many, few = 2015, 260
+    many = 2015
+    few = 260
     of = {(arm, n): _last("loran_speed", arm=arm, tokens=n) for arm in ("lora", "loran") for n in (many, few)}
     memory = [
         _share(f"{what}, {n:,} tokens", ours[field], lora[field])
@@ -131,7 +148,7 @@ def _use() -> list[Bound]:
             for m in _ratio(f"{name} {use}".strip(), _last("inference", model=model, variant=variant), "over_base")
         ]
 
-    merged = {"LoRA": "lora, merged", "DoRA": "dora, merged", "AFA-LoRA": "afa, merged", "LoRAN": "loran, merged"}
+    merged = {ARMS[arm].name: f"{arm}, merged" for arm in ("lora", "dora", "afa", "loran")}
     return [
         Bound("A second copy of the base, in use / the base: chance", 1.02, ratios("base, again")),
         Bound("Merged, in use / the base", 1.02, [m for name, v in merged.items() for m in ratios(v, name)]),
@@ -150,6 +167,6 @@ def _beginning() -> list[Bound]:
     rest = (longest["file_bytes"] - longest["value_bytes"]) / 1024
     return [
         Bound("Attaching to a LLaMA of 8B, seconds", 2.0, _ratio("at most", [slowest], "attach")),
-        Bound("`import lit_adapters` beyond torch, seconds", 0.3, _ratio("", [of["import"]], "seconds")),
+        Bound("`import lit_adapters` beyond torch, seconds", IMPORT_SECONDS, _ratio("", [of["import"]], "seconds")),
         Bound("An adapter file beyond its values, KiB", 64, [("at most", rest, f"{rest:.0f}")]),
     ]

@@ -30,8 +30,14 @@ from lit_adapters.methods.nora import NoRAActivation
 from vision.__main__ import main as vision
 
 HOOKS = (
-    *("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end"),
-    *("on_train_start", "on_train_epoch_end", "on_train_end", "on_fit_end"),
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+    "on_train_start",
+    "on_train_epoch_end",
+    "on_train_end",
+    "on_fit_end",
 )
 RUNS = {
     "vit": ("vision/offline/nora_plus_plus", ["--data.source=folder", "--data.train_subset=3200"], 2),
@@ -43,7 +49,8 @@ class Clock(Callback):
     """Wall-clock seconds of the training loop, first step excluded: it compiles."""
 
     def __init__(self) -> None:
-        self.start = self.end = 0.0
+        self.start = 0.0
+        self.end = 0.0
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         self.end = time.perf_counter()
@@ -67,7 +74,8 @@ def run(model: str, root: Path) -> dict[str, Any]:
     """Train, and take the shares."""
     recipe, options, epochs = RUNS[model]
     spent: dict[str, float] = {}
-    callback, clock = la.AdapterCallback(), Clock()
+    callback = la.AdapterCallback()
+    clock = Clock()
     for hook in HOOKS:
         setattr(callback, hook, timed(spent, hook, getattr(callback, hook)))
     observed = [(NoRAActivation, name) for name in ("observe", "input_histogram")]
@@ -91,9 +99,16 @@ def run(model: str, root: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         cli = main(
             [
-                *("fit", f"--config=configs/{recipe}.yaml", *data, *options, *length),
-                *("--trainer.callbacks=null", "--trainer.limit_val_batches=0", "--trainer.enable_checkpointing=false"),
-                *("--trainer.enable_progress_bar=false", f"--trainer.logger.init_args.save_dir={folder}"),
+                "fit",
+                f"--config=configs/{recipe}.yaml",
+                *data,
+                *options,
+                *length,
+                "--trainer.callbacks=null",
+                "--trainer.limit_val_batches=0",
+                "--trainer.enable_checkpointing=false",
+                "--trainer.enable_progress_bar=false",
+                f"--trainer.logger.init_args.save_dir={folder}",
             ],
             trainer_defaults={"callbacks": [callback, clock]},
             save_config_callback=None,
@@ -123,10 +138,10 @@ def main() -> None:
     parser.add_argument("--root", required=True, type=Path, help="folder with cifar10 and alpaca_demo")
     parser.add_argument("--models", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    for model in arguments.models:
-        record = run(model, arguments.root)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for model in args.models:
+        record = run(model, args.root)
         append(RESULTS / "callback_overhead.json", record)
         print({k: v for k, v in record.items() if k != "environment"}, flush=True)
 

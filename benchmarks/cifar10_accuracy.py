@@ -10,47 +10,24 @@ are kept and skipped.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import time
+from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 
-from benchmarks.results_file import RESULTS, append, environment, load
+from benchmarks.arms import ARMS, names, recipe_of
+from benchmarks.results_file import RESULTS, environment
+from benchmarks.runner import QUIET, Runner, Steps, parser, rate_options
 from benchmarks.timing import peak_memory_mib
 from vision.__main__ import main as vision
 
-RATES = {
-    "head": (5e-3, 2e-2),
-    "full": (1e-4, 3e-4),
-    "lora": (1e-3, 3e-3),
-    "nora": (5e-3, 1e-2),
-    "nora_anchored": (5e-3, 1e-2),
-    "nora_published": (1e-3, 5e-3),
-    "nora_plus_plus": (1e-3, 3e-3),
-}
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "rate": {"epochs": 1, "data": ["--data.train_subset=3000", "--data.val_subset=1000"]},
     "full": {"epochs": 3, "data": ["--data.train_subset=10000", "--data.val_subset=1000"]},
     "few": {"epochs": 10, "data": ["--data.few_shot=50", "--data.val_subset=1000", "--data.test_subset=2000"]},
 }
 ORDERS = (0, 1, 2)
-
-
-class Steps(Callback):
-    """Seconds between the ends of training steps."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.ends.append(time.perf_counter())
-
-    def median(self) -> float:
-        """Median seconds a step."""
-        return statistics.median(b - a for a, b in zip(self.ends, self.ends[1:], strict=False))
 
 
 def run(arm: str, protocol: str, rate: float, order: int, root: str) -> dict[str, Any]:
@@ -60,11 +37,18 @@ def run(arm: str, protocol: str, rate: float, order: int, root: str) -> dict[str
     start, steps = time.perf_counter(), Steps()
     cli = vision(
         [
-            *("fit", f"--config=configs/vision/offline/{arm}.yaml", f"--data.root={root}", "--data.source=folder"),
-            *(f"--optimizer.lr={rate}", f"--lr_scheduler.max_lr={rate}", f"--data.order_seed={order}"),
-            *(f"--trainer.max_epochs={settings['epochs']}", "--trainer.limit_val_batches=0", "--trainer.logger=false"),
-            *(f"--seed_everything={order}", "--trainer.enable_checkpointing=false", "--trainer.callbacks=null"),
-            *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", *settings["data"]),
+            "fit",
+            f"--config=configs/vision/offline/{recipe_of(arm)}.yaml",
+            *ARMS[arm].changes,
+            f"--data.root={root}",
+            "--data.source=folder",
+            f"--data.order_seed={order}",
+            *settings["data"],
+            *rate_options(rate),
+            f"--seed_everything={order}",
+            f"--trainer.max_epochs={settings['epochs']}",
+            "--trainer.limit_val_batches=0",
+            *QUIET,
         ],
         trainer_defaults={"callbacks": [steps]},
         save_config_callback=None,
@@ -98,32 +82,20 @@ def run(arm: str, protocol: str, rate: float, order: int, root: str) -> dict[str
 
 def main() -> None:
     """Run what is missing in the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, help="folder with train/ and test/, or train.tar.gz and test.tar.gz")
-    parser.add_argument("--arms", nargs="+", default=list(RATES), choices=list(RATES))
-    parser.add_argument("--protocols", nargs="+", default=["full", "few"], choices=["full", "few"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--name", default="cifar10_accuracy", help="name of the result file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    path = RESULTS / f"{arguments.name}.json"
-
-    def once(arm: str, protocol: str, rate: float, order: int) -> dict[str, Any]:
-        key = {"arm": arm, "protocol": protocol, "rate": rate, "order": order}
-        known = [r for r in load(path) if key.items() <= r.items()]
-        if not known:
-            append(path, run(arm, protocol, rate, order, arguments.root))
-            known = [r for r in load(path) if key.items() <= r.items()]
-        print(f"{arm:<16} {protocol:<5} lr {rate:g} order {order}: {known[0]['accuracy']:.4f}", flush=True)
-        return known[0]
-
-    best = {}
-    for protocol in arguments.protocols:
-        for arm in arguments.arms:
-            tried = [once(arm, "rate", rate, 0) for rate in RATES[arm]]
-            best[arm] = max(tried, key=lambda r: r["accuracy"])["rate"]
+    options = parser(__doc__, names("accuracy"))
+    options.add_argument("--root", required=True, help="folder with train/ and test/, or train.tar.gz and test.tar.gz")
+    options.add_argument("--protocols", nargs="+", default=["full", "few"], choices=["full", "few"])
+    options.add_argument("--name", default="cifar10_accuracy", help="name of the result file")
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    runner = Runner(
+        RESULTS / f"{args.name}.json", partial(run, root=args.root), lambda record: f"{record['accuracy']:.4f}"
+    )
+    for protocol in args.protocols:
+        for arm in args.arms:
+            rate = runner.best_rate(ARMS[arm].rates, lambda record: -record["accuracy"], arm=arm, order=0)
             for order in ORDERS if protocol == "few" else ORDERS[:1]:
-                once(arm, protocol, best[arm], order)
+                runner.once(arm=arm, protocol=protocol, rate=rate, order=order)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import lit_adapters as la
+from benchmarks.arms import ARMS, methods
 from benchmarks.results_file import RESULTS, append, environment
 from benchmarks.timing import alternate, other_load, spread, training_step
 
@@ -30,16 +31,14 @@ SIZES = {
 }
 
 
-def methods(rank: int, groups: int) -> dict[str, la.Method | None]:
-    """What is compared; None is full fine-tuning."""
-    return {
-        "full fine-tuning": None,
-        "LoRA": la.LoRA(rank=rank),
-        "AFA-LoRA": la.AFALoRA(rank=rank),
-        "DoRA": la.DoRA(rank=rank),
-        "LoRAN": la.LoRAN(rank=rank),
-        "NoRA": la.NoRA(groups=groups),
-    }
+def compared(rank: int, groups: int) -> dict[str, la.Method | None]:
+    """Methods by their names; None is full fine-tuning. NoRA++ is left out: its parts are there."""
+    found: dict[str, la.Method | None] = {ARMS["full"].name: None}
+    for key, method in methods().items():
+        if method is not la.NoRAPlusPlus:
+            size = {"groups": groups} if method is la.NoRA else {"rank": rank}
+            found[ARMS[key].name] = method(**size)
+    return found
 
 
 def step_of(method: la.Method | None, batch: int, patches: int, blocks: int) -> Callable[[], None]:
@@ -59,20 +58,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     for quantity, sizes in SIZES.items():
         seconds: dict[str, list[float]] = {}
         for size in sizes:
             now = {**START, quantity: size}
-            compared = methods(now["rank"], now["groups"])
             shape = (now["batch"], now["patches"], now["blocks"])
-            _, times = alternate({name: step_of(m, *shape) for name, m in compared.items()}, arguments.rounds)
+            steps = {name: step_of(m, *shape) for name, m in compared(now["rank"], now["groups"]).items()}
+            _, times = alternate(steps, args.rounds)
             for name, values in times.items():
                 seconds.setdefault(name, []).append(spread(values)["median"])
         for name, medians in seconds.items():
             record = {"quantity": quantity, "method": name, "sizes": list(sizes), "medians": medians}
-            record |= {"rounds": arguments.rounds, "system_load": other_load(), "environment": environment()}
+            record |= {"rounds": args.rounds, "system_load": other_load(), "environment": environment()}
             append(RESULTS / "growth.json", record)
             print(
                 f"{quantity:<8} {name:<18} " + ", ".join(f"{s}: {m:.3f} s" for s, m in zip(sizes, medians, strict=True))

@@ -47,11 +47,19 @@ def run(arm: str, root: str) -> dict[str, Any]:
     callback = {"class_path": "lit_adapters.AdapterCallback", "init_args": {"log_every_n_steps": 2}}
     cli = vision(
         [
-            *("fit", "--config=configs/vision/offline/nora_plus_plus.yaml", f"--data.root={root}"),
-            *("--data.source=folder", "--data.few_shot=50", "--data.val_subset=500", "--trainer.max_epochs=10"),
-            *(f"--model.adapters={methods(ARMS[arm])}", '--lr_scale={"nora": 10.0}'),
-            *("--trainer.logger.init_args.save_dir=runs/reading", f"--trainer.logger.init_args.name={arm}"),
-            *(f"--trainer.callbacks=[{json.dumps(callback)}]", "--trainer.log_every_n_steps=2"),
+            "fit",
+            "--config=configs/vision/offline/nora_plus_plus.yaml",
+            f"--data.root={root}",
+            "--data.source=folder",
+            "--data.few_shot=50",
+            "--data.val_subset=500",
+            f"--model.adapters={methods(ARMS[arm])}",
+            '--lr_scale={"nora": 10.0}',
+            "--trainer.max_epochs=10",
+            "--trainer.logger.init_args.save_dir=runs/reading",
+            f"--trainer.logger.init_args.name={arm}",
+            f"--trainer.callbacks=[{json.dumps(callback)}]",
+            "--trainer.log_every_n_steps=2",
             "--trainer.enable_checkpointing=false",
         ]
     )
@@ -62,7 +70,8 @@ def run(arm: str, root: str) -> dict[str, Any]:
     for name in ("relative_drift", "relative_max_slope"):
         highest = max(board.Scalars(f"adapter/summary/{name}"), key=lambda record: record.value)
         most[name] = {"step": highest.step, "value": highest.value}
-    accuracy, n = board.Scalars("val/acc1")[-1].value, len(cli.datamodule.val_dataloader().dataset)
+    accuracy = board.Scalars("val/acc1")[-1].value
+    n = len(cli.datamodule.val_dataloader().dataset)
     return {
         "arm": arm,
         "accuracy": accuracy,
@@ -82,12 +91,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="folder with train/ and test/, or train.tar.gz and test.tar.gz")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     path = RESULTS / "healthy_and_sick.json"
     for arm in ARMS:
         if not any(r["arm"] == arm for r in load(path)):
-            append(path, run(arm, arguments.root))
+            append(path, run(arm, args.root))
 
 
 if __name__ == "__main__":

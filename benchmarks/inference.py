@@ -21,18 +21,11 @@ import torch
 from torch import nn
 
 import lit_adapters as la
+from benchmarks.arms import methods
 from benchmarks.results_file import RESULTS, append, environment
 from benchmarks.timing import alternate, other_load, ratios, spread
 from language.models import SMOLLM2, create_model
 
-METHODS: dict[str, Callable[[], la.Method]] = {
-    "lora": la.LoRA,
-    "dora": la.DoRA,
-    "afa": la.AFALoRA,
-    "loran": la.LoRAN,
-    "nora": la.NoRA,
-    "nora_plus_plus": la.NoRAPlusPlus,
-}
 NEW_TOKENS = 32
 
 
@@ -51,7 +44,7 @@ def create(name: str) -> tuple[nn.Module, Callable[[nn.Module], object]]:
 def variants(base: nn.Module) -> dict[str, nn.Module]:
     """A copy of the base for itself, twice, and for every method, adapted and merged: all lie in memory of one kind."""
     models = {"base": copy.deepcopy(base), "base, again": copy.deepcopy(base)}
-    for name, method in METHODS.items():
+    for name, method in methods().items():
         model = copy.deepcopy(base)
         la.attach(model, method())
         la.set_progress(model, 1.0)
@@ -71,19 +64,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     for name in ("vit", "llama"):
         base, use = create(name)
         models = variants(base)
-        rounds = arguments.rounds * (4 if name == "vit" else 1)  # whose calls are short
+        rounds = args.rounds * (4 if name == "vit" else 1)  # whose calls are short
         with torch.inference_mode():
             _, times = alternate({v: partial(use, m) for v, m in models.items()}, rounds)
         for variant, seconds in times.items():
             record = {
-                **{"model": name, "variant": variant, "seconds": spread(seconds)},
-                **{"over_base": ratios(times, variant, "base"), "rounds": rounds},
-                **{"system_load": other_load(), "environment": environment()},
+                "model": name,
+                "variant": variant,
+                "seconds": spread(seconds),
+                "over_base": ratios(times, variant, "base"),
+                "rounds": rounds,
+                "system_load": other_load(),
+                "environment": environment(),
             }
             if name == "llama":
                 record["tokens_per_second"] = NEW_TOKENS / record["seconds"]["median"]

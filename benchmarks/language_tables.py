@@ -12,16 +12,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-NAMES = {
-    "untouched": "untouched model",
-    "lora": "LoRA, r = 8 (AFA-LoRA at beta = 0)",
-    "afa": "AFA-LoRA, r = 8",
-    "nora_plus_plus": "NoRA++, anchored, LoRA r = 8",
-    "dora": "DoRA, r = 8",
-    "loran": "LoRAN, r = 64, q and v",
-    "loran_identity": "LoRAN, amplitude 0",
-    "full": "full fine-tuning",
-}
+from benchmarks.arms import names
+
+NAMES = names("language")
 CATEGORIES = ("STEM", "Humanities", "Social Sciences", "Other")
 Record = dict[str, Any]
 
@@ -142,8 +135,8 @@ def figure(measured: dict[str, list[Record]], path: Path) -> None:
             mean, error = paired(run, lora, TASKS[task][1])
             panel.errorbar(mean, row, xerr=2 * error, fmt="o", color="#2f5d94", capsize=3)
         panel.axvline(0, color="gray", linewidth=0.8)
-        names = [NAMES[a].split(",")[0] if a != "loran_identity" else NAMES[a] for a in arms]
-        panel.set_yticks(range(len(arms)), names if panel is panels[0] else [])
+        short = [NAMES[a].split(",")[0] if a != "loran_identity" else NAMES[a] for a in arms]
+        panel.set_yticks(range(len(arms)), short if panel is panels[0] else [])
         panel.set_ylim(len(arms) - 0.5, -0.5)
         panel.tick_params(labelsize=8)
         panel.locator_params(axis="x", nbins=5)

@@ -15,18 +15,19 @@ has no bf16); eager attention, which is faster here. Finished runs are kept in r
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 
 import lit_adapters as la
-from benchmarks.cifar10_accuracy import Steps
-from benchmarks.results_file import RESULTS, append, environment, load
+from benchmarks.arms import ARMS, names, recipe_of
+from benchmarks.results_file import RESULTS, environment
+from benchmarks.runner import QUIET, Runner, add_precision, loss_of, metric_values, parser, rate_options
+from benchmarks.smollm2 import RECIPES, EagerSteps
 from benchmarks.timing import peak_memory_mib
 from language.__main__ import main as language
 from language.cli import LanguageCLI
@@ -37,54 +38,52 @@ from language.evaluate.tasks import Settings
 from language.evaluate.validation import choice_questions
 
 RATES = (5e-4, 2e-3)
-# Recipe, and what is changed in it.
-ARMS: dict[str, tuple[str, list[str]]] = {
-    "untouched": ("lora", []),  # at its start, where it is the pretrained model
-    "lora": ("lora", []),
-    "afa": ("afa", []),
-    "nora_plus_plus": ("nora_plus_plus", []),
-    "dora": ("dora", []),
-    "loran": ("loran", []),
-    "loran_identity": ("loran", ["--model.adapters.init_args.amplitude=0.0"]),
-}
 # Optimiser steps to compare two rates by, and of the run that is asked.
 STEPS = {"alpaca": (25, 75), "newsgroups": (20, 125), "samsum": (20, 75)}
 DATA = {
     "alpaca": [
-        *("--data.path={root}/alpaca_demo/train.jsonl", "--data.format=alpaca", "--data.max_length=192"),
-        *("--data.batch_size=4", "--data.val_fraction=0.1", "--data.val_subset=50"),
-        *("--data.test_fraction=0.1", "--data.test_subset=100"),
+        "--data.path={root}/alpaca_demo/train.jsonl",
+        "--data.format=alpaca",
+        "--data.max_length=192",
+        "--data.batch_size=4",
+        "--data.val_fraction=0.1",
+        "--data.val_subset=50",
+        "--data.test_fraction=0.1",
+        "--data.test_subset=100",
     ],
     "newsgroups": [
-        *("--data.path={root}/newsgroups20", "--data.format=classification", "--data.columns.label=label_name"),
-        # Without the chat template, whose frame would fill half of this length.
-        *("--data.max_length=64", "--data.max_answer_length=16", "--data.use_chat_template=false"),
-        *("--data.batch_size=16", "--data.train_subset=2000"),
-        *("--data.val_fraction=0.1", "--data.val_subset=100", "--data.test_subset=500"),
+        "--data.path={root}/newsgroups20",
+        "--data.format=classification",
+        "--data.columns.label=label_name",
+        "--data.max_length=64",
+        "--data.max_answer_length=16",
+        "--data.use_chat_template=false",  # its frame would fill half of max_length
+        "--data.batch_size=16",
+        "--data.train_subset=2000",
+        "--data.val_fraction=0.1",
+        "--data.val_subset=100",
+        "--data.test_subset=500",
         "--model.max_new_tokens=16",
     ],
     "samsum": [
-        *("--data.path={root}/samsum", "--data.format=summarisation", "--data.max_length=192", "--data.batch_size=4"),
-        *(
-            "--data.max_answer_length=48",
-            "--data.drop_empty=true",
-            "--data.train_subset=2000",
-            "--data.val_subset=30",
-            "--data.test_subset=100",
-        ),
+        "--data.path={root}/samsum",
+        "--data.format=summarisation",
+        "--data.max_length=192",
+        "--data.max_answer_length=48",
+        "--data.drop_empty=true",
+        "--data.batch_size=4",
+        "--data.train_subset=2000",
+        "--data.val_subset=30",
+        "--data.test_subset=100",
         "--model.max_new_tokens=48",
     ],
 }
 
 
-class _Measured(Steps):
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.model.set_attn_implementation("eager")  # type: ignore[union-attr, operator]
-
-
 def ask(cli: LanguageCLI, task: str, arm: str, root: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Estimates on the test split, and what they average: one value a row, question or text, for paired comparison."""
-    module, data = cli.model, cli.datamodule
+    module = cli.model
+    data = cli.datamodule
     if task == "alpaca":
         data.setup("test")
         rows = row_losses(module.model, data.test_dataloader())
@@ -112,30 +111,37 @@ def ask(cli: LanguageCLI, task: str, arm: str, root: Path) -> tuple[dict[str, An
     return estimates, {"accuracy": [float(r) for r in right]}
 
 
-def run(task: str, arm: str, rate: float, steps: int, protocol: str, precision: str, root: Path) -> dict[str, Any]:
+def run(arm: str, protocol: str, rate: float, steps: int, precision: str, task: str, root: Path) -> dict[str, Any]:
     """Train one arm through the command line of the application, and measure it."""
-    recipe, changes = ARMS[arm]
     peak_memory_mib(reset=True)
-    start, measured = time.perf_counter(), _Measured()
-    callbacks = [measured, la.AdapterCallback(statistics=[], figures=False)]
+    start = time.perf_counter()
+    measured = EagerSteps()
     cli = language(
         [
-            *("fit", f"--config=configs/language/smollm2/{recipe}.yaml", *changes),
+            "fit",
+            f"--config={RECIPES / recipe_of(arm)}.yaml",
+            *ARMS[arm].changes,
             *(option.format(root=root) for option in DATA[task]),
-            *(f"--optimizer.lr={rate}", f"--lr_scheduler.max_lr={rate}", f"--trainer.precision={precision}"),
-            *("--trainer.max_epochs=-1", f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"),
-            *("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.callbacks=null"),
-            *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+            *rate_options(rate),
+            f"--trainer.precision={precision}",
+            "--trainer.max_epochs=-1",
+            f"--trainer.max_steps={steps}",
+            "--trainer.limit_val_batches=0",
+            *QUIET,
         ],
-        trainer_defaults={"callbacks": callbacks},
+        trainer_defaults={"callbacks": [measured, la.AdapterCallback(statistics=[], figures=False)]},
         save_config_callback=None,
     )
-    seconds, memory = time.perf_counter() - start, peak_memory_mib()
-    report, data = cli.model.report, cli.datamodule
+    seconds = time.perf_counter() - start
+    memory = peak_memory_mib()
     record = {
-        **{"task": task, "arm": arm, "protocol": protocol, "rate": rate, "steps": steps},
+        "task": task,
+        "arm": arm,
+        "protocol": protocol,
+        "rate": rate,
+        "steps": steps,
         "precision": precision,
-        "trainable": 0 if arm == "untouched" else report.trainable,
+        "trainable": 0 if arm == "untouched" else cli.model.report.trainable,
         "fit_seconds": round(seconds, 1),
         "seconds_per_step": round(measured.median(), 3) if len(measured.ends) > 1 else None,
         "peak_memory_mib": round(memory),
@@ -143,7 +149,7 @@ def run(task: str, arm: str, rate: float, steps: int, protocol: str, precision: 
     }
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
         if protocol == "rate":
-            loss = held_out_loss(row_losses(cli.model.model, data.val_dataloader()))["loss"]
+            loss = held_out_loss(row_losses(cli.model.model, cli.datamodule.val_dataloader()))["loss"]
             return record | {"metrics": {"loss": asdict(loss)}}
         estimates, items = ask(cli, task, arm, root)
     compact = {name: " ".join(f"{value:.5g}" for value in values) for name, values in items.items()}
@@ -152,33 +158,21 @@ def run(task: str, arm: str, rate: float, steps: int, protocol: str, precision: 
 
 def main() -> None:
     """Run what is missing in the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, type=Path, help="folder with the data sets")
-    parser.add_argument("--task", required=True, choices=list(DATA))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    task, path = arguments.task, RESULTS / f"language_{arguments.task}.json"
-
-    def once(arm: str, protocol: str, rate: float, steps: int) -> dict[str, Any]:
-        key = {"arm": arm, "protocol": protocol, "rate": rate, "steps": steps, "precision": arguments.precision}
-        known = [r for r in load(path) if key.items() <= r.items()]
-        if not known:
-            append(path, run(task, arm, rate, steps, protocol, arguments.precision, arguments.root))
-            known = [r for r in load(path) if key.items() <= r.items()]
-        shown = ", ".join(f"{n} {m['value']:.4f}" for n, m in known[0]["metrics"].items())
-        print(f"{task} {arm:<16} {protocol:<5} lr {rate:g}: {shown}", flush=True)
-        return known[0]
-
-    for arm in arguments.arms:
+    options = parser(__doc__, names("language"))
+    options.add_argument("--root", required=True, type=Path, help="folder with the data sets")
+    options.add_argument("--task", required=True, choices=list(DATA))
+    add_precision(options)
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    train = partial(run, task=args.task, root=args.root)
+    runner = Runner(RESULTS / f"language_{args.task}.json", train, metric_values)
+    short, full = STEPS[args.task]
+    for arm in args.arms:
         if arm == "untouched":
-            once(arm, "full", RATES[0], 0)
+            runner.once(arm=arm, protocol="full", rate=RATES[0], steps=0, precision=args.precision)
             continue
-        tried = [once(arm, "rate", rate, STEPS[task][0]) for rate in RATES]
-        best = min(tried, key=lambda r: r["metrics"]["loss"]["value"])["rate"]
-        once(arm, "full", best, STEPS[task][1])
+        rate = runner.best_rate(RATES, loss_of, arm=arm, steps=short, precision=args.precision)
+        runner.once(arm=arm, protocol="full", rate=rate, steps=full, precision=args.precision)
 
 
 if __name__ == "__main__":

@@ -54,21 +54,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     for images in (31, 4):
         steps = {arm: step_of(arm, images) for arm in ("lora", "loran", "branch")}
-        _, times = alternate(steps, arguments.rounds)
+        _, times = alternate(steps, args.rounds)
         for arm, seconds in times.items():
             record = {
-                **{"arm": arm, "tokens": 65 * images, "seconds": spread(seconds)},
+                "arm": arm,
+                "tokens": 65 * images,
+                "seconds": spread(seconds),
                 "memory_mib": resident_of(step_of, arm, images).needed,
                 "allocated_mib": alone(allocated_of, arm, images),
-                **{"over_lora": ratios(times, arm, "lora"), "over_branch": ratios(times, arm, "branch")},
-                **{"rounds": arguments.rounds, "system_load": other_load(), "environment": environment()},
+                "over_lora": ratios(times, arm, "lora"),
+                "over_branch": ratios(times, arm, "branch"),
+                "rounds": args.rounds,
+                "system_load": other_load(),
+                "environment": environment(),
             }
             append(RESULTS / "loran_speed.json", record)
-            lora, other = record["over_lora"]["median"], record["over_branch"]["median"]
+            lora = record["over_lora"]["median"]
+            other = record["over_branch"]["median"]
             memory = f"{record['allocated_mib']:.0f} MiB allocated, {record['memory_mib']} resident"
             print(f"{65 * images} tokens {arm:<7} time / LoRA's {lora:.2f}, / the branch's {other:.2f}, {memory}")
 

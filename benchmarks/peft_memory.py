@@ -30,13 +30,18 @@ def of_library(name: str, library: str, *rest: Any) -> dict[str, int | float]:
 
 def main() -> None:
     """Measure every combination asked for."""
-    given = arguments(__doc__).parse_args()
-    torch.set_num_threads(given.threads)
-    for combination in tqdm(combinations(given), desc="combinations"):
+    args = arguments(__doc__).parse_args()
+    torch.set_num_threads(args.threads)
+    for combination in tqdm(combinations(args), desc="combinations"):
         name, method, rank, precision, checkpointing = combination
         record = {
-            **{"model": name, "method": method, "rank": rank, "precision": precision, "checkpointing": checkpointing},
-            **{library: alone(of_library, name, library, *combination[1:]) for library in ("ours", "peft")},
+            "model": name,
+            "method": method,
+            "rank": rank,
+            "precision": precision,
+            "checkpointing": checkpointing,
+            "ours": alone(of_library, name, "ours", *combination[1:]),
+            "peft": alone(of_library, name, "peft", *combination[1:]),
             "environment": environment(),
         }
         append(RESULTS / "peft_memory.json", record)

@@ -11,32 +11,19 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from benchmarks.arms import ARMS, STEPS, names
+from benchmarks.bounds import PEFT_STEP, RATIONAL
+from benchmarks.results_file import with_spread
+
 Record = dict[str, Any]
 
 # Where the time of a step goes, see time_shares.py.
 KINDS = ("wide products", "thin products", "attention", "copies and casts", "AdamW", "all else", "Python")
 
-# Bounds on time over compiled GELU's.
-RATIONAL_BOUNDS = {
-    "rational": "1.10",
-    "without coefficient gradients": "1.00",
-    "groups of 24 channels": "1.40",
-    "anchored": "1.35",
-    "blocks": "3.5 (float32)",
-}
-METHODS = {"lora": "LoRA", "dora": "DoRA"}
-PEFT_BOUNDS = {("lora", "fp32"): "0.88", ("lora", "bf16"): "0.90", ("dora", "fp32"): "0.83", ("dora", "bf16"): "0.72"}
-
 
 def _latest(records: list[Record], key: Callable[[Record], Any]) -> list[Record]:
     """The last record of every key, in the order in which keys first came."""
     return list({key(r): r for r in records}.values())
-
-
-def with_spread(value: Record, digits: int = 2) -> str:
-    """Median and quartiles."""
-    low, high = value["quartiles"]
-    return f"{value['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def rational_rows(records: list[Record]) -> list[list[str]]:
@@ -46,14 +33,21 @@ def rational_rows(records: list[Record]) -> list[list[str]]:
     for variant in dict.fromkeys(r["variant"] for r in latest):
         of = {r["dtype"]: r for r in latest if r["variant"] == variant}
         cells = [with_spread(of[d]["over_gelu"]) if d in of else "not run" for d in ("float32", "bfloat16")]
-        rows.append([variant, *cells, RATIONAL_BOUNDS.get(variant, "")])
+        rows.append([variant, *cells, _rational_bound(variant)])
     return rows
+
+
+def _rational_bound(variant: str) -> str:
+    if variant not in RATIONAL:
+        return ""
+    limit = RATIONAL[variant].limit
+    return f"{limit} (float32)" if variant == "blocks" else f"{limit:.2f}"
 
 
 def combination(record: Record) -> tuple[str, bool, bool, int, str]:
     """Model, checkpointing, whether DoRA, rank and precision, in which order rows come."""
-    model, checkpointing, precision = (record[k] for k in ("model", "checkpointing", "precision"))
-    return str(model), checkpointing, record["method"] == "dora", record["rank"], precision
+    is_dora = record["method"] == "dora"
+    return record["model"], record["checkpointing"], is_dora, record["rank"], record["precision"]
 
 
 def peft_rows(records: list[Record], memory: list[Record]) -> list[list[str]]:
@@ -64,7 +58,7 @@ def peft_rows(records: list[Record], memory: list[Record]) -> list[list[str]]:
     for key in sorted(times | taken):
         either = times.get(key) or taken[key]
         checkpointing = ", checkpointing" if either["checkpointing"] else ""
-        name = f"{METHODS[either['method']]}, r = {either['rank']}"
+        name = f"{ARMS[either['method']].name}, r = {either['rank']}"
         row = [either["model"], name, f"{either['precision']}{checkpointing}"]
         rows.append([*row, *_peft_times(times.get(key)), *_peft_memory(taken.get(key))])
     return rows
@@ -72,8 +66,9 @@ def peft_rows(records: list[Record], memory: list[Record]) -> list[list[str]]:
 
 def _peft_times(r: Record | None) -> list[str]:
     if r is None:
-        return ["not run", *[""] * 4]
-    bound = PEFT_BOUNDS[r["method"], r["precision"]] if r["rank"] == 8 and not r["checkpointing"] else ""
+        return ["not run", "", "", "", ""]
+    bounded = r["rank"] == 8 and not r["checkpointing"]
+    bound = f"{PEFT_STEP[r['method'], r['precision']]:.2f}" if bounded else ""
     return [
         f"{r['seconds']['median']:.3f} / {r['seconds_peft']['median']:.3f}",
         with_spread(r["ratio"]),
@@ -94,11 +89,8 @@ def repeated_rows(records: list[Record]) -> list[list[str]]:
     """A row a combination at r = 8: the ratio of every run, on processors with bfloat16, and on those without."""
     runs: dict[tuple[str, bool, bool, int, str], tuple[list[str], list[str]]] = {}
     for r in (r for r in records if r["rank"] == 8 and not r["checkpointing"]):
-        bfloat16 = r["environment"].get("bfloat16")
-        # With bfloat16, records that count bytes too are of the code before LoRA was one Function.
-        if bfloat16 is False or (bfloat16 and "saved_mib" not in r):
-            of = runs.setdefault(combination(r), ([], []))
-            of[0 if bfloat16 else 1].append(f"{r['ratio']['median']:.2f}")
+        of = runs.setdefault(combination(r), ([], []))
+        of[0 if r["environment"]["bfloat16"] else 1].append(f"{r['ratio']['median']:.2f}")
     rows = []
     for (model, _, dora, _, precision), of in sorted(runs.items()):
         cells = [", ".join(ratios) or "not run" for ratios in of]
@@ -114,23 +106,8 @@ def share_rows(records: list[Record]) -> list[list[str]]:
         ours, theirs = r["ours"], r["peft"]
         cells = [f"{ours[kind]:.0f} / {theirs[kind]:.0f}" for kind in KINDS]
         cells.append(f"{sum(ours.values()) / sum(theirs.values()):.2f}")
-        rows.append([f"{r['model']}, {METHODS[r['method']]}, {r['precision']}", *cells])
+        rows.append([f"{r['model']}, {ARMS[r['method']].name}, {r['precision']}", *cells])
     return rows
-
-
-STEP_NAMES = {
-    "head": "head only",
-    "frozen": "frozen backbone, gradients to the image",
-    "full": "full fine-tuning",
-    "lora": "LoRA, r = 8",
-    "afa": "AFA-LoRA, r = 8",
-    "dora": "DoRA, r = 8",
-    "nora": "NoRA",
-    "nora_anchored": "NoRA, anchored",
-    "nora_plus_plus": "NoRA++",
-    "loran": "LoRAN",
-    "lora_like_loran": "LoRA, r = 64, q and v",
-}
 
 
 def step_table(records: list[Record], model: str) -> tuple[list[str], list[list[str]]]:
@@ -139,9 +116,11 @@ def step_table(records: list[Record], model: str) -> tuple[list[str], list[list[
     base = "frozen" if model == "vit" else "lora"
     precisions = [p for p in ("fp32", "bf16") if any(r["precision"] == p for r in latest)]
     rows = []
-    for arm in [a for a in STEP_NAMES if any(r["arm"] == a for r in latest)]:
+    for arm, name in names(STEPS[model]).items():
         of = {r["precision"]: r for r in latest if r["arm"] == arm}
-        row = [STEP_NAMES[arm] + (", r = 64, q and v" if (model, arm) == ("smollm2", "loran") else "")]
+        if not of:
+            continue
+        row = [name]
         for r in (of[p] for p in precisions):
             row += [f"{r['batch'] / r['seconds']['median']:.1f}", with_spread(r[f"over_{base}"])]
             row += [f"{r['over_full']['median']:.2f}", f"{r['peak_memory_mib']:,}"]

@@ -15,37 +15,44 @@ answer likelier is "reference likelihood accuracy". Finished runs are kept in re
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lit_adapters as la
-from benchmarks.results_file import RESULTS, append, environment, load
+from benchmarks.arms import adapted
+from benchmarks.results_file import RESULTS, environment
+from benchmarks.runner import QUIET, Runner, add_precision, loss_of, metric_values, parser, rate_options
 from benchmarks.smollm2 import RECIPES, EagerSteps, adapters, average
 from benchmarks.timing import peak_memory_mib
+from language.dpo.__main__ import main as dpo
 from language.dpo.module import DPOTuner, preference_loss, wins
-from language.dpo.module import main as dpo
 from language.evaluate.metrics import Estimate, RowLosses, held_out_loss
 from language.loss import learned_tokens
 
-PATH = RESULTS / "preferences.json"
-ARMS = ("untouched", "lora", "afa", "dora", "nora_plus_plus", "loran")
+ARMS = ["untouched", *adapted("regimes")]
 RATES = (2e-4, 1e-3)
 STEPS = {"rate": 12, "full": 50}  # optimiser steps to compare two rates by, and of the run that is asked
 DATA = [
-    *("--data.max_length=96", "--data.max_answer_length=48", "--data.batch_size=8"),
-    *("--data.val_fraction=0.1", "--data.val_subset=48", "--data.test_fraction=0.1", "--data.test_subset=200"),
+    "--data.max_length=96",
+    "--data.max_answer_length=48",
+    "--data.batch_size=8",
+    "--data.val_fraction=0.1",
+    "--data.val_subset=48",
+    "--data.test_fraction=0.1",
+    "--data.test_subset=200",
 ]
 
 
 def ask(module: DPOTuner, batches: DataLoader) -> tuple[dict[str, Estimate], dict[str, list[float]]]:
     """Estimates on held-out pairs, and what they average: one value a pair, for paired comparison."""
-    beta, rows = module.hparams["beta"], {"policy": [], "reference": []}  # type: ignore[var-annotated]
+    rows: dict[str, list[Tensor]] = {"policy": [], "reference": []}
     sums: list[float] = []
     counts: list[int] = []
     module.eval()
@@ -57,7 +64,7 @@ def ask(module: DPOTuner, batches: DataLoader) -> tuple[dict[str, Estimate], dic
         for name, values in (("policy", policy), ("reference", reference)):
             rows[name].append(values.double().view(2, -1))
     ours, theirs = (torch.cat(rows[name], 1) for name in ("policy", "reference"))
-    rewards = beta * (ours - theirs)
+    rewards = module.hparams["beta"] * (ours - theirs)
     margins = rewards[0] - rewards[1]
 
     items = {
@@ -73,26 +80,38 @@ def ask(module: DPOTuner, batches: DataLoader) -> tuple[dict[str, Estimate], dic
     return estimates, items | {"kl": sums, "tokens": [float(n) for n in counts]}
 
 
-def run(arm: str, rate: float, protocol: str, steps: int, precision: str, root: Path) -> dict[str, Any]:
+def run(arm: str, protocol: str, rate: float, steps: int, precision: str, root: Path) -> dict[str, Any]:
     """Train one arm through the command line of the application, and measure it."""
     peak_memory_mib(reset=True)
-    start, measured = time.perf_counter(), EagerSteps()
+    start = time.perf_counter()
+    measured = EagerSteps()
     own = [] if arm in ("untouched", "afa") else adapters(arm)  # the recipe is that of AFA-LoRA
     cli = dpo(
         [
-            *("fit", f"--config={RECIPES}/dpo.yaml", f"--data.path={root}/hh_helpful", *DATA, *own),
-            *(f"--optimizer.lr={rate}", f"--lr_scheduler.max_lr={rate}", f"--trainer.precision={precision}"),
-            *("--trainer.max_epochs=-1", f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"),
-            *("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.callbacks=null"),
-            *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+            "fit",
+            f"--config={RECIPES}/dpo.yaml",
+            f"--data.path={root}/hh_helpful",
+            *DATA,
+            *own,
+            *rate_options(rate),
+            f"--trainer.precision={precision}",
+            "--trainer.max_epochs=-1",
+            f"--trainer.max_steps={steps}",
+            "--trainer.limit_val_batches=0",
+            *QUIET,
         ],
         trainer_defaults={"callbacks": [measured, la.AdapterCallback(statistics=[], figures=False)]},
         save_config_callback=None,
     )
-    seconds, memory = time.perf_counter() - start, peak_memory_mib()
+    seconds = time.perf_counter() - start
+    memory = peak_memory_mib()
     data = cli.datamodule
     record = {
-        **{"arm": arm, "protocol": protocol, "rate": rate, "steps": steps, "precision": precision},
+        "arm": arm,
+        "protocol": protocol,
+        "rate": rate,
+        "steps": steps,
+        "precision": precision,
         "pairs_per_step": data.batch_size,
         "trainable": 0 if arm == "untouched" else cli.model.report.trainable,
         "fit_seconds": round(seconds, 1),
@@ -112,30 +131,18 @@ def run(arm: str, rate: float, protocol: str, steps: int, precision: str, root: 
 
 def main() -> None:
     """Run what is missing in the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, type=Path, help="folder with hh_helpful")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-
-    def once(arm: str, rate: float, protocol: str, steps: int) -> dict[str, Any]:
-        key = {"arm": arm, "rate": rate, "protocol": protocol, "steps": steps, "precision": arguments.precision}
-        known = [r for r in load(PATH) if key.items() <= r.items()]
-        if not known:
-            append(PATH, run(arm, rate, protocol, steps, arguments.precision, arguments.root))
-            known = [r for r in load(PATH) if key.items() <= r.items()]
-        shown = ", ".join(f"{n} {m['value']:.4f}" for n, m in known[0]["metrics"].items())
-        print(f"{arm:<16} {protocol:<5} lr {rate:g}: {shown}", flush=True)
-        return known[0]
-
-    for arm in arguments.arms:
+    options = parser(__doc__, ARMS)
+    options.add_argument("--root", required=True, type=Path, help="folder with hh_helpful")
+    add_precision(options)
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    runner = Runner(RESULTS / "preferences.json", partial(run, root=args.root), metric_values)
+    for arm in args.arms:
         if arm == "untouched":
-            once(arm, RATES[0], "full", 0)
+            runner.once(arm=arm, protocol="full", rate=RATES[0], steps=0, precision=args.precision)
             continue
-        tried = [once(arm, rate, "rate", STEPS["rate"]) for rate in RATES]
-        once(arm, min(tried, key=lambda r: r["metrics"]["loss"]["value"])["rate"], "full", STEPS["full"])
+        rate = runner.best_rate(RATES, loss_of, arm=arm, steps=STEPS["rate"], precision=args.precision)
+        runner.once(arm=arm, protocol="full", rate=rate, steps=STEPS["full"], precision=args.precision)
 
 
 if __name__ == "__main__":

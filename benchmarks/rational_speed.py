@@ -72,23 +72,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtypes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    for name in arguments.dtypes:
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for name in args.dtypes:
         torch.manual_seed(0)
-        x, grad = (torch.randn(SHAPES[name]).to(arguments.device, getattr(torch, name)) for _ in range(2))
-        first, times = alternate(variants(x, grad), arguments.rounds)
+        x, grad = (torch.randn(SHAPES[name]).to(args.device, getattr(torch, name)) for _ in range(2))
+        first, times = alternate(variants(x, grad), args.rounds)
         for variant, seconds in times.items():
             record = {
-                **{
-                    "device": arguments.device,
-                    "dtype": name,
-                    "shape": SHAPES[name],
-                    "variant": variant,
-                    "seconds": spread(seconds),
-                },
-                **{"over_gelu": ratios(times, variant, "gelu"), "first_call_seconds": first[variant]},
-                **{"rounds": arguments.rounds, "system_load": other_load(), "environment": environment()},
+                "device": args.device,
+                "dtype": name,
+                "shape": SHAPES[name],
+                "variant": variant,
+                "seconds": spread(seconds),
+                "over_gelu": ratios(times, variant, "gelu"),
+                "first_call_seconds": first[variant],
+                "rounds": args.rounds,
+                "system_load": other_load(),
+                "environment": environment(),
             }
             append(RESULTS / "rational_speed.json", record)
             print(f"{name} {variant:<32} {record['over_gelu']['median']:.2f} of GELU's time", flush=True)

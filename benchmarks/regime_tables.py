@@ -8,17 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-Record = dict[str, Any]
+from benchmarks.arms import names
 
-NAMES = {
-    "untouched": "untouched",
-    "none": "no adapter",
-    "lora": "LoRA",
-    "afa": "AFA-LoRA",
-    "dora": "DoRA",
-    "nora_plus_plus": "NoRA++",
-    "loran": "LoRAN, r = 64, q and v",
-}
+Record = dict[str, Any]
+NAMES = names("regimes")
 
 
 def _estimate(metric: Record, digits: int = 3) -> str:

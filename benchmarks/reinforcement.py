@@ -12,7 +12,6 @@ results/reinforcement.json and skipped.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from dataclasses import asdict
@@ -22,15 +21,17 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 import lit_adapters as la
-from benchmarks.results_file import RESULTS, append, environment, load
+from benchmarks.arms import adapted
+from benchmarks.results_file import RESULTS, environment
+from benchmarks.runner import QUIET, Runner, add_precision, parser
 from benchmarks.smollm2 import RECIPES, EagerSteps, adapters, average
 from benchmarks.timing import peak_memory_mib
 from language.evaluate.metrics import Estimate
 from language.generate import generate, prompt_rows
-from language.grpo.module import main as grpo
+from language.grpo.__main__ import main as grpo
 
-ARMS = ("lora", "afa", "dora", "nora_plus_plus", "loran")
-STEPS, EVERY = 100, 5  # the curve has means over so many steps
+STEPS = 100
+EVERY = 5  # the curve has means over so many steps
 CURVES = ("reward", "exact_number", "number_only", "completion_length")
 
 
@@ -67,15 +68,21 @@ def greedy(trainer: Trainer, module: Any) -> dict[str, Estimate]:
 def run(arm: str, steps: int, precision: str) -> dict[str, Any]:
     """Train one arm through the command line of the application, and measure it."""
     peak_memory_mib(reset=True)
-    start, measured = time.perf_counter(), _Measured()
+    start = time.perf_counter()
+    measured = _Measured()
     cli = grpo(
         [
-            *("fit", f"--config={RECIPES / 'grpo.yaml'}", *adapters(arm)),
-            *("--data.batch_size=4", "--data.val_subset=100", f"--trainer.max_steps={steps}"),
-            *(f"--trainer.precision={precision}", "--trainer.limit_val_batches=0"),
-            *("--trainer.val_check_interval=1.0", "--trainer.check_val_every_n_epoch=1"),
-            *("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.callbacks=null"),
-            *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+            "fit",
+            f"--config={RECIPES / 'grpo.yaml'}",
+            *adapters(arm),
+            "--data.batch_size=4",
+            "--data.val_subset=100",
+            f"--trainer.max_steps={steps}",
+            f"--trainer.precision={precision}",
+            "--trainer.limit_val_batches=0",
+            "--trainer.val_check_interval=1.0",
+            "--trainer.check_val_every_n_epoch=1",
+            *QUIET,
         ],
         trainer_defaults={"callbacks": [measured, la.AdapterCallback(statistics=[], figures=False)]},
         save_config_callback=None,
@@ -87,7 +94,9 @@ def run(arm: str, steps: int, precision: str) -> dict[str, Any]:
         for name, values in measured.curves.items()
     }
     return {
-        **{"arm": arm, "steps": steps, "precision": precision},
+        "arm": arm,
+        "steps": steps,
+        "precision": precision,
         "trainable": cli.model.report.trainable,  # type: ignore[union-attr]
         "before": {name: asdict(value) for name, value in measured.before.items()},
         "after": {name: asdict(value) for name, value in after.items()},
@@ -99,24 +108,24 @@ def run(arm: str, steps: int, precision: str) -> dict[str, Any]:
     }
 
 
+def rewards(record: dict[str, Any]) -> str:
+    """Mean rewards before and after, and the time of a step."""
+    values = []
+    for when in ("before", "after"):
+        shown = ", ".join(f"{name} {v['value']:.3f} ± {v['stderr']:.3f}" for name, v in record[when].items())
+        values.append(f"{when}: {shown}")
+    return "; ".join([*values, f"{record['seconds_per_step']} seconds a step"])
+
+
 def main() -> None:
     """Run what is missing in the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=["lora", "afa"], choices=ARMS)
-    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    path = RESULTS / "reinforcement.json"
-    for arm in arguments.arms:
-        key = {"arm": arm, "steps": STEPS, "precision": arguments.precision}
-        if not any(key.items() <= r.items() for r in load(path)):
-            append(path, run(arm, STEPS, arguments.precision))
-        record = next(r for r in load(path) if key.items() <= r.items())
-        for when in ("before", "after"):
-            shown = ", ".join(f"{n} {v['value']:.3f} ± {v['stderr']:.3f}" for n, v in record[when].items())
-            print(f"{arm:<15} {when:<6} {shown}", flush=True)
-        print(f"{arm:<15} {record['seconds_per_step']} seconds a step", flush=True)
+    options = parser(__doc__, adapted("regimes"), default=["lora", "afa"])
+    add_precision(options)
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    runner = Runner(RESULTS / "reinforcement.json", run, rewards)
+    for arm in args.arms:
+        runner.once(arm=arm, steps=STEPS, precision=args.precision)
 
 
 if __name__ == "__main__":

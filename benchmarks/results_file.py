@@ -51,3 +51,9 @@ def append(path: Path, record: dict[str, Any]) -> None:
     """Add one record, atomically."""
     text = json.dumps([*load(path), record], indent=1)
     write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
+
+
+def with_spread(value: dict[str, Any], digits: int = 2) -> str:
+    """Median and quartiles as text."""
+    low, high = value["quartiles"]
+    return f"{value['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

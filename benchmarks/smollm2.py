@@ -10,7 +10,8 @@ from pathlib import Path
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 
-from benchmarks.cifar10_accuracy import Steps
+from benchmarks.arms import recipe_of
+from benchmarks.runner import Steps
 from language.draft.module import DraftTuner
 from language.evaluate.metrics import Estimate
 
@@ -21,14 +22,16 @@ class EagerSteps(Steps):
     """Seconds of steps with eager attention, which is faster than sdpa under bf16 autocast on a CPU."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        models = [pl_module.model, *([pl_module.target] if isinstance(pl_module, DraftTuner) else [])]
+        models = [pl_module.model]
+        if isinstance(pl_module, DraftTuner):
+            models.append(pl_module.target)
         for model in models:
             model.set_attn_implementation("eager")  # type: ignore[union-attr, operator]
 
 
 def adapters(arm: str) -> list[str]:
     """Options that put the adapters of an arm's own recipe, and the factors on their rates, into another recipe."""
-    recipe = yaml.safe_load((RECIPES / f"{arm}.yaml").read_text())
+    recipe = yaml.safe_load((RECIPES / f"{recipe_of(arm)}.yaml").read_text())
     scale = json.dumps(recipe.get("lr_scale", {}))
     return [f"--model.adapters={json.dumps(recipe['model']['adapters'])}", f"--lr_scale={scale}"]
 

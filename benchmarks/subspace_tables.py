@@ -54,7 +54,8 @@ def residual_rows(records: Records) -> list[list[str]]:
     for record in records:
         if " afa " not in record["arm"]:
             continue
-        residual, beta = record["series"]["adapter/summary/nonlinearity"], record["series"]["adapter/summary/beta"]
+        residual = record["series"]["adapter/summary/nonlinearity"]
+        beta = record["series"]["adapter/summary/beta"]
         shown = []
         for step in ("2", "6", "10", "14", "16"):
             used = (beta[step] + beta[str(int(step) - 2)]) / 2  # records are two steps apart, the batch between them
@@ -69,7 +70,8 @@ def run_rows(records: Records) -> list[list[str]]:
     """The healthy and the sick run: how they ended, and the largest means on the way."""
     rows = []
     for r in records:
-        drift, slope = (r["most"][name] for name in ("relative_drift", "relative_max_slope"))
+        drift = r["most"]["relative_drift"]
+        slope = r["most"]["relative_max_slope"]
         rows.append(
             [
                 r["arm"],

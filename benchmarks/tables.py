@@ -15,21 +15,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import bounds, language_tables, performance_tables, regime_tables, subspace_tables
+from benchmarks.arms import names
 from benchmarks.results_file import RESULTS, load
 
 ROOT = Path(__file__).parents[1]
-NAMES = {
-    "head": "head only",
-    "lora": "LoRA, r = 8",
-    "dora": "DoRA, r = 8",
-    "loran": "LoRAN, r = 8",
-    "afa": "AFA-LoRA, r = 8",
-    "nora_published": "NoRA, as published",
-    "nora": "NoRA, scaled",
-    "nora_anchored": "NoRA, scaled, anchored",
-    "nora_plus_plus": "NoRA++, scaled",
-    "full": "full fine-tuning",
-}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -41,7 +30,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def accuracy_table(records: list[dict[str, Any]]) -> str:
     """One row an arm: full protocol with its binomial error, few-shot mean and deviation over the seeds."""
     rows = []
-    for arm, name in NAMES.items():
+    for arm, name in names("accuracy").items():
         runs = [r for r in records if r["arm"] == arm]
         if not runs:
             continue
@@ -71,7 +60,7 @@ def rates_table(records: list[dict[str, Any]]) -> str:
     tried = [r for r in records if r["protocol"] == "rate"]
     rows = [
         [name, ", ".join(f"{r['rate']:g}: {r['accuracy']:.3f}" for r in tried if r["arm"] == arm)]
-        for arm, name in NAMES.items()
+        for arm, name in names("accuracy").items()
         if any(r["arm"] == arm for r in tried)
     ]
     return table(["arm", "validation accuracy by rate (n = 1,000)"], rows)
@@ -90,7 +79,8 @@ def accuracy_figure(records: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for panel, protocol, title in zip(panels, ("full", "few"), ("10,000 images", "500 images, each seed"), strict=True):
-        arms = [a for a in NAMES if any(r["arm"] == a and r["protocol"] == protocol for r in records)]
+        called = names("accuracy")
+        arms = [a for a in called if any(r["arm"] == a and r["protocol"] == protocol for r in records)]
         for row, arm in enumerate(arms):
             runs = [r for r in records if r["arm"] == arm and r["protocol"] == protocol]
             mean = statistics.mean(r["accuracy"] for r in runs)
@@ -98,7 +88,7 @@ def accuracy_figure(records: list[dict[str, Any]], path: Path) -> None:
             panel.barh(row, mean, xerr=error if len(runs) == 1 else 0, color="#7a9cc6")
             if len(runs) > 1:
                 panel.plot([r["accuracy"] for r in runs], [row] * len(runs), "k.", markersize=5)
-        panel.set_yticks(range(len(arms)), [NAMES[a] for a in arms], fontsize=8)
+        panel.set_yticks(range(len(arms)), [called[a] for a in arms], fontsize=8)
         panel.invert_yaxis()
         panel.set_xlabel("test accuracy")
         panel.set_title(title, fontsize=10)
@@ -192,10 +182,9 @@ def performance() -> None:
         replace_block(page, f"steps-{model}", f"{shown}\n\n{where}")
     once = {r["what"]: r["seconds"]["median"] for r in load(RESULTS / "startup.json") if "seconds" in r}
     if once:
-        shown = (
-            f"`import lit_adapters` beyond torch takes {once['import']:.2f} s (bound 0.3), building the rational kernel"
-        )
-        replace_block(page, "import", f"{shown} {once['build']:.1f} s, once for a form of denominator and its degrees.")
+        importing = f"`import lit_adapters` beyond torch takes {once['import']:.2f} s (bound {bounds.IMPORT_SECONDS})"
+        building = f"building the rational kernel {once['build']:.1f} s"
+        replace_block(page, "import", f"{importing}, {building}, once for a form of denominator and its degrees.")
     if records := load(RESULTS / "growth.json"):
         header = ["method", *dict.fromkeys(r["quantity"] for r in records)]
         shown = table(header, performance_tables.growth_rows(records))
@@ -205,7 +194,8 @@ def performance() -> None:
 
 def subspaces() -> None:
     """Fill the blocks on what the methods learn, and on what watching them costs."""
-    page, records = ROOT / "docs" / "functional-subspace.md", load(RESULTS / "subspace.json")
+    page = ROOT / "docs" / "functional-subspace.md"
+    records = load(RESULTS / "subspace.json")
     if records:
         header = ["adaptation", "functions", "mean drift", "effective rank", "90% of the energy", "99%"]
         shown = table(header, subspace_tables.dimension_rows(records))
@@ -246,7 +236,8 @@ def language() -> None:
 
 def regimes() -> None:
     """Fill the blocks of preferences, reinforcement and speculative decoding."""
-    page, r = ROOT / "docs" / "regimes.md", regime_tables
+    page = ROOT / "docs" / "regimes.md"
+    r = regime_tables
     if records := load(RESULTS / "preferences.json"):
         shown = table(r.PREFERENCES, r.preference_rows(records))
         replace_block(page, "preferences", f"{shown}\n\n{machine(records)}")

@@ -74,16 +74,16 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"], choices=["fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=5)
-    a = parser.parse_args()
-    if a.steps < 1:
-        parser.error(f"--steps {a.steps} must be at least 1")
+    args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps} must be at least 1")
     torch.set_num_threads(1)
-    for model, method, precision in itertools.product(a.models, a.methods, measurable(a.precisions)):
+    for model, method, precision in itertools.product(args.models, args.methods, measurable(args.precisions)):
         record: dict[str, Any] = {"model": model, "method": method, "precision": precision, "rank": RANK}
         for library in ("ours", "peft"):
-            record[library] = shares(model, library, method, precision, a.steps)
+            record[library] = shares(model, library, method, precision, args.steps)
             print(model, method, precision, library, record[library], flush=True)
-        record |= {"steps": a.steps, "system_load": other_load(), "environment": environment()}
+        record |= {"steps": args.steps, "system_load": other_load(), "environment": environment()}
         append(RESULTS / "time_shares.json", record)
 
 

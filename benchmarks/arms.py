@@ -1,0 +1,211 @@
+"""The arms of the benchmarks: what is compared, its recipe, its learning rates and its name in each table.
+
+To add an arm, add an entry to `ARMS`. It takes part in the benchmarks in whose tables it has a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import lit_adapters as la
+
+# accuracy: CIFAR-10 (cifar10_accuracy). language: SmolLM2 on three tasks (language_tuning). regimes: preferences,
+# reinforcement and speculative decoding. steps vit, steps smollm2: the models of step_time.
+Table = Literal["accuracy", "language", "regimes", "steps vit", "steps smollm2"]
+
+# The table of each model of step_time.
+STEPS: dict[str, Table] = {"vit": "steps vit", "smollm2": "steps smollm2"}
+
+
+class Row(NamedTuple):
+    """The row of an arm in a table.
+
+    Attributes:
+        place: Rows are sorted by it.
+        name: What the table calls the arm.
+    """
+
+    place: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An adapter method, or a control without one.
+
+    Attributes:
+        rows: The row in each table.
+        name: In tables that compare methods alone, at their default settings.
+        method: The class of the method; None for a control.
+        vision: Settings of the method for a ViT, in `step_time`.
+        language: Settings of the method for a language model, in `step_time`.
+        recipe: File in configs/vision/offline or configs/language/smollm2, without .yaml; by default the arm's name.
+        changes: Command line options that change the recipe.
+        rates: Learning rates that `cifar10_accuracy` compares.
+    """
+
+    rows: dict[Table, Row]
+    name: str = ""
+    method: type[la.Method] | None = None
+    vision: dict[str, Any] = field(default_factory=dict)
+    language: dict[str, Any] = field(default_factory=dict)
+    recipe: str = ""
+    changes: tuple[str, ...] = ()
+    rates: tuple[float, ...] = ()
+
+
+_LORAN = {"rank": 64, "alpha": 16.0, "dropout": 0.2, "targets": ["q_proj", "v_proj"]}
+
+ARMS = {
+    # The language model at its start, before any adapter has learned.
+    "untouched": Arm(
+        rows={"language": Row(0, "untouched model"), "regimes": Row(0, "untouched")},
+        recipe="lora",
+    ),
+    # The draft of speculative decoding at its start.
+    "none": Arm(
+        rows={"regimes": Row(1, "no adapter")},
+        recipe="lora",
+    ),
+    "head": Arm(
+        rows={
+            "accuracy": Row(0, "head only"),
+            "steps vit": Row(0, "head only"),
+            "steps smollm2": Row(0, "head only"),
+        },
+        rates=(5e-3, 2e-2),
+    ),
+    "frozen": Arm(
+        rows={"steps vit": Row(1, "frozen backbone, gradients to the image")},
+    ),
+    "full": Arm(
+        rows={
+            "accuracy": Row(9, "full fine-tuning"),
+            "steps vit": Row(2, "full fine-tuning"),
+            "steps smollm2": Row(2, "full fine-tuning"),
+        },
+        name="full fine-tuning",
+        rates=(1e-4, 3e-4),
+    ),
+    "lora": Arm(
+        rows={
+            "accuracy": Row(1, "LoRA, r = 8"),
+            "language": Row(1, "LoRA, r = 8 (AFA-LoRA at beta = 0)"),
+            "regimes": Row(2, "LoRA"),
+            "steps vit": Row(3, "LoRA, r = 8"),
+            "steps smollm2": Row(3, "LoRA, r = 8"),
+        },
+        name="LoRA",
+        method=la.LoRA,
+        vision={"rank": 8},
+        language={"rank": 8},
+        rates=(1e-3, 3e-3),
+    ),
+    "dora": Arm(
+        rows={
+            "language": Row(4, "DoRA, r = 8"),
+            "regimes": Row(4, "DoRA"),
+            "steps vit": Row(5, "DoRA, r = 8"),
+            "steps smollm2": Row(5, "DoRA, r = 8"),
+        },
+        name="DoRA",
+        method=la.DoRA,
+        vision={"rank": 8},
+        language={"rank": 8},
+    ),
+    "loran": Arm(
+        rows={
+            "language": Row(5, "LoRAN, r = 64, q and v"),
+            "regimes": Row(6, "LoRAN, r = 64, q and v"),
+            "steps vit": Row(9, "LoRAN"),
+            "steps smollm2": Row(9, "LoRAN, r = 64, q and v"),
+        },
+        name="LoRAN",
+        method=la.LoRAN,
+        vision={"rank": 8},
+        language=_LORAN,
+    ),
+    # Sinter's control: the same without its sine.
+    "loran_identity": Arm(
+        rows={"language": Row(6, "LoRAN, amplitude 0")},
+        recipe="loran",
+        changes=("--model.adapters.init_args.amplitude=0.0",),
+    ),
+    "lora_like_loran": Arm(
+        rows={"steps smollm2": Row(10, "LoRA, r = 64, q and v")},
+        method=la.LoRA,
+        language=_LORAN,
+    ),
+    "afa": Arm(
+        rows={
+            "language": Row(2, "AFA-LoRA, r = 8"),
+            "regimes": Row(3, "AFA-LoRA"),
+            "steps vit": Row(4, "AFA-LoRA, r = 8"),
+            "steps smollm2": Row(4, "AFA-LoRA, r = 8"),
+        },
+        name="AFA-LoRA",
+        method=la.AFALoRA,
+        vision={"rank": 8},
+        language={"rank": 8},
+    ),
+    "nora_published": Arm(
+        rows={"accuracy": Row(5, "NoRA, as published")},
+        rates=(1e-3, 5e-3),
+    ),
+    "nora": Arm(
+        rows={
+            "accuracy": Row(6, "NoRA, scaled"),
+            "steps vit": Row(6, "NoRA"),
+            "steps smollm2": Row(6, "NoRA"),
+        },
+        name="NoRA",
+        method=la.NoRA,
+        language={"base": "anchored"},
+        rates=(5e-3, 1e-2),
+    ),
+    "nora_anchored": Arm(
+        rows={
+            "accuracy": Row(7, "NoRA, scaled, anchored"),
+            "steps vit": Row(7, "NoRA, anchored"),
+        },
+        method=la.NoRA,
+        vision={"base": "anchored"},
+        rates=(5e-3, 1e-2),
+    ),
+    "nora_plus_plus": Arm(
+        rows={
+            "accuracy": Row(8, "NoRA++, scaled"),
+            "language": Row(3, "NoRA++, anchored, LoRA r = 8"),
+            "regimes": Row(5, "NoRA++"),
+            "steps vit": Row(8, "NoRA++"),
+            "steps smollm2": Row(8, "NoRA++"),
+        },
+        name="NoRA++",
+        method=la.NoRAPlusPlus,
+        vision={"lora": la.LoRA(rank=8)},
+        language={"nora": la.NoRA(base="anchored"), "lora": la.LoRA(rank=8)},
+        rates=(1e-3, 3e-3),
+    ),
+}
+
+
+def names(table: Table) -> dict[str, str]:
+    """The arms of a table and their names in it, in the order of its rows."""
+    of_table = {key: arm.rows[table] for key, arm in ARMS.items() if table in arm.rows}
+    return {key: row.name for key, row in sorted(of_table.items(), key=lambda item: item[1].place)}
+
+
+def adapted(table: Table) -> list[str]:
+    """The arms of a table that have an adapter."""
+    return [key for key in names(table) if ARMS[key].method is not None]
+
+
+def methods() -> dict[str, type[la.Method]]:
+    """Every method once, by the arm that has it at its default settings."""
+    return {key: arm.method for key, arm in ARMS.items() if arm.method is not None and arm.name}
+
+
+def recipe_of(arm: str) -> str:
+    """Name of the recipe of an arm, without folder and .yaml."""
+    return ARMS[arm].recipe or arm

@@ -1,0 +1,67 @@
+"""The benchmarks start, keep their runs, and the pages show what their result files hold."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+from benchmarks.arms import ARMS, STEPS, names, recipe_of
+from benchmarks.results_file import load
+from benchmarks.runner import Runner
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py")) if "argparse" in path.read_text()]
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "runner"])
+def test_a_benchmark_starts(name, monkeypatch, capsys):
+    module = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 0
+    assert "options:" in capsys.readouterr().out
+
+
+def test_the_pages_hold_the_tables_of_the_result_files(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        shutil.copy(page, tmp_path / page.relative_to(ROOT))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    tables.main()
+    for page in pages:
+        assert (tmp_path / page.relative_to(ROOT)).read_text() == page.read_text(), "run python -m benchmarks.tables"
+
+
+@pytest.mark.parametrize("table", ["accuracy", "language", "regimes", *STEPS.values()])
+def test_the_rows_of_a_table_have_places_of_their_own(table):
+    places = [arm.rows[table].place for arm in ARMS.values() if table in arm.rows]
+    assert len(set(places)) == len(places) > 0
+
+
+def test_every_arm_that_is_trained_has_a_recipe():
+    for table, folder in (("accuracy", "vision/offline"), ("language", "language/smollm2")):
+        for arm in names(table):
+            assert (ROOT / "configs" / folder / f"{recipe_of(arm)}.yaml").is_file(), arm
+
+
+def test_a_run_in_the_file_is_not_run_again(tmp_path, capsys):
+    losses = {0.1: 3.0, 0.2: 1.0, 0.3: 2.0}
+    trained = []
+
+    def run(arm, protocol, rate, steps):
+        trained.append(rate)
+        return {"arm": arm, "protocol": protocol, "rate": rate, "steps": steps, "loss": losses[rate]}
+
+    runner = Runner(tmp_path / "runs.json", run, lambda record: f"loss {record['loss']}")
+    for _ in range(2):
+        assert runner.best_rate([0.1, 0.2, 0.3], lambda record: record["loss"], arm="lora", steps=5) == 0.2
+        assert runner.once(arm="lora", protocol="full", rate=0.2, steps=9)["loss"] == 1.0
+    assert trained == [0.1, 0.2, 0.3, 0.2]
+    assert len(load(tmp_path / "runs.json")) == 4
+    assert "arm lora, protocol full, rate 0.2, steps 9: loss 1.0\n" in capsys.readouterr().out
