@@ -16,6 +16,8 @@ from lit_adapters.errors import AdapterError
 
 T = TypeVar("T")
 
+_WIDEST = 1 << 20  # characters of a line: more than any table has
+
 # How jsonargparse tells that a value fitted none of several types; the reasons stand between these lines.
 _FRAME = re.compile(
     r"Does not validate against any|Subtypes:|Errors:|Expected a <class '(NoneType|list)'>|Given value type:"
@@ -57,7 +59,28 @@ def call(function: Callable[..., T], args: Sequence[str] | None, prog: str) -> T
         values = parser.parse_args(args)
     except ArgumentError as error:
         raise AdapterError(f"{one_line(error)} ({prog} --help lists what it takes)") from error
-    return function(**parser.instantiate_classes(values).as_dict())
+    return function(**values.as_dict())
+
+
+def text_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Lines of aligned columns, as wide as they need to be also in a pipe.
+
+    Args:
+        rows: the cells; the first row is the heading.
+        right: columns whose cells end together, as numbers should.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    heading, *others = rows
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for index, name in enumerate(heading):
+        table.add_column(name, justify="right" if index in right else "left", no_wrap=True)
+    for row in others:
+        table.add_row(*row)
+    written = io.StringIO()
+    Console(file=written, width=_WIDEST, markup=False, highlight=False, emoji=False, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
 
 def run(main: Callable[[], Any], *errors: type[Exception]) -> None:
