@@ -176,13 +176,13 @@ class CausalLMTuner(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_means("test", self.test_means)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Any:
-        """A continuation of each row's prompt, the tokens before its first learned one; a list of B texts.
+    def forward_batch(self, batch: Batch) -> Tensor:
+        """Logits (B, T, V) of a training batch; AdapterCallback calibrates on them, and searches for NaN in them."""
+        logits: Tensor = self(batch)
+        return logits
 
-        In `fit`, where calibration and the search for a NaN send training batches through here, the logits (B, T, V).
-        """
-        if self._trainer is not None and self._trainer.training:
-            return self(batch)
+    def predict_step(self, batch: Batch, batch_idx: int) -> Any:
+        """A continuation of each row's prompt, the tokens before its first learned one; a list of B texts."""
         refuse_sharded(self._built, "generating")  # answers end at different tokens in different processes
         rows = prompt_rows(batch)
         return generate(self._built, self.tokenizer, rows, max_new_tokens=self.hparams["max_new_tokens"])

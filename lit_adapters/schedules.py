@@ -6,7 +6,8 @@ With t = clip((progress - start) / (end - start), 0, 1), the share of the anneal
     Cosine       (1 + cos(pi t)) / 2         Step         1 - floor(t steps) / steps
     Exponential  (e^(-rate t) - e^(-rate)) / (1 - e^(-rate))
 
-All are exactly 1 until `start` and exactly 0 from `end` on. `Hold` never moves; `Adaptive` also looks at the loss.
+All are exactly 1 until `start` and exactly 0 from `end` on. `Hold` never moves; `Adaptive` also looks at the
+loss or at another logged value.
 No published source says which shape or which fractions AFA-LoRA (arXiv 2512.22455) uses; a re-implementation anneals
 over the first 30% of the steps, which is the default here.
 """
@@ -14,12 +15,12 @@ over the first 30% of the steps, which is the default here.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, Literal
 
 from lit_adapters.errors import AdapterError
 
@@ -162,26 +163,34 @@ class Hold(Schedule):
 
 @dataclass(frozen=True)
 class Adaptive(Schedule):
-    """beta falls only while the smoothed training loss is not rising, and is 0 from `end` on whatever the loss does.
+    """beta falls only while training improves, and is 0 from `end` on in any case.
 
-    A falling step takes off its share of `duration`. As a deadline, beta never lies above the ramp of that slope which
+    Training improves while the smoothed loss, or the smoothed value of `monitor`, does not get worse. A step that
+    improves takes off its share of `duration`. As a deadline, beta never lies above the ramp of that slope which
     reaches 0 at `end`. Called with the progress alone, as where no loss is known, the schedule is that last ramp.
 
     Args:
         start: progress before which beta is 1.
-        duration: share of the training that annealing takes if the loss never rises.
+        duration: share of the training that annealing takes if training always improves.
         end: progress from which beta is 0.
-        window: optimiser steps over which the loss is smoothed; it rises when its average over a fifth of the window
-            is above that over the whole.
+        window: optimiser steps over which values are smoothed; training gets worse when the average over a fifth of
+            the window is worse than the average over the whole window.
+        monitor: name of a value that `training_step` logs, such as "train/reward"; by default the loss that
+            `training_step` returns, or what the module names as its `default_monitor` (GRPO: "train/reward").
+        mode: "min" or "max": whether low or high values of `monitor` are good. By default "min" for a name with
+            "loss", "max" for one with "reward" or "accuracy".
 
     Raises:
-        AdapterError: not 0 <= start < start + duration <= end <= 1, or window below 5.
+        AdapterError: not 0 <= start < start + duration <= end <= 1; window below 5; a mode without a monitor; or a
+            monitor whose name does not tell the mode.
     """
 
     start: float = 0.0
     duration: float = 0.3
     end: float = 0.8
     window: int = 50
+    monitor: str | None = None
+    mode: Literal["min", "max"] | None = None
 
     def __post_init__(self) -> None:
         if not (
@@ -193,30 +202,63 @@ class Adaptive(Schedule):
             )
         if self.window < 5:
             raise AdapterError(f"Adaptive: window {self.window} must be at least 5 steps")
+        if self.mode not in (None, "min", "max"):
+            raise AdapterError(f"Adaptive: mode {self.mode!r} must be 'min' or 'max'")
+        if self.monitor is not None:
+            monitor_mode(self.monitor, self.mode)
+        elif self.mode is not None:
+            raise AdapterError(f"Adaptive: mode {self.mode!r} belongs to a monitor; set one, or leave the mode out")
 
     def __call__(self, progress: float) -> float:
         return min(1.0, max(0.0, (self.end - progress) / self.duration))
 
-    def advance(self, beta: float, progress: float, elapsed: float, rising: bool) -> float:
-        """beta after `elapsed` more of the training, now at `progress`, given whether the loss is rising."""
-        if not rising and progress > self.start:
+    def advance(self, beta: float, progress: float, elapsed: float, worse: bool) -> float:
+        """beta after `elapsed` more of the training, now at `progress`, given whether training is getting worse."""
+        if not worse and progress > self.start:
             beta -= min(elapsed, progress - self.start) / self.duration
         return max(0.0, min(beta, self(progress)))
+
+    def to_config(self) -> dict[str, Any]:
+        """As `Schedule`; without `monitor` and `mode` where they are not set, as files of version 0.1 lack them."""
+        config = super().to_config()
+        config["init_args"] = {name: value for name, value in config["init_args"].items() if value is not None}
+        return config
+
+
+def monitor_mode(monitor: str, mode: Literal["min", "max"] | None = None) -> Literal["min", "max"]:
+    """Whether low ("min") or high ("max") values of a logged value are good.
+
+    Args:
+        monitor: the name under which it is logged.
+        mode: what the user says; by default the name tells it.
+
+    Raises:
+        AdapterError: there is no `mode`, and the name holds none of "loss", "reward" and "accuracy".
+    """
+    if mode is not None:
+        return mode
+    if "loss" in monitor:
+        return "min"
+    if "reward" in monitor or "accuracy" in monitor:
+        return "max"
+    raise AdapterError(
+        f"Adaptive: the name of monitor {monitor!r} does not tell whether low or high values are good; "
+        "set mode to 'min' or 'max'"
+    )
 
 
 def to_schedule(schedule: Any) -> Schedule:
     """A schedule from an object or its `{class_path, init_args}` form.
 
     Raises:
-        AdapterError: something else was given.
+        AdapterError: something else was given, the class path names no schedule, or the class refuses the arguments.
     """
     if isinstance(schedule, Schedule):
         return schedule
     if isinstance(schedule, Mapping) and "class_path" in schedule:
         path = str(schedule["class_path"])
-        module, _, name = path.rpartition(".")
         try:
-            kind = getattr(importlib.import_module(module or __name__), name)
+            kind = resolve_name(path if "." in path else f"{__name__}.{path}")
         except (ImportError, AttributeError, ValueError) as error:
             raise AdapterError(f"no schedule {path!r}: {error}") from error
         if isinstance(kind, type) and issubclass(kind, Schedule):

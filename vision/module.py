@@ -132,6 +132,11 @@ class ViTClassifier(LightningModule):
         self.log_dict(metrics, prog_bar=split == "val", batch_size=len(labels))
         return logits
 
+    def forward_batch(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Logits (B, num_classes) of a training batch; AdapterCallback calibrates on them, and searches for NaN."""
+        logits: Tensor = self(batch[0])
+        return logits
+
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, num_classes) for images, or for (images, labels)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch

@@ -136,10 +136,9 @@ class DPOTuner(CausalLMTuner):
         )
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Any:
-        """A continuation of each pair's prompt, a list of B texts; in `fit` as `CausalLMTuner`."""
-        if self._trainer is None or not self._trainer.training:
-            check_pairs(batch)
-            batch = {name: rows[: len(rows) // 2] for name, rows in batch.items()}
+        """A continuation of each pair's prompt, a list of B texts."""
+        check_pairs(batch)
+        batch = {name: rows[: len(rows) // 2] for name, rows in batch.items()}
         return super().predict_step(batch, batch_idx)
 
     @property

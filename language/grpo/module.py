@@ -93,6 +93,7 @@ class GRPOTuner(CausalLMTuner):
     """
 
     logs_perplexity = False
+    default_monitor = "train/reward"  # of adaptive schedules, as the loss does not tell progress
 
     def __init__(
         self,
@@ -157,8 +158,7 @@ class GRPOTuner(CausalLMTuner):
                 f"{context} positions: lower one of them"
             )
 
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:  # type: ignore[override]
-        """The loss; `followed`, for adaptive schedules, is the negative reward, as the loss does not tell progress."""
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         h = self.hparams
         if batch_idx % h["iterations"] == 0:
             self.rollout = self._sample(batch, batch_idx)
@@ -184,8 +184,11 @@ class GRPOTuner(CausalLMTuner):
         logged = {"train/loss": loss, "train/clip_fraction": terms.clipped / tokens}
         if terms.kl is not None:
             logged["train/kl"] = terms.kl / tokens
-        self.log_dict(logged, sync_dist=True, batch_size=len(batch["input_ids"]))
-        return {"loss": loss, "followed": -rollout["reward"]}
+        size = len(batch["input_ids"])
+        self.log_dict(logged, sync_dist=True, batch_size=size)
+        # In every step, as adaptive schedules look at it in every step.
+        self.log("train/reward", rollout["reward"], prog_bar=True, sync_dist=True, batch_size=size)
+        return loss
 
     def _sample(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Completions of a batch's prompts with all that the objective needs, as tensors."""
@@ -210,7 +213,6 @@ class GRPOTuner(CausalLMTuner):
         logged |= {"reward_std": groups.std(1).mean(), "completion_length": lengths.float().mean()}
         logged |= {"zero_advantage": constant(groups).float().mean()}
         size = len(groups)
-        self.log("train/reward", rewards.mean().to(self.device), prog_bar=True, sync_dist=True, batch_size=size)
         on_device = {f"train/{name}": value.to(self.device) for name, value in logged.items()}
         self.log_dict(on_device, sync_dist=True, batch_size=size)
         return rollout | {"prompts": batch["input_ids"], "reward": rewards.mean().to(self.device)}

@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from lit_adapters import console
 from lit_adapters.console import one_line
 from lit_adapters.errors import AdapterError
-from lit_adapters.files.adapters import RECORD, check_whole, read_checkpoint_file
+from lit_adapters.files.adapters import check_whole, read_checkpoint_file
 from lit_adapters.lightning.optimizers import TOTALS, build_optimizers
 from lit_adapters.methods.base import to_methods
-from lit_adapters.training.checkpoint import check_class, check_format, check_settings
+from lit_adapters.training.checkpoint import check_recipe
 
 _KEYWORDS = ("best", "last", "hpc", "registry")  # what ckpt_path may be besides a file
 
@@ -60,7 +60,8 @@ class AdapterCLI(LightningCLI):
             "--lr_scale",
             type=dict[str, float],
             default={},
-            help="Factor on the learning rate by group: nora, lora, head (all that trains and is no adapter).",
+            help="Factor on the learning rate by group, e.g. {nora: 3.0, head: 0.5}: the name of a method "
+            "(nora, lora, dora, loran, afa, peft) or head, for everything that is not an adapter.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -75,19 +76,21 @@ class AdapterCLI(LightningCLI):
             return
         if not Path(path).exists():
             raise AdapterError(f"ckpt_path {str(path)!r} does not exist; give a file that a fit has written, or 'last'")
-        if Path(path).is_file():
-            check_whole(path, "ckpt_path ")
         if self.config.get("subcommand") == "fit":
-            self._check_resumable(Path(path), section.get("model") or {})
+            self._check_recipe(Path(path), section.get("model") or {})
+        elif Path(path).is_file():
+            check_whole(path, "ckpt_path ")
 
-    def _check_resumable(self, path: Path, model: Any) -> None:
-        """Refuse what cannot be resumed; Lightning would let a checkpoint's settings win over the recipe's, unsaid."""
-        checkpoint = read_checkpoint_file(path)
-        check_format(checkpoint, path)
-        if isinstance(self._model_class, type) and not self.subclass_mode_model:
-            check_class(checkpoint, self._model_class, path)
-        for written in checkpoint[RECORD]["models"].values() if "adapters" in model else ():
-            check_settings(written["methods"], [m.to_config() for m in to_methods(_plain(model["adapters"]))], path)
+    def _check_recipe(self, path: Path, model: Any) -> None:
+        """Compare a checkpoint with the recipe, whose settings Lightning is about to replace by the checkpoint's.
+
+        All else is checked where the checkpoint is read to be resumed; see `SafeCheckpointIO`.
+        """
+        cls = self._model_class if isinstance(self._model_class, type) and not self.subclass_mode_model else None
+        methods = None
+        if "adapters" in model:
+            methods = [method.to_config() for method in to_methods(_plain(model["adapters"]))]
+        check_recipe(read_checkpoint_file(path), cls, methods, path)
 
     def instantiate_classes(self) -> None:
         """Instantiate everything and give the model its `configure_optimizers`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -127,13 +127,15 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
         )
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any] | None = None) -> None:
     """Show the adapters their real inputs before training: NoRA takes densities, and on request fit ranges, from them.
 
     Args:
         model: an adapted model.
         batches: inputs for `model`: tensors, tuples of positional arguments or dictionaries of keyword ones. One or
             a few batches of training data are enough.
+        run: passes one batch, of any type and not yet on the model's device, through `model`. By default the batch is
+            moved to the device and `model` is called with it.
 
     Raises:
         AdapterError: no batch, no adapters, training has begun, or a layer's inputs are constant or not finite.
@@ -146,21 +148,26 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     def observe(name: str, x: Tensor) -> None:
         samples[name].append(regular_sample(x, _VALUES_PER_CALL).float().cpu())
 
-    device = next(model.parameters()).device
+    run = run or partial(_call, model)
     with torch.no_grad(), evaluating(model), _observed(found, observe):
         for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=None):
-            batch = _to(batch, device)
-            if isinstance(batch, Mapping):
-                model(**batch)
-            elif isinstance(batch, (tuple, list)):
-                model(*batch)
-            else:
-                model(batch)
+            run(batch)
     unseen = [name for name, values in samples.items() if not values]
     if unseen:
         raise AdapterError(f"no input reached {unseen[0]!r}; give at least one batch that passes through every adapter")
     for name, adapter in found:
         adapter.calibrate(torch.cat(samples[name]))
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    """Call the model with a batch, moved to its device."""
+    batch = _to(batch, next(model.parameters()).device)
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    else:
+        model(batch)
 
 
 def set_progress(model: nn.Module, progress: float) -> None:

@@ -1,4 +1,4 @@
-"""The attached models inside a LightningModule: the names of their layers in logs, and what checkpoints leave out."""
+"""The attached models inside the module that trains, and the names of their layers in logs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
-from lit_adapters.model.attach import adapters, attachment, frozen_keys
+from lit_adapters.model.attach import adapters, attachment
 
 
 def attached_models(module: nn.Module) -> dict[str, nn.Module]:
@@ -25,13 +25,7 @@ def _is_attached(model: nn.Module) -> bool:
 def adapter_layers(module: nn.Module) -> dict[str, AdapterModule]:
     """All adapters by layer name: the one `attach` reported, or the name in the whole tree if it holds several models.
 
-    The attribute under which a LightningModule keeps its model says nothing about the layer.
+    The attribute under which the training module keeps its model says nothing about the layer.
     """
     models = attached_models(module)
     return dict(adapters(next(iter(models.values())) if len(models) == 1 else module))
-
-
-def redundant_keys(module: nn.Module) -> set[str]:
-    """Keys that a checkpoint need not hold: frozen parameters of attached models, which strict loading forgives."""
-    models = attached_models(module).items()
-    return {f"{name}.{key}" if name else key for name, model in models for key in frozen_keys(model)}

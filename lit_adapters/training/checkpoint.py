@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and the refusal of checkpoints that a run cannot go on from."""
+"""What a checkpoint holds and says of itself, and the refusal of checkpoints that a run cannot go on from."""
 
 from __future__ import annotations
 
@@ -12,25 +12,36 @@ from torch import nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import RECORD, RECORD_FORMAT, describe
-from lit_adapters.model.attach import attachment
+from lit_adapters.model.attach import attachment, frozen_keys
 from lit_adapters.renamed import current
 from lit_adapters.training.attached import attached_models
+
+
+def redundant_keys(module: nn.Module) -> set[str]:
+    """Keys that a checkpoint need not hold: frozen parameters of attached models, which strict loading forgives."""
+    models = attached_models(module).items()
+    return {f"{name}.{key}" if name else key for name, model in models for key in frozen_keys(model)}
 
 
 def record(module: nn.Module) -> dict[str, Any]:
     """What a checkpoint says of `module`, in plain values, so that nobody has to build it to read them.
 
-    `module` is the class path; `models` has an entry for every attached model, by qualified name.
+    Returns:
+        `module`, the class path; `models`, what `attach` did to each attached model, by qualified name; `format` and
+        `version` of the record.
     """
-    models = {
-        name: describe(model) | {"trained": attachment(model).trained_parameters}
-        for name, model in attached_models(module).items()
-    }
     return {
         "format": RECORD_FORMAT,
         "version": version("lit-adapters"),
         "module": class_path(type(module)),
-        "models": models,
+        "models": _models(module),
+    }
+
+
+def _models(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: describe(model) | {"trained": attachment(model).trained_parameters}
+        for name, model in attached_models(module).items()
     }
 
 
@@ -39,11 +50,55 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def check_format(checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """Refuse a checkpoint that does not come from a run with AdapterCallback, or from a newer version of it.
+def check_model(checkpoint: Mapping[str, Any], module: nn.Module, path: str | Path) -> None:
+    """Refuse a checkpoint that `module` cannot go on from.
+
+    Args:
+        checkpoint: as it was read.
+        module: the one that trains, with its adapters.
+        path: of the checkpoint, for the message.
 
     Raises:
-        AdapterError: so.
+        AdapterError: the checkpoint has no record or one of a newer format, or was written by another class, or with
+            adapted models, methods or modules of `train` that differ; the message names both sides.
+    """
+    written = _check_class(checkpoint, type(module), path)
+    present = _models(module)
+    if written.keys() != present.keys():
+        raise AdapterError(
+            f"{str(path)!r} has adapted models at {sorted(written)}, the module at {sorted(present)}; "
+            "give the run's own"
+        )
+    for name, model in present.items():
+        for key in ("methods", "train"):
+            _check_settings(written[name][key], model[key], path)
+
+
+def check_recipe(
+    checkpoint: Mapping[str, Any], cls: type | None, methods: list[dict[str, Any]] | None, path: str | Path
+) -> None:
+    """Refuse a checkpoint that a recipe cannot go on from, before any model is built.
+
+    Args:
+        checkpoint: as it was read.
+        cls: of the module that the recipe trains; None where that is not known yet.
+        methods: the recipe's, in their `{class_path, init_args}` forms; None where the module takes none.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        AdapterError: the checkpoint has no record or one of a newer format, or was written by another class or with
+            other methods; the message names both sides.
+    """
+    written = _check_class(checkpoint, cls, path)
+    for model in written.values() if methods is not None else ():
+        _check_settings(model["methods"], methods, path)
+
+
+def _check_class(checkpoint: Mapping[str, Any], cls: type | None, path: str | Path) -> Mapping[str, Any]:
+    """The models of the record, if its format is known and its class is `cls`; a script's `__main__` may be any module.
+
+    Raises:
+        AdapterError: no record, a record of a newer format, or another class.
     """
     found = checkpoint.get(RECORD) if isinstance(checkpoint, Mapping) else None
     if not isinstance(found, Mapping) or "format" not in found:
@@ -56,42 +111,24 @@ def check_format(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             f"{str(path)!r} has format {found['format']}, written by lit-adapters {found.get('version')}; "
             f"this version reads up to {RECORD_FORMAT}: update lit-adapters"
         )
-
-
-def check_class(checkpoint: Mapping[str, Any], cls: type, path: str | Path) -> None:
-    """Refuse a checkpoint of another LightningModule class; a script's `__main__` may be any module.
-
-    Raises:
-        AdapterError: the classes differ.
-    """
-    written, present = current(checkpoint[RECORD]["module"]), class_path(cls)
-    if written == present:
-        return
-    same_name = written.removeprefix("__main__.") == cls.__qualname__ or (
-        cls.__module__ == "__main__" and written.endswith(f".{cls.__qualname__}")
-    )
-    if not same_name:
-        raise AdapterError(f"{str(path)!r} is a checkpoint of {written}, the model is a {present}; give the run's own")
-
-
-def check_methods(checkpoint: Mapping[str, Any], module: nn.Module, path: str | Path) -> None:
-    """Refuse a checkpoint whose adapters differ from those of `module` in method, rank or any other setting.
-
-    Raises:
-        AdapterError: they differ; the message names both.
-    """
-    written, present = checkpoint[RECORD]["models"], record(module)["models"]
-    if written.keys() != present.keys():
+    written = current(found["module"])
+    if cls is not None and not _same_class(written, cls):
         raise AdapterError(
-            f"{str(path)!r} has adapted models at {sorted(written)}, the module at {sorted(present)}; "
-            "give the run's own"
+            f"{str(path)!r} is a checkpoint of {written}, the model is a {class_path(cls)}; give the run's own"
         )
-    for name, model in present.items():
-        for key in ("methods", "train"):
-            check_settings(written[name][key], model[key], path)
+    models: Mapping[str, Any] = found["models"]
+    return models
 
 
-def check_settings(written: Any, present: Any, path: str | Path) -> None:
+def _same_class(written: str, cls: type) -> bool:
+    return (
+        written == class_path(cls)
+        or written.removeprefix("__main__.") == cls.__qualname__
+        or (cls.__module__ == "__main__" and written.endswith(f".{cls.__qualname__}"))
+    )
+
+
+def _check_settings(written: Any, present: Any, path: str | Path) -> None:
     """Refuse other methods, or other modules of `train`, than those written.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Checks during the first steps of training that every adapter takes part: silence is the usual failure."""
+"""Checks in the first steps of a training that every adapter takes part: an adapter that never runs fails silently."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lit_adapters.training.attached import adapter_layers
 _PATIENCE = 100  # steps in a row without any gradient, as where all rewards are equal, before they count
 
 
-class Probe:
+class ParticipationCheck:
     """Watches the first batch for adapters that do not run, and the first steps for parameters that do not learn.
 
     Args:
@@ -44,9 +44,9 @@ class Probe:
         }
         # An annealed activation may pass no gradient now (a dead ReLU) and some later.
         annealed = {id(p) for _, a in adapters(model) if a.schedule for p in a.adapter_parameters().values()}
-        self._silent = {name for name, parameter in self._required.items() if id(parameter) not in annealed}
+        self._without_gradient = {name for name, parameter in self._required.items() if id(parameter) not in annealed}
         self._stepped = False
-        self._silent_steps = 0
+        self._steps_without_any = 0
         self._ran: set[str] = set()
         self._layers = adapter_layers(model)
         self._handles: list[Any] = [
@@ -72,7 +72,11 @@ class Probe:
                 adapter.on_read = None
 
     def after_forward(self) -> str | None:
-        """Stop watching; what is wrong if the batch that has just passed went by an adapter."""
+        """Stop watching.
+
+        Returns:
+            What is wrong, if an adapter did not run in the batch that has just passed; None otherwise.
+        """
         self.stop()
         required = {id(p) for p in self._required.values()}
         idle = [
@@ -89,16 +93,23 @@ class Probe:
         )
 
     def before_step(self, optimizer: Optimizer, optimizers: Sequence[Optimizer]) -> None:
-        """Raise if a trainable parameter has no gradient, or one of exactly zero that no further step can change.
+        """Look at the gradients that `optimizer` is about to use.
 
-        Before the first step a zero is right: A of a low-rank pair waits for its B to move, and B for a head that
-        starts at zero. So a zero counts once a step has passed that moved something and woke nothing. A loss without
-        any gradient says nothing of a single parameter, unless it stays so.
+        Before the first step a gradient of zero is right: A of a low-rank pair waits for its B to move, and B for a
+        head that starts at zero. So a zero counts once a step has passed that moved something and gave no further
+        parameter a gradient. A loss without any gradient says nothing of a single parameter, unless it stays so.
+
+        Args:
+            optimizer: the one that steps.
+            optimizers: all of the training; parameters of the others are not looked at.
+
+        Raises:
+            AdapterError: a trainable parameter has no gradient, or one of exactly zero that no further step can change.
         """
-        if not self._silent:
+        if not self._without_gradient:
             return
         others = {id(p) for o in optimizers if o is not optimizer for g in o.param_groups for p in g["params"]}
-        watched = {n: p for n, p in self._required.items() if n in self._silent and id(p) not in others}
+        watched = {n: p for n, p in self._required.items() if n in self._without_gradient and id(p) not in others}
         for name, parameter in watched.items():
             if parameter.grad is None:
                 raise AdapterError(
@@ -106,14 +117,14 @@ class Probe:
                     "or name it in allow_unused"
                 )
         if not any(whole(p.grad).any() for p in self._required.values() if p.grad is not None):
-            self._silent_steps += 1
-            if self._silent_steps < _PATIENCE:
+            self._steps_without_any += 1
+            if self._steps_without_any < _PATIENCE:
                 return
         else:
-            self._silent_steps = 0
+            self._steps_without_any = 0
         # In order, as the processes of a sharded model put each gradient together.
         awake = [name for name, parameter in watched.items() if whole(parameter.grad).any()]  # type: ignore[arg-type]
-        self._silent -= set(awake)
+        self._without_gradient -= set(awake)
         asleep = [name for name in watched if name not in awake]
         if asleep and self._stepped and not awake:
             raise AdapterError(

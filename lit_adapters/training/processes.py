@@ -11,6 +11,11 @@ from lit_adapters.errors import AdapterError
 T = TypeVar("T")
 
 
+def process_count() -> int:
+    """How many processes train together."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 def gather_objects(value: T) -> list[T]:
     """The values of all processes, in the order of their ranks; every process calls this.
 
@@ -20,12 +25,22 @@ def gather_objects(value: T) -> list[T]:
     Returns:
         One value per process, the same list in each of them.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [value]
-    values = [value] * distributed.get_world_size()
+    values = [value] * process_count()
     if len(values) > 1:
         distributed.all_gather_object(values, value)
     return values
+
+
+def broadcast_object(value: T) -> T:
+    """The value of the first process, in all of them; every process calls this.
+
+    Args:
+        value: this process's own, which counts in the first one only; picklable.
+    """
+    values = [value]
+    if process_count() > 1:
+        distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def raise_together(failure: str | None) -> None:

@@ -1,14 +1,15 @@
-"""What a checkpoint holds beyond Lightning's own, so that a resumed run equals the uninterrupted one bit for bit."""
+"""The part of AdapterCallback that makes a resumed run equal the uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -19,18 +20,22 @@ from lit_adapters.files.adapters import RECORD
 from lit_adapters.lightning.resume import loop_state
 from lit_adapters.lightning.resume.checkpoint_io import SafeCheckpointIO
 from lit_adapters.lightning.resume.random_state import random_states, set_random_states
-from lit_adapters.training.checkpoint import check_class, check_format, check_methods, record
+from lit_adapters.training.checkpoint import check_model, record
 from lit_adapters.training.processes import gather_objects
 
 INTERRUPTED = "last-interrupted.ckpt"  # found by ckpt_path="last"
 TERMINATED = 128 + 15  # what shells give a process that SIGTERM has ended
 
 
-class Resuming:
-    """The part of AdapterCallback that saves and restores.
+class Resuming(Callback):
+    """Saves and restores what Lightning leaves out, and refuses checkpoints that do not belong to the run.
 
-    Each process has random states of its own and, between two optimiser steps, gradients of its own: a checkpoint holds
-    those of all, in the order of their ranks.
+    A checkpoint also holds the record of what was trained, the random states, gradients that wait for their optimiser
+    step, and the loops' state with the batch completed. Each process has random states and gradients of its own: a
+    checkpoint holds those of all, in the order of their ranks.
+
+    Raises:
+        AdapterError: a checkpoint file is torn, or does not belong to the run; see `check_model`.
     """
 
     def __init__(self) -> None:
@@ -40,18 +45,10 @@ class Resuming:
         self._validated = False  # since the last batch
         self._interrupted = False
 
-    def setup(self, trainer: Trainer) -> None:
-        """Read and write checkpoint files safely, unless the trainer has an interface of its own for it."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read, check and write checkpoint files safely, unless the trainer has an interface of its own for it."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = SafeCheckpointIO(lambda c, path: self.check(trainer, c, path))
-
-    def check(self, trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
-        """Refuse a checkpoint that does not belong to the run; in evaluation also one without a record is read."""
-        if RECORD not in checkpoint and trainer.state.fn != "fit":
-            return
-        check_format(checkpoint, path)
-        check_class(checkpoint, type(trainer.lightning_module), path)
-        check_methods(checkpoint, trainer.lightning_module, path)
+            trainer.strategy.checkpoint_io = SafeCheckpointIO(partial(_check, trainer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the record, the random states and open gradients; complete the state of the loops; flush the loggers."""
@@ -68,9 +65,12 @@ class Resuming:
         for logger in trainer.loggers:
             logger.save()
 
-    def on_load_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep this process's part until training starts."""
-        self.check(trainer, checkpoint, trainer.ckpt_path)
+        files = trainer.strategy.checkpoint_io
+        # ModelParallelStrategy reads files by itself, and a user may have an interface of his own.
+        if not (isinstance(files, SafeCheckpointIO) and files.has_checked(checkpoint)):
+            _check(trainer, checkpoint, trainer.ckpt_path)
         if trainer.state.fn != "fit":
             return
         processes = checkpoint[RECORD]["processes"]
@@ -99,12 +99,12 @@ class Resuming:
                 "the end of an epoch",
                 stacklevel=2,
             )
-        loop_state.prepare(trainer)
+        loop_state.repair_resumed_loop(trainer)
         self._gradients = restored["gradients"]
         if restored["random"] is not None:
             set_random_states(restored["random"], pl_module.device)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Put open gradients back before the first batch."""
         self._step, self._validated = trainer.global_step, False
         if self._gradients:
@@ -113,11 +113,11 @@ class Resuming:
                     parameter.grad = self._gradients[name].to(parameter)
             self._gradients = {}
 
-    def on_validation_end(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that a validation has come after the last batch."""
         self._validated = not trainer.sanity_checking
 
-    def on_exception(self, trainer: Trainer, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """After SIGTERM, which Lightning hands on once the batch is done: save, and end with the usual status."""
         if not isinstance(exception, SIGTERMException) or trainer.state.fn != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -127,6 +127,12 @@ class Resuming:
         trainer.save_checkpoint(path)
         rank_zero_info(f"stopped by SIGTERM after step {trainer.global_step}; resume with ckpt_path={os.fspath(path)}")
         exception.code = TERMINATED
+
+
+def _check(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
+    """Refuse a checkpoint that does not belong to the run; evaluation also reads one without a record."""
+    if RECORD in checkpoint or trainer.state.fn == "fit":
+        check_model(checkpoint, trainer.lightning_module, path)
 
 
 def _is_stateful(loader: Any) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,12 @@ from lit_adapters.files.adapters import check_whole
 from lit_adapters.files.atomic import write_atomically
 
 
-@contextlib.contextmanager
-def _torn_is_refused(path: Any) -> Iterator[None]:
-    """Explain what torch says of a file that is not whole; its words on the contents of a whole one are its own."""
-    if Path(path).is_file():
-        check_whole(path)
-    try:
-        yield
-    except RuntimeError as error:
-        raise AdapterError(f"{str(path)!r} is torn or no checkpoint; give another one") from error
-
-
 class SafeCheckpointIO(TorchCheckpointIO):
     """Lightning's reading and writing of one checkpoint file, made safe.
 
     A local file is written beside its place, forced to disk and renamed, so a kill at any moment leaves the old one or
     the new one; Lightning's own writer fills a file in the system's temporary folder, from which a move to another file
-    system is a copy. What is read passes `check` before anything of it is used.
+    system is a copy. This is the one place where a checkpoint that is read is checked.
 
     Args:
         check: takes the checkpoint and its path, and raises for one that does not fit.
@@ -39,6 +27,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     def __init__(self, check: Callable[[dict[str, Any], Any], None]) -> None:
         self._check = check
+        self._checked: int | None = None  # id of the checkpoint that was checked last
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write atomically."""
@@ -53,7 +42,16 @@ class SafeCheckpointIO(TorchCheckpointIO):
         Raises:
             AdapterError: the file is torn, or `check` refuses it.
         """
-        with _torn_is_refused(path):
+        if Path(path).is_file():
+            check_whole(path)
+        try:
             checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        except RuntimeError as error:
+            raise AdapterError(f"{str(path)!r} is torn or no checkpoint; give another one") from error
         self._check(checkpoint, path)
+        self._checked = id(checkpoint)
         return checkpoint
+
+    def has_checked(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether this very checkpoint, still in memory, is the one that was read last."""
+        return self._checked == id(checkpoint)

@@ -62,8 +62,8 @@ def between_epochs(trainer: Trainer) -> bool:
     return bool(current.ready == current.started == current.processed)
 
 
-def prepare(trainer: Trainer) -> None:
-    """Put a resumed fit loop, about to start, right."""
+def repair_resumed_loop(trainer: Trainer) -> None:
+    """Correct the loop counters that Lightning restores wrongly, before the first batch of a resumed fit."""
     fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
     if in_mid_epoch(trainer) and fit._combined_loader_states_to_load:
         # Whoever asks for the number of steps (schedules do) makes Lightning build the loaders before their states are

@@ -52,7 +52,7 @@ def test_annealing_ends_at_zero_and_merges(tmp_path, name):
 
     class Watch(Callback):
         def on_train_batch_end(self, *args):
-            betas.append(callback._annealer.beta)
+            betas.append(callback._annealing.beta)
 
     callback = la.AdapterCallback()
     module = tuner(adapters=la.AFALoRA(rank=2, schedule=schedules()[name]))
@@ -66,7 +66,7 @@ def test_annealing_ends_at_zero_and_merges(tmp_path, name):
     assert any(0.0 < beta <= 1.0 for beta in betas)
     if "deadline" in name:
         assert betas.count(betas[0]) > len(betas) / 2  # held, after the first step
-        assert callback._annealer._means[5][0] > math.log(2)
+        assert callback.state_dict()["annealing"]["means"]["5"][0] > math.log(2)
     rows = batch(9, 14)
     with torch.no_grad():
         before = module.eval()(rows)
@@ -129,7 +129,7 @@ def test_statistics_are_of_the_model_and_not_of_its_reference(tmp_path):
     module.training_step = lambda batch, batch_idx: sizes.append(batch["input_ids"].numel()) or step(batch, batch_idx)
     run_it = trainer(tmp_path, callbacks=[callback], logger=True, enable_checkpointing=False)
     run_it.fit(module, datamodule=data(train_subset=8))
-    counts = callback._recorder._observer.counts
+    counts = callback._recording._recorder._observer.counts
     once = [a.input_histogram(torch.zeros(1, size, 64)).sum() for _, a in la.adapters(module.model) for size in sizes]
     assert sum(c.sum() for c in counts.values()) == sum(once)
 

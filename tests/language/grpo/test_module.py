@@ -53,7 +53,7 @@ def test_a_step_is_the_formula_on_its_completions(name):
     module = moved(built(adapters=METHODS[name], iterations=2, kl_weight=0.3, clip_low=0.02, clip_high=0.03))
     module.training_step(rows, 0)
     moved(module)
-    outputs = module.training_step(rows, 1)
+    loss = module.training_step(rows, 1)
     rollout = module.rollout
     counts = (rollout["labels"] != -100).sum(1)
     assert len(counts) == 12
@@ -64,9 +64,9 @@ def test_a_step_is_the_formula_on_its_completions(name):
     with la.disabled(exact.model):
         reference = rewarding.log_softmax(exact, rollout)
     total, clipped = plain_objective(new, rollout["old"].double(), scaled.double(), reference, 0.02, 0.03, 0.3)
-    assert outputs["loss"].item() == pytest.approx(total.item() / len(new), rel=1e-4)
+    assert loss.item() == pytest.approx(total.item() / len(new), rel=1e-4)
     assert clipped > 0
-    assert outputs["followed"].item() == pytest.approx(-values.mean().item())
+    assert rollout["reward"].item() == pytest.approx(values.mean().item())
 
 
 def completions(module):
@@ -77,7 +77,7 @@ def completions(module):
 def test_the_first_step_on_a_sample_is_the_policy_gradient():
     """Without dropout the ratio is 1, so the gradient is that of -A log p."""
     module, rows = moved(built(kl_weight=0.0)), batch()
-    module.training_step(rows, 0)["loss"].backward()
+    module.training_step(rows, 0).backward()
     weight = module.model.model.layers[0].mlp.up_proj.lora_B
     logp = log_probabilities(module, module.rollout, 1.0)
     assert torch.allclose(logp, module.rollout["old"], atol=1e-5)
@@ -88,7 +88,7 @@ def test_the_first_step_on_a_sample_is_the_policy_gradient():
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_equal_rewards_teach_nothing(tmp_path, weight):
     module = moved(built(rewards=[term("constant")], kl_weight=weight))
-    module.training_step(batch(), 0)["loss"].backward()
+    module.training_step(batch(), 0).backward()
     gradients = [p.grad for p in module.parameters() if p.requires_grad]
     assert all(torch.isfinite(g).all() for g in gradients)
     assert any(g.any() for g in gradients) == (weight > 0)
@@ -149,7 +149,7 @@ def test_annealing_ends_at_zero_and_merges(tmp_path, schedule, name):
     class Watch(la.AdapterCallback):
         def on_train_batch_end(self, *arguments):
             super().on_train_batch_end(*arguments)
-            betas.append(self._annealer.beta)
+            betas.append(self._annealing.beta)
 
     changes = {"rewards": [term(name)], "group_size": 2, "max_new_tokens": 2, "kl_weight": 0.0}
     module = tuner(adapters=la.AFALoRA(rank=2, schedule=SCHEDULES[schedule]), **changes)
@@ -223,7 +223,7 @@ def test_sampling_is_not_counted_as_training(tmp_path):
 
     class Watch(la.AdapterCallback):
         def on_train_batch_end(self, trainer, *arguments):
-            seen.append(sum(c.sum().item() for c in self._recorder._observer.counts.values()))
+            seen.append(sum(c.sum().item() for c in self._recording._recorder._observer.counts.values()))
             super().on_train_batch_end(trainer, *arguments)
 
     run = trainer(tmp_path, callbacks=[Watch(log_every_n_steps=1, figures=False)], limit_train_batches=2)

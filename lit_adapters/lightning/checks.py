@@ -1,0 +1,118 @@
+"""The parts of AdapterCallback that stop a run in which an adapter does not learn or values are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_adapters.errors import AdapterError
+from lit_adapters.lightning.forward import forward_batch
+from lit_adapters.training.nonfinite import locate_nonfinite, nonfinite_gradient, nonfinite_values
+from lit_adapters.training.participation import ParticipationCheck
+from lit_adapters.training.processes import raise_together
+
+
+class Participation(Callback):
+    """Stops a run if an adapter does not run in the first batch, or a parameter does not learn in the first steps.
+
+    Args:
+        allow_unused: regular expressions of trainable parameters that may receive no gradient.
+
+    Raises:
+        AdapterError: an adapter does not run, or a parameter does not learn.
+    """
+
+    def __init__(self, allow_unused: Sequence[str]) -> None:
+        self._allow_unused = allow_unused
+        self._check: ParticipationCheck | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Watch the first batch."""
+        self._check = ParticipationCheck(pl_module, self._allow_unused)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Say which adapters the first batch went past; with manual optimisation other losses may follow."""
+        if pl_module.automatic_optimization:
+            self._end_first_batch()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Say it here where several losses took turns."""
+        self._end_first_batch()
+
+    def _end_first_batch(self) -> None:
+        if self._check is not None and self._check.watching:
+            raise_together(self._check.after_forward())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Check that there are gradients."""
+        if self._check is not None:
+            self._check.before_step(optimizer, trainer.optimizers)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hooks behind."""
+        if self._check is not None:
+            self._check.stop()
+
+
+class Finiteness(Callback):
+    """Stops a run at a loss, gradient or parameter that is not finite, and saves no checkpoint of such values.
+
+    Raises:
+        AdapterError: a value is not finite; the message says where that came up.
+    """
+
+    def __init__(self) -> None:
+        self._batch: Any = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the batch at hand while it trains, to find the layer if its loss is not finite."""
+        self._batch = batch
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Stop at a loss that is not finite."""
+        finite = bool(torch.isfinite(loss).all())
+        if trainer.strategy.reduce_boolean_decision(finite):
+            return
+        # In every process, whosever loss it is: a sharded model runs in all of them together.
+        where = locate_nonfinite(pl_module, self._batch, partial(forward_batch, trainer, pl_module))
+        failure = (
+            f"the loss is {loss.mean().item()} at step {trainer.global_step}: {where}. Lower the learning rate or "
+            "check the data; checkpoints were written before this step"
+        )
+        raise_together(None if finite else failure)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Stop at a gradient that is not finite; a gradient scaler handles these itself."""
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return
+        broken = nonfinite_gradient(pl_module)
+        if broken is not None:  # in all processes: gradients are reduced by now
+            raise AdapterError(
+                f"the gradient of {broken!r} is not finite at step {trainer.global_step}, though the loss was. Lower "
+                "the learning rate or clip gradients; checkpoints were written before this step"
+            )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """The batch is done."""
+        self._batch = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The batch will not be done."""
+        self._batch = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save nothing that is not finite."""
+        broken = nonfinite_values(pl_module)
+        failure = None
+        if broken:
+            failure = (
+                f"{broken[0]!r} is not finite at step {trainer.global_step}: no checkpoint was written, "
+                "earlier ones are kept. Lower the learning rate or check the data"
+            )
+        raise_together(failure)
