@@ -31,10 +31,10 @@ from benchmarks.smollm2 import RECIPES, EagerSteps
 from benchmarks.timing import peak_memory_mib
 from language.__main__ import main as language
 from language.cli import LanguageCLI
-from language.evaluate.__main__ import evaluate
 from language.evaluate.likelihood import score_tokens
 from language.evaluate.metrics import held_out_loss, normalised, proportion, rouge, rouge_of_texts, row_losses
-from language.evaluate.tasks import Settings
+from language.evaluate.run import evaluate
+from language.evaluate.tasks import EvalSettings
 from language.evaluate.validation import choice_questions
 
 RATES = (5e-4, 2e-3)
@@ -87,7 +87,8 @@ def ask(cli: LanguageCLI, task: str, arm: str, root: Path) -> tuple[dict[str, An
     if task == "alpaca":
         data.setup("test")
         rows = row_losses(module.model, data.test_dataloader())
-        mmlu = evaluate(module.model, module.tokenizer, "mmlu", root, Settings(shots=0, per_subject=5, batch_size=16))
+        settings = EvalSettings(shots=0, per_subject=5, batch_size=16)
+        mmlu = evaluate(module.model, module.tokenizer, "mmlu", root, settings)
         answers = mmlu["results"]["mmlu"]
         estimates = {"loss": held_out_loss(rows)["loss"], "mmlu": answers["metrics"]["micro"]}
         estimates |= {f"mmlu {name}": averages["micro"] for name, averages in answers["categories"].items()}

@@ -31,7 +31,7 @@ from benchmarks.runner import QUIET, Runner, add_precision, metric_values, parse
 from benchmarks.smollm2 import RECIPES, EagerSteps, adapters
 from benchmarks.timing import peak_memory_mib
 from language.draft.__main__ import main as draft
-from language.draft.decoding import Settings
+from language.draft.decoding import DecodingSettings
 from language.draft.module import merged_draft
 from language.draft.speculative import first_turns, measure
 from language.evaluate.results import as_plain
@@ -72,7 +72,14 @@ def train(arm: str, rate: float, steps: int, precision: str, root: Path) -> tupl
 
 
 def run(
-    arm: str, protocol: str, rate: float, steps: int, precision: str, root: Path, settings: Settings, stride: int
+    arm: str,
+    protocol: str,
+    rate: float,
+    steps: int,
+    precision: str,
+    root: Path,
+    settings: DecodingSettings,
+    stride: int,
 ) -> dict[str, Any]:
     """Train one arm, and measure it."""
     peak_memory_mib(reset=True)
@@ -125,11 +132,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     folder = RESULTS
     steps = STEPS
-    asked = partial(run, root=args.root, settings=Settings(max_new_tokens=48), stride=4)
+    asked = partial(run, root=args.root, settings=DecodingSettings(max_new_tokens=48), stride=4)
     if args.short:
         folder = Path(tempfile.mkdtemp())
         steps = {"rate": 2, "full": 2}
-        asked = partial(run, root=args.root, settings=Settings(max_new_tokens=8), stride=40)
+        asked = partial(run, root=args.root, settings=DecodingSettings(max_new_tokens=8), stride=40)
     runner = Runner(folder / "speculative.json", asked, metric_values)
     for arm in args.arms:
         if arm == "none":

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import ArgsType
@@ -16,16 +14,11 @@ from language.cli import LanguageCLI
 from language.data.formats import FormatName
 from language.data.module import InstructionDataModule
 from language.generate import generate
-from language.models import context_length
+from language.models import context_length, default_device
 from language.module import CausalLMTuner, load_tuner
 from language.prompt import prompt_tokens
-from lit_adapters.errors import AdapterError
+from lit_adapters import console
 from lit_adapters.lightning.cli import run
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise AdapterError(f"{message} (generate --help lists what it takes)")
 
 
 def main(args: ArgsType = None, **kwargs: Any) -> LanguageCLI | str:
@@ -33,34 +26,44 @@ def main(args: ArgsType = None, **kwargs: Any) -> LanguageCLI | str:
 
     Further arguments are those of LightningCLI.
     """
-    given = sys.argv[1:] if args is None else args
-    if isinstance(given, list) and given[:1] == ["generate"]:
-        return generate_command(given[1:])
+    words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words[:1] == ["generate"]:
+        return console.call(generate_command, words[1:], "python -m language generate")
     return LanguageCLI(CausalLMTuner, InstructionDataModule, args=args, **kwargs)
 
 
-def generate_command(args: Sequence[str]) -> str:
-    """`python -m language generate --ckpt FILE --prompt TEXT`: print a fine-tuned model's answer, and return it.
+def generate_command(
+    *,
+    ckpt: Path,
+    prompt: str,
+    format: FormatName | None = None,
+    use_chat_template: bool = False,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str | None = None,
+) -> str:
+    """Answer a prompt with a fine-tuned model: print the answer as it comes, and return it.
+
+    Args:
+        ckpt: Checkpoint that fit has written.
+        prompt: What to answer.
+        format: data.format of the training; by default the prompt stands as it is.
+        use_chat_template: data.use_chat_template of the training.
+        max_new_tokens: Tokens of the longest answer.
+        temperature: 0 takes the likeliest token each time.
+        seed: Seeds what a temperature above 0 draws.
+        device: cuda or cpu; by default cuda where there is one.
 
     Raises:
-        AdapterError: the arguments are not valid, or the checkpoint is missing, torn or another class's.
+        AdapterError: The checkpoint is missing, torn or another class's, or a value is out of range.
     """
-    parser = _Parser("python -m language generate", description="Answer a prompt with a fine-tuned model.")
-    parser.add_argument("--ckpt", required=True, type=Path, help="checkpoint that fit has written")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--format", choices=get_args(FormatName), help="data.format of the training; default: no frame")
-    parser.add_argument("--use_chat_template", action="store_true", help="data.use_chat_template of the training")
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
-    parser.add_argument("--seed", type=int, default=0, help="of a temperature above 0")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = parser.parse_args(args)
-    tuner = load_tuner(given.ckpt, CausalLMTuner, "language").to(given.device).eval()
+    tuner = load_tuner(ckpt, CausalLMTuner, "language").to(device or default_device()).eval()
     room = context_length(tuner.model)  # type: ignore[arg-type]
-    row = prompt_tokens(tuner.tokenizer, given.prompt, given.format, given.use_chat_template, room or sys.maxsize)
+    row = prompt_tokens(tuner.tokenizer, prompt, format, use_chat_template, room or sys.maxsize)
     streamer = TextStreamer(tuner.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-    torch.manual_seed(given.seed)
-    return generate(tuner.model, tuner.tokenizer, [row], given.max_new_tokens, given.temperature, streamer)[0]
+    torch.manual_seed(seed)
+    return generate(tuner.model, tuner.tokenizer, [row], max_new_tokens, temperature, streamer)[0]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ runs/demo-language.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shutil
 import sys
@@ -24,6 +23,8 @@ from language.__main__ import main as language
 from language.evaluate.metrics import Estimate, RowLosses, held_out_loss, row_losses
 from language.generate import generate, prompt_rows
 from language.models import create_model
+from lit_adapters import console
+from lit_adapters.lightning.cli import run
 
 CONFIG = Path(__file__).parents[1] / "configs" / "language" / "smollm2" / "afa.yaml"
 RUNS = Path("runs/demo-language")
@@ -68,11 +69,12 @@ def _difference(one: RowLosses, other: RowLosses) -> Estimate:
     return held_out_loss(RowLosses([a - b for a, b in pairs], one.counts))["loss"]
 
 
-def main() -> None:
-    """Train, measure, merge, export; say where to look."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="a few steps, which show no more than that it works")
-    short = parser.parse_args().short
+def demo(short: bool = False) -> None:
+    """Fine-tune a language model with AFA-LoRA, measure it, merge it, load it in peft; say where to look.
+
+    Args:
+        short: A few steps, which show no more than that it works.
+    """
     sys.argv[1:] = []  # LightningCLI warns of arguments that are not for it
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -118,7 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except la.AdapterError as error:
-        sys.exit(f"error: {error}")
+    run(lambda: console.call(demo, None, "python -m language.demo"))

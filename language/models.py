@@ -114,6 +114,11 @@ def context_length(model: nn.Module) -> int | None:
     return None if length is None else int(length)
 
 
+def default_device() -> str:
+    """cuda where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _checkpoint_blocks(model: Any) -> None:
     # Renamed within transformers 5.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -11,11 +11,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Sampler
 
 from language.data.formats import FORMATS, FormatName, Record, check_template, parse
-from language.data.packing import Batch, BucketSampler, PackedCollator, PaddedCollator, TokenDataset, pack
+from language.data.packing import BucketSampler, PackedCollator, PaddedCollator, TokenDataset, pack
 from language.data.sources import SplitName, has_split, read_rows
 from language.data.splits import hold_out, subset
 from language.data.templates import Example, Renderer
 from language.data.tokenise import Encoder, tokenise
+from language.loss import Batch
 from language.models import create_tokenizer
 from lit_adapters.errors import DataError
 from lit_adapters.lightning.resume.loader import ResumableLoader
@@ -222,8 +223,10 @@ class InstructionDataModule(lightning.LightningDataModule):
         if split not in SPLITS:
             raise DataError(f"split {split!r} is unknown: use train, val or test")
         if split not in self._parsed:
-            records = self._split(split)
-            self._parsed[split] = subset(records, self.subsets[split], split, self.seed)
+            records, size = self._split(split), self.subsets[split]
+            if size is not None and size > len(records):
+                raise DataError(f"{split}_subset={size}, but the {split} split has {len(records)} rows: lower it")
+            self._parsed[split] = subset(records, size, "subset", split, self.seed)
         return self._parsed[split]
 
     def _split(self, split: SplitName) -> list[Record]:

@@ -8,12 +8,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from language.data.tokenise import IGNORED, Documents
+from language.data.tokenise import Documents
+from language.loss import IGNORED, Batch
 from lit_adapters.lightning.resume.sampler import EpochSampler, permutation
 
 BUCKET_BATCHES = 50  # batches that are sorted by length together
-
-Batch = dict[str, Tensor]
 
 
 def pack(lengths: Sequence[int], max_length: int, *key: int | str) -> list[list[int]]:

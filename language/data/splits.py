@@ -1,10 +1,13 @@
 """Which rows belong to which split: pure functions of the rows and a seed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from language.data.formats import Record
 from lit_adapters.errors import DataError
 from lit_adapters.lightning.resume.sampler import permutation
+
+T = TypeVar("T")
 
 
 def hold_out(records: list[Record], fractions: Mapping[str, float], seed: int) -> dict[str, list[Record]]:
@@ -42,15 +45,18 @@ def hold_out(records: list[Record], fractions: Mapping[str, float], seed: int) -
     return {split: [records[i] for i in sorted(indices)] for split, indices in chosen.items()}
 
 
-def subset(records: list[Record], size: int | None, split: str, seed: int) -> list[Record]:
-    """``size`` records chosen at random, in the rows' order; all if ``size`` is None.
+def subset(items: Sequence[T], size: int | None, *key: int | str) -> list[T]:
+    """`size` items chosen at random, in their own order; all where there are fewer, or where `size` is None.
 
-    With the same seed a smaller subset is contained in a larger one.
+    The choice is a pure function of (len(items), key). With the same key, a smaller choice is contained in a larger
+    one.
 
     Raises:
-        DataError: If there are fewer records.
+        DataError: `size` is below 1.
     """
-    if size is not None and size > len(records):
-        raise DataError(f"{split}_subset={size}, but the {split} split has {len(records)} rows: lower it")
-    chosen = permutation(len(records), "subset", split, seed)[:size].sort().values
-    return [records[i] for i in chosen.tolist()]
+    if size is None:
+        return list(items)
+    if size < 1:
+        raise DataError(f"a choice of {size} rows is empty: ask for at least 1")
+    chosen = permutation(len(items), *key)[:size].sort().values
+    return [items[i] for i in chosen.tolist()]

@@ -10,10 +10,11 @@ from tqdm import tqdm
 
 from language.data.formats import Record
 from language.data.module import InstructionDataModule
-from language.data.packing import Batch, PaddedCollator, TokenDataset
+from language.data.packing import PaddedCollator, TokenDataset
 from language.data.sources import SplitName, read_rows
 from language.data.tokenise import Documents
 from language.dpo.formats import Pair, read_pairs
+from language.loss import Batch
 from lit_adapters.errors import DataError
 
 _CHUNK = 256  # pairs tokenised at a time

@@ -21,7 +21,7 @@ from lit_adapters.model.modes import evaluating
 
 
 @dataclass(frozen=True)
-class Settings:
+class DecodingSettings:
     """How to decode.
 
     Args:
@@ -74,7 +74,7 @@ class Continuation:
 def continued(
     target: Any,
     prompt: Sequence[int],
-    settings: Settings,
+    settings: DecodingSettings,
     temperature: float = 0.0,
     draft: Any = None,
     seed: int | None = None,
@@ -85,7 +85,7 @@ def continued(
         target: a causal language model of transformers.
         prompt: its tokens, at least one.
         settings: lengths.
-        temperature: see `Settings`.
+        temperature: see `DecodingSettings`.
         draft: another such model, of the same vocabulary; with or without adapters.
         seed: of the draws at a temperature above 0; `settings.seed` by default.
 

@@ -13,25 +13,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from language.data.formats import FormatName
 from language.data.sources import read_rows
-from language.draft.decoding import Continuation, Settings, continued
+from language.draft.decoding import Continuation, DecodingSettings, continued
 from language.draft.module import DraftTuner, merged_draft
 from language.evaluate.metrics import Estimate, proportion
 from language.evaluate.results import table, versions, write_json
-from language.models import context_length
+from language.models import context_length, default_device
 from language.module import load_tuner
 from language.prompt import prompt_tokens
+from lit_adapters import console
 from lit_adapters.errors import DataError
 from lit_adapters.lightning.cli import run
 
 
 def measure(
-    target: Any, draft: Any, prompts: Sequence[Sequence[int]], settings: Settings
+    target: Any, draft: Any, prompts: Sequence[Sequence[int]], settings: DecodingSettings
 ) -> dict[str, dict[str, Estimate]]:
     """Continue every prompt with and without the draft, in turns, at each temperature.
 
@@ -119,34 +118,65 @@ def first_turns(path: str, limit: int | None = None) -> list[str]:
     return prompts
 
 
-def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line; returns what was written."""
-    parser = ArgumentParser(
-        prog="python -m language.draft.speculative", description="Measure a draft against its target."
-    )
-    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of python -m language.draft fit")
-    parser.add_argument("--prompts", type=str, required=True, help="rows with `turns` (MT-bench) or `prompt`")
-    parser.add_argument("--out", type=str, required=True, help="JSON file to write")
-    parser.add_argument("--limit", type=int | None, help="prompts to use; default all")
-    parser.add_argument("--format", type=FormatName | None, help="data.format of the training; default: no frame")
-    parser.add_argument("--use_chat_template", type=bool, default=False, help="data.use_chat_template of the training")
-    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_class_arguments(Settings)
-    given = parser.parse_args(args).as_dict()
-    what = {name: given.pop(name) for name in ("ckpt", "prompts", "limit", "format", "use_chat_template", "device")}
-    out, settings = given.pop("out"), Settings(**given)
-    texts = first_turns(what["prompts"], what["limit"])
-    tuner = load_tuner(Path(what["ckpt"]), DraftTuner, "language.draft").to(what["device"])
+def measure_command(
+    *,
+    ckpt: Path,
+    prompts: str,
+    out: Path,
+    limit: int | None = None,
+    format: FormatName | None = None,
+    use_chat_template: bool = False,
+    device: str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure a draft against its target.
+
+    Args:
+        ckpt: Checkpoint of python -m language.draft fit.
+        prompts: Rows with turns (MT-bench) or prompt.
+        out: JSON file to write.
+        limit: Prompts to use; default all.
+        format: data.format of the training; by default prompts stand as they are.
+        use_chat_template: data.use_chat_template of the training.
+        device: cuda or cpu; by default cuda where there is one.
+        settings: Those of `DecodingSettings`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        AdapterError: The checkpoint is missing, torn or another class's, or a value is out of range.
+        DataError: There are no prompts, or as `first_turns`.
+    """
+    decoding = DecodingSettings(**settings)
+    device = device or default_device()
+    texts = first_turns(prompts, limit)
+    tuner = load_tuner(ckpt, DraftTuner, "language.draft").to(device)
     draft, report = merged_draft(tuner)
-    room = min(context_length(model) or sys.maxsize for model in (tuner.target, draft)) - settings.max_new_tokens
-    rows = [prompt_tokens(tuner.tokenizer, t, what["format"], what["use_chat_template"], room) for t in texts]
-    found = measure(tuner.target, draft, rows, settings)
-    results = {name: {"metrics": metrics} for name, metrics in found.items()}
-    result = {**what, "settings": asdict(settings), "merged": str(report), "results": results, "versions": versions()}
-    write_json(Path(out), result)
-    print(table(results))
+    room = min(context_length(model) or sys.maxsize for model in (tuner.target, draft)) - decoding.max_new_tokens
+    rows = [prompt_tokens(tuner.tokenizer, text, format, use_chat_template, room) for text in texts]
+    found = measure(tuner.target, draft, rows, decoding)
+    result = {
+        "ckpt": str(ckpt),
+        "prompts": prompts,
+        "limit": limit,
+        "format": format,
+        "use_chat_template": use_chat_template,
+        "device": device,
+        "settings": asdict(decoding),
+        "merged": str(report),
+        "results": {name: {"metrics": metrics} for name, metrics in found.items()},
+        "versions": versions(),
+    }
+    write_json(out, result)
+    print(table(result["results"]))
     print(f"written to {out}")
     return result
+
+
+def main(args: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command line; returns what was written."""
+    return console.call(measure_command, args, "python -m language.draft.speculative")
 
 
 if __name__ == "__main__":

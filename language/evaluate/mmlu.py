@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from language.data.sources import Row, read_rows
+from language.data.splits import subset
 from language.evaluate.metrics import Estimate, mean_of_groups, proportion
-from language.evaluate.questions import Question, field_of, subset
+from language.evaluate.questions import Question, field_of
 from lit_adapters.errors import DataError
 
 LETTERS = "ABCD"
@@ -67,7 +68,7 @@ def read_mmlu(root: str | Path, shots: int = 5, per_subject: int | None = None, 
                 group=subject,
                 category=_category(row, subject),
             )
-            for row in subset(rows, per_subject, seed, subject)
+            for row in subset(rows, per_subject, "questions", subject, seed)
         ]
     return questions
 

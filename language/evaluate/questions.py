@@ -7,16 +7,15 @@ it was tuned with.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from language.data.formats import FormatName, parse
 from language.data.sources import Row, read_rows
+from language.data.splits import subset
 from language.data.templates import Renderer
 from lit_adapters.errors import DataError
-from lit_adapters.lightning.resume.sampler import permutation
 
 # The eight tasks of LLM-Adapters (arXiv 2304.01933).
 COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
@@ -86,7 +85,7 @@ def read_commonsense(
         raise DataError(f"common-sense task {name!r} is none of {', '.join(COMMONSENSE)}")
     renderer = make_renderer(tokenizer, "alpaca", chat)
     questions = []
-    for row in subset(read_rows(str(Path(root) / f"{name}.test.jsonl"), "test"), limit, seed, name):
+    for row in subset(read_rows(str(Path(root) / f"{name}.test.jsonl"), "test"), limit, "questions", name, seed):
         (record,), _ = parse([row], "alpaca")
         found = _OPTIONS.search(record.fields["instruction"])
         if not found:
@@ -123,7 +122,7 @@ def read_classification(
     renderer = make_renderer(tokenizer, "classification", chat)
     return [
         Question(renderer.example(record).prompt, tuple(labels), labels.index(record.answer), group=record.answer)
-        for record in subset(records, limit, seed, "classification")
+        for record in subset(records, limit, "questions", "classification", seed)
     ]
 
 
@@ -144,21 +143,8 @@ def read_summaries(
     """
     records, skipped = parse(read_rows(str(path), "test"), "summarisation", drop_empty=True)
     renderer = make_renderer(tokenizer, "summarisation", chat)
-    chosen = [renderer.example(record) for record in subset(records, limit, seed, "summarisation")]
+    chosen = [renderer.example(record) for record in subset(records, limit, "questions", "summarisation", seed)]
     return [WritingTask(example.prompt, example.response) for example in chosen], skipped
-
-
-def subset(items: Sequence[T], size: int | None, seed: int, key: str) -> list[T]:
-    """``size`` items at random, all if there are fewer, in their order: a pure function of (len(items), seed, key).
-
-    With the same key a smaller subset is contained in a larger one.
-    """
-    if size is None:
-        return list(items)
-    if size < 1:
-        raise DataError(f"a subset of {size} questions is empty: ask for at least 1")
-    chosen = permutation(len(items), "questions", key, seed)[:size].sort().values
-    return [items[i] for i in chosen.tolist()]
 
 
 def field_of(row: Row, name: str, kind: type[T]) -> T:

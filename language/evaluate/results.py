@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from language.evaluate.metrics import Estimate
-from lit_adapters.files.atomic import write_atomically
+from lit_adapters.console import text_table
+from lit_adapters.files.atomic import write_text_atomically
 
 _PACKAGES = ("lit-adapters", "torch", "transformers", "tokenizers", "torchmetrics")
 
@@ -38,11 +39,7 @@ def as_plain(value: Any) -> Any:
 def write_json(path: str | Path, result: Mapping[str, Any]) -> None:
     """Replace ``path`` by the result as JSON, or leave it as it was."""
     text = json.dumps(as_plain(result), indent=1, allow_nan=False) + "\n"
-    write_atomically(Path(path), lambda temporary: _write(temporary, text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text_atomically(Path(path), text)
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -56,15 +53,9 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             (task, name, f"{e.value:.4f}", "" if math.isnan(e.stderr) else f"{e.stderr:.4f}", f"{e.n:,}")
             for name, e in metrics.items()
         ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        texts = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-        numbers = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-        lines.append("  ".join(texts + numbers))
     notes = [
         f"{task}: {result['truncated']} prompts were longer than the context and lost their beginning"
         for task, result in results.items()
         if result.get("truncated")
     ]
-    return "\n".join(lines + notes)
+    return "\n".join([text_table(rows, right=(2, 3, 4)), *notes])

@@ -25,8 +25,8 @@ _DEFAULT_LENGTH = 2048  # tokens, for models that name no context
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How the tasks are asked. Paths are relative to the root.
+class EvalSettings:
+    """How the tasks are asked. Paths are relative to the root, but for `harness_tasks`.
 
     Args:
         mmlu: Folder with MMLU's dev and test files.
@@ -45,6 +45,8 @@ class Settings:
         max_new_tokens: Longest generated answer.
         batch_size: Prompts in a pass.
         max_length: Tokens that the model may read at once; default its context.
+        harness_tasks: Folder with task files of lm-evaluation-harness, for tasks lm_eval:NAME; default the harness's
+            own tasks, which fetch their data from the hub.
     """
 
     mmlu: str = "mmlu"
@@ -62,12 +64,13 @@ class Settings:
     max_new_tokens: int = 64
     batch_size: int = 8
     max_length: int | None = None
+    harness_tasks: str | None = None
 
 
 Task = Callable[[], dict[str, Any]]
 
 
-def plan(name: str, model: PreTrainedModel, tokenizer: Any, root: Path, s: Settings) -> Task:
+def plan(name: str, model: PreTrainedModel, tokenizer: Any, root: Path, s: EvalSettings) -> Task:
     """Read a task's data from below ``root``; what is returned asks the model and says what came of it.
 
     Raises:
@@ -84,7 +87,7 @@ def plan(name: str, model: PreTrainedModel, tokenizer: Any, root: Path, s: Setti
     return partial(_choose if s.answers == "choice" else _generate, name, model, tokenizer, questions, s)
 
 
-def read_questions(name: str, tokenizer: Any, root: Path, s: Settings) -> list[Question]:
+def read_questions(name: str, tokenizer: Any, root: Path, s: EvalSettings) -> list[Question]:
     """The questions of a multiple-choice task: mmlu, classification or a common-sense one.
 
     Raises:
@@ -98,7 +101,7 @@ def read_questions(name: str, tokenizer: Any, root: Path, s: Settings) -> list[Q
     return read_commonsense(root / s.commonsense, name, tokenizer, **chosen)
 
 
-def _mmlu(model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: Settings) -> dict[str, Any]:
+def _mmlu(model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: EvalSettings) -> dict[str, Any]:
     result = _choose("mmlu", model, tokenizer, questions, s)
     pairs = zip(result["predictions"], result["answers"], strict=True)
     summary = summarise_mmlu(questions, [prediction == answer for prediction, answer in pairs])
@@ -107,7 +110,7 @@ def _mmlu(model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: 
 
 
 def _choose(
-    name: str, model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: Settings
+    name: str, model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: EvalSettings
 ) -> dict[str, Any]:
     prompts, choices = [q.prompt for q in questions], [q.choices for q in questions]
     scores = score_choices(model, tokenizer, prompts, choices, s.batch_size, s.max_length, name)
@@ -118,7 +121,7 @@ def _choose(
 
 
 def _generate(
-    name: str, model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: Settings
+    name: str, model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: EvalSettings
 ) -> dict[str, Any]:
     texts, truncated = _write(model, tokenizer, [q.prompt for q in questions], s, name)
     predictions = [find_option(text, q.options) for text, q in zip(texts, questions, strict=True)]
@@ -136,7 +139,7 @@ def _accuracy(predictions: Sequence[int | None], answers: Sequence[int]) -> Esti
 
 
 def _summaries(
-    model: PreTrainedModel, tokenizer: Any, tasks: list[WritingTask], skipped: int, s: Settings
+    model: PreTrainedModel, tokenizer: Any, tasks: list[WritingTask], skipped: int, s: EvalSettings
 ) -> dict[str, Any]:
     texts, truncated = _write(model, tokenizer, [task.prompt for task in tasks], s, "summarisation")
     metrics = rouge(texts, [task.reference for task in tasks], s.seed)
@@ -144,7 +147,7 @@ def _summaries(
 
 
 def _write(
-    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], s: Settings, name: str
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], s: EvalSettings, name: str
 ) -> tuple[list[str], int]:
     """Greedy continuations of prompts, and how many prompts were truncated."""
     encoder = PromptEncoder(tokenizer, s.max_length or context_length(model))
@@ -159,7 +162,7 @@ def _write(
     return texts, encoder.truncated
 
 
-def _held_out(path: Path, model: PreTrainedModel, tokenizer: Any, s: Settings) -> InstructionDataModule:
+def _held_out(path: Path, model: PreTrainedModel, tokenizer: Any, s: EvalSettings) -> InstructionDataModule:
     data = InstructionDataModule(
         path=str(path),
         test_path=str(path),

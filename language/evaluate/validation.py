@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from language.data.module import InstructionDataModule
 from language.data.sources import SplitName
+from language.data.splits import subset
 from language.evaluate.likelihood import PromptEncoder, TokenQuestion, score_tokens
-from language.evaluate.questions import subset
-from language.evaluate.tasks import Settings, read_questions
+from language.evaluate.tasks import EvalSettings, read_questions
 from language.means import Means
 from language.models import context_length
 from lit_adapters.errors import DataError
@@ -116,11 +116,11 @@ class ChoiceValidation(Callback):
             if not isinstance(data, InstructionDataModule):
                 raise DataError("ChoiceValidation of classification asks the rows of an InstructionDataModule: use one")
             pairs = list(zip(*choice_questions(data, "val"), strict=True))
-            chosen = subset(pairs, self.limit, self.seed, self.task)
+            chosen = subset(pairs, self.limit, "questions", self.task, self.seed)
             questions, answers = [q for q, _ in chosen], [a for _, a in chosen]
         else:
             assert self.root is not None
-            settings = Settings(shots=self.shots, per_subject=self.limit, limit=self.limit, seed=self.seed)
+            settings = EvalSettings(shots=self.shots, per_subject=self.limit, limit=self.limit, seed=self.seed)
             asked = read_questions(self.task, pl_module.tokenizer, Path(self.root), settings)
             encoder = PromptEncoder(pl_module.tokenizer, context_length(model))
             questions = [encoder.question(q.prompt, q.choices) for q in asked]

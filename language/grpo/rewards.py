@@ -10,8 +10,8 @@ answer as it is written, and returns a number.
 
 from __future__ import annotations
 
-import importlib
 import math
+import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,9 +137,8 @@ def _name(path: str) -> str:
 
 
 def _imported(path: str) -> Callable[[str, str], float]:
-    module, _, name = path.rpartition(".")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise AdapterError(
             f"no reward function {path!r} ({error}): give an import path such as language.rewards.exact_number"

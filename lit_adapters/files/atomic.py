@@ -26,6 +26,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace a file by UTF-8 text, or leave it as it was."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
 def umask() -> int:
     """The permissions that this process withholds from new files."""
     mask = os.umask(0)

@@ -113,10 +113,10 @@ def test_generate_says_what_is_wrong(checkpoint, tmp_path):
     (tmp_path / "torn.ckpt").write_bytes(path.read_bytes()[:500])
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     for arguments, words in [
-        (["--prompt=x"], "the following arguments are required: --ckpt (generate --help"),
+        (["--prompt=x"], "the following arguments are required: ckpt (python -m language generate --help"),
         ([f"--ckpt={path}", "--prompt=x", "--temprature=1"], "unrecognized arguments: --temprature=1"),
-        ([f"--ckpt={path}", "--prompt=x", "--temperature=hot"], "invalid float value: 'hot'"),
-        ([f"--ckpt={path}", "--prompt=x", "--format=poetry"], "invalid choice: 'poetry'"),
+        ([f"--ckpt={path}", "--prompt=x", "--temperature=hot"], "Expected a <class 'float'>. Got value: hot"),
+        ([f"--ckpt={path}", "--prompt=x", "--format=poetry"], "'pairs']; Given value: poetry"),
         ([f"--ckpt={path}", "--prompt=x", "--temperature=-1"], "temperature -1.0 must be at least 0"),
         ([f"--ckpt={path}", "--prompt="], "a prompt has no tokens"),
         (["--ckpt=nowhere.ckpt", "--prompt=x"], "--ckpt 'nowhere.ckpt' does not exist"),
@@ -140,7 +140,7 @@ def test_a_real_process(checkpoint):
     failed = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert failed.returncode == 1
     assert failed.stdout == ""
-    assert failed.stderr.strip().split("\n")[-1].startswith("error: the following arguments are required: --prompt")
+    assert failed.stderr.strip().split("\n")[-1].startswith("error: the following arguments are required: prompt")
 
 
 def test_predict_continues_the_test_rows():

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lit_adapters as la
-from language.draft.decoding import Continuation, Settings, continued
+from language.draft.decoding import Continuation, DecodingSettings, continued
 from language.draft.speculative import _summary, first_turns, main, measure
 from lit_adapters.lightning.cli import run
 from tests.language.draft.drafting import METHODS, built, llama, tuner
@@ -61,7 +61,7 @@ def test_the_likeliest_tokens_are_the_targets_own(name, merged):
     la.set_progress(module.model, 1.0)
     if merged:
         la.merge(module.model, unload=False)
-    settings = Settings(max_new_tokens=24, draft_tokens=4)
+    settings = DecodingSettings(max_new_tokens=24, draft_tokens=4)
     alone = continued(module.target, PROMPT, settings)
     assisted = continued(module.target, PROMPT, settings, draft=module.model)
     assert assisted.tokens == alone.tokens
@@ -74,7 +74,7 @@ def test_the_likeliest_tokens_are_the_targets_own(name, merged):
 def test_an_annealing_draft_proposes():
     module = moved(built(adapters=METHODS["afa"]))
     la.set_progress(module.model, 0.3)
-    settings = Settings(max_new_tokens=12, draft_tokens=3)
+    settings = DecodingSettings(max_new_tokens=12, draft_tokens=3)
     assert continued(module.target, PROMPT, settings, draft=module.model).tokens == (
         continued(module.target, PROMPT, settings).tokens
     )
@@ -85,7 +85,7 @@ def test_drawn_tokens_have_the_targets_distribution():
     target, draft = markov(0), markov(1)
     p, q = chances(target), chances(draft)
     assert torch.minimum(p, q).sum(1).mean() < 0.8  # the draft is another distribution
-    settings = Settings(max_new_tokens=900, draft_tokens=3, seed=1)
+    settings = DecodingSettings(max_new_tokens=900, draft_tokens=3, seed=1)
     found = continued(target, [0], settings, temperature=1.0, draft=draft)
     assert len(found.tokens) == 900
     assert 0.2 < found.accepted / found.proposed < 0.9
@@ -98,7 +98,7 @@ def test_the_share_of_accepted_tokens_is_the_expected_one():
     """sum_v min(p, q), with one token proposed at a time, over the tokens after which proposals are made."""
     target, draft = markov(0), markov(1)
     p, q = chances(target), chances(draft)
-    found = continued(target, [0], Settings(max_new_tokens=600, draft_tokens=1, seed=2), 1.0, draft)
+    found = continued(target, [0], DecodingSettings(max_new_tokens=600, draft_tokens=1, seed=2), 1.0, draft)
     accepted = torch.minimum(p, q)
     # From one proposal to the next: past an accepted token to one of the target's own, or to a corrected token.
     step = accepted @ p + (p - accepted)
@@ -111,7 +111,7 @@ def test_the_share_of_accepted_tokens_is_the_expected_one():
 
 def test_draws_depend_on_the_seed_alone():
     target, draft = llama(), llama(layers=2)
-    settings = Settings(max_new_tokens=10)
+    settings = DecodingSettings(max_new_tokens=10)
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first = continued(target, PROMPT, settings, 1.0, draft, seed=3)
@@ -129,7 +129,7 @@ def test_a_draft_that_is_the_target_is_always_right(temperature):
     """21 tokens: three passes of five proposals and one of its own, and the end, where fewer are proposed."""
     target = llama()
     target.generation_config.eos_token_id = None
-    found = continued(target, PROMPT, Settings(21, draft_tokens=5), temperature, copy.deepcopy(target))
+    found = continued(target, PROMPT, DecodingSettings(21, draft_tokens=5), temperature, copy.deepcopy(target))
     assert (found.passes, found.proposed, found.accepted) == (4, 17, 17)
 
 
@@ -138,17 +138,17 @@ def test_a_draft_that_is_always_wrong():
     target.generation_config.eos_token_id = None
     wrong = copy.deepcopy(target)
     wrong.lm_head.weight = torch.nn.Parameter(-target.lm_head.weight.detach())
-    found = continued(target, PROMPT, Settings(9, draft_tokens=3), draft=wrong)
+    found = continued(target, PROMPT, DecodingSettings(9, draft_tokens=3), draft=wrong)
     assert (found.passes, found.accepted) == (9, 0)
     assert found.proposed == 3 * 6 + 2 + 1
-    assert found.tokens == continued(target, PROMPT, Settings(9)).tokens
+    assert found.tokens == continued(target, PROMPT, DecodingSettings(9)).tokens
 
 
 def test_the_drafts_own_settings_come_back():
     target, draft = llama(), llama(layers=2)
     names = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
     before = [getattr(draft.generation_config, n) for n in names]
-    continued(target, PROMPT, Settings(4), draft=draft)
+    continued(target, PROMPT, DecodingSettings(4), draft=draft)
     assert [getattr(draft.generation_config, n) for n in names] == before
     assert not target._forward_pre_hooks
 
@@ -170,7 +170,7 @@ def test_the_summary_of_several_prompts():
 
 def test_measuring_both_temperatures():
     module = built(init_seed=4)
-    found = measure(module.target, module.model, [PROMPT, [9, 10]], Settings(8, 3))
+    found = measure(module.target, module.model, [PROMPT, [9, 10]], DecodingSettings(8, 3))
     assert list(found) == ["temperature 0", "temperature 1"]
     assert found["temperature 0"]["identical"].value == 1.0
     for values in found.values():
@@ -192,19 +192,19 @@ def test_measuring_both_temperatures():
 )
 def test_settings_out_of_range(change, message):
     with pytest.raises(la.AdapterError, match=message):
-        Settings(**change)
+        DecodingSettings(**change)
 
 
 def test_what_cannot_be_continued():
     target = llama()
     with pytest.raises(la.AdapterError, match="the draft has 259 token ids, the target 40: choose a draft"):
-        continued(target, PROMPT, Settings(4), draft=built().model)
+        continued(target, PROMPT, DecodingSettings(4), draft=built().model)
     with pytest.raises(la.AdapterError, match="a prompt has no tokens"):
-        continued(target, [], Settings(4))
+        continued(target, [], DecodingSettings(4))
     with pytest.raises(la.AdapterError, match="a prompt of 4 tokens and max_new_tokens 61 exceed the context of 64"):
-        continued(target, PROMPT, Settings(61))
+        continued(target, PROMPT, DecodingSettings(61))
     with pytest.raises(la.DataError, match="there are no prompts"):
-        measure(target, llama(), [], Settings(4))
+        measure(target, llama(), [], DecodingSettings(4))
 
 
 # The command line

@@ -8,12 +8,14 @@ import torch
 from lightning.pytorch import Trainer
 
 import lit_adapters as la
-from language.evaluate.__main__ import Settings, evaluate, load, main, task_names
+from language.evaluate.__main__ import main
 from language.evaluate.likelihood import score_choices
 from language.evaluate.metrics import Estimate
 from language.evaluate.mmlu import read_mmlu
 from language.evaluate.questions import COMMONSENSE
 from language.evaluate.results import as_plain, table, write_json
+from language.evaluate.run import evaluate, load, task_names
+from language.evaluate.tasks import EvalSettings
 from language.models import create_model, create_tokenizer
 from language.module import CausalLMTuner
 from lit_adapters.errors import AdapterError, DataError
@@ -64,7 +66,7 @@ def tokenizer():
 
 
 def test_mmlu(root, model, tokenizer):
-    settings = Settings(shots=2, batch_size=5)
+    settings = EvalSettings(shots=2, batch_size=5)
     result = evaluate(model, tokenizer, "mmlu", root, settings)["results"]["mmlu"]
     questions = read_mmlu(root / "mmlu", shots=2)
     scores = score_choices(
@@ -78,12 +80,12 @@ def test_mmlu(root, model, tokenizer):
     assert result["subjects"]["anatomy"].value == pytest.approx(sum(right[4:8]) / 4)
     assert set(result["categories"]) == {"STEM", "Other", "Social Sciences"}
     assert result["truncated"] == 0
-    few = evaluate(model, tokenizer, "mmlu", root, Settings(shots=1, per_subject=2))["results"]["mmlu"]
+    few = evaluate(model, tokenizer, "mmlu", root, EvalSettings(shots=1, per_subject=2))["results"]["mmlu"]
     assert few["metrics"]["micro"].n == 6
 
 
 def test_commonsense(root, model, tokenizer):
-    results = evaluate(model, tokenizer, ["commonsense"], root, Settings(limit=2))["results"]
+    results = evaluate(model, tokenizer, ["commonsense"], root, EvalSettings(limit=2))["results"]
     assert list(results) == [*COMMONSENSE, "commonsense"]
     values = [results[name]["metrics"]["accuracy"].value for name in COMMONSENSE]
     assert results["commonsense"]["metrics"]["accuracy"].value == pytest.approx(sum(values) / 8)
@@ -93,7 +95,7 @@ def test_commonsense(root, model, tokenizer):
 def test_by_generation(root, model, tokenizer):
     """A model that has learned to answer "1" to everything."""
     train_to_say(model, tokenizer, "1")
-    settings = Settings(answers="generation", max_new_tokens=2)
+    settings = EvalSettings(answers="generation", max_new_tokens=2)
     result = evaluate(model, tokenizer, "classification", root, settings)["results"]["classification"]
     assert result["predictions"] == [1, 1, 1, 1]
     assert {name: e.value for name, e in result["metrics"].items()} == {
@@ -139,7 +141,7 @@ def test_perplexity(root, model, tokenizer):
     assert metrics["loss"].n == count
     assert metrics["loss"].value == pytest.approx(total / count, abs=1e-6)
     assert metrics["perplexity"].value == pytest.approx(math.exp(total / count), rel=1e-6)
-    limited = evaluate(model, tokenizer, "perplexity", root, Settings(limit=9))["results"]["perplexity"]["metrics"]
+    limited = evaluate(model, tokenizer, "perplexity", root, EvalSettings(limit=9))["results"]["perplexity"]["metrics"]
     assert limited["loss"] == metrics["loss"]
 
 
@@ -196,17 +198,17 @@ def test_errors(root, model, tokenizer, tmp_path):
         task_names("mmul")
     with pytest.raises(DataError, match="give a model, perhaps with adapters, or a checkpoint"):
         load(None)
-    with pytest.raises(DataError, match=r"none\.ckpt does not exist or is torn"):
+    with pytest.raises(AdapterError, match=r"none\.ckpt' does not exist"):
         load(None, ckpt=str(tmp_path / "none.ckpt"))
-    with pytest.raises(DataError, match="root nowhere is no folder"):
+    with pytest.raises(DataError, match="root nowhere is not a folder: give the one with the data of mmlu"):
         main(["--model", "tiny_llama", "--root", "nowhere", "--out", "o.json", "--tasks", "mmlu"])
     # Every file is read before the first question is asked.
     (root / "samsum" / "test.jsonl").unlink()
     torch.nn.init.constant_(model.lm_head.weight, math.nan)
     with pytest.raises(DataError, match="samsum"):
-        evaluate(model, tokenizer, "mmlu,summarisation", root, Settings(shots=1))
+        evaluate(model, tokenizer, "mmlu,summarisation", root, EvalSettings(shots=1))
     with pytest.raises(AdapterError, match="is not a number"):
-        evaluate(model, tokenizer, "mmlu", root, Settings(shots=1))
+        evaluate(model, tokenizer, "mmlu", root, EvalSettings(shots=1))
 
 
 def test_written_results(tmp_path):

@@ -79,7 +79,7 @@ def test_mmlu_subsets(mmlu):
     assert chosen(2) < chosen(3) == chosen(3)
     assert chosen(3, seed=1) != chosen(3)
     assert len(chosen(6)) == 6 + 4 + 4 + 4
-    with pytest.raises(DataError, match="subset of 0"):
+    with pytest.raises(DataError, match="a choice of 0 rows is empty"):
         chosen(0)
 
 

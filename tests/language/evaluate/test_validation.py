@@ -6,9 +6,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 import lit_adapters as la
-from language.evaluate.__main__ import evaluate
 from language.evaluate.likelihood import score_tokens
-from language.evaluate.tasks import Settings
+from language.evaluate.run import evaluate
+from language.evaluate.tasks import EvalSettings
 from language.evaluate.validation import ChoiceValidation, choice_questions
 from language.loss import token_losses
 from tests.language.tiny import batch, built, data, moved, trainer, tuner
@@ -96,7 +96,7 @@ def test_questions_of_a_benchmark(tmp_path, write):
     module = moved(built())
     run = trainer(tmp_path, callbacks=[ChoiceValidation("mmlu", root=root, limit=5)])
     measured = run.validate(module, datamodule=data(), verbose=False)[0]
-    expected = evaluate(module.model, module.tokenizer, "mmlu", root, Settings(shots=0, per_subject=5))
+    expected = evaluate(module.model, module.tokenizer, "mmlu", root, EvalSettings(shots=0, per_subject=5))
     assert measured["val/mmlu_accuracy"] == pytest.approx(expected["results"]["mmlu"]["metrics"]["micro"].value)
 
 
