@@ -156,6 +156,7 @@ def measure_command(
     room = min(context_length(model) or sys.maxsize for model in (tuner.target, draft)) - decoding.max_new_tokens
     rows = [prompt_tokens(tuner.tokenizer, text, format, use_chat_template, room) for text in texts]
     found = measure(tuner.target, draft, rows, decoding)
+    results = {name: {"metrics": metrics} for name, metrics in found.items()}
     result = {
         "ckpt": str(ckpt),
         "prompts": prompts,
@@ -165,11 +166,11 @@ def measure_command(
         "device": device,
         "settings": asdict(decoding),
         "merged": str(report),
-        "results": {name: {"metrics": metrics} for name, metrics in found.items()},
+        "results": results,
         "versions": versions(),
     }
     write_json(out, result)
-    print(table(result["results"]))
+    print(table(results))
     print(f"written to {out}")
     return result
 
