@@ -169,7 +169,7 @@ def sinter_in_logits(model: nn.Module, layers: dict[str, Any], batch: dict[str, 
         pretrained = logits()
     for layer in layers.values():
         layer.update = type(layer.update)("identity", layer.scaling, 0.0, True)
-        layer.kept.clear()
+        layer.clear_caches()
     plain = logits()
     return {"sinter over update": ((adapted - plain).norm() / (adapted - pretrained).norm()).item()}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_adapters.ops import Denominator, fixed_rational, rational
 from lit_adapters.ops._transforms import transformed
-from lit_adapters.ops.kept import Kept
+from lit_adapters.ops.cache import Cache
 
 
 class RationalActivation(nn.Module):
@@ -45,7 +45,7 @@ class RationalActivation(nn.Module):
         self.form, self.channel_dim, self.anchor = form, channel_dim, anchor
         self.register_buffer("base_numerator", None if base is None else base[0].detach().clone())
         self.register_buffer("base_denominator", None if base is None else base[1].detach().clone())
-        self._kept: Kept[Callable[[Tensor], Tensor]] = Kept()
+        self._function: Cache[Callable[[Tensor], Tensor]] = Cache()
 
     def forward(self, x: Tensor) -> Tensor:
         change = self._evaluate(x)
@@ -60,8 +60,8 @@ class RationalActivation(nn.Module):
         if trained or torch.compiler.is_compiling() or transformed():
             a, b, base = self._coefficients()
             return rational(x, a, b, self.form, self.channel_dim, base)
-        made_from = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
-        return self._kept.get(torch.float32, made_from, self._fixed)(x)
+        sources = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
+        return self._function.get(sources, self._fixed)(x)
 
     def _fixed(self) -> Callable[[Tensor], Tensor]:
         a, b, base = self._coefficients()  # copied, as sharding takes the memory of a parameter away
@@ -75,7 +75,7 @@ class RationalActivation(nn.Module):
         return self.numerator.float(), self.denominator.float(), base
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._kept.clear()  # moving a parameter does not count as writing to it
+        self._function.clear()  # moving a parameter does not count as writing to it
         return super()._apply(*args, **kwargs)
 
     def extra_repr(self) -> str:

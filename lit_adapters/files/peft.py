@@ -25,10 +25,10 @@ from lit_adapters.methods.dora import DoRA, DoRAAdapter
 from lit_adapters.methods.lora import LoRA, LoRAAdapter
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.peft import require_peft
+from lit_adapters.methods.targets import matches, places
 from lit_adapters.model.attach import adapters, attach, attachment, detach
 from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import refuse_sharded
-from lit_adapters.model.targets import matches, places
 
 
 def export_peft(model: nn.Module, directory: str | Path) -> None:

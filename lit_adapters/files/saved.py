@@ -18,7 +18,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import RECORD, RECORD_FORMAT, TENSORS, read_checkpoint_file, read_directory
 from lit_adapters.files.peft_lora import CONFIG
 from lit_adapters.methods.base import AdapterModule, Method, to_methods
-from lit_adapters.model.targets import KEYWORDS, matches, within
+from lit_adapters.methods.targets import KEYWORDS, matches, within
 
 _BASE_PARAMETERS = ("weight", "bias")  # names that plain layers give their own parameters
 

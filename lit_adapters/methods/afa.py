@@ -13,19 +13,26 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapters.activations import fit_for
-from lit_adapters.activations.annealed import SIGMAS, annealed
 from lit_adapters.activations.sensitivity import coefficient_effects
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.description import AdapterSummary, each_layer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
-from lit_adapters.methods.matrix_layers import LinearLayer
 from lit_adapters.ops import rational
 from lit_adapters.ops.statistics import regular_sample
 from lit_adapters.schedules import Linear, Schedule, to_schedule
 
+SIGMAS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "centered_sigmoid": lambda z: torch.sigmoid(z) - 0.5,
+}
 RATIONAL = "rational"
 _RANGE = (-6.0, 6.0)  # of the fit of a learnable activation
 _CODE_STD = 1.0  # assumed of the code A x, when the steps of the coefficients are scaled
@@ -64,10 +71,8 @@ class AFALoRA(LowRank):
         if self.groups < 1 or (self.groups > 1 and self.activation != RATIONAL):
             raise AdapterError(f"groups {self.groups}: fixed activations have no groups; a rational one at least 1")
 
-    def adapter(self, base: nn.Module, layer: LinearLayer, rank: int) -> "AFAAdapter":
-        if rank % self.groups:
-            raise AdapterError(f"{self.groups} groups do not divide the rank {rank}; choose a divisor")
-        return AFAAdapter(base, layer, rank, self)
+    def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> "AFAAdapter":
+        return AFAAdapter(base, qualified_name, self)
 
 
 class AFAAdapter(LowRankAdapter):
@@ -83,9 +88,13 @@ class AFAAdapter(LowRankAdapter):
     sigma_base_numerator: Tensor
     sigma_base_denominator: Tensor
 
-    def __init__(self, base: nn.Module, layer: LinearLayer, rank: int, config: AFALoRA) -> None:
-        super().__init__(base, layer, rank, config)
-        self.schedule, self.activation, device = config.schedule, config.activation, self.lora_A.device
+    def __init__(self, base: nn.Module, qualified_name: str, config: AFALoRA) -> None:
+        super().__init__(base, qualified_name, config)
+        if self.rank % config.groups:
+            raise AdapterError(f"{config.groups} groups do not divide the rank {self.rank}; choose a divisor")
+        self.schedule = config.schedule
+        self.activation = config.activation
+        device = self.lora_A.device
         self.add_buffer("beta", torch.empty((), device=device))
         if self.activation == RATIONAL:
             self.fit = fit_for(nn.SiLU(), _RANGE, (5, 4), "abs-of-sum")
@@ -141,20 +150,27 @@ class AFAAdapter(LowRankAdapter):
                 "AdapterCallback, or call lit_adapters.set_progress(model, step / steps) after every step"
             )
 
-    def sigma(self) -> Callable[[Tensor], Tensor]:
-        """The activation as it is now; codes (..., r), or (N, r, ...) for a convolution."""
+    def sigma(self, z: Tensor) -> Tensor:
+        """The activation of z = A x; (..., r), or (N, r, ...) for a convolution, in and out."""
         if self.activation != RATIONAL:
-            return SIGMAS[self.activation]
+            return SIGMAS[self.activation](z)
         a = self.sigma_base_numerator + self.sigma_numerator * self.sigma_numerator_scale
         b = self.sigma_base_denominator + self.sigma_denominator * self.sigma_denominator_scale
-        return lambda z: rational(z, a, b, "abs-of-sum", self.layer.channel_dim)
+        return rational(z, a, b, "abs-of-sum", self.layer.channel_dim)
+
+    def phi(self, z: Tensor) -> Tensor:
+        """beta sigma(z) + (1 - beta) z; exactly z at beta = 0 and exactly sigma(z) at beta = 1."""
+        return self.beta * self.sigma(z) + (1 - self.beta) * z
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.in_effect:
             return self.unadapted(x)
         self._require_annealing()
-        sigma = self.sigma()
-        return self.adapted(x, lambda code: annealed(code, sigma, self.beta))
+        if self.can_fuse(x):
+            return self.fused(x, self.phi)
+        y = self.base(x)  # W0 x + bias
+        update = self.scaling * self.up(self.phi(self.down(x)))  # s B phi(A x)
+        return y + update.to(y.dtype)
 
     def weight_to_read(self) -> Tensor:
         """As for any weight adapter, once it is linear.
@@ -182,7 +198,7 @@ class AFAAdapter(LowRankAdapter):
         """Raise unless beta is exactly 0.
 
         Raises:
-            AdapterError: it is not.
+            AdapterError: beta is not 0.
         """
         beta = self.beta.item()
         if beta != 0.0:
@@ -199,15 +215,15 @@ class AFAAdapter(LowRankAdapter):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> dict[str, float]:
-        """nonlinearity: ||phi_beta(z) - z|| / ||z|| over the codes z = A x of a regular sample of x."""
+        """nonlinearity: ||phi_beta(z) - z|| / ||z|| over z = A x of a regular sample of x."""
         if self.layer.channel_dim == 1:
             x = x[:1]
         else:
             x = x.reshape(-1, x.shape[-1])
             x = x[regular_sample(torch.arange(len(x), device=x.device), _SAMPLE)]
-        code = self.layer.down(self.base, x, self.lora_A.to(x.dtype)).float()
-        residual = annealed(code, self.sigma(), self.beta) - code
-        return {"nonlinearity": (residual.norm() / code.norm().clamp_min(torch.finfo(code.dtype).tiny)).item()}
+        z = self.layer.down(self.base, x, self.lora_A.to(x.dtype)).float()
+        residual = self.phi(z) - z
+        return {"nonlinearity": (residual.norm() / z.norm().clamp_min(torch.finfo(z.dtype).tiny)).item()}
 
     def statistics(self) -> dict[str, float]:
         """relative_norm, of s B A as for LoRA; beta."""

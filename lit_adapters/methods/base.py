@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +15,13 @@ from torch import Tensor, nn
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.description import AdapterSummary, LearnedFunctions, LowRankUpdate, functions_summary
 from lit_adapters.methods.placeholder import plain_layers
+from lit_adapters.methods.targets import Target, find_targets
+from lit_adapters.ops._transforms import transformed
+from lit_adapters.ops.cache import Cache
 from lit_adapters.schedules import Schedule
 
 Config = Mapping[str, Any]
+Factory = Callable[[], "AdapterModule"]
 
 
 class Method:
@@ -36,20 +41,32 @@ class Method:
         """The single methods this one is composed of."""
         return [self]
 
+    def find(self, model: nn.Module, train: str | Sequence[str] = ()) -> list[tuple[Target, Factory]]:
+        """The places of `model` that this method adapts, and what builds the adapter of each.
+
+        The model stays as it is: `attach` puts the adapters in.
+
+        Args:
+            model: without adapters.
+            train: as given to `attach`; a keyword in `targets` leaves modules of a `train` list out.
+
+        Raises:
+            TargetsNotFound: nothing matches.
+        """
+        return [(t, partial(self.wrap, t.module, t.name, t.parent)) for t in find_targets(model, self, train)]
+
     def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> AdapterModule:
-        """The adapter for one target.
+        """The adapter around one layer.
+
+        Args:
+            base: the layer.
+            qualified_name: its name in the model.
+            parent: the module that holds it.
 
         Raises:
             AdapterError: this layer cannot carry the method; the message names the layer and the fix.
         """
         raise AdapterError(f"{type(self).__name__} is a composition of methods; attach it to a model instead")
-
-    def inject(self, model: nn.Module) -> dict[str, AdapterModule] | None:
-        """Adapters by qualified name, from a method that finds its own targets; None lets `targets` decide.
-
-        The model is left as it was: `attach` puts the adapters in.
-        """
-        return None
 
     def normalise_targets(self) -> None:
         """Give `targets` and `exclude` one form, so that a method equals its round trip through YAML or JSON."""
@@ -127,10 +144,9 @@ def _from_config(config: Any) -> Method:
     if not isinstance(config, Mapping) or "class_path" not in config:
         raise AdapterError(f"an adapter configuration needs 'class_path' (and 'init_args'), got {config!r}")
     path = str(config["class_path"])
-    module, _, attribute = path.rpartition(".")
     try:
-        cls = getattr(importlib.import_module(module or "lit_adapters"), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        cls = pkgutil.resolve_name(path if "." in path else f"lit_adapters.{path}")
+    except (ImportError, AttributeError, ValueError) as error:
         raise AdapterError(f"no adapter method {path!r}: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise AdapterError(f"{path!r} is not an adapter method; use one such as 'lit_adapters.NoRA'")
@@ -143,20 +159,42 @@ def _from_config(config: Any) -> Method:
 class AdapterModule(nn.Module):
     """A layer with an adapter: the base layer's parameters under their own names, the adapter's beside them.
 
-    The base module itself is kept outside the module tree but, once adopted, looks parameters and buffers up in this
-    module's own tables, so that moving, loading or sharding this module is seen by it at once, and keys do not change.
+    The base module stands outside the module tree. Once adopted it shares this module's tables of parameters, buffers
+    and children: keys keep their names, and moving, loading or sharding this module moves, loads or shards the base.
+    Until then the base is untouched, so that `attach` can build all adapters first and change the model only if every
+    one of them could be built.
 
     Subclasses register their tensors with `add_parameter` and `add_buffer`: these stay in float32 whatever dtype the
     model is cast to, and are what `adapter_parameters` and the adapter files hold.
+
+    Args:
+        base: the layer that is adapted.
+        qualified_name: its name in the model, for messages and reports.
+
+    Attributes:
+        method: name of the method, as in reports, tags and `lr_scale`.
+        decays: whether weight decay makes sense for the parameters.
+        schedule: of what is annealed while training; None if nothing is.
+        merges_into: names of the base's parameters that merging changes, such as "weight" or "bias". Empty if no
+            parameter can hold this adapter's effect; `folded` then says what merging leaves.
+        cache_while_training: whether `Cache` members may also be used in training; by default in eval mode alone.
+        sharded: whether the parameters are spread over processes, and whole only while the layer runs.
+        read_as_weight: whether the parent multiplies by this layer's `weight` itself and never calls the layer.
+        on_read: called at every such reading, if it is set.
+        enabled: False makes `forward` return what the pretrained layer returns.
     """
 
     method: ClassVar[str]
-    decays: ClassVar[bool] = True  # whether weight decay makes sense for the parameters
-    schedule: Schedule | None = None  # of what is annealed while training
-    sharded = False  # whether the parameters are spread over processes, and whole only while the layer runs
-    base: nn.Module
+    decays: ClassVar[bool] = True
+    schedule: Schedule | None = None
+    merges_into: Sequence[str] = ()
+    cache_while_training = False
+    sharded = False
+    read_as_weight = False
+    on_read: Callable[[], object] | None = None
+    base: Any  # an nn.Module; Any, because each kind of layer has its own `weight` and `bias`
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, qualified_name: str) -> None:
         super().__init__()
         self.__dict__["base"] = base
         self._base_parameters, self._base_buffers = list(base._parameters), list(base._buffers)
@@ -164,19 +202,22 @@ class AdapterModule(nn.Module):
         self._buffers.update(base._buffers)
         self._non_persistent_buffers_set |= base._non_persistent_buffers_set
         self._modules.update(base._modules)
-        # Sizes and the like, which other code may ask a layer for; not what is the adapter's own, as a `forward` that a
-        # library has put on the layer.
+        # Mirror the base's plain attributes (in_features ...) for code that reads them, but not names that we define,
+        # such as a `forward` that a library has put on the layer.
         own = set(dir(self))
         self.__dict__.update({k: v for k, v in vars(base).items() if k[0] != "_" and k not in own})
         self._adapter_parameters: list[str] = []
         self._adapter_buffers: list[str] = []
-        self._derived_buffers: list[str] = []
+        self._recomputed_buffers: list[str] = []
+        self._merged_names: list[str] = []
         self.enabled = True
-        self.qualified_name = ""  # set by attach
+        self.qualified_name = qualified_name
         self.training = base.training
 
+    # ---- tensors
+
     def adopt(self) -> None:
-        """Let the base look its tensors up here from now on; until then it is untouched."""
+        """Let the base share this module's tables from now on."""
         base = self.base
         base._parameters, base._buffers, base._modules = self._parameters, self._buffers, self._modules
 
@@ -188,9 +229,9 @@ class AdapterModule(nn.Module):
     def add_buffer(self, name: str, value: Tensor, persistent: bool = True) -> None:
         """Register an adapter buffer; float32 where it is floating, whatever the default dtype.
 
-        One that is not persistent can be computed anew, and is in no state dict and no adapter file.
+        A buffer that is not persistent can be computed again, and is in no state dict and no adapter file.
         """
-        (self._adapter_buffers if persistent else self._derived_buffers).append(name)
+        (self._adapter_buffers if persistent else self._recomputed_buffers).append(name)
         self.register_buffer(name, value.float() if value.is_floating_point() else value, persistent)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -201,30 +242,45 @@ class AdapterModule(nn.Module):
         """Parameters and buffers of this adapter, by local name: what an adapter file keeps."""
         return {name: getattr(self, name) for name in (*self._adapter_parameters, *self._adapter_buffers)}
 
-    def set_progress(self, progress: float) -> None:
-        """Move what is annealed to training progress in [0, 1]; most methods have nothing of the kind."""
-
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """The parameters for which weight decay makes no sense."""
         return [] if self.decays else list(self.adapter_parameters().values())
 
-    def statistics(self) -> dict[str, float]:
-        """Scalars that say what this adapter has learned; each method says what they mean."""
-        return {}
+    def reset_parameters(self) -> None:
+        """Give every tensor of this adapter its starting value, also after `to_empty`."""
 
-    def singular_values(self) -> dict[str, Tensor]:
-        """Spectra of what was learned, descending, by the name of the matrix: "update" for that of a weight."""
-        update = self.low_rank_update()
-        return {} if update is None else {"update": update.spectrum()[1].cpu()}
-
-    def observe(self, x: Tensor) -> dict[str, float]:
-        """Scalars that say what this adapter does to its own input x of the present batch; by default none."""
-        return {}
+    # ---- forward
 
     @property
-    def merged(self) -> bool:
-        """Whether the adapter's effect is inside the base weight at present."""
-        return False
+    def in_effect(self) -> bool:
+        """Whether `forward` must apply the adapter: it is enabled, and not merged into the base's parameters."""
+        return self.enabled and not self.merged
+
+    def unadapted(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer returns while the adapter is not `in_effect`: with the pretrained or the merged parameters."""
+        if not self.merged:
+            return self.base(*args, **kwargs)
+        merged = {name: self._buffers[f"merged_{name}"] for name in self._merged_names}
+        return torch.func.functional_call(self.base, merged, args, kwargs)  # type: ignore[arg-type]
+
+    # ---- values that are computed once
+
+    def may_cache(self) -> bool:
+        """Whether `Cache` members may be used now: in eval mode without gradients, or in training on request."""
+        if torch.compiler.is_compiling() or transformed():
+            return False
+        return self.cache_while_training if self.training else not (torch.is_grad_enabled() or self.sharded)
+
+    def clear_caches(self) -> None:
+        """Drop every cached value; needed where a tensor changes without a counted write."""
+        for value in vars(self).values():
+            if isinstance(value, Cache):
+                value.clear()
+
+    # ---- training
+
+    def set_progress(self, progress: float) -> None:
+        """Move what is annealed to training progress in [0, 1]; most methods anneal nothing."""
 
     @property
     def awaits_calibration(self) -> bool:
@@ -238,57 +294,20 @@ class AdapterModule(nn.Module):
             AdapterError: training has begun, so that calibrating would change the function.
         """
 
-    def folded(self) -> nn.Module:
-        """A plain module with this adapter's function, for what no weight can absorb; `merge` puts it in its place."""
-        raise AdapterError(f"{type(self).__name__} ({self.qualified_name!r}) cannot be merged; detach or keep it")
+    # ---- what was learned, from the adapter's own tensors: files may hold these without the base model
 
-    def unwrapped(self) -> nn.Module:
-        """The base module, with its own parameter tables again."""
-        return self._own_tables(self.base)
+    def statistics(self) -> dict[str, float]:
+        """Scalars that say what this adapter has learned; each method says what they mean."""
+        return {}
 
-    def base_copy(self) -> nn.Module:
-        """A second module that computes what the base does, on the same parameters, free of the adapter."""
-        return self._own_tables(copy.copy(self.base))
+    def singular_values(self) -> dict[str, Tensor]:
+        """Spectra of what was learned, descending, by the name of the matrix: "update" for that of a weight."""
+        update = self.low_rank_update()
+        return {} if update is None else {"update": update.spectrum()[1].cpu()}
 
-    def _own_tables(self, base: nn.Module) -> nn.Module:
-        base._parameters = {n: self._parameters[n] for n in self._base_parameters}
-        base._buffers = {n: self._buffers[n] for n in self._base_buffers}
-        base._modules = dict(self._modules)
-        base.training = self.training
-        return base
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.merged:
-            raise AdapterError(f"{self.qualified_name!r} is merged; call lit_adapters.unmerge(model) before loading")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """As the base layer does it, which knows what else a quantised weight needs; it shares these tables."""
-        if self.base._parameters is self._parameters:
-            self.base._save_to_state_dict(destination, prefix, keep_vars)
-            for name in self._non_persistent_buffers_set:
-                destination.pop(f"{prefix}{name}", None)
-        else:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def train(self, mode: bool = True) -> AdapterModule:
-        self.base.training = mode
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterModule:
-        """Move adapter tensors with the model, but keep their dtype."""
-        own = {id(t) for t in self.adapter_tensors().values()} | {id(self._buffers[n]) for n in self._derived_buffers}
-        own |= {id(p.grad) for p in self.adapter_parameters().values() if p.grad is not None}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) not in own or moved.dtype == tensor.dtype:
-                return moved
-            return torch.empty_like(tensor, device=moved.device) if tensor.is_meta else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
-
-    # What the adapter says of itself, from its own tensors: files may hold it without the base model.
+    def observe(self, x: Tensor) -> dict[str, float]:
+        """Scalars that say what this adapter does to its own input x of the present batch; by default none."""
+        return {}
 
     def low_rank_update(self) -> LowRankUpdate | None:
         """The learned update of a weight as its factors; spectra, ranks and comparisons follow from it."""
@@ -318,13 +337,6 @@ class AdapterModule(nn.Module):
         change = None if learned is None else torch.linalg.vector_norm(learned.detach().double()).item()
         return AdapterSummary(", ".join(f"{name} {size}" for name, size in sizes.items()), change)
 
-    def check_linear(self) -> None:
-        """Raise if the layer's parameters could not hold the effect at present; most methods are linear throughout.
-
-        Raises:
-            AdapterError: the adapter is annealed, and still nonlinear.
-        """
-
     def merge_obstacle(self) -> str:
         """Why the effect cannot go into the layer's parameters now; empty if it can."""
         try:
@@ -347,3 +359,162 @@ class AdapterModule(nn.Module):
         None, the default, counts nothing.
         """
         return None
+
+    # ---- merging
+
+    def merged_parameters(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The base's parameters with this adapter's effect in them, for the names in `merges_into`.
+
+        Args:
+            dtype: what to compute in; the results have it too.
+
+        Raises:
+            AdapterError: no parameters can hold the effect, or not at present.
+        """
+        raise AdapterError(f"{type(self).__name__} ({self.qualified_name!r}) cannot be merged; detach or keep it")
+
+    def merged_dtype(self, name: str) -> torch.dtype:
+        """The dtype that a merged parameter is stored in: the pretrained one's, or the weight's for a new one."""
+        parameter = self._parameters.get(name)
+        return (self._parameters["weight"] if parameter is None else parameter).dtype  # type: ignore[union-attr]
+
+    def check_linear(self) -> None:
+        """Raise if no parameters could hold this adapter's effect, whatever the base; most methods always pass.
+
+        Raises:
+            AdapterError: the adapter is nonlinear at present.
+        """
+
+    def check_mergeable(self) -> None:
+        """Raise if the effect cannot be merged into the base's parameters.
+
+        Raises:
+            AdapterError: the adapter is nonlinear at present, or a parameter is on the meta device or not floating.
+        """
+        self.check_linear()
+        for name in self.merges_into:
+            parameter = self._parameters.get(name)
+            if parameter is not None and (parameter.is_meta or not parameter.is_floating_point()):
+                state = "on the meta device" if parameter.is_meta else f"of {parameter.dtype}"
+                raise AdapterError(f"{self.qualified_name}.{name} is {state}: load or dequantise it first")
+
+    @torch.no_grad()
+    def _stored_parameters(self) -> tuple[dict[str, Tensor], float, float]:
+        """The merged parameters as they can be stored, and the error of storing them: absolute, and relative.
+
+        They are computed in float32 (float64 for a base in float64) and rounded once. The error is the difference from
+        float64; the relative error is that over the largest value of the parameter.
+        """
+        dtypes = {name: self.merged_dtype(name) for name in self.merges_into}
+        wide = torch.promote_types(next(iter(dtypes.values())), torch.float32)
+        stored = {name: value.to(dtypes[name]) for name, value in self.merged_parameters(wide).items()}
+        exact = self.merged_parameters(torch.float64)
+        error = relative = 0.0
+        for name, value in stored.items():
+            off = (value.double() - exact[name]).abs().max().item()
+            size = max(exact[name].abs().max().item(), torch.finfo(torch.float64).tiny)
+            error, relative = max(error, off), max(relative, off / size)
+        return stored, error, relative
+
+    @property
+    def merged(self) -> bool:
+        """Whether the layer computes with merged parameters at present."""
+        return bool(self._merged_names)
+
+    def merge(self) -> tuple[float, float]:
+        """Compute with merged parameters from now on, kept beside the pretrained ones.
+
+        Returns:
+            The absolute and the relative error of storing them.
+        """
+        parameters, *errors = self._stored_parameters()
+        for name, value in parameters.items():
+            self.register_buffer(f"merged_{name}", value, persistent=False)
+        self._merged_names = list(parameters)
+        return errors[0], errors[1]
+
+    def absorb(self) -> tuple[float, float]:
+        """Write the merged parameters into the base, for good.
+
+        Returns:
+            The absolute and the relative error of storing them.
+        """
+        parameters, *errors = self._stored_parameters()
+        for name, value in parameters.items():
+            self.absorb_parameter(name, value)
+        return errors[0], errors[1]
+
+    def absorb_parameter(self, name: str, value: Tensor) -> None:
+        """Write one merged parameter into the base; a parameter that the base lacks is added to it."""
+        parameter = self._parameters.get(name)
+        if parameter is None:
+            self._base_parameters += [name] if name not in self._base_parameters else []
+            self._parameters[name] = nn.Parameter(value, requires_grad=False)
+        else:
+            parameter.data.copy_(value)
+
+    def unmerge(self) -> None:
+        """Compute with the pretrained parameters again."""
+        for name in self._merged_names:
+            del self._buffers[f"merged_{name}"]
+            self._non_persistent_buffers_set.discard(f"merged_{name}")
+        self._merged_names = []
+
+    def folded(self) -> nn.Module:
+        """A plain module with this adapter's function, where `merges_into` is empty; `merge` puts it in its place."""
+        raise AdapterError(f"{type(self).__name__} ({self.qualified_name!r}) cannot be merged; detach or keep it")
+
+    # ---- the base by itself
+
+    def unwrapped(self) -> nn.Module:
+        """The base module, with its own parameter tables again."""
+        return self._own_tables(self.base)
+
+    def base_copy(self) -> nn.Module:
+        """A second module that computes what the base does, on the same parameters, free of the adapter."""
+        return self._own_tables(copy.copy(self.base))
+
+    def _own_tables(self, base: nn.Module) -> nn.Module:
+        base._parameters = {n: self._parameters[n] for n in self._base_parameters}
+        base._buffers = {n: self._buffers[n] for n in self._base_buffers}
+        base._modules = dict(self._modules)
+        base.training = self.training
+        return base
+
+    # ---- what nn.Module does with modules
+
+    def train(self, mode: bool = True) -> AdapterModule:
+        self.clear_caches()
+        self.base.training = mode
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterModule:
+        """Move adapter tensors with the model, but keep their dtype."""
+        self.clear_caches()
+        own = {id(t) for t in self.adapter_tensors().values()} | {
+            id(self._buffers[n]) for n in self._recomputed_buffers
+        }
+        own |= {id(p.grad) for p in self.adapter_parameters().values() if p.grad is not None}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) not in own or moved.dtype == tensor.dtype:
+                return moved
+            return torch.empty_like(tensor, device=moved.device) if tensor.is_meta else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.merged:
+            raise AdapterError(f"{self.qualified_name!r} is merged; call lit_adapters.unmerge(model) before loading")
+        self.clear_caches()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As the base layer does it, which knows what else a quantised weight needs; it shares these tables."""
+        if self.base._parameters is self._parameters:
+            self.base._save_to_state_dict(destination, prefix, keep_vars)
+            for name in self._non_persistent_buffers_set:
+                destination.pop(f"{prefix}{name}", None)
+        else:
+            super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -13,7 +13,6 @@ layer. r (in + out) + out parameters a layer. Dropout acts on the input of B A a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,12 +20,11 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.description import AdapterSummary
-from lit_adapters.methods.keeping import KeepingAdapter
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
-from lit_adapters.methods.matrix_layers import LinearLayer
 from lit_adapters.ops._autocast import without_autocast
 from lit_adapters.ops._transforms import transformed
-from lit_adapters.ops.rescaled import rescaled
+from lit_adapters.ops.cache import Cache
+from lit_adapters.ops.rescaled import scale_without_bias
 
 
 @dataclass
@@ -36,69 +34,78 @@ class DoRA(LowRank):
     name: ClassVar[str] = "dora"
     exports: ClassVar[str] = "yes"
 
-    def adapter(self, base: nn.Module, layer: LinearLayer, rank: int) -> DoRAAdapter:
-        return DoRAAdapter(base, layer, rank, self)
+    def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> DoRAAdapter:
+        return DoRAAdapter(base, qualified_name, self)
 
 
-class DoRAAdapter(KeepingAdapter, LowRankAdapter):
+class DoRAAdapter(LowRankAdapter):
     """h = m / ||W0 + s B A|| (W0 x + s B A x) + bias for one layer; (..., in) -> (..., out)."""
 
     method = "dora"
     magnitude: nn.Parameter
     base_square: Tensor
 
-    def __init__(self, base: nn.Module, layer: LinearLayer, rank: int, config: DoRA) -> None:
-        super().__init__(base, layer, rank, config)
+    def __init__(self, base: nn.Module, qualified_name: str, config: DoRA) -> None:
+        super().__init__(base, qualified_name, config)
         outputs, device = self.lora_B.shape[0], self.lora_B.device
         self.add_parameter("magnitude", torch.empty(outputs, device=device))
         self.add_buffer("base_square", torch.empty(outputs, device=device), persistent=False)
+        self._measured: Cache[Tensor] = Cache()  # ||W0||^2 of every row
+        self._gain: Cache[Tensor] = Cache()  # m / ||W0 + s B A|| - 1
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """A Kaiming-uniform, B zero, m the row norms of the pretrained weight."""
         super().reset_parameters()
-        self._measure_base()
+        self._was_floating = False
+        self._measured.clear()
         with torch.no_grad():
-            self.magnitude.copy_(self.base_square.sqrt())
+            self.magnitude.copy_(self.base_norm_square().sqrt())
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """The magnitudes: zero is no resting place of a norm."""
         return [self.magnitude]
 
     @torch.no_grad()
-    def _measure_base(self) -> None:
-        """Keep ||W0||^2 of every row (out,); on the meta device there is nothing to measure yet."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        if not weight.is_meta:
-            self._buffers["base_square"] = self.base_matrix().float().square().sum(1)
-        self._measured = (weight, 0 if weight.is_inference() else weight._version, weight.is_floating_point())
+    def _measure_base(self) -> Tensor:
+        """||W0||^2 of every row (out,), also put into `base_square`, which compiled graphs read.
 
-    def _follow_base(self) -> None:
-        """Measure again if the pretrained weight was replaced or written to; a compiled graph takes it as fixed.
+        On the meta device there is nothing to measure yet.
 
         Raises:
-            AdapterError: the weight was quantised since.
+            AdapterError: the weight was quantised since it was last measured.
         """
-        weight, version, floating = self._measured
-        if floating and not self._parameters["weight"].is_floating_point():  # type: ignore[union-attr]
+        weight = self.base.weight
+        if self._was_floating and not weight.is_floating_point():
             raise AdapterError(
                 f"{self.qualified_name!r} was quantised after DoRA had measured its weight; quantise first (move the "
                 "model to its device), then attach"
             )
-        if weight is not self._parameters["weight"] or (not weight.is_inference() and weight._version != version):
-            self._measure_base()
+        self._was_floating = weight.is_floating_point()
+        if weight.is_meta:
+            return self.base_square
+        square = self.base_matrix().float().square().sum(1)
+        if type(square) is Tensor:  # not one that stands for another while PyTorch traces
+            self._buffers["base_square"] = square
+        return square
+
+    def base_norm_square(self) -> Tensor:
+        """||W0||^2 of every row (out,); measured again if the weight was replaced or written to.
+
+        A compiled graph takes the pretrained weight as fixed.
+        """
+        if torch.compiler.is_compiling():
+            return self.base_square
+        return self._measured.get([self.base.weight], self._measure_base)
 
     def weight_norm(self) -> Tensor:
         """||W0 + s B A|| of every row (out,), float32; a constant for the backward pass."""
         with torch.no_grad(), without_autocast(self.lora_A):
-            if not torch.compiler.is_compiling():
-                self._follow_base()
             a, b, matrix = self.lora_A.float(), self.lora_B.float(), self.base_matrix()
             # The wide product runs in the weight's own dtype: a float32 copy of the weight would cost as much as it.
             half = torch.addmm((matrix @ a.to(matrix.dtype).T).float(), b, a @ a.T, alpha=self.scaling / 2)
             update = 2 * self.scaling * (half * b).sum(1)
-            norm = (self.base_square + update).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+            norm = (self.base_norm_square() + update).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
             return norm.detach()  # a constant in forward mode too, which `no_grad` does not stop
 
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -111,36 +118,49 @@ class DoRAAdapter(KeepingAdapter, LowRankAdapter):
     def forward(self, x: Tensor) -> Tensor:
         if not self.in_effect:
             return self.unadapted(x)
-        y, bias = self.adapted(x), self.base.bias
-        change, frozen = self._change(), bias is None or not bias.requires_grad
-        if self.layer.channel_dim == -1 and frozen and not torch.compiler.is_compiling() and not transformed():
-            return rescaled(y, change, bias)  # type: ignore[arg-type]
-        over_channels = partial(self.layer.over_channels, self.base)
-        plain = y if bias is None else y - over_channels(bias.to(y.dtype))  # type: ignore[arg-type]
-        # As a change of y: exact at the start, where the gain is 1 and B is 0.
-        return y + (over_channels(change) * plain).to(y.dtype)
+        if self.can_fuse(x):
+            y = self.fused(x)  # W0 x + s B A x + bias, as in LoRA
+        else:
+            y = self.base(x)
+            y = y + (self.scaling * self.up(self.down(x))).to(y.dtype)
+        gain_minus_one, bias = self.gain_minus_one(), self.base.bias
+        if self._can_scale_in_place(bias):
+            return scale_without_bias(y, gain_minus_one, bias)
+        # gain (W0 x + s B A x) + bias, as a change of y: exact at the start, where the gain is 1 and B is 0.
+        product = y if bias is None else y - self.per_channel(bias.to(y.dtype))
+        return y + (self.per_channel(gain_minus_one) * product).to(y.dtype)
 
-    def _change(self) -> Tensor:
-        """m / ||W0 + s B A|| - 1, (out,); for generation it is formed once, and not for every token."""
-        if not self.may_keep():
+    def _can_scale_in_place(self, bias: Tensor | None) -> bool:
+        """Whether `scale_without_bias` may take the place of the formula: one kernel, for plain eager operations."""
+        frozen = bias is None or not bias.requires_grad
+        return self.layer.channel_dim == -1 and frozen and not torch.compiler.is_compiling() and not transformed()
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """One value for each output channel (out,), shaped to multiply the output."""
+        return self.layer.per_channel(self.base, values)
+
+    def gain_minus_one(self) -> Tensor:
+        """m / ||W0 + s B A|| - 1, (out,); for generation it is computed once, and not for every token."""
+        if not self.may_cache():
             return self.magnitude / self.weight_norm() - 1
-        tensors = [self._parameters["weight"], self.lora_A, self.lora_B, self.magnitude]
-        return self.kept.get(self.magnitude.dtype, tensors, lambda: self.magnitude / self.weight_norm() - 1)
+        sources = [self.base.weight, self.lora_A, self.lora_B, self.magnitude]
+        return self._gain.get(sources, lambda: self.magnitude / self.weight_norm() - 1)
 
     def statistics(self) -> dict[str, float]:
         """relative_norm, of s B A as for LoRA; magnitude_change: rms of m / m0 - 1 over the rows that are not zero."""
-        rows = self.base_square > 0
-        ratio = self.magnitude.detach()[rows] / self.base_square[rows].sqrt() - 1
+        square = self.base_norm_square()
+        rows = square > 0
+        ratio = self.magnitude.detach()[rows] / square[rows].sqrt() - 1
         change = ratio.square().mean().sqrt().item() if rows.any() else 0.0
         return super().statistics() | {"magnitude_change": change}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}weight" in state_dict:
-            self._measure_base()
+            square = self.base_norm_square()
             if f"{prefix}magnitude" not in state_dict and not self.lora_B.any():  # another base, nothing trained yet
                 with torch.no_grad():
-                    self.magnitude.copy_(self.base_square.sqrt())
+                    self.magnitude.copy_(square.sqrt())
 
     def summary(self) -> AdapterSummary:
         """As for any pair; the magnitudes are not in it."""

@@ -17,7 +17,6 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
-from lit_adapters.methods.matrix_layers import LinearLayer
 
 
 @dataclass
@@ -27,8 +26,8 @@ class LoRA(LowRank):
     name: ClassVar[str] = "lora"
     exports: ClassVar[str] = "yes"
 
-    def adapter(self, base: nn.Module, layer: LinearLayer, rank: int) -> LoRAAdapter:
-        return LoRAAdapter(base, layer, rank, self)
+    def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> LoRAAdapter:
+        return LoRAAdapter(base, qualified_name, self)
 
 
 class LoRAAdapter(LowRankAdapter):
@@ -36,9 +35,15 @@ class LoRAAdapter(LowRankAdapter):
 
     method = "lora"
 
-    def __init__(self, base: nn.Module, layer: LinearLayer, rank: int, config: LoRA) -> None:
-        super().__init__(base, layer, rank, config)
+    def __init__(self, base: nn.Module, qualified_name: str, config: LoRA) -> None:
+        super().__init__(base, qualified_name, config)
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.adapted(x) if self.in_effect else self.unadapted(x)
+        if not self.in_effect:
+            return self.unadapted(x)
+        if self.can_fuse(x):
+            return self.fused(x)
+        y = self.base(x)  # W0 x + bias
+        update = self.scaling * self.up(self.down(x))  # s B A x
+        return y + update.to(y.dtype)

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from lit_adapters.activations.weight_functions import WEIGHT_FUNCTIONS, WeightUpdate
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.description import AdapterSummary, each_layer
-from lit_adapters.methods.keeping import KeepingAdapter
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
-from lit_adapters.methods.matrix_layers import ConvolutionLayer, LinearLayer
+from lit_adapters.methods.matrix_layers import ConvolutionLayer
 from lit_adapters.ops._autocast import without_autocast
+from lit_adapters.ops._transforms import transformed
+from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.merged_linear import merged_linear, merged_weight
 
 _NUDGE = 1e-3  # of B, where f is flat at 0: B A is then this share of a freshly initialised weight
@@ -68,20 +69,22 @@ class LoRAN(LowRank):
         if self.function == "sine" and self.frequency == 0:
             raise AdapterError("frequency 0 makes sine zero everywhere, and it would never learn; try 10 to 200")
 
-    def adapter(self, base: nn.Module, layer: LinearLayer, rank: int) -> LoRANAdapter:
-        return LoRANAdapter(base, layer, rank, self)
+    def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> LoRANAdapter:
+        return LoRANAdapter(base, qualified_name, self)
 
 
-class LoRANAdapter(KeepingAdapter, LowRankAdapter):
+class LoRANAdapter(LowRankAdapter):
     """h = (W0 + s f(B A)) x + bias for one layer; (..., in) -> (..., out)."""
 
     method = "loran"
     frequency: Tensor
 
-    def __init__(self, base: nn.Module, layer: LinearLayer, rank: int, config: LoRAN) -> None:
-        super().__init__(base, layer, rank, config)
+    def __init__(self, base: nn.Module, qualified_name: str, config: LoRAN) -> None:
+        super().__init__(base, qualified_name, config)
         self.update = WeightUpdate(config.function, self.scaling, config.amplitude, config.centered)
-        self.cache_weight, self.initial_frequency = config.cache_weight, config.frequency
+        self.cache_while_training = config.cache_weight
+        self.initial_frequency = config.frequency
+        self._formed_weight: Cache[Tensor] = Cache()  # W0 + s f(B A) in the dtype of the products
         add = self.add_parameter if self.update.learns_frequency else self.add_buffer
         add("frequency", torch.empty((), device=self.lora_A.device))
         self.reset_parameters()
@@ -105,51 +108,70 @@ class LoRANAdapter(KeepingAdapter, LowRankAdapter):
     def forward(self, x: Tensor) -> Tensor:
         if not self.in_effect:
             return self.unadapted(x)
-        if isinstance(self.layer, ConvolutionLayer):
-            return self._convolution(x)
-        dropped = self.dropout > 0 and self.training
+        if self.can_stream():
+            return self.streamed(x)
+        dtype = self._compute_dtype(x)
+        with without_autocast(x):
+            wide = torch.promote_types(dtype, torch.float32)
+            update = self.delta_weight(wide)  # s f(B A), (out, in)
+            weight = self.base_matrix().to(wide) + update  # W0 + s f(B A)
+        if self.dropout > 0 and self.training:  # it must not touch the path through W0
+            y = self.base(x)
+            update = self.layer.stored(self.base, update.to(dtype))
+            return y + self.layer.multiply(self.base, F.dropout(x, self.dropout, True), update).to(y.dtype)
+        return self.layer.apply(self.base, x, self.layer.stored(self.base, weight.to(dtype)))
+
+    def can_stream(self) -> bool:
+        """Whether `streamed` may take the place of the formula.
+
+        A convolution's weight is small beside its input, and the transforms of torch.func need plain operations.
+        """
+        return not isinstance(self.layer, ConvolutionLayer) and not transformed()
+
+    def streamed(self, x: Tensor) -> Tensor:
+        """(W0 + s f(B A)) x + bias with the weight formed block by block, and again in the backward pass.
+
+        In eval mode without gradients the formed weight is kept.
+        """
         given, x = x.dtype, x.to(self._compute_dtype(x))
-        branch = F.dropout(x, self.dropout, self.training)
-        weight, bias = (None, None) if dropped else (self._parameters["weight"], self._parameters["bias"])
-        merged = None if dropped else self._kept(x.dtype)
-        if merged is not None and not torch.is_grad_enabled():
+        separate = self.dropout > 0 and self.training  # dropout must not touch the path through W0
+        weight, bias = (None, None) if separate else (self.base.weight, self.base.bias)
+        formed = None if separate else self._cached_weight(x.dtype)
+        if formed is not None and not torch.is_grad_enabled():
             with without_autocast(x):
-                y = F.linear(x, merged, None if bias is None else bias.to(x.dtype))
+                y = F.linear(x, formed, None if bias is None else bias.to(x.dtype))
             return y.to(given) if self.layer.keeps_dtype else y
         wide = torch.promote_types(x.dtype, torch.float32)
         y = merged_linear(
-            branch, weight, bias, self.lora_A.to(wide), self.lora_B.to(wide), self.frequency.to(wide), self.update,
-            self._to_matrix, merged,
-        )  # fmt: skip
-        y = self.base(x) + y if dropped else y
+            F.dropout(x, self.dropout, self.training),
+            weight,
+            bias,
+            self.lora_A.to(wide),
+            self.lora_B.to(wide),
+            self.frequency.to(wide),
+            self.update,
+            self._to_matrix,
+            formed,
+        )
+        if separate:
+            y = self.base(x) + y
         return y.to(given) if self.layer.keeps_dtype else y
 
     def _to_matrix(self, weight: Tensor) -> Tensor:
         return self.layer.matrix(self.base, weight)
 
-    def _kept(self, dtype: torch.dtype) -> Tensor | None:
-        """W' in `dtype` from an earlier call, or formed and kept now; None where it must not be kept."""
-        if not self.may_keep():
+    def _cached_weight(self, dtype: torch.dtype) -> Tensor | None:
+        """W0 + s f(B A) in `dtype`, computed once; None where it must not be kept."""
+        if not self.may_cache():
             return None
-        tensors = [self._parameters["weight"], self.lora_A, self.lora_B, self.frequency]
-        return self.kept.get(dtype, tensors, lambda: self._merged(dtype))
+        sources = [self.base.weight, self.lora_A, self.lora_B, self.frequency]
+        return self._formed_weight.get(sources, lambda: self._form_weight(dtype), key=dtype)
 
-    def _merged(self, dtype: torch.dtype) -> Tensor:
+    def _form_weight(self, dtype: torch.dtype) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
         with without_autocast(self.lora_A):
             a, b, frequency = self.lora_A.to(wide), self.lora_B.to(wide), self.frequency.to(wide)
             return merged_weight(self.base_matrix(), a, b, frequency, self.update, dtype)
-
-    def _convolution(self, x: Tensor) -> Tensor:
-        """The same on a convolution, whose weight is small beside its input: plain autograd."""
-        with without_autocast(x):
-            change = self.layer.stored(self.base, self.delta_weight(torch.promote_types(x.dtype, torch.float32)))
-        if self.dropout > 0 and self.training:
-            bias_free = F.dropout(x, self.dropout, True)
-            y: Tensor = self.base(x)
-            return y + self.base._conv_forward(bias_free, change.to(x.dtype), None).to(y.dtype)  # type: ignore[operator, union-attr]
-        raw = self.base.weight
-        return self.layer.apply(self.base, x, (raw + change).to(raw.dtype))  # type: ignore[operator, union-attr, arg-type]
 
     @torch.no_grad()
     def update_size(self) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.description import LowRankUpdate, each_layer, mean_over_layers
-from lit_adapters.methods.matrix_layers import LinearLayer, matrix_layer, reads_weight
+from lit_adapters.methods.matrix_layers import LinearLayer
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops._autocast import autocast_dtype
 from lit_adapters.ops._transforms import transformed
-from lit_adapters.ops.kept import Kept
+from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.low_rank import low_rank_linear
 from lit_adapters.ops.statistics import product_spectrum
 
@@ -83,28 +83,6 @@ class LowRank(Method):
         """s, the factor on B A."""
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
-    def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> AdapterModule:
-        layer = matrix_layer(base, qualified_name, type(self).__name__)
-        if self.branch and not layer.low_rank:
-            raise AdapterError(
-                f"{qualified_name!r} is a convolution in groups, which no pair of convolutions of rank r can follow; "
-                f"use LoRAN, which works on the weight, or set exclude=[{qualified_name!r}]"
-            )
-        rank, (outputs, inputs) = self.rank_for(qualified_name), layer.size(base)
-        if rank > min(outputs, inputs):
-            raise AdapterError(
-                f"rank {rank} exceeds the size of {qualified_name!r} ({outputs} x {inputs}); "
-                f"lower rank, or give this layer its own in rank_pattern"
-            )
-        adapter = self.adapter(base, layer, rank)
-        if reads_weight(parent, qualified_name.rpartition(".")[2]):
-            adapter.read_as_weight = True
-        return adapter
-
-    def adapter(self, base: nn.Module, layer: LinearLayer, rank: int) -> LowRankAdapter:
-        """The adapter of this method for a layer that can carry it."""
-        raise NotImplementedError
-
     def placeholder(
         self, qualified_name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
     ) -> AdapterModule | None:
@@ -118,8 +96,8 @@ class LowRank(Method):
             return super().placeholder(qualified_name, tensors, shapes)
         if not pair <= tensors.keys():
             raise AdapterError(f"{qualified_name!r} lacks lora_A or lora_B")
-        (rank, inputs), outputs = tensors["lora_A"].shape, tensors["lora_B"].shape[0]
-        return self.adapter(nn.Linear(inputs, outputs, bias=False, device="meta"), LinearLayer(), rank)
+        layer = nn.Linear(tensors["lora_A"].shape[1], tensors["lora_B"].shape[0], bias=False, device="meta")
+        return self.wrap(layer, qualified_name, nn.Module())
 
 
 def _is_constant(tensor: Tensor) -> bool:
@@ -131,47 +109,82 @@ def _is_number(value: object) -> bool:
 
 
 class LowRankAdapter(WeightAdapter):
-    """A pair A (r, in), B (out, r) beside a weight matrix W0 (out, in), and the factor s on their product."""
+    """A pair A (r, in), B (out, r) beside a weight matrix W0 (out, in), and the factor s on their product.
+
+    Raises:
+        AdapterError: the layer has no weight matrix, is a convolution in groups, or is smaller than the rank.
+    """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
-    def __init__(self, base: nn.Module, layer: LinearLayer, rank: int, config: LowRank) -> None:
-        super().__init__(base, layer)
-        self.cast_weight: Kept[Tensor] = Kept()  # W0 in the dtype of the products
-        self.rank, self.scaling, self.dropout = rank, config.scaling(rank), config.dropout
-        outputs, inputs = layer.size(base)
-        device = base.weight.device  # type: ignore[union-attr]
-        self.add_parameter("lora_A", torch.empty(rank, inputs, device=device))  # type: ignore[arg-type]
-        self.add_parameter("lora_B", torch.empty(outputs, rank, device=device))  # type: ignore[arg-type]
+    def __init__(self, base: nn.Module, qualified_name: str, config: LowRank) -> None:
+        super().__init__(base, qualified_name)
+        if config.branch and not self.layer.low_rank:
+            raise AdapterError(
+                f"{qualified_name!r} is a convolution in groups, which no pair of convolutions of rank r can follow; "
+                f"use LoRAN, which works on the weight, or set exclude=[{qualified_name!r}]"
+            )
+        rank, (outputs, inputs) = config.rank_for(qualified_name), self.layer.size(base)
+        if rank > min(outputs, inputs):
+            raise AdapterError(
+                f"rank {rank} exceeds the size of {qualified_name!r} ({outputs} x {inputs}); "
+                f"lower rank, or give this layer its own in rank_pattern"
+            )
+        self.rank = rank
+        self.scaling = config.scaling(rank)
+        self.dropout = config.dropout
+        device = self.base.weight.device
+        self.add_parameter("lora_A", torch.empty(rank, inputs, device=device))
+        self.add_parameter("lora_B", torch.empty(outputs, rank, device=device))
+        self._cast_weight: Cache[Tensor] = Cache()  # W0 in the dtype of the products
 
     def reset_parameters(self) -> None:
         """A Kaiming-uniform(a = sqrt 5), B zero: the start is the pretrained layer."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
-    def adapted(self, x: Tensor, between: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """W0 x + bias + s B phi(A x), phi = `between` or the identity; in one pass where `_fuses`."""
-        if self._fuses(x):
-            return self._fused(x, between)
-        y, code = self.unadapted(x), self.code(x)
-        return y + self.lifted(code if between is None else between(code)).to(y.dtype)
+    # ---- the formula
 
-    def _fuses(self, x: Tensor) -> bool:
-        """Whether one pass does what the base layer, its hooks and the update would; a compiler fuses by itself."""
-        base: Any = self.base
+    def down(self, x: Tensor) -> Tensor:
+        """A x, after dropout while training; (..., in) -> (..., r)."""
+        return self.layer.down(self.base, F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+
+    def up(self, z: Tensor) -> Tensor:
+        """B z; (..., r) -> (..., out)."""
+        return self.layer.up(self.base, z, self.lora_B.to(z.dtype))
+
+    def product(self, dtype: torch.dtype) -> Tensor:
+        """B A (out, in) in `dtype`."""
+        return self.lora_B.to(dtype) @ self.lora_A.to(dtype)
+
+    # ---- the fast path
+
+    def can_fuse(self, x: Tensor) -> bool:
+        """Whether `fused` may take the place of the formula: for a plain linear layer that nothing hooks into.
+
+        Compilers fuse by themselves, the transforms of torch.func need plain operations, and dropout belongs to the
+        input of A alone.
+        """
+        base = self.base
         if type(self.layer) is not LinearLayer or type(base).forward is not nn.Linear.forward:
             return False
         if torch.compiler.is_compiling() or transformed() or not x.is_contiguous() or (self.dropout and self.training):
             return False
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             return False
-        if "forward" in vars(base):  # which accelerate puts there
+        if "forward" in vars(base):  # accelerate puts one there
             return False
         weight, bias = base.weight, base.bias
         if not _is_constant(weight) or not (bias is None or _is_constant(bias)):
             return False
         return x.dtype == weight.dtype or autocast_dtype(x) is not None
+
+    def fused(self, x: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """W0 x + bias + s B phi(A x), phi = `activation` or the identity, in one pass each way where `can_fuse`."""
+        dtype, base = self._compute_dtype(x), self.base
+        weight, bias = self._weight_in(dtype), None if base.bias is None else base.bias.to(dtype)
+        return low_rank_linear(x.to(dtype), weight, bias, self.lora_A, self.lora_B, activation, self.scaling)
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         """What the base layer computes in, for this input."""
@@ -180,34 +193,14 @@ class LowRankAdapter(WeightAdapter):
             return dtype
         return self.layer.compute_dtype(self.base, x)
 
-    def _fused(self, x: Tensor, between: Callable[[Tensor], Tensor] | None) -> Tensor:
-        dtype, base = self._compute_dtype(x), self.base
-        weight = self._weight_in(dtype)
-        bias: Any = None if base.bias is None else base.bias.to(dtype)  # type: ignore[operator]
-        return low_rank_linear(x.to(dtype), weight, bias, self.lora_A, self.lora_B, between, self.scaling)
-
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
-        """W0 in the dtype of the products; under autocast cast once, and kept until it is written to or replaced."""
-        weight: Any = self.base.weight
+        """W0 in the dtype of the products; under autocast it is cast once and kept."""
+        weight: Tensor = self.base.weight
         if weight.dtype == dtype or self.sharded:
-            return weight.to(dtype)  # type: ignore[no-any-return]
-        return self.cast_weight.get(dtype, [weight], lambda: weight.detach().to(dtype))
+            return weight.to(dtype)
+        return self._cast_weight.get([weight], lambda: weight.detach().to(dtype), key=dtype)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self.cast_weight.clear()
-        return super()._apply(*args, **kwargs)
-
-    def code(self, x: Tensor) -> Tensor:
-        """A x, after dropout while training."""
-        return self.layer.down(self.base, F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-
-    def lifted(self, code: Tensor) -> Tensor:
-        """s B times a code."""
-        return self.scaling * self.layer.up(self.base, code, self.lora_B.to(code.dtype))
-
-    def product(self, dtype: torch.dtype) -> Tensor:
-        """B A (out, in) in `dtype`."""
-        return self.lora_B.to(dtype) @ self.lora_A.to(dtype)
+    # ---- the update as a matrix, and what was learned
 
     def weight_to_read(self) -> Tensor:
         """As for any weight adapter.

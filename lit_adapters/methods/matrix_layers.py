@@ -6,10 +6,7 @@ A convolution counts as the matrix (out, in * kernel size); what it unfolds is i
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import math
-import re
 from typing import Any
 
 import torch
@@ -26,7 +23,7 @@ _PLAIN_FORWARDS = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.C
 class LinearLayer:
     """nn.Linear: the weight is the matrix, y = x W^T + bias."""
 
-    channel_dim = -1  # of the output and of a code
+    channel_dim = -1  # of the output and of A x
     keeps_dtype = False  # whether the output has the dtype of the input even under autocast
     low_rank = True  # whether B(A x) can be applied without forming B A
 
@@ -55,20 +52,24 @@ class LinearLayer:
         """What the layer would return with `weight`, in its own layout, bias included."""
         return F.linear(x, weight, base.bias)
 
+    def multiply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """As `apply`, without the bias."""
+        return F.linear(x, weight)
+
     def down(self, base: Any, x: Tensor, a: Tensor) -> Tensor:
-        """The code A x; a is (r, in)."""
+        """A x; a is (r, in)."""
         return F.linear(x, a)
 
-    def up(self, base: Any, code: Tensor, b: Tensor) -> Tensor:
-        """B code; b is (out, r)."""
-        return F.linear(code, b)
+    def up(self, base: Any, z: Tensor, b: Tensor) -> Tensor:
+        """B z; b is (out, r)."""
+        return F.linear(z, b)
 
     def with_weight(self, base: Any, weight: Tensor) -> Any:
         """The layer with another weight for good; in place where its storage can hold it."""
         base.weight.data.copy_(weight)
         return base
 
-    def over_channels(self, base: Any, values: Tensor) -> Tensor:
+    def per_channel(self, base: Any, values: Tensor) -> Tensor:
         """One value for each output channel (out,), shaped to multiply the output."""
         return values
 
@@ -87,6 +88,9 @@ class TransposedLayer(LinearLayer):
 
     def apply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
         return torch.addmm(base.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+
+    def multiply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight
 
 
 class ConvolutionLayer(LinearLayer):
@@ -110,16 +114,20 @@ class ConvolutionLayer(LinearLayer):
         y: Tensor = base._conv_forward(x, weight, base.bias)  # knows the padding modes
         return y
 
-    def down(self, base: Any, x: Tensor, a: Tensor) -> Tensor:
-        code: Tensor = base._conv_forward(x, a.view(-1, *base.weight.shape[1:]), None)
-        return code
+    def multiply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
+        y: Tensor = base._conv_forward(x, weight, None)
+        return y
 
-    def up(self, base: Any, code: Tensor, b: Tensor) -> Tensor:
+    def down(self, base: Any, x: Tensor, a: Tensor) -> Tensor:
+        z: Tensor = base._conv_forward(x, a.view(-1, *base.weight.shape[1:]), None)
+        return z
+
+    def up(self, base: Any, z: Tensor, b: Tensor) -> Tensor:
         dimensions = base.weight.dim() - 2
         convolution = list(_CONVOLUTIONS.values())[dimensions - 1]
-        return convolution(code, b.view(*b.shape, *[1] * dimensions))
+        return convolution(z, b.view(*b.shape, *[1] * dimensions))
 
-    def over_channels(self, base: Any, values: Tensor) -> Tensor:
+    def per_channel(self, base: Any, values: Tensor) -> Tensor:
         return values.view(-1, *[1] * (base.weight.dim() - 2))
 
 
@@ -153,6 +161,9 @@ class QuantisedLayer(LinearLayer):
         bias = None if base.bias is None else base.bias.to(weight.dtype)
         return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
+    def multiply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x.to(weight.dtype), weight).to(x.dtype)
+
     def with_weight(self, base: Any, weight: Tensor) -> nn.Linear:
         plain = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
         plain.weight = nn.Parameter(weight, requires_grad=False)
@@ -184,25 +195,6 @@ def stop_repacking(layer: Any) -> None:
     state.dtype = dtype
     if not state.nested:  # those not quantised are still in the order of the repacked weight
         state.absmax = state.absmax.T.flatten().float()
-
-
-def reads_weight(parent: nn.Module, attribute: str) -> bool:
-    """Whether the code of `parent` multiplies by `attribute.weight` itself, by its source; BEiT does for its qkv."""
-    expression = re.compile(rf"linear\(\s*\w+\s*,\s*(weight\s*=\s*)?self\.{re.escape(attribute)}\.weight\s*[,)]")
-    for kind in type(parent).__mro__:
-        if kind is nn.Module:
-            break
-        if expression.search(_source(kind)):
-            return True
-    return False
-
-
-@functools.lru_cache(maxsize=1024)  # finding it parses the whole file
-def _source(kind: type) -> str:
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):
-        return ""
 
 
 @torch.no_grad()

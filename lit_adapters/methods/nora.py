@@ -33,8 +33,8 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.channels import channel_layout
 from lit_adapters.methods.description import AdapterSummary, LearnedFunctions, each_layer
-from lit_adapters.methods.keeping import KeepingAdapter
 from lit_adapters.ops import Denominator, fixed_rational, rational
+from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.rational import MAX_DEGREE
 from lit_adapters.ops.statistics import drift, histogram, regular_sample, slope_bound
 
@@ -127,13 +127,13 @@ class NoRA(Method):
                 f"choose groups among the divisors of {layout.channels}"
             )
         device = next((t.device for t in (*parent.parameters(), *parent.buffers())), torch.device("cpu"))
-        return NoRAActivation(base, self, channel_dim, device)
+        return NoRAActivation(base, qualified_name, self, channel_dim, device)
 
     def placeholder(
         self, qualified_name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
     ) -> AdapterModule:
         """As for any method; files do not tell which activation it was, and what they hold does not depend on it."""
-        return NoRAActivation(nn.GELU(), self, -1, torch.device("meta"))
+        return NoRAActivation(nn.GELU(), qualified_name, self, -1, torch.device("meta"))
 
 
 def _interval(ends: object) -> tuple[float, float]:
@@ -144,7 +144,7 @@ def _interval(ends: object) -> tuple[float, float]:
     raise AdapterError(f"fit_range {ends!r} must be an interval (low, high) or 'calibrate'")
 
 
-class NoRAActivation(KeepingAdapter):
+class NoRAActivation(AdapterModule):
     """One adapted activation: (..., D, ...) -> the same shape and dtype."""
 
     method = "nora"
@@ -158,13 +158,17 @@ class NoRAActivation(KeepingAdapter):
     density: Tensor
     calibrated: Tensor
 
-    def __init__(self, base: nn.Module, config: NoRA, channel_dim: int, device: torch.device) -> None:
+    def __init__(
+        self, base: nn.Module, qualified_name: str, config: NoRA, channel_dim: int, device: torch.device
+    ) -> None:
         # A copy, because one activation object may serve several layers.
-        super().__init__(copy.copy(base))
+        super().__init__(copy.copy(base), qualified_name)
         self.__dict__["original"] = base
         if getattr(base, "inplace", False):  # would overwrite the input that backward needs
-            self.base.inplace = False  # type: ignore[assignment]
-        self.config, self.channel_dim = config, channel_dim
+            self.base.inplace = False
+        self.config = config
+        self.channel_dim = channel_dim
+        self._function: Cache[Callable[[Tensor], Tensor]] = Cache()  # R with the present coefficients
         m, n = config.degrees
         for part, width in (("numerator", m + 1), ("denominator", n)):
             self.add_buffer(f"base_{part}", torch.zeros(width, device=device))
@@ -257,7 +261,7 @@ class NoRAActivation(KeepingAdapter):
                 effect_a, effect_b = coefficient_effects(x, weights, fit)
                 self.numerator_scale.copy_(config.scale / effect_a)
                 self.denominator_scale.copy_(config.scale / effect_b)
-        self.kept.clear()
+        self.clear_caches()
 
     def _update(self, part: str) -> Tensor:
         config = self.config
@@ -283,24 +287,23 @@ class NoRAActivation(KeepingAdapter):
     def _subtracted(self) -> tuple[Tensor, Tensor] | None:
         return self.base_coefficients() if self.config.base == "anchored" else None
 
-    def _fixed(self) -> Callable[[Tensor], Tensor]:
-        a, b = self.coefficients()
-        return fixed_rational(a, b, self.config.denominator, self.channel_dim, self._subtracted())
-
-    def _evaluate(self, x: Tensor) -> Tensor:
-        """R(x; a, b), or with base="anchored" its difference from R(x; a0, b0)."""
-        if not self.may_keep():
-            a, b = self.coefficients()
-            return rational(x, a, b, self.config.denominator, self.channel_dim, self._subtracted())
-        # From the table itself: looking attributes up takes longer than the function of a token. Buffers change in
-        # calibration alone.
-        made_from = [self._parameters[n] for n in self._adapter_parameters]
-        function: Callable[[Tensor], Tensor] = self.kept.get(torch.float32, made_from, self._fixed)
-        return function(x)
-
     def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return self.base(x)
+        if not self.in_effect:
+            return self.unadapted(x)  # type: ignore[no-any-return]
+        self._check_input(x)
+        if self.may_cache():
+            change = self._cached_function()(x)
+        else:
+            a, b = self.coefficients()
+            # R(x; a, b), or with base="anchored" R(x; a, b) - R(x; a0, b0)
+            change = rational(x, a, b, self.config.denominator, self.channel_dim, self._subtracted())
+        if self.config.base == "rational":
+            return change
+        y: Tensor = self.base(x)  # act(x)
+        return y + change.to(y.dtype)
+
+    def _check_input(self, x: Tensor) -> None:
+        """Raise if the layer was to be calibrated and was not, or if the groups do not divide the channels of x."""
         if self.training and self._awaits_calibration:
             raise AdapterError(
                 f"{self.qualified_name!r} has fit_range='calibrate' and was not calibrated; call "
@@ -311,11 +314,15 @@ class NoRAActivation(KeepingAdapter):
                 f"{self.config.groups} groups do not divide the {x.shape[self.channel_dim]} channels of "
                 f"{self.qualified_name!r} (input {tuple(x.shape)}, channel_dim {self.channel_dim})"
             )
-        change = self._evaluate(x)
-        if self.config.base == "rational":
-            return change
-        y: Tensor = self.base(x)
-        return y + change.to(y.dtype)
+
+    def _cached_function(self) -> Callable[[Tensor], Tensor]:
+        # From the table itself: looking attributes up takes longer than the function of a token. Buffers change in
+        # calibration alone.
+        return self._function.get([self._parameters[n] for n in self._adapter_parameters], self._fixed)  # type: ignore[misc]
+
+    def _fixed(self) -> Callable[[Tensor], Tensor]:
+        a, b = self.coefficients()
+        return fixed_rational(a, b, self.config.denominator, self.channel_dim, self._subtracted())
 
     def grid(self) -> Tensor:
         """The points (D,) that `density` belongs to, float64 on the CPU."""

@@ -10,18 +10,20 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
 
 from lit_adapters.errors import AdapterError, TargetsNotFound
-from lit_adapters.methods.base import AdapterModule, Method
+from lit_adapters.methods.base import Factory, Method
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
 from lit_adapters.methods.peft_adapter import PeftAdapter
+from lit_adapters.methods.targets import Target, places
 
 _ADAPTER = "default"  # peft's name for the first adapter of a layer
 # Initialisations of peft's LoRA that leave the pretrained weight alone.
@@ -118,7 +120,7 @@ class Peft(Method):
         except Exception as error:  # whatever a configuration of peft's may raise
             raise AdapterError(f"peft refuses this {self.config['peft_type']} configuration: {error}") from error
 
-    def inject(self, model: nn.Module) -> dict[str, AdapterModule]:
+    def find(self, model: nn.Module, train: str | Sequence[str] = ()) -> list[tuple[Target, Factory]]:
         """Let peft inject its layers into `model`, take them out again, and wrap them."""
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -144,7 +146,8 @@ class Peft(Method):
         if kind in _PER_STEP and (kind != "ADAMSS" or config.use_asa):
             warnings.warn(f"{kind} runs without what peft does at every step: {_PER_STEP[kind]}", stacklevel=4)
         owned: set[int] = set()
-        return {name: PeftAdapter(tuner, owned) for name, tuner in found.items()}
+        built = {name: PeftAdapter(tuner, name, owned) for name, tuner in found.items()}
+        return [(target, partial(built.__getitem__, target.name)) for target in places(model) if target.name in built]
 
 
 def _plain(config: Any) -> dict[str, Any]:

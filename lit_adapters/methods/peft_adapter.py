@@ -24,11 +24,11 @@ class PeftAdapter(AdapterModule):
     method = "peft"
     tuner: Any
 
-    def __init__(self, tuner: Any, owned: set[int]) -> None:
-        super().__init__(tuner.base_layer)
+    def __init__(self, tuner: Any, qualified_name: str, owned: set[int]) -> None:
+        super().__init__(tuner.base_layer, qualified_name)
         self.__dict__["tuner"] = tuner
         self._tuner_children: list[str] = []
-        self._is_merged = False
+        self.merges_into = [n for n in self._base_parameters if self._parameters[n] is not None]
         _register(tuner)
         for name, parameter in tuner._parameters.items():
             add = self.add_parameter if parameter.requires_grad else self.add_buffer
@@ -56,12 +56,8 @@ class PeftAdapter(AdapterModule):
         return super().adapter_tensors() | nested
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._is_merged:
-            merged = {n: self._buffers[f"merged_{n}"] for n in self._base_parameters}
-            merged = {n: t for n, t in merged.items() if t is not None}
-            return torch.func.functional_call(self.base, merged, args, kwargs)  # type: ignore[arg-type]
-        if not self.enabled:
-            return self.base(*args, **kwargs)
+        if not self.in_effect:
+            return self.unadapted(*args, **kwargs)
         if self.tuner.training != self.training:  # being outside the tree, it is not told
             self.tuner.training = self.training
         y = self.tuner(*args, **kwargs)
@@ -72,65 +68,17 @@ class PeftAdapter(AdapterModule):
         widened = y.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
         return y.to(weight.dtype) if widened else y
 
-    @property
-    def merged(self) -> bool:
-        return self._is_merged
-
     def check_mergeable(self) -> None:
-        """Raise if there are no weights that hold this adapter's effect.
+        """As for every adapter.
 
         Raises:
-            AdapterError: peft cannot merge this method, or the base has no weights to merge into.
+            AdapterError: also if peft cannot merge this method.
         """
-        for name, parameter in self._parameters_of_base().items():
-            if parameter.is_meta or not parameter.is_floating_point():
-                state = "on the meta device" if parameter.is_meta else f"of {parameter.dtype}"
-                raise AdapterError(f"{self.qualified_name}.{name} is {state}: load or dequantise it first")
-        self._merged(torch.float32)
-
-    def new_weights(self) -> tuple[dict[str, Tensor], float, float]:
-        """The base's parameters as peft merges them, and the error of storing them: absolute, and relative to |W|.
-
-        Merged in float32 (float64 for a base in float64) and rounded once; the error is that against float64.
-        """
-        base = self._parameters_of_base()
-        wide = torch.promote_types(next(iter(base.values())).dtype, torch.float32)
-        merged, exact = self._merged(wide), self._merged(torch.float64)
-        stored = {name: merged[name].to(parameter.dtype) for name, parameter in base.items()}
-        error = relative = 0.0
-        for name in stored:
-            off = (stored[name].double() - exact[name]).abs().max().item()
-            size = max(exact[name].abs().max().item(), torch.finfo(torch.float64).tiny)
-            error, relative = max(error, off), max(relative, off / size)
-        return stored, error, relative
-
-    def merge(self) -> tuple[float, float]:
-        """Compute with merged parameters from now on, kept beside the pretrained ones; returns the errors."""
-        weights, *errors = self.new_weights()
-        for name in self._base_parameters:
-            self.register_buffer(f"merged_{name}", weights.get(name), persistent=False)
-        self._is_merged = True
-        return errors[0], errors[1]
-
-    def absorb(self) -> tuple[float, float]:
-        """Write the merged parameters into the base, for good; returns the errors."""
-        weights, *errors = self.new_weights()
-        for name, parameter in self._parameters_of_base().items():
-            parameter.data.copy_(weights[name])
-        return errors[0], errors[1]
-
-    def unmerge(self) -> None:
-        """Forget the merged parameters."""
-        for name in self._base_parameters:
-            del self._buffers[f"merged_{name}"]
-            self._non_persistent_buffers_set.discard(f"merged_{name}")
-        self._is_merged = False
-
-    def _parameters_of_base(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self._parameters.items() if n in self._base_parameters and p is not None}
+        super().check_mergeable()
+        self.merged_parameters(torch.float32)
 
     @torch.no_grad()
-    def _merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def merged_parameters(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The base's parameters after peft's own merge in `dtype`, done on a copy."""
         try:
             tuner = copy.deepcopy(self.tuner).to(dtype)
@@ -139,7 +87,7 @@ class PeftAdapter(AdapterModule):
             kind = type(self.tuner).__module__.split(".")[2]
             raise AdapterError(f"peft cannot merge {self.qualified_name!r} ({kind}): {error!r}; keep it") from error
         base = tuner.get_base_layer()
-        return {name: base._parameters[name].detach() for name in self._parameters_of_base()}
+        return {name: base._parameters[name].detach() for name in self.merges_into}
 
     def _own_tables(self, base: nn.Module) -> nn.Module:
         base = super()._own_tables(base)

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from lit_adapters.errors import AdapterError, TargetsNotFound
-from lit_adapters.methods.base import AdapterModule, Config, Method, to_methods
+from lit_adapters.methods.base import AdapterModule, Config, Factory, Method, to_methods
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
+from lit_adapters.methods.read_weights import reads_weight
+from lit_adapters.methods.targets import Target, head_modules, matches, near_misses, places
 from lit_adapters.model.report import AdapterReport
-from lit_adapters.model.targets import Target, find_targets, head_modules, matches, near_misses, places
 
 _STATE = "_lit_adapters"
 
@@ -93,11 +94,9 @@ def attach(
     # Nothing of the model is touched before every adapter stands.
     wrapped: list[tuple[Target, AdapterModule]] = []
     shared: dict[int, AdapterModule] = {}
-    for target, method, injected in _assign(model, leaves, train):
-        adapter = shared.get(id(target.module)) or injected
-        if adapter is None:
-            adapter = method.wrap(target.module, target.name, target.parent)
-        adapter.qualified_name = adapter.qualified_name or target.name
+    for target, build in _assign(model, leaves, train):
+        adapter = shared.get(id(target.module)) or build()
+        adapter.read_as_weight = adapter.read_as_weight or reads_weight(target.parent, target.attribute)
         if isinstance(target.parent, nn.TransformerEncoderLayer):
             adapter.register_forward_hook(_keep_unfused)
         if _has_parameters(target.module):
@@ -145,22 +144,15 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _assign(
-    model: nn.Module, methods: list[Method], train: str | Sequence[str]
-) -> list[tuple[Target, Method, AdapterModule | None]]:
-    """Who adapts what, and with which adapter if the method has made it already.
+def _assign(model: nn.Module, methods: list[Method], train: str | Sequence[str]) -> list[tuple[Target, Factory]]:
+    """The targets of all methods, and what builds the adapter of each.
 
     A layer that stands at several places is adapted once; an activation, once for each place.
     """
     owner: dict[tuple[int, str], Method] = {}
-    assigned: list[tuple[Target, Method, AdapterModule | None]] = []
+    assigned: list[tuple[Target, Method, Factory]] = []
     for method in methods:
-        injected = method.inject(model)
-        if injected is None:
-            targets = find_targets(model, method, train)
-        else:
-            targets = [t for t in places(model) if t.name in injected]
-        for target in targets:
+        for target, build in method.find(model, train):
             key = (id(target.parent), target.attribute)
             if key in owner:
                 raise AdapterError(
@@ -168,7 +160,7 @@ def _assign(
                     "give them different targets, or exclude the layer from one"
                 )
             owner[key] = method
-            assigned.append((target, method, (injected or {}).get(target.name)))
+            assigned.append((target, method, build))
     chosen = {id(t.module): (t, m) for t, m, _ in assigned if _has_parameters(t.module)}
     for place in places(model):
         first, adapted_by = chosen.get(id(place.module), (place, None))
@@ -177,7 +169,7 @@ def _assign(
                 f"{place.name!r} and {first.name!r} are one and the same layer; give both to the same method, "
                 "or exclude both"
             )
-    return assigned
+    return [(target, build) for target, _, build in assigned]
 
 
 def _find_trained(model: nn.Module, train: str | Sequence[str]) -> set[str]:
@@ -254,7 +246,7 @@ def frozen_keys(model: nn.Module) -> set[str]:
 
 
 def _keep_unfused(module: nn.Module, args: Any, output: Any) -> None:
-    """Does nothing, but having a hook: in eval PyTorch's encoder layer would read all weights and call no layer."""
+    """No-op. Its presence turns off the fused eval path of nn.TransformerEncoderLayer, which calls no layer."""
 
 
 def _note_prefix(model: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:

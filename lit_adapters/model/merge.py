@@ -8,13 +8,10 @@ from torch import nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
-from lit_adapters.methods.matrix_layers import QuantisedLayer
-from lit_adapters.methods.peft_adapter import PeftAdapter
-from lit_adapters.methods.weight_adapter import WeightAdapter
+from lit_adapters.methods.matrix_layers import is_quantised
 from lit_adapters.model.attach import adapters, attachment, remove_adapters
 from lit_adapters.model.sharding import refuse_sharded
 
-_MERGING = (WeightAdapter, PeftAdapter)
 SHARED = "shared_with"  # attribute of a parameter that another model has too: what that model is called
 
 
@@ -23,9 +20,9 @@ class MergeReport:
     """Result of `merge`.
 
     Attributes:
-        max_abs_error: largest |stored - exact| over all merged weights, the exact sum taken in float64.
-        max_rel_error: the same relative to the largest weight of its layer.
-        merged: names of the layers whose weight now holds the update.
+        max_abs_error: largest |stored - exact| over all merged parameters, the exact value taken in float64.
+        max_rel_error: the same relative to the largest value of the parameter.
+        merged: names of the layers whose parameters now hold the update.
         kept: names of the layers that stay nonlinear: NoRA's functions, with factors folded into plain coefficients.
         dequantised: names of the merged layers whose weight was quantised and is stored plainly now.
     """
@@ -43,23 +40,29 @@ class MergeReport:
         return text + (f"; {len(self.kept)} rational activations stay" if self.kept else "")
 
 
-def _check(model: nn.Module, weights: dict[str, WeightAdapter | PeftAdapter], unload: bool) -> None:
-    """Raise where the weight of an adapted layer cannot take an update."""
+def _check(model: nn.Module, merging: dict[str, AdapterModule], unload: bool) -> None:
+    """Raise where a parameter of an adapted layer cannot take the adapter's effect."""
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), []).append(name)
-    for name, adapter in weights.items():
+    for name, adapter in merging.items():
         adapter.check_mergeable()
-        twins = [n for n in holders[id(adapter._parameters["weight"])] if n != name]
-        if twins:
-            raise AdapterError(f"{name!r} and {twins[0]!r} have one weight, and merging would change both; untie them")
-        other = getattr(adapter._parameters["weight"], SHARED, None)
-        if unload and other:
-            raise AdapterError(
-                f"the weight of {name!r} is also {other}'s, which merging would change; merge a copy.deepcopy of the "
-                "model, or with unload=False"
-            )
+        for key in adapter.merges_into:
+            parameter = adapter._parameters.get(key)
+            if parameter is None:  # merging adds it
+                continue
+            twins = [n for n in holders[id(parameter)] if n != name]
+            if twins:
+                raise AdapterError(
+                    f"{name!r} and {twins[0]!r} have one {key}, and merging would change both; untie them"
+                )
+            other = getattr(parameter, SHARED, None)
+            if unload and other:
+                raise AdapterError(
+                    f"the {key} of {name!r} is also {other}'s, which merging would change; merge a copy.deepcopy of "
+                    "the model, or with unload=False"
+                )
 
 
 def merge(model: nn.Module, unload: bool = True) -> MergeReport:
@@ -83,18 +86,18 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
     done = [name for name, adapter in found if adapter.merged]
     if done:
         raise AdapterError(f"{done[0]!r} is merged already; call lit_adapters.unmerge(model) first")
-    weights = {name: adapter for name, adapter in found if isinstance(adapter, _MERGING)}
-    _check(model, weights, unload)
-    dequantised = [n for n, a in weights.items() if isinstance(getattr(a, "layer", None), QuantisedLayer)]
-    errors = [(0.0, 0.0), *(adapter.absorb() if unload else adapter.merge() for adapter in weights.values())]
-    kept = [name for name, _ in found if name not in weights]
+    merging = {name: adapter for name, adapter in found if adapter.merges_into}
+    _check(model, merging, unload)
+    dequantised = [name for name, adapter in merging.items() if is_quantised(adapter.base)]
+    errors = [(0.0, 0.0), *(adapter.absorb() if unload else adapter.merge() for adapter in merging.values())]
+    kept = [name for name, _ in found if name not in merging]
     if unload:
         remove_adapters(model, _successor)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(state.required_grad.get(name, False))
     if dequantised and unload and not any(hasattr(p, "quant_state") for p in model.parameters()):
         forget_quantisation(model)
-    return MergeReport(max(e for e, _ in errors), max(e for _, e in errors), list(weights), kept, dequantised)
+    return MergeReport(max(e for e, _ in errors), max(e for _, e in errors), list(merging), kept, dequantised)
 
 
 def forget_quantisation(model: nn.Module) -> None:
@@ -106,7 +109,7 @@ def forget_quantisation(model: nn.Module) -> None:
 
 
 def _successor(adapter: AdapterModule) -> nn.Module:
-    return adapter.unwrapped() if isinstance(adapter, _MERGING) else adapter.folded()
+    return adapter.unwrapped() if adapter.merges_into else adapter.folded()
 
 
 def unmerge(model: nn.Module) -> None:
@@ -115,7 +118,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         AdapterError: no merge is in effect.
     """
-    merged = [a for _, a in adapters(model) if isinstance(a, _MERGING) and a.merged]
+    merged = [adapter for _, adapter in adapters(model) if adapter.merged]
     if not merged:
         raise AdapterError("nothing is merged; merge(model, unload=False) is what unmerge undoes")
     for adapter in merged:

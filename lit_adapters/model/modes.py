@@ -13,8 +13,6 @@ from tqdm import tqdm
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
-from lit_adapters.methods.keeping import KeepingAdapter
-from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.model.attach import adapters
 from lit_adapters.ops.statistics import regular_sample
 
@@ -50,7 +48,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _observed(found: list[tuple[str, AdapterModule]], observe: Any) -> Iterator[None]:
+def _recording_inputs(found: list[tuple[str, AdapterModule]], observe: Any) -> Iterator[None]:
     """Call observe(name, input) before each adapter's forward."""
 
     def hook_for(name: str) -> Any:
@@ -65,7 +63,7 @@ def _observed(found: list[tuple[str, AdapterModule]], observe: Any) -> Iterator[
 
 
 @contextmanager
-def _noticed(found: list[tuple[str, AdapterModule]], notice: Any) -> Iterator[None]:
+def _recording_calls(found: list[tuple[str, AdapterModule]], notice: Any) -> Iterator[None]:
     """Call notice(name) at each adapter's forward, without a hook: hooks turn PyTorch's fused encoder layers off."""
     own = [adapter.__dict__.get("forward") for _, adapter in found]
 
@@ -78,14 +76,12 @@ def _noticed(found: list[tuple[str, AdapterModule]], notice: Any) -> Iterator[No
 
     for name, adapter in found:
         adapter.__dict__["forward"] = noticing(name, adapter.forward)
-        if isinstance(adapter, WeightAdapter):
-            adapter.on_read = partial(notice, name)
+        adapter.on_read = partial(notice, name)
     try:
         yield
     finally:
         for (_, adapter), forward in zip(found, own, strict=True):
-            if isinstance(adapter, WeightAdapter):
-                adapter.on_read = None
+            adapter.on_read = None
             del adapter.__dict__["forward"]
             if forward is not None:
                 adapter.__dict__["forward"] = forward
@@ -93,18 +89,18 @@ def _noticed(found: list[tuple[str, AdapterModule]], notice: Any) -> Iterator[No
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; every module's own mode comes back after it, and what was kept for eval goes."""
+    """Eval mode inside the block; afterwards every module has its own mode again, and cached values are dropped."""
     modes = {module: module.training for module in model.modules()}
     modes |= {module.base: module.base.training for module in model.modules() if isinstance(module, AdapterModule)}
-    if any(modes.values()):  # or what is kept would go for nothing
+    if any(modes.values()):  # otherwise cached values stay valid
         model.eval()
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
-            if training and isinstance(module, KeepingAdapter):
-                module.kept.clear()
+            if training and isinstance(module, AdapterModule):
+                module.clear_caches()
 
 
 def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
@@ -116,7 +112,7 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     """
     found = _require_adapters(model)
     ran: set[str] = set()
-    with torch.no_grad(), evaluating(model), _noticed(found, ran.add):
+    with torch.no_grad(), evaluating(model), _recording_calls(found, ran.add):
         model(*inputs, **kwargs)
     idle = [f"{name} ({type(adapter.base).__name__})" for name, adapter in found if name not in ran]
     if idle:
@@ -149,7 +145,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
         samples[name].append(regular_sample(x, _VALUES_PER_CALL).float().cpu())
 
     run = run or partial(_call, model)
-    with torch.no_grad(), evaluating(model), _observed(found, observe):
+    with torch.no_grad(), evaluating(model), _recording_inputs(found, observe):
         for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=None):
             run(batch)
     unseen = [name for name, values in samples.items() if not values]

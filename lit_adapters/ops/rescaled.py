@@ -42,13 +42,13 @@ class _Rescaled(torch.autograd.Function):
         return d_y, d_change, None
 
 
-def rescaled(y: Tensor, change: Tensor, bias: Tensor | None) -> Tensor:
-    """h = y + change (y - bias); (..., out) -> (..., out), in the dtype of y.
+def scale_without_bias(y: Tensor, gain_minus_one: Tensor, bias: Tensor | None) -> Tensor:
+    """h = y + gain_minus_one (y - bias); (..., out) -> (..., out), in the dtype of y.
 
     Args:
         y: (..., out), its bias included.
-        change: (out,), gain - 1, in float32 or wider; sums over rows are taken in its dtype.
+        gain_minus_one: (out,), in float32 or wider; sums over rows are taken in its dtype.
         bias: (out,) or None; receives no gradient.
     """
-    h: Tensor = _Rescaled.apply(y, change, bias)
+    h: Tensor = _Rescaled.apply(y, gain_minus_one, bias)
     return h

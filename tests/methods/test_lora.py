@@ -182,7 +182,7 @@ def test_under_autocast_a_frozen_weight_is_cast_once_until_it_changes():
             expected = nn.functional.linear(x, adapter.weight, adapter.bias)
             expected = expected + 2.0 * (x.bfloat16() @ adapter.lora_A.T) @ adapter.lora_B.T
         torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
-        return adapter.cast_weight.value
+        return adapter._cast_weight.value
 
     first = cast()
     assert torch.equal(first, adapter.weight.bfloat16())
@@ -199,10 +199,10 @@ def test_under_autocast_a_frozen_weight_is_cast_once_until_it_changes():
     third = cast()
     adapter._parameters["weight"] = nn.Parameter(adapter.weight.detach() + 1, requires_grad=False)
     assert cast() is not third
-    assert copy.deepcopy(adapter).cast_weight.value is None
+    assert copy.deepcopy(adapter)._cast_weight.value is None
     adapter.double().float()
-    assert adapter.cast_weight.value is None
+    assert adapter._cast_weight.value is None
     adapter(x)  # without autocast there is nothing to cast
-    assert adapter.cast_weight.value is None
+    assert adapter._cast_weight.value is None
     adapter.sharded = True  # whole only while the layer runs
     assert cast() is None

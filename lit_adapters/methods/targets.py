@@ -1,4 +1,4 @@
-"""Which modules of a model a method adapts."""
+"""Which modules of a model a method adapts, and the places where they stand."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import nn
 
 from lit_adapters.activations import is_known_activation
 from lit_adapters.errors import AdapterError, TargetsNotFound
-from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.channels import is_linear, is_pointwise_conv
 from lit_adapters.methods.matrix_layers import is_plain
 
@@ -22,6 +22,19 @@ _NOT_MLP = re.compile(
 )
 _GATE_CLASS = re.compile(r"Squeeze|Excit|^SE|Gather")
 _MLP_NAME = re.compile(r"(mlp|ffn|feed_?forward|intermediate)$", re.IGNORECASE)
+
+
+class Selection(Protocol):
+    """What a method says of its targets; `lit_adapters.methods.base.Method` explains the fields."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def targets(self) -> str | Sequence[str]: ...
+
+    @property
+    def exclude(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ def _activations(model: nn.Module) -> Callable[[Target], bool]:
 KEYWORDS = {"all-linear": _all_linear, "activations": _activations}
 
 
-def find_targets(model: nn.Module, method: Method, train: str | Sequence[str] = ()) -> list[Target]:
+def find_targets(model: nn.Module, method: Selection, train: str | Sequence[str] = ()) -> list[Target]:
     """The places of `model` that `method` adapts; modules in a `train` list or in the method's `exclude` are left out.
 
     Raises:
@@ -149,7 +162,7 @@ def within(name: str, suffixes: Sequence[str]) -> bool:
     return any(matches(".".join(parts[: i + 1]), suffixes) for i in range(len(parts)))
 
 
-def _nothing_found(model: nn.Module, method: Method) -> str:
+def _nothing_found(model: nn.Module, method: Selection) -> str:
     spec = method.targets
     message = f"{type(method).__name__}: targets {spec!r} match no module of {type(model).__name__}."
     candidates = [
@@ -171,7 +184,7 @@ def _nothing_found(model: nn.Module, method: Method) -> str:
     message += near_misses(spec, [t.name for t in places(model)])
     if candidates:
         message += f" Modules it could adapt if named: {_few(candidates)}."
-    elif not any(isinstance(m, AdapterModule) for m in model.modules()):
+    else:
         message += " The model has no module of a kind that this method adapts."
     return message
 

@@ -1,0 +1,68 @@
+"""A value computed from tensors, kept for as long as the tensors stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+Value = TypeVar("Value")
+
+
+class Cache(Generic[Value]):
+    """The value that was computed last, with the tensors it came from. Copies and pickles of a cache are empty."""
+
+    def __init__(self) -> None:
+        # One object, so that another thread sees all of it or nothing.
+        self._last: tuple[Hashable, list[tuple[Tensor, int]], Value] | None = None
+
+    @property
+    def value(self) -> Value | None:
+        """The value that is kept; None if there is none."""
+        return None if self._last is None else self._last[2]
+
+    def get(self, sources: Sequence[Tensor], compute: Callable[[], Value], key: Hashable = None) -> Value:
+        """The result of `compute`, kept from an earlier call if `sources` and `key` are the same as then.
+
+        A source has changed if it is another tensor or was written to, for example by an optimiser step. Nothing is
+        kept where PyTorch does not count writes (inference tensors), or where tensors may stand for others (inside a
+        dispatch mode).
+
+        Args:
+            sources: the tensors that the value depends on.
+            compute: computes the value; called without gradients.
+            key: anything else that the value depends on, such as a dtype.
+        """
+        if torch._C._len_torch_dispatch_stack() or any(t.is_inference() for t in sources):
+            with torch.no_grad():
+                return compute()
+        versions, last = [(t, t._version) for t in sources], self._last
+        if last is not None:
+            known_key, known, value = last
+            if known_key == key and all(t is u and v == w for (t, v), (u, w) in zip(known, versions, strict=True)):
+                return value
+        # A tensor made in inference mode could not take part in training later.
+        with torch.inference_mode(False), torch.no_grad():
+            value = compute()
+        self._last = key, versions, value
+        return value
+
+    def clear(self) -> None:
+        """Drop the value."""
+        self._last = None
+
+    def __reduce__(self) -> tuple[type[Cache], tuple[()]]:
+        return Cache, ()
+
+
+def _count_writes_of_fused(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Fused optimisers do not count what they write to parameters, unlike all others."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_count_writes_of_fused)
