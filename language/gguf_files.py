@@ -15,6 +15,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_adapters.errors import AdapterError, AssetError
+from lit_adapters.ops.folders import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def converted(file: Path) -> Path:
         raise AssetError(f"no model file {str(file)!r}: give a path, a package:// address or a name of the model hub")
     found = file.stat()
     key = hashlib.sha256(f"{file.resolve()} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()[:16]
-    root = Path(os.environ.get("LIT_ADAPTERS_CACHE") or "~/.cache/lit_adapters").expanduser() / "gguf"
+    root = cache_folder() / "gguf"
     folder = root / f"{file.stem}-{key}"
     if folder.is_dir():
         return folder

@@ -5,12 +5,8 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from lit_adapters.errors import AdapterError
 
@@ -23,8 +19,6 @@ _FRAME = re.compile(
     r"Does not validate against any|Subtypes:|Errors:|Expected a <class '(NoneType|list)'>|Given value type:"
     r"|Given value: .*[({]"  # a whole section, whose key is named already
 )
-
-_WIDEST = 100_000  # characters; rich would cut cells off at the width of a terminal
 
 
 def one_line(message: object) -> str:
@@ -63,11 +57,11 @@ def call(function: Callable[..., T], args: Sequence[str] | None, prog: str) -> T
 
 
 def text_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Lines of aligned columns, as wide as they need to be also in a pipe.
+    """Lines of aligned columns, as wide as their cells whatever the terminal: a pipe or a file gets all of them.
 
     Args:
-        rows: the cells; the first row is the heading.
-        right: columns whose cells end together, as numbers should.
+        rows: The cells; the first row is the heading.
+        right: The numbers of the columns that are aligned on the right.
     """
     from rich.console import Console
     from rich.table import Table
@@ -90,21 +84,3 @@ def run(main: Callable[[], Any], *errors: type[Exception]) -> None:
         main()
     except ended_by as error:
         sys.exit(f"error: {one_line(error)}")
-
-
-def table(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """The lines of a table in plain text, as wide as its cells, whatever the terminal: pipes and files get all of it.
-
-    Args:
-        heading: The names of the columns.
-        rows: The cells, row by row.
-        right: The numbers of the columns that are aligned on the right.
-    """
-    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for number, name in enumerate(heading):
-        grid.add_column(Text(name), justify="right" if number in right else "left", no_wrap=True)
-    for row in rows:
-        grid.add_row(*map(Text, row))
-    text = io.StringIO()
-    Console(file=text, width=_WIDEST, color_system=None, force_terminal=False, force_jupyter=False).print(grid)
-    return [line.rstrip() for line in text.getvalue().splitlines()]

@@ -1,4 +1,4 @@
-"""The model hub, where it may be out of reach."""
+"""Use the model hub on machines that may not reach it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ PROBE_SECONDS = 5.0
 
 @contextlib.contextmanager
 def short_hub_waits(needed: bool) -> Iterator[None]:
-    """Go offline for the duration if the hub does not answer, so that only the local cache is tried.
+    """Inside the block, use only the local cache if the hub does not answer within `PROBE_SECONDS`.
 
-    huggingface_hub would otherwise retry each of several files for half a minute. It comes with timm and transformers.
+    Otherwise huggingface_hub, which comes with timm and transformers, would retry each file for half a minute.
+
+    Args:
+        needed: Whether to ask the hub at all.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session

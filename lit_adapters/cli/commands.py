@@ -40,17 +40,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def list_methods(args: argparse.Namespace) -> None:
-    """`methods`: all methods of the library, from the classes themselves."""
+    """`methods`: list all methods of the library, as their classes describe themselves."""
     classes = [c for c in vars(methods).values() if isinstance(c, type) and issubclass(c, Method) and c is not Method]
-    rows = []
+    rows = [("method", "merges", "exports to peft", "what it is")]
     for cls in classes:
         documentation = import_module(cls.__module__).__doc__ or ""
         rows.append((cls.__name__, cls.merges, cls.exports, documentation.split("\n")[0]))
-    print("\n".join(console.table(("method", "merges", "exports to peft", "what it is"), rows)))
+    print(console.text_table(rows))
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """`inspect`: what one set of adapters is made of and has learned."""
+    """`inspect`: show what one set of adapters is made of and has learned."""
     saved = read_saved(args.path)
     summaries = summary.summarise(saved)
     print(summary.report(saved, summaries))
@@ -65,12 +65,12 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def diff(args: argparse.Namespace) -> None:
-    """`diff`: what two sets of adapters have in common."""
+    """`diff`: show what two sets of adapters have in common."""
     print(comparison.report(comparison.compare(read_saved(args.first), read_saved(args.second))))
 
 
 def merge_command(args: argparse.Namespace) -> None:
-    """`merge`: the model with its updates in the weights, as files."""
+    """`merge`: write the model with its updates in the weights."""
     check_output(args.out, args.overwrite, [_WEIGHTS, "model.safetensors.index.json"])
     _check(args.path, lambda name, adapter: adapter.check_linear())
     model, tokenizer = _adapted(args)
@@ -96,7 +96,7 @@ def merge_command(args: argparse.Namespace) -> None:
 
 
 def export_command(args: argparse.Namespace) -> None:
-    """`export-peft`: adapters in peft's format."""
+    """`export-peft`: write adapters in the format of peft."""
     check_output(args.out, args.overwrite, [CONFIG])
     _check(args.path, check_expressible)
     model, _ = _adapted(args)
@@ -105,10 +105,10 @@ def export_command(args: argparse.Namespace) -> None:
 
 
 def import_command(args: argparse.Namespace) -> None:
-    """`import-peft`: peft's LoRA or DoRA in ours."""
+    """`import-peft`: write a LoRA or DoRA of peft in our format."""
     check_output(args.out, args.overwrite, [HEADER, TENSORS])
     if not args.path.is_dir():
-        raise AdapterError(f"{str(args.path)!r} is no directory; give one that peft's save_pretrained wrote")
+        raise AdapterError(f"{str(args.path)!r} is not a directory; give one that peft's save_pretrained wrote")
     model = build_base(args.base, args.base_args)
     print(import_peft(model, args.path))
     write_directory(args.out, lambda directory: save_adapters(model, directory))
@@ -116,7 +116,7 @@ def import_command(args: argparse.Namespace) -> None:
 
 
 def _check(path: Path, allowed: Callable[[str, AdapterModule], object]) -> None:
-    """Ask the adapters in the files first: building a large model takes a while."""
+    """Raise before a large model is built, which takes a while, if an adapter in the files would be refused later."""
     for name, layer in read_saved(path).layers.items():
         if layer.adapter is not None:
             allowed(name, layer.adapter)

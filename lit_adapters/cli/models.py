@@ -1,4 +1,8 @@
-"""Models for the command line: a base by the path of what makes it, an adapted model by its directory or checkpoint."""
+"""Build models for the command line: a base model from a dotted path, an adapted one from its files.
+
+Dotted paths are resolved here and not by `pkgutil.resolve_name`, which passes over a submodule that fails to import
+and then reports a missing attribute.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,16 @@ from lit_adapters.files.saved import is_directory, read_checkpoint
 
 
 def find_callable(path: str, option: str) -> Any:
-    """What a dotted path names, such as `timm.create_model` or `transformers.AutoModel.from_pretrained`.
+    """The function or class that a dotted path names, such as `timm.create_model`.
 
     Modules are looked for where Python looks, and then in the working directory.
 
     Args:
-        path: modules, then attributes.
-        option: the name of the command-line option, for errors.
+        path: Modules, then attributes, as in `transformers.AutoModel.from_pretrained`.
+        option: The name of the command-line option, for errors.
 
     Raises:
-        AdapterError: there is no such thing, it cannot be called, or its module does not import.
+        AdapterError: nothing has this path, its module does not import, or what it names cannot be called.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -53,10 +57,14 @@ def find_callable(path: str, option: str) -> Any:
 
 
 def build_base(path: str, arguments: str | None) -> nn.Module:
-    """Call what `path` names; `arguments` is JSON, a list of positional or an object of keyword arguments.
+    """Call the function or class that `path` names.
+
+    Args:
+        path: Its dotted path.
+        arguments: JSON: a list of positional arguments, or an object of keyword arguments.
 
     Raises:
-        AdapterError: the JSON is not valid, the path names nothing, the call fails, or gives no model.
+        AdapterError: the JSON is not valid, nothing has this path, the call fails, or it does not return a model.
     """
     try:
         values = json.loads(arguments) if arguments else {}
@@ -80,13 +88,13 @@ def adapted_model(path: Path, base: str | None, arguments: str | None, module: s
     """The model with the adapters of a directory or checkpoint, and its tokenizer if the checkpoint's module has one.
 
     Args:
-        path: an adapter directory, for which `base` is needed, or a checkpoint, for which it is not.
-        base: path of what makes the base model.
-        arguments: of it, JSON.
-        module: class path of the LightningModule; by default the one that wrote the checkpoint.
+        path: An adapter directory, which needs `base`, or a checkpoint, which builds its model itself.
+        base: The dotted path of the function or class that makes the base model.
+        arguments: The arguments of that call, as JSON.
+        module: The class path of the LightningModule; by default the one that wrote the checkpoint.
 
     Raises:
-        AdapterError: a missing or unfitting option, and all that reading and building may find wrong.
+        AdapterError: an option is missing or does not go with `path`, or reading or building fails.
     """
     if is_directory(path):
         if base is None or module is not None:
@@ -104,7 +112,7 @@ def adapted_model(path: Path, base: str | None, arguments: str | None, module: s
         raise AdapterError(f"{str(path)!r} has several adapted models ({names}); load it in Python and give the one")
     kind = find_callable(module or record["module"], "--module")
     if not hasattr(kind, "load_from_checkpoint"):
-        raise AdapterError(f"--module {module or record['module']!r} is no LightningModule")
+        raise AdapterError(f"--module {module or record['module']!r} is not a LightningModule")
     try:
         loaded = kind.load_from_checkpoint(path, map_location="cpu")
     except AdapterError:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.files.atomic import write_atomically
+from lit_adapters.files.atomic import write_atomically, write_text_atomically
 from lit_adapters.model.attach import adapters, attach, attachment, detach
 from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import is_sharded, whole
@@ -35,7 +35,7 @@ RECORD, RECORD_FORMAT = "lit_adapters", 1  # of the entry that Lightning checkpo
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What an adapter file holds: tensors of the adapters, parameters of the modules of `train`, the base's buffers."""
+    """The content of an adapter file: the adapters' tensors, parameters of modules of `train`, the base's buffers."""
     state = attachment(model)
     tensors = {f"{name}.{key}": t for name, a in adapters(model) for key, t in a.adapter_tensors().items()}
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
@@ -45,27 +45,31 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What `attach` did to `model`, as plain values: `methods`, `train`, and the method's name by adapted layer."""
+    """What `attach` did to `model`, as plain values: `methods`, `train`, and `adapters`, the method by layer name."""
     state = attachment(model)
     kinds = {name: adapter.method for name, adapter in adapters(model)}
     return {"methods": state.methods, "train": state.train, "adapters": kinds}
 
 
 def check_whole(path: str | Path, option: str = "") -> None:
-    """Raise for a file that torch cannot have written whole; `option` is where the path came from.
+    """Raise if a file is not a whole archive as `torch.save` writes it.
+
+    Args:
+        path: The file.
+        option: Where the path came from, for the message; ends in a space.
 
     Raises:
-        AdapterError: it is torn, or no checkpoint.
+        AdapterError: the file is torn, or is not a checkpoint.
     """
     if not zipfile.is_zipfile(path):
-        raise AdapterError(f"{option}{str(path)!r} is torn or no checkpoint; give another one")
+        raise AdapterError(f"{option}{str(path)!r} is torn or not a checkpoint; give another one")
 
 
 def read_checkpoint_file(path: str | Path) -> dict[str, Any]:
-    """A local Lightning checkpoint, its tensors mapped and not read.
+    """A local Lightning checkpoint; its tensors are mapped into memory, and read when they are used.
 
     Raises:
-        AdapterError: it is torn, or holds more than tensors and plain values.
+        AdapterError: the file is torn, or holds more than tensors and plain values.
     """
     check_whole(path)
     try:
@@ -79,12 +83,12 @@ def read_checkpoint_file(path: str | Path) -> dict[str, Any]:
 def save_adapters(model: nn.Module, directory: str | Path) -> None:
     """Write the adapters of `model`, and its modules of `train`, to `directory`; each file is replaced atomically.
 
-    The base's persistent buffers go along: running statistics move while the model trains, frozen or not. Of a sharded
-    model every process calls this, and the first writes.
+    The base's persistent buffers are written too: running statistics move while the model trains, frozen or not. If
+    the model is sharded, every process must call this, and the first one writes.
 
     Args:
-        model: the module given to `attach`.
-        directory: created if missing.
+        model: The module given to `attach`.
+        directory: Where to; created if missing.
 
     Raises:
         AdapterError: the model has no adapters, or a value to be saved is not finite.
@@ -104,26 +108,22 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
     together = is_sharded(model)
     if not together or torch.distributed.get_rank() == 0:
         write_atomically(directory / TENSORS, lambda path: save_file(tensors, path, metadata={_KEY: text}))
-        write_atomically(directory / HEADER, lambda path: _write_text(path, text + "\n"))
+        write_text_atomically(directory / HEADER, text + "\n")
     if together:
         torch.distributed.barrier()  # whoever goes on finds the files
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
     """Attach the saved methods to a fresh base model and load their tensors; strict.
 
     Args:
-        model: the base model, without adapters. A model whose sampled weights differ from those the adapters were
-            trained on is accepted with a warning.
-        directory: what `save_adapters` wrote.
+        model: The base model, without adapters. If its sampled weights differ from those the adapters were trained
+            on, it is accepted with a warning.
+        directory: What `save_adapters` wrote.
 
     Raises:
-        AdapterError: no such file, torn, foreign or newer; the base has other layers or shapes; keys are missing or
-            unexpected. The model is then as before.
+        AdapterError: the file is missing, torn, not ours or of a newer format; the base has other layers or shapes; or
+            keys are missing or unexpected. The model is then as before.
     """
     directory = Path(directory)
     header, tensors = read_directory(directory)
@@ -156,10 +156,11 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
 
 
 def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of an adapter directory; no model is needed.
+    """The header and the tensors of an adapter directory; no model is needed.
 
     Raises:
-        AdapterError: no such file, torn, foreign or newer, or header and readable copy differ.
+        AdapterError: the file is missing, torn, not ours or of a newer format, or its header and the readable copy
+            differ.
     """
     path = directory / TENSORS
     if not path.is_file():
@@ -203,7 +204,7 @@ def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _base_shapes(model: nn.Module) -> dict[str, str]:
-    """Shapes by name; of a weight quantised by bitsandbytes, the shape of what it stands for."""
+    """Shapes by name, such as "64x32"; a weight quantised by bitsandbytes counts with its shape before that."""
     parameters = _base_parameters(model)
     shapes = {n: getattr(getattr(p, "quant_state", None), "shape", p.shape) for n, p in parameters.items()}
     return {n: "x".join(map(str, shape)) for n, shape in shapes.items()}

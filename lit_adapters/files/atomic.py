@@ -1,4 +1,4 @@
-"""Files and directories that come into being whole or not at all."""
+"""Write files and directories so that an interrupted write leaves nothing half-written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from lit_adapters.errors import AdapterError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, force it to disk, and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -36,20 +36,25 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def umask() -> int:
-    """The permissions that this process withholds from new files."""
+    """The permission bits that this process takes from new files."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def check_output(out: Path, overwrite: bool, known: Collection[str]) -> None:
-    """Raise if `out` must not be written to; before time is spent on what would go there.
+    """Raise if `out` must not be written to; call this before time is spent on the result.
 
-    Only a directory of plain files, one of them among the `known` names, may be overwritten: it is replaced as a whole,
-    and a mistyped path should cost nobody their files.
+    A directory is overwritten as a whole, so that a mistyped path could cost somebody their files. Only a directory of
+    plain files may be overwritten, and one of them must have a `known` name.
+
+    Args:
+        out: The directory to create.
+        overwrite: Whether an earlier result may be replaced.
+        known: Names of the files that such a result consists of.
 
     Raises:
-        AdapterError: a file is there, or a directory that is not empty and may not be overwritten.
+        AdapterError: `out` is a file, or a directory that is not empty and must not be overwritten.
     """
     if out.is_file():
         raise AdapterError(f"--out {str(out)!r} is a file; give a directory, it is created")
@@ -66,7 +71,7 @@ def check_output(out: Path, overwrite: bool, known: Collection[str]) -> None:
 
 
 def write_directory(out: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary directory beside `out`, force it to disk, and put it in the place of `out`."""
+    """Let `write` fill a temporary directory beside `out`, force it to disk, and replace `out` with it."""
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:

@@ -1,4 +1,7 @@
-"""LoRA and DoRA to and from directories of the peft library; `methods/peft_lora.py` says what those hold."""
+"""LoRA and DoRA to and from directories of the peft library; `files/peft_lora.py` says what those hold.
+
+The format knows LoRA and DoRA alone, so that this file asks for their classes, as no other outside `methods/` does.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.files.atomic import write_atomically
+from lit_adapters.files.atomic import write_atomically, write_text_atomically
 from lit_adapters.files.peft_lora import CONFIG, LAYER_KEY, PREFIX, TENSORS, read_lora
 from lit_adapters.methods.afa import AFAAdapter
 from lit_adapters.methods.base import to_methods
@@ -34,18 +37,17 @@ from lit_adapters.model.sharding import refuse_sharded
 def export_peft(model: nn.Module, directory: str | Path) -> None:
     """Write LoRA, DoRA or AFA-LoRA at beta = 0 for `peft.PeftModel.from_pretrained(base_model, directory)` to load.
 
-    Modules of `train` go along as modules_to_save, and so do normalisations with running statistics, which move while
-    the model trains. Each file is replaced atomically.
+    Modules of `train` are written as modules_to_save, and so are normalisations with running statistics, which move
+    while the model trains. Each file is replaced atomically.
 
     Args:
-        model: the module given to `attach`.
-        directory: created if missing.
+        model: The module given to `attach`.
+        directory: Where to; created if missing.
 
     Raises:
-        AdapterError: peft is missing; or its format cannot express the model: another method, LoRA beside DoRA, AFA
-            before beta = 0, a merged adapter, a layer that stands at several places, names that peft would confuse,
-            a sharded model.
-            Nothing is written then.
+        AdapterError: peft is missing, or its format cannot express the model: another method, LoRA beside DoRA, AFA
+            before beta = 0, a merged adapter, a layer that stands at several places, names that peft would confuse, or
+            a sharded model. Nothing is written then.
     """
     peft, state = require_peft(), attachment(model)
     refuse_sharded(model, "export_peft")
@@ -94,23 +96,18 @@ def export_peft(model: nn.Module, directory: str | Path) -> None:
     directory = Path(directory)
     (directory / CONFIG).unlink(missing_ok=True)  # an interrupted export must not pair new tensors with an old one
     write_atomically(directory / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_atomically(directory / CONFIG, lambda path: _write(path, text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text_atomically(directory / CONFIG, text)
 
 
 def check_expressible(name: str, adapter: Any) -> LowRankAdapter:
     """The adapter, if peft has a layer of the same function.
 
     Raises:
-        AdapterError: it has not, or not at present.
+        AdapterError: peft has no layer with this adapter's function, or the adapter is nonlinear or merged now.
     """
     if not isinstance(adapter, (LoRAAdapter, DoRAAdapter, AFAAdapter)):
         raise AdapterError(f"{name!r} has {adapter.method}, which the LoRA format of peft cannot express")
-    if isinstance(adapter, AFAAdapter):
-        adapter.check_linear()
+    adapter.check_linear()
     if adapter.merged:
         raise AdapterError(f"{name!r} is merged; call lit_adapters.unmerge(model) before exporting")
     if adapter.read_as_weight:
@@ -146,9 +143,9 @@ def _tensors(adapter: LowRankAdapter) -> dict[str, Tensor]:
 
 
 def _exactly(names: list[str], model: nn.Module) -> list[str] | str:
-    """A specification that selects these modules and no other: the list, unless one ends another's name; an expression.
+    """A specification that selects these modules and no others; peft and `attach` read it alike.
 
-    peft and `attach` read both alike.
+    It is the list of names, or a regular expression where a name is also the end of another module's name.
     """
     others = {t.name for t in places(model)} - set(names)
     if any(matches(other, names) for other in others):
@@ -172,7 +169,7 @@ def _check_rewriting(config: Any, model: nn.Module) -> None:
 
 
 def _modules_to_save(model: nn.Module, trained: Collection[str], found: Collection[str]) -> list[str]:
-    """The outermost modules of the trained parameters, normalisations with statistics, and what peft takes for them."""
+    """The outermost modules of trained parameters, normalisations with statistics, and what peft takes for either."""
     modules, chosen = dict(model.named_modules(remove_duplicate=False)), list[str]()
     for name, module in modules.items():
         own = [f"{name}.{key}" for key, _ in module.named_parameters()]
@@ -205,8 +202,8 @@ def import_peft(model: nn.Module, directory: str | Path) -> AdapterReport:
     Where peft scales a layer by an alpha of its own, the factor goes into B.
 
     Args:
-        model: the base model, without adapters.
-        directory: with `adapter_config.json` and `adapter_model.safetensors`.
+        model: The base model, without adapters.
+        directory: Holds `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
         AdapterError: peft is missing; a file is missing or torn; a setting has no counterpart here; tensors are

@@ -1,4 +1,4 @@
-"""What the peft library writes for LoRA and DoRA: `adapter_config.json` and `adapter_model.safetensors`.
+"""The files that the peft library writes for LoRA and DoRA: `adapter_config.json` and `adapter_model.safetensors`.
 
 base_model.model.<layer>.lora_A.weight            (r, in); of a convolution (r, in, *kernel)
 base_model.model.<layer>.lora_B.weight            (out, r); of a convolution (out, r, 1, ...)
@@ -25,18 +25,39 @@ PREFIX = "base_model.model."
 LAYER_KEY = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_magnitude_vector)")
 # Settings of a LoraConfig that `import_peft` follows, or that say nothing about the adapter's function.
 _UNDERSTOOD = {
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
-    *("fan_in_fan_out", "init_lora_weights", "eva_config", "inference_mode", "base_model_name_or_path", "revision"),
-    *("task_type", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"),
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
 }
 
 
 def read_lora(directory: Path) -> tuple[Any, dict[str, Tensor]]:
-    """The LoraConfig, and the tensors by their names without the prefix.
+    """The LoraConfig of a directory, and its tensors by their names without the prefix.
 
     Raises:
-        AdapterError: peft or a file is missing, a file is torn, a setting or a tensor has no counterpart in ours.
+        AdapterError: peft or a file is missing, a file is torn, or a setting or a tensor has no counterpart here.
     """
     peft = require_peft()
     for path in (directory / CONFIG, directory / TENSORS):

@@ -1,4 +1,4 @@
-"""How much two sets of saved adapters have in common, layer by layer, from their tensors alone."""
+"""Compare two sets of saved adapters layer by layer, from their tensors alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_adapters.console import table
+from lit_adapters.console import text_table
 from lit_adapters.files.saved import SavedAdapters
 from lit_adapters.learned.subspace import common_grid
 from lit_adapters.methods.base import AdapterModule
@@ -142,14 +142,14 @@ def _functions(name: str, method: str, x: LearnedFunctions, y: LearnedFunctions)
 def report(comparison: Comparison) -> str:
     """The comparison as a table, with what only one side has, and a summary."""
     heading = ("layer", "method", "cosine", "norm change", "overlap", "by chance", "angles")
-    rows = []
+    rows: list[tuple[str, ...]] = [heading]
     for layer in comparison.layers:
         space = ("", "", "")
         if layer.overlap is not None and layer.chance is not None:
             ends = f"{layer.angles[0]:.0f} to {layer.angles[-1]:.0f}°"
             space = (f"{layer.overlap:.3f}", f"{layer.chance:.3f}", ends)
         rows.append((layer.name, layer.method, f"{layer.cosine:+.3f}", f"{layer.norm_change:+.1%}", *space))
-    lines = [*table(heading, rows, right=(2, 3, 4, 5)), ""] if comparison.layers else []
+    lines = [text_table(rows, right=(2, 3, 4, 5)), ""] if comparison.layers else []
     for label, names in (("first", comparison.only_first), ("second", comparison.only_second)):
         if names:
             lines.append(f"only in the {label}, {len(names)} layers: {', '.join(names)}")

@@ -12,7 +12,7 @@ from lit_adapters.methods.description import LearnedFunctions
 from lit_adapters.ops.statistics import FunctionalSubspace, functional_subspace
 
 _POINTS = 1024  # of the grid on which the functions of all layers are compared
-_LEAST_POINTS = 32  # of it in the range of each layer
+_LEAST_POINTS = 32  # in the range of each layer
 
 Change = Callable[[LearnedFunctions, Tensor], Tensor]
 

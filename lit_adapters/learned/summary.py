@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lit_adapters.console import table
+from lit_adapters.console import text_table
 from lit_adapters.files.saved import SavedAdapters, SavedLayer
 from lit_adapters.learned.subspace import learned_subspace
 from lit_adapters.methods.base import Method
@@ -97,7 +97,7 @@ def report(saved: SavedAdapters, summaries: Sequence[LayerSummary]) -> str:
     lines = [f"{saved.file}  {mebibytes:.2f} MiB" + (f", written by {saved.module}" if saved.module else "")]
     lines += [f"trained with {describe_method(method)}" for method in saved.methods]
     heading = ("layer", "method", "size", "parameters", "change", "stable rank", "effective rank", "merges", "note")
-    lines += ["", *table(heading, [_row(summary) for summary in summaries], right=(3, 4, 5, 6)), ""]
+    lines += ["", text_table([heading, *map(_row, summaries)], right=(3, 4, 5, 6)), ""]
     for method in dict.fromkeys(s.method for s in summaries):
         layers = [s for s in summaries if s.method == method]
         lines.append(f"{method}: {len(layers)} layers, {sum(s.parameters for s in layers):,} parameters")

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_adapters.ops.folders import cache_folder
+
 log = logging.getLogger(__name__)
 
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
@@ -63,7 +65,7 @@ def build(name: str, **macros: int) -> ctypes.CDLL:
     source, header = (Path(__file__).with_name(file) for file in (f"{name}.cpp", "vectors.h"))
     command = [compiler(), *FLAGS, *(f"-D{macro}={value}" for macro, value in macros.items())]
     key = "\n".join([*command, source.read_text(), header.read_text(), platform.platform(), _processor()])
-    folder = Path(os.environ.get("LIT_ADAPTERS_CACHE") or "~/.cache/lit_adapters").expanduser() / "kernels"
+    folder = cache_folder() / "kernels"
     path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     if not path.exists():
         log.info("compiling %s.cpp %s, about two seconds", name, macros or "")
@@ -83,7 +85,7 @@ def build(name: str, **macros: int) -> ctypes.CDLL:
 
 
 def usable(name: str) -> bool:
-    """Whether nothing has kept a kernel from being built or loaded so far."""
+    """Whether the kernel has not failed to build or load yet."""
     return name not in _broken
 
 
@@ -91,7 +93,7 @@ def library(name: str, what: str, **macros: int) -> ctypes.CDLL | None:
     """`build`; where that fails, None and, once for each kernel, a warning that `what` goes the slow way."""
     try:
         return build(name, **macros)
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home folder
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         _broken.add(name)
         warnings.warn(
             f"the fast {what} cannot be built here ({error}); it runs in plain PyTorch operations, several times "

@@ -11,22 +11,23 @@ from lit_adapters.activations import RationalActivation
 from lit_adapters.errors import AdapterError
 from lit_adapters.model.attach import adapters
 
-HEAD = "head"  # group of everything that trains and is no adapter: modules of `train`
+HEAD = "head"  # the group of everything that trains and is not an adapter: the modules of `train`
 
 
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.0, lr_scale: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Trainable parameters by kind, as an optimiser takes them.
+    """The trainable parameters in groups, as an optimiser takes them: one group for each method, and the head.
 
-    Rational coefficients and their factors never decay: a coefficient of zero is no simpler function, and the factors
-    follow the coefficients.
+    Parameters for which decay makes no sense (`AdapterModule.undecayed_parameters`) are in groups of their own, without
+    it. A rational function with a coefficient of zero, say, is not a simpler one.
 
     Args:
-        model: a module whose tree may hold adapters.
-        lr: the common learning rate.
-        weight_decay: decay of everything but rational coefficients.
-        lr_scale: factor on `lr` by group: a method's name ("nora", "lora") or "head" for all that is no adapter.
+        model: A module whose tree may hold adapters.
+        lr: The common learning rate.
+        weight_decay: The decay of everything that may decay.
+        lr_scale: The factor on `lr` by group: a method's name ("nora", "lora"), or "head" for everything that is not an
+            adapter.
 
     Raises:
         AdapterError: nothing trains, or `lr_scale` names a group that does not exist.

@@ -175,7 +175,7 @@ def test_paths_that_are_no_adapters(tmp_path):
 def test_files_that_are_no_checkpoints_of_adapters(tmp_path):
     _, path = checkpoint(tmp_path)
     (tmp_path / "torn.ckpt").write_bytes(path.read_bytes()[:1000])
-    assert "is torn or no checkpoint" in refuses("inspect", tmp_path / "torn.ckpt")
+    assert "is torn or not a checkpoint" in refuses("inspect", tmp_path / "torn.ckpt")
     torch.save([1, 2], tmp_path / "list.ckpt")
     assert "has no state_dict" in refuses("inspect", tmp_path / "list.ckpt")
     content = torch.load(path, weights_only=True)
@@ -224,7 +224,7 @@ def test_modules_that_do_not_fit(tmp_path):
     _, path = checkpoint(tmp_path)
     command = "merge", path, "--out", tmp_path / "out"
     assert "leave out --base" in refuses(*command, "--base", NET)
-    assert "is no LightningModule" in refuses(*command, "--module", NET)
+    assert "is not a LightningModule" in refuses(*command, "--module", NET)
     assert "Task cannot load" in refuses(
         "merge", checkpoint(tmp_path / "more", Task(methods=la.DoRA(rank=2)))[1], "--out", tmp_path / "out"
     )

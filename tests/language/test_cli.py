@@ -120,7 +120,7 @@ def test_generate_says_what_is_wrong(checkpoint, tmp_path):
         ([f"--ckpt={path}", "--prompt=x", "--temperature=-1"], "temperature -1.0 must be at least 0"),
         ([f"--ckpt={path}", "--prompt="], "a prompt has no tokens"),
         (["--ckpt=nowhere.ckpt", "--prompt=x"], "--ckpt 'nowhere.ckpt' does not exist"),
-        (["--ckpt=torn.ckpt", "--prompt=x"], "--ckpt 'torn.ckpt' is torn or no checkpoint"),
+        (["--ckpt=torn.ckpt", "--prompt=x"], "--ckpt 'torn.ckpt' is torn or not a checkpoint"),
         (["--ckpt=foreign.ckpt", "--prompt=x"], "--ckpt 'foreign.ckpt' is no checkpoint of `python -m language fit`"),
     ]:
         line = error_line(["generate", *arguments])

@@ -188,7 +188,7 @@ def test_foreign_newer_and_torn_checkpoints_are_refused(written):
     for size in (0, 100, written.stat().st_size // 2, written.stat().st_size - 10):
         path = written.with_name("torn.ckpt")
         path.write_bytes(written.read_bytes()[:size])
-        refused(path, Task(), "is torn or no checkpoint")
+        refused(path, Task(), "is torn or not a checkpoint")
 
 
 def test_a_foreign_checkpoint_may_be_validated(tmp_path):
