@@ -13,7 +13,7 @@ from vision.module import ViTClassifier
 
 
 class VisionCLI(AdapterCLI):
-    """The image size is the data's; the model follows."""
+    """The command line; the model takes its image size from the data."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what data and model share."""
@@ -22,7 +22,7 @@ class VisionCLI(AdapterCLI):
 
 
 def main(args: ArgsType = None, **kwargs: Any) -> VisionCLI:
-    """Run a subcommand; returns the finished CLI. Further arguments are those of LightningCLI."""
+    """Run a subcommand and return the finished command line; further arguments are those of LightningCLI."""
     return VisionCLI(ViTClassifier, CIFARDataModule, args=args, **kwargs)
 
 

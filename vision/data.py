@@ -1,5 +1,7 @@
 """CIFAR-10 and CIFAR-100, or any folder of class folders, as a Lightning data module."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Literal
 
@@ -24,15 +26,15 @@ DEFAULT_ROOT = "data"
 
 
 class CIFARDataModule(lightning.LightningDataModule):
-    """Images and labels for classification: batches ``(images float32 [B, 3, S, S], labels int64 [B])``.
+    """Images and labels for classification: batches `(images float32 [B, 3, S, S], labels int64 [B])`.
 
-    The validation split is held out of the training images; test images are read by ``test`` and ``predict`` only.
+    The validation split is held out of the training images; test images are read by `test` and `predict` only.
     Images are resized whole, normalised, and mirrored at random in training. The order of an epoch and its flips are
-    pure functions of (order_seed, epoch, sample index): equal for any ``num_workers`` and unaffected by the global
+    pure functions of (order_seed, epoch, sample index): equal for any `num_workers` and unaffected by the global
     random state. Under distributed training each process takes its share of the same order.
 
     Args:
-        root: Folder of the data, or a ``package://`` address. With source=package and the default root, the known
+        root: Folder of the data, or a `package://` address. With source=package and the default root, the known
             CIFAR-10 test images of BIG-bench (358 MB download, once).
         dataset: Which CIFAR: what torchvision downloads, and which label column parquet files have.
         source: torchvision downloads into root. folder reads root/train/<class>/* and root/test/<class>/*, or
@@ -55,7 +57,8 @@ class CIFARDataModule(lightning.LightningDataModule):
         order_seed: Seeds data order and flips; default seed.
 
     Raises:
-        DataError: Settings out of range, or data missing, torn or badly formed; the message names it and the fix.
+        DataError: A setting is out of range, or data are missing, damaged or badly formed; the message names what it is
+            and the fix.
     """
 
     def __init__(
@@ -131,14 +134,14 @@ class CIFARDataModule(lightning.LightningDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Class names in label order; known after ``setup``."""
+        """Class names in label order; known after `setup`."""
         if self._classes is None:
             raise DataError("class names are known after setup(): let the Trainer call it, or call it first")
         return self._classes
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; known after ``setup``."""
+        """Number of classes; known after `setup`."""
         return len(self.class_names)
 
     def prepare_data(self) -> None:

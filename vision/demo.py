@@ -7,7 +7,6 @@ Weights and images come from the Python package index (440 MB once); everything 
 
 from __future__ import annotations
 
-import argparse
 import io
 import logging
 import math
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 import lit_adapters as la
+from lit_adapters.console import call, run
 from vision.__main__ import main as vision
 from vision.backbones import create_backbone
 
@@ -31,7 +31,14 @@ RUNS = Path("runs/demo")
 
 @dataclass(frozen=True)
 class Outcome:
-    """One trained arm: its command line, its wall-clock seconds and whether each test image was right (n,)."""
+    """One trained arm.
+
+    Attributes:
+        name: What the comparison calls it.
+        cli: Its finished command line.
+        seconds: Wall-clock seconds of the training.
+        correct: Whether each test image was classified right, bool, shape (n,).
+    """
 
     name: str
     cli: Any
@@ -45,7 +52,13 @@ class Outcome:
 
 
 def train(arm: str, name: str, overrides: list[str]) -> Outcome:
-    """Fit, test and predict one recipe."""
+    """Fit, test and predict one recipe.
+
+    Args:
+        arm: File in configs/vision/offline, without .yaml.
+        name: What the comparison calls it.
+        overrides: Command line options that change the recipe.
+    """
     print(f"\n=== {name}: python -m vision fit --config configs/vision/offline/{arm}.yaml ===", flush=True)
     start = time.perf_counter()
     save = f"--trainer.logger.init_args.save_dir={RUNS}"
@@ -69,15 +82,19 @@ def _size(path: Path) -> int:
 
 
 def check_files(outcome: Outcome, directory: Path) -> dict[str, str]:
-    """Save the adapters, load them into a fresh backbone, merge; each with what it costs or changes."""
+    """Save the adapters, load them into a fresh backbone and merge them: sizes, and how far the logits move."""
     model = outcome.cli.model.model.cpu().eval()
     images = next(iter(outcome.cli.datamodule.predict_dataloader()))[0]
     with torch.no_grad():
         logits = model(images)
         la.save_adapters(model, directory)
         hparams = outcome.cli.model.hparams
-        arguments = {k: hparams[k] for k in ("num_classes", "pretrained", "image_size")}
-        fresh = create_backbone(hparams["backbone"], **arguments).eval()
+        fresh = create_backbone(
+            hparams["backbone"],
+            num_classes=hparams["num_classes"],
+            pretrained=hparams["pretrained"],
+            image_size=hparams["image_size"],
+        ).eval()
         la.load_adapters(fresh, directory)
         loaded = (fresh(images) - logits).abs().max().item()
         report = la.merge(fresh)
@@ -93,13 +110,12 @@ def check_files(outcome: Outcome, directory: Path) -> dict[str, str]:
     }
 
 
-def main() -> None:
-    """Train both arms, print the comparison, say where to look."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--short", action="store_true", help="a minute's run on few images, which shows no more than that it works"
-    )
-    short = parser.parse_args().short
+def demo(short: bool = False) -> None:
+    """Fine-tune a pretrained ViT on real images with NoRA++ and its head alone, and compare them.
+
+    Args:
+        short: A run of a minute on few images, which only shows that everything works.
+    """
     sys.argv[1:] = []  # LightningCLI warns of arguments that are not for it
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -136,7 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except la.AdapterError as error:
-        sys.exit(f"error: {error}")
+    run(lambda: call(demo, None, "python -m vision.demo"))

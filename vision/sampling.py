@@ -1,8 +1,11 @@
 """Which samples: seeded splits, class-balanced subsets, and the flips of every epoch.
 
-Everything here is a pure function of its arguments and of a key such as (seed, epoch, sample index). Nothing reads a
-global random state, so results do not depend on worker processes, on what ran before, or on resuming.
+Everything here is a pure function of its arguments and of a key such as (seed, epoch, sample index), which
+torch.utils.data.random_split and timm's samplers are not: they read a random state. So nothing depends on the number of
+worker processes, on what ran before, or on resuming; and a smaller subset is part of a larger one.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -14,7 +17,7 @@ from lit_adapters.lightning.resume.sampler import hash_key, permutation
 
 
 def flips(seed: int, epoch: int, index: int) -> bool:
-    """Whether sample ``index`` is mirrored in epoch ``epoch``: a fair coin that belongs to (seed, epoch, index)."""
+    """Whether sample `index` is mirrored in epoch `epoch`: a fair coin that belongs to (seed, epoch, index)."""
     return bool(hash_key("flip", seed, epoch, index) & 1)
 
 
@@ -28,12 +31,13 @@ def hold_out(labels: Tensor, fraction: float, classes: Sequence[str], *key: int 
         key: Seeds the choice.
 
     Returns:
-        Kept and held-out indices, each sorted.
+        Kept and held-out indices, each sorted, shapes (n - h,) and (h,).
 
     Raises:
-        DataError: If a class has a single sample or the fraction leaves nothing of it.
+        DataError: A class has a single sample, or the fraction leaves nothing of it.
     """
-    kept, held = [], []
+    kept = []
+    held = []
     for label in labels.unique().tolist():
         members = _shuffled_members(labels, label, *key)
         count = max(1, round(len(members) * fraction))
@@ -48,7 +52,7 @@ def hold_out(labels: Tensor, fraction: float, classes: Sequence[str], *key: int 
 
 
 def balanced_subset(labels: Tensor, size: int, classes: Sequence[str], argument: str, *key: int | str) -> Tensor:
-    """Choose ``size`` samples, equally many of each class (counts differ by at most one).
+    """Choose `size` samples, equally many of each class (counts differ by at most one).
 
     With the same key a smaller subset is contained in a larger one.
 
@@ -56,14 +60,14 @@ def balanced_subset(labels: Tensor, size: int, classes: Sequence[str], argument:
         labels: Class index of each sample, shape (n,).
         size: Number of samples to choose.
         classes: Class names; every class takes part.
-        argument: What asked for it, such as ``"train_subset=500"``, for messages.
+        argument: What asked for it, such as `"train_subset=500"`, for messages.
         key: Seeds the choice.
 
     Returns:
         Chosen indices, sorted, shape (size,).
 
     Raises:
-        DataError: If a class has fewer samples than its share.
+        DataError: A class has fewer samples than its share.
     """
     share, extra = divmod(size, len(classes))
     with_extra = set(permutation(len(classes), "extra", *key)[:extra].tolist())

@@ -1,8 +1,11 @@
 """Where images come from: torchvision, class folders or archives, Hugging Face parquet files, a package, or noise.
 
-Each reader returns a ``Split`` whose images are still encoded (torchvision's are arrays), so that only chosen images
-are decoded. Bad input raises one ``DataError`` that names the file and the fix.
+Each reader returns a `Split` whose images are still encoded (torchvision's are arrays), so that only chosen images
+are decoded. torchvision's ImageFolder and datasets.load_dataset read the same files, but do not say which file, row or
+member of an archive is bad. Here bad input raises one `DataError` that names it and the fix.
 """
+
+from __future__ import annotations
 
 import base64
 import gzip
@@ -80,7 +83,11 @@ class Split:
 
 
 def download_torchvision(root: Path, dataset: DatasetName) -> None:
-    """Download CIFAR into ``root`` unless it is there. Raises DataError when it cannot be had."""
+    """Download CIFAR into `root` unless it is there.
+
+    Raises:
+        DataError: The download failed.
+    """
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
@@ -92,7 +99,11 @@ def download_torchvision(root: Path, dataset: DatasetName) -> None:
 
 
 def read_torchvision(root: Path, dataset: DatasetName, split: SplitName) -> Split:
-    """Read torchvision's files, downloaded before."""
+    """Read torchvision's files, downloaded before.
+
+    Raises:
+        DataError: The files are missing or damaged.
+    """
     try:
         data = _torchvision_class(dataset)(str(root), train=split == "train")
     except (OSError, RuntimeError) as error:
@@ -107,7 +118,11 @@ def _torchvision_class(dataset: DatasetName) -> type[CIFAR10]:
 
 
 def read_folder(root: Path, split: SplitName) -> Split:
-    """Read ``root/split/<class>/*`` or ``root/split.tar.gz``; classes in alphabetical order."""
+    """Read `root/split/<class>/*` or `root/split.tar.gz`; classes in alphabetical order.
+
+    Raises:
+        DataError: Neither exists, there is no class, a class has no image, or the archive is damaged.
+    """
     by_class = _folder_members(root, split)
     classes = sorted(by_class)
     images = [image for name in classes for image in by_class[name]]
@@ -116,13 +131,21 @@ def read_folder(root: Path, split: SplitName) -> Split:
 
 
 def check_folder_classes(root: Path, classes: list[str]) -> None:
-    """Raise DataError if the training images in ``root``, where there are any, have other classes."""
+    """Compare classes with those of the training images in `root`, where there are any.
+
+    Raises:
+        DataError: The training images have other classes.
+    """
     if (root / "train").is_dir() or (root / "train.tar.gz").is_file():
         check_same_classes(sorted(_folder_members(root, "train")), classes, root)
 
 
 def check_same_classes(train: list[str], test: list[str], root: Path | str) -> None:
-    """Raise DataError naming the classes that only one of the two splits has."""
+    """Compare the classes of two splits.
+
+    Raises:
+        DataError: They differ; the message names the classes that only one split has.
+    """
     if train != test:
         raise DataError(
             f"train and test of {root} have different classes: only in train {sorted(set(train) - set(test))}, "
@@ -131,8 +154,9 @@ def check_same_classes(train: list[str], test: list[str], root: Path | str) -> N
 
 
 def _folder_members(root: Path, split: SplitName) -> dict[str, list[EncodedImage]]:
-    """Image files, sorted by name, of each class. Raises DataError if a class has none."""
-    folder, archive = root / split, root / f"{split}.tar.gz"
+    """Image files of each class, sorted by name."""
+    folder = root / split
+    archive = root / f"{split}.tar.gz"
     if folder.is_dir():
         members = _read_directory(folder)
     elif archive.is_file():
@@ -157,7 +181,7 @@ def _read_directory(folder: Path) -> dict[str, list[EncodedImage]]:
 
 
 def _read_archive(archive: Path) -> dict[str, list[EncodedImage]]:
-    """Read a gzipped tar into memory whole: nothing is unpacked to disk, and gzip's checksum covers all of it."""
+    """Read a whole gzipped tar into memory: nothing is unpacked to disk, and gzip's checksum covers all of it."""
     members: dict[str, list[EncodedImage]] = {}
     try:
         data = gzip.decompress(archive.read_bytes())
@@ -169,7 +193,7 @@ def _read_archive(archive: Path) -> dict[str, list[EncodedImage]]:
                 if not (member.isfile() and _is_image(path)):
                     continue
                 if len(path.parts) != 2:
-                    raise DataError(f"member {member.name!r} of {archive} is not named class/file; repack it so")
+                    raise DataError(f"member {member.name!r} of {archive} is not named class/file; repack it")
                 content = data[member.offset_data : member.offset_data + member.size]
                 members.setdefault(path.parts[0], []).append(EncodedImage(f"{archive}:{member.name}", content))
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
@@ -178,7 +202,12 @@ def _read_archive(archive: Path) -> dict[str, list[EncodedImage]]:
 
 
 def read_parquet(root: Path, dataset: DatasetName, split: SplitName) -> Split:
-    """Read ``split-*.parquet`` in ``root`` or one of its subfolders, as published on Hugging Face."""
+    """Read `split-*.parquet` in `root` or one of its subfolders, as published on Hugging Face.
+
+    Raises:
+        DataError: No folder or several hold such files, a file is damaged or lacks a column, or a row lacks its image
+            or label.
+    """
     files = sorted(root.rglob(f"{split}-*.parquet"))
     folders = {file.parent for file in files}
     if len(folders) != 1:
@@ -213,7 +242,7 @@ def read_parquet(root: Path, dataset: DatasetName, split: SplitName) -> Split:
 
 
 def _label_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str] | None:
-    """The class names that Hugging Face's writer leaves in the schema, if it did."""
+    """The class names that Hugging Face's writer puts into the schema; None if another program wrote the file."""
     described = json.loads((metadata or {}).get(b"huggingface", b"{}"))
     return described.get("info", {}).get("features", {}).get(column, {}).get("names")
 
@@ -222,13 +251,17 @@ def read_package(file: Path, split: SplitName) -> Split:
     """Read BIG-bench's CIFAR-10 task: the 10,000 test images of CIFAR-10, lossless, sorted by class.
 
     A fixed seed, class by class, makes 2,000 of them the test split and the other 8,000 the training split.
+
+    Raises:
+        DataError: The file is not such a task, or an example lacks its image or class.
     """
     try:
         examples: list[dict[str, Any]] = json.loads(file.read_bytes())["examples"]
         classes = sorted(examples[0]["target_scores"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{file} is not a BIG-bench task file with examples and target_scores ({error!r})") from error
-    images, labels = [], []
+    images = []
+    labels = []
     for row, example in enumerate(examples):
         try:
             scores = example["target_scores"]
@@ -243,7 +276,7 @@ def read_package(file: Path, split: SplitName) -> Split:
 
 
 def make_random(dataset: DatasetName, split: SplitName) -> Split:
-    """Noise images of CIFAR's size, the same ones every time, equally many of each class: nothing can be learned."""
+    """Noise images of CIFAR's size, 200 or 100, always the same, equally many of each class: nothing can be learned."""
     classes = CIFAR10_CLASSES if dataset == "cifar10" else [str(i) for i in range(100)]
     size = RANDOM_SIZES[split]
     images = np.random.default_rng([len(classes), size]).integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)

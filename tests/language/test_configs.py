@@ -23,9 +23,16 @@ SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
 REAL = [name for name in RECIPES if name not in SMOKE]
 ARMS = {"lora", "dora", "loran", "afa", "nora", "nora_plus_plus", "qlora"}
 OVERRIDES = [
-    *("--model.model=tiny_llama", "--data.format=alpaca", "--data.use_chat_template=false", "--data.batch_size=4"),
-    *("--data.max_length=400", "--data.train_subset=4", "--data.val_subset=2", "--data.val_fraction=0.2"),
-    *("--trainer.accelerator=cpu", "--trainer.fast_dev_run=true"),
+    "--model.model=tiny_llama",
+    "--data.format=alpaca",
+    "--data.use_chat_template=false",
+    "--data.batch_size=4",
+    "--data.max_length=400",
+    "--data.train_subset=4",
+    "--data.val_subset=2",
+    "--data.val_fraction=0.2",
+    "--trainer.accelerator=cpu",
+    "--trainer.fast_dev_run=true",
 ]
 SHAPES = {
     "meta-llama/Meta-Llama-3-8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},

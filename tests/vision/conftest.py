@@ -1,9 +1,11 @@
 """What the tests of the application share: finished runs of the smoke recipes."""
 
 import functools
+from pathlib import Path
 
 import pytest
 
+from tests.vision.image_folders import write_folder
 from tests.vision.smoke import SmokeRun, checkpoint, command
 
 
@@ -30,3 +32,9 @@ def smoke_run(tmp_path_factory):
         return SmokeRun(fitted, command("test", f"smoke/{arm}", root, f"--ckpt_path={checkpoint(fitted)}"))
 
     return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with 20 training and 4 test images of each of three classes."""
+    return write_folder(tmp_path)

