@@ -35,7 +35,7 @@ class OutputScale(la.Method):
         self.normalise_targets()
 
     def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> la.AdapterModule:
-        return OutputScaleAdapter(base)
+        return OutputScaleAdapter(base, qualified_name)
 
 
 class OutputScaleAdapter(la.AdapterModule):
@@ -44,8 +44,8 @@ class OutputScaleAdapter(la.AdapterModule):
     method = "scale"
     change: nn.Parameter
 
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__(base)
+    def __init__(self, base: nn.Module, qualified_name: str) -> None:
+        super().__init__(base, qualified_name)
         weight = base.weight
         self.add_parameter("change", torch.zeros(len(weight), device=weight.device))
 
@@ -76,7 +76,7 @@ class Talkative(OutputScale):
     name: ClassVar[str] = "talkative"
 
     def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> la.AdapterModule:
-        return TalkativeAdapter(base)
+        return TalkativeAdapter(base, qualified_name)
 
 
 @pytest.mark.parametrize("method", [OutputScale(), Talkative()])
@@ -154,8 +154,8 @@ class PairAdapter(OutputScaleAdapter):
 
     method = "pair"
 
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__(base)
+    def __init__(self, base: nn.Module, qualified_name: str) -> None:
+        super().__init__(base, qualified_name)
         outputs, inputs = base.weight.shape
         self.add_parameter("left", torch.zeros(outputs, 2, device=base.weight.device))
         self.add_parameter("right", torch.ones(2, inputs, device=base.weight.device))
@@ -171,7 +171,7 @@ class Pair(OutputScale):
     name: ClassVar[str] = "pair"
 
     def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> la.AdapterModule:
-        return PairAdapter(base)
+        return PairAdapter(base, qualified_name)
 
 
 def test_factors_alone_give_spectra_ranks_and_a_comparison(run, tmp_path):
