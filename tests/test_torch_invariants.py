@@ -214,6 +214,18 @@ def test_meta_device_then_empty_then_load(method):
 
 
 @each_method
+def test_adapters_loaded_on_the_meta_device_wait_for_the_base(method, tmp_path):
+    source = adapted("vit", method, train=["head"])
+    la.save_adapters(source, tmp_path)
+    with torch.device("meta"):
+        network = MODELS["vit"].make()
+    la.load_adapters(network, tmp_path)
+    network.load_state_dict(source.state_dict(), assign=True)
+    assert not [name for name, t in (*network.named_parameters(), *network.named_buffers()) if t.is_meta]
+    assert torch.equal(MODELS["vit"].run(network), MODELS["vit"].run(source))
+
+
+@each_method
 def test_reset_parameters_gives_a_fresh_adapter(method):
     network, fresh = adapted("vit", method), adapted("vit", method, seed=None)
     with torch.no_grad():

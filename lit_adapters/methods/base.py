@@ -68,6 +68,13 @@ class Method:
         """
         raise AdapterError(f"{type(self).__name__} is a composition of methods; attach it to a model instead")
 
+    def finish_merge(self, model: nn.Module, merged: Sequence[str]) -> None:
+        """Called by `lit_adapters.merge` when the layers named `merged` hold the effect; most methods need nothing.
+
+        A method that adds parameters to layers states them here in the model's configuration, so that a saved model
+        loads again.
+        """
+
     def normalise_targets(self) -> None:
         """Give `targets` and `exclude` one form, so that a method equals its round trip through YAML or JSON."""
         if not isinstance(self.targets, (str, Iterable)):
@@ -248,6 +255,9 @@ class AdapterModule(nn.Module):
 
     def reset_parameters(self) -> None:
         """Give every tensor of this adapter its starting value, also after `to_empty`."""
+
+    def recompute_buffers(self) -> None:
+        """Compute the buffers that no file holds (`persistent=False`); called when they have left the meta device."""
 
     # ---- forward
 
@@ -491,6 +501,7 @@ class AdapterModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterModule:
         """Move adapter tensors with the model, but keep their dtype."""
         self.clear_caches()
+        were_meta = self._meta_buffers()
         own = {id(t) for t in self.adapter_tensors().values()} | {
             id(self._buffers[n]) for n in self._recomputed_buffers
         }
@@ -502,13 +513,24 @@ class AdapterModule(nn.Module):
                 return moved
             return torch.empty_like(tensor, device=moved.device) if tensor.is_meta else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)
+        if were_meta and not self._meta_buffers():
+            self.recompute_buffers()
+        return self
+
+    def _meta_buffers(self) -> list[str]:
+        return [name for name in self._recomputed_buffers if self._buffers[name].is_meta]  # type: ignore[union-attr]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.merged:
             raise AdapterError(f"{self.qualified_name!r} is merged; call lit_adapters.unmerge(model) before loading")
         self.clear_caches()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        device = next((t.device for t in self.adapter_tensors().values() if not t.is_meta), None)
+        if device is not None and self._meta_buffers():
+            for name in self._meta_buffers():
+                self._buffers[name] = torch.empty_like(self._buffers[name], device=device)  # type: ignore[arg-type]
+            self.recompute_buffers()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """As the base layer does it, which knows what else a quantised weight needs; it shares these tables."""

@@ -62,6 +62,11 @@ class DoRAAdapter(LowRankAdapter):
         with torch.no_grad():
             self.magnitude.copy_(self.base_norm_square().sqrt())
 
+    def recompute_buffers(self) -> None:
+        """||W0||^2 of every row, if the weight is there."""
+        self._measured.clear()
+        self.base_norm_square()
+
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """The magnitudes: zero is no resting place of a norm."""
         return [self.magnitude]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.base import AdapterModule, to_methods
 from lit_adapters.methods.matrix_layers import is_quantised
 from lit_adapters.model.attach import adapters, attachment, remove_adapters
 from lit_adapters.model.sharding import refuse_sharded
@@ -95,6 +95,8 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
         remove_adapters(model, _successor)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(state.required_grad.get(name, False))
+        for method in to_methods(state.methods):
+            method.finish_merge(model, list(merging))
     if dequantised and unload and not any(hasattr(p, "quant_state") for p in model.parameters()):
         forget_quantisation(model)
     return MergeReport(max(e for e, _ in errors), max(e for _, e in errors), list(merging), kept, dequantised)
