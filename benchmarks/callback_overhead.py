@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ import lit_adapters as la
 from benchmarks.language_tuning import DATA
 from benchmarks.results_file import RESULTS, append, environment
 from language.__main__ import main as language
-from lit_adapters.lightning.record.recorder import Recorder
 from lit_adapters.methods.afa import AFAAdapter
 from lit_adapters.methods.nora import NoRAActivation
+from lit_adapters.training.recording import Recorder
 from vision.__main__ import main as vision
 
 HOOKS = (
@@ -86,10 +86,10 @@ def run(model: str, root: Path) -> dict[str, Any]:
     drawn: dict[int, float] = {}  # seconds by step
     original_draw = Recorder.draw
 
-    def draw(recorder: Recorder, trainer: Any, last: bool = False) -> None:
+    def draw(recorder: Recorder, boards: Sequence[Any], step: int, last: bool = False) -> None:
         start = time.perf_counter()
-        original_draw(recorder, trainer, last)
-        drawn[trainer.global_step] = drawn.get(trainer.global_step, 0.0) + time.perf_counter() - start
+        original_draw(recorder, boards, step, last)
+        drawn[step] = drawn.get(step, 0.0) + time.perf_counter() - start
 
     Recorder.draw = draw  # type: ignore[method-assign]
     main = vision if model == "vit" else language

@@ -12,7 +12,7 @@ from lit_adapters.lightning.annealing import Annealing
 from lit_adapters.lightning.calibration import Calibration
 from lit_adapters.lightning.checks import Finiteness, Participation
 from lit_adapters.lightning.parts import CallbackOfParts
-from lit_adapters.lightning.record.callback import Recording
+from lit_adapters.lightning.recording import Recording
 from lit_adapters.lightning.resume.adapters_only import AdaptersOnly
 from lit_adapters.lightning.resume.callback import Resuming
 from lit_adapters.model.attach import adapters

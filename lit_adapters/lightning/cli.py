@@ -6,22 +6,21 @@ import argparse
 import logging
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
-from jsonargparse import Namespace
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from lit_adapters import console
+from lit_adapters import console, methods
 from lit_adapters.console import one_line
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import check_whole, read_checkpoint_file
 from lit_adapters.lightning.optimizers import TOTALS, build_optimizers
-from lit_adapters.methods.base import to_methods
+from lit_adapters.methods.base import Method, to_methods
+from lit_adapters.optimizers.groups import HEAD
 from lit_adapters.training.checkpoint import check_recipe
 
 _KEYWORDS = ("best", "last", "hpc", "registry")  # what ckpt_path may be besides a file
@@ -31,7 +30,7 @@ class AdapterCLI(LightningCLI):
     """LightningCLI with `optimizer`, `lr_scheduler` and `lr_scale` sections; see `build_optimizers`.
 
     Raises:
-        AdapterError: the arguments or the YAML are not valid (in the place of a usage text and `SystemExit`), or a
+        AdapterError: The arguments or the YAML are not valid (in the place of a usage text and `SystemExit`), or a
             checkpoint file is missing, torn, or of another run.
     """
 
@@ -60,8 +59,7 @@ class AdapterCLI(LightningCLI):
             "--lr_scale",
             type=dict[str, float],
             default={},
-            help="Factor on the learning rate by group, e.g. {nora: 3.0, head: 0.5}: the name of a method "
-            "(nora, lora, dora, loran, afa, peft) or head, for everything that is not an adapter.",
+            help=f"Factor on the learning rate by group, such as {{nora: 3.0, head: 0.5}}. Groups: {_groups()}.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -87,10 +85,10 @@ class AdapterCLI(LightningCLI):
         All else is checked where the checkpoint is read to be resumed; see `SafeCheckpointIO`.
         """
         cls = self._model_class if isinstance(self._model_class, type) and not self.subclass_mode_model else None
-        methods = None
+        configs = None
         if "adapters" in model:
-            methods = [method.to_config() for method in to_methods(_plain(model["adapters"]))]
-        check_recipe(read_checkpoint_file(path), cls, methods, path)
+            configs = [method.to_config() for method in to_methods(model.as_dict()["adapters"])]
+        check_recipe(read_checkpoint_file(path), cls, configs, path)
 
     def instantiate_classes(self) -> None:
         """Instantiate everything and give the model its `configure_optimizers`."""
@@ -103,21 +101,18 @@ class AdapterCLI(LightningCLI):
             raise AdapterError(one_line(error)) from error
         config = self.config_init.get(str(self.subcommand), self.config_init)
         sections = {key: config.get(key) for key in ("optimizer", "lr_scheduler", "lr_scale")}
-
-        def configure_optimizers(module: LightningModule) -> Any:
-            return build_optimizers(module, **sections)
-
         if sections["optimizer"] is not None:
-            self.model.configure_optimizers = MethodType(configure_optimizers, self.model)
+            self.model.configure_optimizers = partial(build_optimizers, self.model, **sections)
         elif self.subcommand == "fit":
             raise AdapterError("no optimiser: add an `optimizer:` section with class_path and init_args to the YAML")
 
 
-def _plain(value: Any) -> Any:
-    """jsonargparse's namespaces as dictionaries."""
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return value.as_dict() if isinstance(value, Namespace) else value
+def _groups() -> str:
+    """The groups that a learning rate can be scaled for, in words."""
+    kinds = [kind for kind in vars(methods).values() if isinstance(kind, type) and issubclass(kind, Method)]
+    # A method that is composed of others has no group of its own.
+    names = [kind.name for kind in kinds if kind is not Method and kind.parts is Method.parts]
+    return f"{', '.join(sorted(names))} (the adapters of a method), {HEAD} (everything that is not an adapter)"
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -1,11 +1,15 @@
-"""Optimiser and learning-rate schedule from `{class_path, init_args}` sections, completed from model and trainer."""
+"""Optimiser and learning-rate schedule from `{class_path, init_args}` sections, completed from model and trainer.
+
+Lightning's own sections (`OptimizerCallable`, `LRSchedulerCallable`) know neither the parameter groups with their rates
+nor the length of the training, which schedules such as CosineAnnealingLR require.
+"""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Mapping
+from pkgutil import resolve_name
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -26,15 +30,21 @@ def build_optimizers(
     lr_scheduler: Mapping[str, Any] | None = None,
     lr_scale: Mapping[str, float] | None = None,
 ) -> Any:
-    """What `configure_optimizers` returns.
+    """Build what `configure_optimizers` returns.
 
     The optimiser gets trainable parameters only, grouped by `lit_adapters.optim.parameter_groups`. The schedule steps
     once per optimiser step, over `trainer.estimated_stepping_batches`; ReduceLROnPlateau, which waits for a metric,
     once an epoch.
 
+    Args:
+        module: Holds the trainable parameters; it belongs to a trainer.
+        optimizer: `{class_path, init_args}`, without `params`.
+        lr_scheduler: `{class_path, init_args}`, without `optimizer` and without the length, which is filled in.
+        lr_scale: Factor on the learning rate by group; see `parameter_groups`.
+
     Raises:
-        AdapterError: nothing trains, `lr_scale` names an unknown group, the learning rate is missing, a class refuses
-            its arguments, or a schedule meets a trainer without an end.
+        AdapterError: Nothing trains, `lr_scale` names an unknown group, the learning rate is missing, a class refuses
+            its arguments, or a schedule needs the last step of a trainer without an end.
     """
     scale = dict(lr_scale or {})
     cls, arguments = _class_and_arguments(optimizer)
@@ -63,8 +73,7 @@ def build_optimizers(
 
 
 def _class_and_arguments(section: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    module, _, name = section["class_path"].rpartition(".")
-    return getattr(importlib.import_module(module), name), dict(section.get("init_args") or {})
+    return resolve_name(section["class_path"]), dict(section.get("init_args") or {})
 
 
 def _build(cls: Any, subject: Any, **arguments: Any) -> Any:

@@ -16,6 +16,11 @@ def process_count() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and logs."""
+    return process_count() == 1 or distributed.get_rank() == 0
+
+
 def gather_objects(value: T) -> list[T]:
     """The values of all processes, in the order of their ranks; every process calls this.
 

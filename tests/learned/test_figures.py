@@ -6,13 +6,13 @@ import torch
 import lit_adapters as la
 from lit_adapters import AdapterCallback
 from lit_adapters.learned.figures import functions_figure
-from lit_adapters.lightning.record import recorder
+from lit_adapters.training import recording
 from lit_adapters.training.attached import adapter_layers
 from tests.lightning.tiny_task import Task, both, nora, tensorboard
 
 
 def test_figures_at_ends_of_epochs_where_drawing_is_cheap(tmp_path, monkeypatch):
-    monkeypatch.setattr(recorder, "_DRAWING_SHARE", 1e9)
+    monkeypatch.setattr(recording, "_MAX_DRAWING_SHARE", 1e9)
     board = tensorboard(tmp_path, Task(), AdapterCallback(), max_epochs=2)
     names = ("functions", "changes", "slopes", "drift_map", "functional_subspace", "norm_map", "weight_spectra")
     assert set(board.Tags()["images"]) == {f"adapter/{name}" for name in names}

@@ -129,7 +129,7 @@ def test_statistics_are_of_the_model_and_not_of_its_reference(tmp_path):
     module.training_step = lambda batch, batch_idx: sizes.append(batch["input_ids"].numel()) or step(batch, batch_idx)
     run_it = trainer(tmp_path, callbacks=[callback], logger=True, enable_checkpointing=False)
     run_it.fit(module, datamodule=data(train_subset=8))
-    counts = callback._recording._recorder._observer.counts
+    counts = callback._recording._recorder.observer.counts
     once = [a.input_histogram(torch.zeros(1, size, 64)).sum() for _, a in la.adapters(module.model) for size in sizes]
     assert sum(c.sum() for c in counts.values()) == sum(once)
 

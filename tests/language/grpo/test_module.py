@@ -223,7 +223,7 @@ def test_sampling_is_not_counted_as_training(tmp_path):
 
     class Watch(la.AdapterCallback):
         def on_train_batch_end(self, trainer, *arguments):
-            seen.append(sum(c.sum().item() for c in self._recording._recorder._observer.counts.values()))
+            seen.append(sum(c.sum().item() for c in self._recording._recorder.observer.counts.values()))
             super().on_train_batch_end(trainer, *arguments)
 
     run = trainer(tmp_path, callbacks=[Watch(log_every_n_steps=1, figures=False)], limit_train_batches=2)

@@ -1,4 +1,4 @@
-"""What only TensorBoard shows: a page of charts that answers first, the recipe, histograms and figures."""
+"""What only TensorBoard shows: a page of charts that answers first, histograms and figures."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import yaml
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -23,9 +19,7 @@ from lit_adapters.learned.subspace_figures import (
 )
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.description import LearnedFunctions, mean_over_layers
-from lit_adapters.model.attach import attachment
 from lit_adapters.model.sharding import gathered, whole
-from lit_adapters.training.attached import attached_models
 from lit_adapters.training.observer import InputObserver
 
 PAGE = "what the adapters learn"
@@ -61,43 +55,6 @@ def overview_layout(layers: Mapping[str, AdapterModule], subspace: bool) -> dict
     if subspace and functions:
         charts |= _SPACE
     return {PAGE: {title: ["Multiline", [tags]] for title, tags in charts.items()}}
-
-
-def add_overview(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    layers: Mapping[str, AdapterModule],
-    subspace: bool,
-    logger: TensorBoardLogger,
-) -> None:
-    """Add the page of charts for `layers`, and the recipe as text."""
-    if trainer.is_global_zero:
-        logger.experiment.add_custom_scalars(overview_layout(layers, subspace))
-        logger.experiment.add_text("recipe", recipe(trainer, pl_module), trainer.global_step)
-
-
-def recipe(trainer: Trainer, pl_module: LightningModule) -> str:
-    """The command line's configuration as Markdown, or what is known without one: methods and hyperparameters."""
-    text = ""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, SaveConfigCallback):
-            text = callback.parser.dump(callback.config, skip_none=False)
-    if not text:
-        methods = {
-            name or type(model).__name__: attachment(model).methods
-            for name, model in attached_models(pl_module).items()
-        }
-        text = yaml.safe_dump(_yaml_value({"adapters": methods, "hparams": dict(pl_module.hparams)}), sort_keys=False)
-    return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def _yaml_value(value: Any) -> Any:
-    """The value as YAML can hold it: subclasses of plain types, as NumPy's numbers, are written out."""
-    if isinstance(value, dict):
-        return {str(k): _yaml_value(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_yaml_value(v) for v in value]
-    return value if type(value) in (bool, int, float, str, type(None)) else repr(value)
 
 
 def add_figures(

@@ -13,10 +13,10 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 import lit_adapters as la
 from lit_adapters import AdapterCallback, AdapterError
 from lit_adapters.learned.subspace import learned_subspace
-from lit_adapters.lightning.record.tensorboard import PAGE, overview_layout
 from lit_adapters.ops.statistics import components, effective_rank, overlap, stable_rank
 from lit_adapters.training.attached import adapter_layers
 from lit_adapters.training.subspace_tracker import SubspaceTracker
+from lit_adapters.training.tensorboard import PAGE, overview_layout
 from tests.lightning.tiny_task import Task, assert_equal_bits, fit, loader, nora, state, tensorboard
 
 

@@ -1,1 +1,0 @@
-"""What a training logs of its adapters."""
