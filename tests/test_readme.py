@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import lit_adapters as la
+from lit_adapters import errors
 from lit_adapters.cli.commands import main
+from tests.test_architecture import ROOMS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,6 +51,13 @@ def test_commands_of_lit_adapters_exist(command):
     assert ended.value.code == 0
 
 
+@pytest.mark.parametrize("room", [f"{package}/{room}" for package, rooms in ROOMS.items() for room in rooms])
+def test_contributing_names_every_room(room):
+    package, name = room.split("/")
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition(f"room of `{package}/`")[2]
+    assert f"`{name}`" in table.partition("\n\n")[0]
+
+
 @each_page
 def test_commands_exist(page):
     text = page.read_text(encoding="utf-8")
@@ -66,3 +76,11 @@ def test_files_exist(page):
     for link in re.findall(r"\]\(([^)#\s]+)", text):
         if "://" not in link:
             assert (page.parent / link).exists() or page.parent.name == "api", link
+
+
+@pytest.mark.parametrize("name", [name for name in la.__all__ if name != "renamed"])
+def test_the_api_pages_show_every_public_name(name):
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    assert re.search(rf"^::: lit_adapters[\w.]*\.{name}$|members: \[{name}\]", pages, re.MULTILINE) or (
+        hasattr(errors, name)
+    ), f"add ::: lit_adapters.{name} to a page of docs/api"
