@@ -159,7 +159,6 @@ def _layers(
             own = {k: t for k, t in local.items() if k not in _BASE_PARAMETERS}
             layers[name] = SavedLayer(kind, own, None, merges)
             continue
-        adapter.qualified_name = name
         expected = adapter.adapter_tensors()
         wrong = [k for k in expected if k not in local or local[k].shape != expected[k].shape]
         if wrong:

@@ -1,4 +1,4 @@
-"""Pictures of learned functions, drawn with matplotlib's object interface: no display and no global state."""
+"""Figures of learned functions, by matplotlib's object interface: no display and no global state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LABELS = {"functions": "output", "changes": "output - pretrained output", "slop
 def functions_figure(
     layers: Mapping[str, LearnedFunctions], what: What = "functions", seen: Mapping[str, Tensor] | None = None
 ) -> Figure:
-    """One panel a layer, where its inputs lie: the pretrained function and the current one of each group.
+    """One panel a layer, over the range of its inputs: the pretrained function and each group's current one.
 
     Args:
         layers: The adapted activations by name.

@@ -1,4 +1,4 @@
-"""A picture of what saved adapters have learned, with matplotlib's object interface: no display, no global state."""
+"""A figure of what saved adapters have learned, by matplotlib's object interface: no display, no global state."""
 
 from __future__ import annotations
 

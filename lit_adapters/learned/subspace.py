@@ -1,4 +1,4 @@
-"""The functions of several adapted activations, on one grid and under their own densities of inputs."""
+"""Put the functions of several adapted activations on one grid, each under its own density of inputs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def learned_change(layer: LearnedFunctions, x: Tensor) -> Tensor:
 
 
 def common_grid(layers: Sequence[LearnedFunctions]) -> tuple[Tensor, Tensor]:
-    """Points (D,) in the ranges of all layers, and the share (N, D) of each layer's inputs that each stands for.
+    """Points (D,) in the ranges of all layers, and the share (N, D) of each layer's inputs around each point.
 
-    A layer's own range has its share of the points, however narrow it is beside the others.
+    Each layer's range gets its part of the points, even if it is much narrower than the others.
     """
     ranges = dict.fromkeys((low, high) for low, high in (layer.grid()[[0, -1]].tolist() for layer in layers))
     points = max(_LEAST_POINTS, _POINTS // len(ranges))
@@ -47,7 +47,7 @@ def _distribution(layer: LearnedFunctions, x: np.ndarray) -> np.ndarray:
 def learned_subspace(
     layers: Sequence[LearnedFunctions], k: int = 4, change: Change = learned_change
 ) -> FunctionalSubspace:
-    """The space that the learned changes of all groups of all layers span, each under its layer's own density.
+    """The space spanned by the learned changes of all groups of all layers, each under its layer's own density.
 
     Args:
         layers: The adapted activations.

@@ -1,4 +1,4 @@
-"""Pictures of spectra and of where in the network adapters moved; one figure each, whatever the number of layers."""
+"""Figures of spectra, and maps of where in the network adapters moved: one figure for all layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN = 10  # singular values of the functional subspace: as many as a function
 
 
 def functional_subspace_figure(space: FunctionalSubspace, layers: Mapping[str, LearnedFunctions]) -> Figure:
-    """Spectrum of the stack of all learned changes, and its leading directions as functions.
+    """The spectrum of the stack of all learned changes, and its leading directions drawn as functions.
 
     A direction is divided by the root of the layers' mean density, which weighted it, and drawn where that is not
     negligible; its sign is arbitrary.
@@ -54,7 +54,7 @@ def functional_subspace_figure(space: FunctionalSubspace, layers: Mapping[str, L
 
 
 def drift_map(layers: Mapping[str, LearnedFunctions]) -> Figure:
-    """Layer by group: drift of each function from the pretrained one, relative to it."""
+    """A map of layers by groups: the drift of each function from the pretrained one, relative to that one."""
     rows = {name: relative_drift(layer).numpy() for name, layer in layers.items()}
     width = max(len(row) for row in rows.values())
     values = np.full((len(rows), width), np.nan)
@@ -64,7 +64,11 @@ def drift_map(layers: Mapping[str, LearnedFunctions]) -> Figure:
 
 
 def norm_map(norms: Mapping[str, float]) -> Figure:
-    """Block by kind of layer: ||dW|| / ||W0||, given by layer. A name's last number counts as its block."""
+    """A map of blocks by kinds of layers: ||dW|| / ||W0||.
+
+    Args:
+        norms: The ratio by layer name; everything up to the last number of a name is its block.
+    """
     places = {name: _block_and_kind(name) for name in norms}
     blocks = list(dict.fromkeys(block for block, _ in places.values()))
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
@@ -95,7 +99,7 @@ def _map(values: np.ndarray, rows: list[str], columns: list[str], axis: str, lab
 
 
 def weight_spectra_figure(spectra: Mapping[str, Tensor]) -> Figure:
-    """Singular values of each layer's update (r,), one line a layer, coloured from the first layer to the last."""
+    """The singular values (r,) of each layer's update, one line a layer, coloured from the first layer to the last."""
     rows = [s.numpy() for s in spectra.values()]
     figure = Figure(figsize=(6.0, 3.6), layout="constrained")
     panel = figure.subplots()

@@ -348,7 +348,9 @@ class AdapterModule(nn.Module):
         return AdapterSummary(", ".join(f"{name} {size}" for name, size in sizes.items()), change)
 
     def merge_obstacle(self) -> str:
-        """Why the effect cannot go into the layer's parameters now; empty if it can."""
+        """Why merging cannot put the effect into the layer's parameters now; empty if it can."""
+        if not self.merges_into:
+            return f"no parameter of a layer can hold what {self.method} does"
         try:
             self.check_linear()
         except AdapterError as error:

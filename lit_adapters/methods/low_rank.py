@@ -21,9 +21,6 @@ from lit_adapters.ops._autocast import autocast_dtype
 from lit_adapters.ops._transforms import transformed
 from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.low_rank import low_rank_linear
-from lit_adapters.ops.statistics import product_spectrum
-
-_NEGLIGIBLE = 1e-7  # of the largest singular value: directions of smaller ones are rounding errors of float32 factors
 
 
 @dataclass
@@ -224,20 +221,6 @@ class LowRankAdapter(WeightAdapter):
         a, b = self.lora_A.detach().double(), self.lora_B.detach().double()
         squared = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
         return {"relative_norm": abs(self.scaling) * squared.sqrt().item() / self.base_norm()}
-
-    def update_spectrum(self) -> tuple[Tensor, Tensor]:
-        """Left singular vectors (out, r) and singular values (r,) of s B A, float64."""
-        u, values = product_spectrum(self.lora_B.detach(), self.lora_A.detach())
-        return u, abs(self.scaling) * values
-
-    def column_space(self) -> Tensor:
-        """An orthonormal basis (out, k) of the column space of B A, k its numerical rank; 0 of a fresh pair."""
-        u, values = self.update_spectrum()
-        return u[:, values > _NEGLIGIBLE * values.max()] if values.any() else u[:, :0]
-
-    def singular_values(self) -> dict[str, Tensor]:
-        """Of s B A."""
-        return {"update": self.update_spectrum()[1].cpu()}
 
     def extra_repr(self) -> str:
         return f"{self.base.extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"

@@ -352,11 +352,6 @@ class NoRAActivation(AdapterModule):
         columns = grid[:, None].expand(-1, self.config.groups)
         return grid, initial, rational(columns, a, b, self.config.denominator).T
 
-    def group_drift(self) -> Tensor:
-        """Drift of each group's function from the pretrained activation, relative to it, (G,)."""
-        _, initial, current = self.functions()
-        return drift(current, initial, self.density.double().cpu()).relative
-
     def statistics(self) -> dict[str, float]:
         """How the functions differ from the pretrained activation; over the groups, the one that differs most.
 

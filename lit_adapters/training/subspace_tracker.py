@@ -1,4 +1,4 @@
-"""The subspaces of what adapters learn, as a run goes on: of functions over all layers, of weights layer by layer."""
+"""Follow the subspaces of what adapters learn: of functions over all layers together, of weights layer by layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LEADING = 3  # directions whose turning is followed
 
 
 def _leading(space: FunctionalSubspace) -> Tensor:
-    """The leading directions (D, k) that are no rounding errors."""
+    """The leading directions (D, k), without those that are rounding errors."""
     values = space.singular_values[: len(space.directions)]
     return space.directions[values > _NEGLIGIBLE * values[0]].T
 
@@ -81,7 +81,7 @@ class SubspaceTracker:
         return {"overlap": overlap(self._leading[name], update.column_space())}
 
     def functions(self) -> dict[str, float]:
-        """Statistics of the stack of all learned changes of functions; empty while nothing was learned.
+        """Statistics of the stack of all learned changes of functions; empty while there are none.
 
         effective_rank; components_90 and components_99: directions that hold that share of the energy; drift_cosine:
         between all changes now and at the record before; rotation: the largest principal angle, in radians, between

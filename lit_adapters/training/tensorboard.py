@@ -1,4 +1,4 @@
-"""What only TensorBoard shows: a page of charts that answers first, histograms and figures."""
+"""What only TensorBoard gets: a page of charts to look at first, histograms and figures."""
 
 from __future__ import annotations
 
@@ -60,7 +60,15 @@ def overview_layout(layers: Mapping[str, AdapterModule], subspace: bool) -> dict
 def add_figures(
     boards: Sequence[Any], layers: Mapping[str, AdapterModule], observer: InputObserver, subspace: bool, step: int
 ) -> None:
-    """Add the figures and histograms that these adapters have; without boards, only gather what others draw."""
+    """Add the figures and histograms of these adapters to TensorBoard.
+
+    Args:
+        boards: TensorBoard's writers; empty in a process that only helps to gather sharded parameters.
+        layers: The adapters by name.
+        observer: Has counted their inputs.
+        subspace: Whether to draw spectra.
+        step: The optimiser step.
+    """
     found = {name: adapter.learned_functions() for name, adapter in layers.items()}
     functions = {name: learned for name, learned in found.items() if learned is not None}
     with gathered(*(layers[name] for name in functions)):
@@ -111,7 +119,7 @@ def _figures_of_functions(
 
 
 def _add_counts(board: Any, tag: str, layer: LearnedFunctions, counts: Tensor, step: int) -> None:
-    """Inputs outside the grid are put at its ends."""
+    """Add a histogram of inputs; those outside the grid are counted in its first or last part."""
     low, high = layer.grid()[[0, -1]].tolist()
     inside = counts[1:-1].double().clone()
     inside[0] += counts[0]

@@ -8,16 +8,16 @@ from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import Tensor, nn
 
 import lit_adapters as la
 from lit_adapters.files.saved import read_saved
-from lit_adapters.learned.comparison import compare
 from lit_adapters.learned.plots import learned_figure
 from lit_adapters.learned.summary import summarise
 from lit_adapters.methods.description import LowRankUpdate, each_layer
-from tests.learned.saved_adapters import adapted_net, checkpoint, rows, saved_net
+from tests.learned.saved_adapters import NET, adapted_net, checkpoint, rows, saved_net
 from tests.lightning.tiny_task import Net, Task, tensorboard
 
 
@@ -42,6 +42,7 @@ class OutputScaleAdapter(la.AdapterModule):
     """h = (1 + c) * (W0 x + bias)."""
 
     method = "scale"
+    merges_into = ("weight", "bias")
     change: nn.Parameter
 
     def __init__(self, base: nn.Module, qualified_name: str) -> None:
@@ -50,8 +51,12 @@ class OutputScaleAdapter(la.AdapterModule):
         self.add_parameter("change", torch.zeros(len(weight), device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        return y + self.change.to(y.dtype) * y if self.enabled else y
+        y = self.unadapted(x)
+        return y + self.change.to(y.dtype) * y if self.in_effect else y
+
+    def merged_parameters(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        gain = 1 + self.change.to(dtype)
+        return {"weight": gain[:, None] * self.base.weight.to(dtype), "bias": gain * self.base.bias.to(dtype)}
 
 
 class TalkativeAdapter(OutputScaleAdapter):
@@ -87,6 +92,16 @@ def test_saving_and_loading(tmp_path, method):
     x = torch.randn(5, 8)
     assert torch.equal(loaded.eval()(x), net(x))
     assert not torch.equal(Net().eval()(x), net(x))
+
+
+def test_merging(run, tmp_path):
+    net = saved_net(tmp_path / "adapter", OutputScale())
+    printed = run("merge", tmp_path / "adapter", "--out", tmp_path / "out", "--base", NET)
+    assert printed.startswith("merged 4 layers, error ")
+    plain = Net().eval()
+    plain.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(plain(x), net(x))
 
 
 def test_inspect_shows_sizes_of_a_method_without_hooks(run, tmp_path):
@@ -126,8 +141,6 @@ def test_diff_says_why_a_method_without_hooks_is_not_compared(run, tmp_path):
     saved_net(tmp_path / "b", Talkative())
     printed = run("diff", tmp_path / "a", tmp_path / "b")
     assert "not compared, blocks.0.fc1: scale and talkative: only two updates of a weight" in printed
-    unequal = compare(*(read_saved(tmp_path / name) for name in ("b", "b")))
-    assert len(unequal.layers) == 4
 
 
 def test_tensorboard_has_its_scalars_chart_and_histograms(tmp_path):
@@ -150,9 +163,10 @@ def test_a_run_with_a_method_without_hooks(tmp_path):
 
 
 class PairAdapter(OutputScaleAdapter):
-    """A weight update by factors under names of its own."""
+    """A weight update by factors under names of its own; it does not merge."""
 
     method = "pair"
+    merges_into = ()
 
     def __init__(self, base: nn.Module, qualified_name: str) -> None:
         super().__init__(base, qualified_name)
@@ -180,7 +194,7 @@ def test_factors_alone_give_spectra_ranks_and_a_comparison(run, tmp_path):
     layer = net.blocks[0].fc1
     update = 3.0 * (layer.left @ layer.right).detach()
     row = rows(run("inspect", tmp_path / "a"))["blocks.0.fc1"]
-    assert row["size"] == "16 x 8, r = 2"
+    assert (row["size"], row["merges"]) == ("16 x 8, r = 2", "no")
     assert float(row["change"]) == pytest.approx(update.norm().item(), rel=1e-3)
     row = rows(run("diff", tmp_path / "a", tmp_path / "b"))["blocks.0.fc1"]
     other = adapted_net(la.LoRA(rank=3)).blocks[0].fc1.delta_weight().detach()
