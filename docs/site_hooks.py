@@ -30,5 +30,29 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Point links from the place of the file in the repository to the place of the page on the site."""
     if page.file.src_uri in PAGES.values():
         markdown = markdown.replace("](docs/", "](")
+    markdown = _indented(markdown)
     markdown = _OUTSIDE.sub(r"\1", markdown)
     return _LINK.sub(lambda link: f"]({PAGES[link[1]]}{link[2] or ''})", markdown)
+
+
+def _indented(markdown: str) -> str:
+    """Write lists as Python-Markdown wants them, where GitHub wants less.
+
+    What belongs to an item is indented by four spaces. A blank line precedes an item after one of several paragraphs.
+    """
+    lines: list[str] = []
+    in_item = in_fence = several = False
+    for line in markdown.split("\n"):
+        if line.startswith("```"):
+            in_fence = not in_fence
+        if line.startswith("- ") and not in_fence:
+            if several and lines[-1]:
+                lines.append("")
+            in_item, several = True, False
+        elif line and not line.startswith("  "):
+            in_item = several = False
+        elif line and in_item:
+            several = several or not lines[-1]
+            line = f"  {line}"
+        lines.append(line)
+    return "\n".join(lines)
