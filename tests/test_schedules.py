@@ -8,7 +8,18 @@ import pytest
 
 import lit_adapters as la
 from lit_adapters import schedules
-from lit_adapters.schedules import Adaptive, Cosine, Exponential, Hold, Linear, Polynomial, Schedule, Step, to_schedule
+from lit_adapters.schedules import (
+    Adaptive,
+    Cosine,
+    Exponential,
+    Hold,
+    Linear,
+    Polynomial,
+    Schedule,
+    Step,
+    monitor_mode,
+    to_schedule,
+)
 
 RAMPS = [Linear, Cosine, Exponential, Polynomial, Step]
 ALL = [
@@ -92,6 +103,9 @@ def test_configuration_round_trip(schedule):
         (lambda: Hold(value=1.5), r"value 1.5 must lie in \[0, 1\]"),
         (lambda: Adaptive(duration=0.9), "duration 0.9"),
         (lambda: Adaptive(window=2), "window 2"),
+        (lambda: Adaptive(monitor="train/kl"), "monitor 'train/kl' does not tell whether low or high values are good"),
+        (lambda: Adaptive(mode="max"), "mode 'max' belongs to a monitor"),
+        (lambda: Adaptive(monitor="train/kl", mode="low"), "mode 'low' must be 'min' or 'max'"),
         (lambda: to_schedule("linear"), "'linear' is no schedule"),
         (lambda: to_schedule({"class_path": "lit_adapters.schedules.Missing"}), "no schedule"),
         (lambda: to_schedule({"class_path": "lit_adapters.LoRA"}), "is no schedule"),
@@ -101,6 +115,28 @@ def test_configuration_round_trip(schedule):
 def test_refusals(make, message):
     with pytest.raises(la.AdapterError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "expected"),
+    [
+        ("train/loss", None, "min"),
+        ("train/reward", None, "max"),
+        ("reward_accuracy", None, "max"),
+        ("train/loss", "max", "max"),
+        ("train/kl", "min", "min"),
+    ],
+)
+def test_the_name_of_a_monitor_tells_its_mode(monitor, mode, expected):
+    assert monitor_mode(monitor, mode) == expected
+
+
+def test_files_hold_a_monitor_only_where_there_is_one():
+    """Files of version 0.1 have none, and are to equal those that are written now."""
+    assert Adaptive().to_config()["init_args"].keys() == {"start", "duration", "end", "window"}
+    named = Adaptive(monitor="train/reward")
+    assert named.to_config()["init_args"]["monitor"] == "train/reward"
+    assert to_schedule(named.to_config()) == named
 
 
 def test_every_schedule_is_covered():

@@ -65,7 +65,7 @@ class Annealer:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, in plain values."""
         loss = self._averages[LOSS].state_dict()
-        state = {"betas": self._betas, "loss": loss["sum"], "means": loss["means"]}
+        state = {"betas": list(self._betas), "loss": loss["sum"], "means": loss["means"]}
         others = [{**w._asdict(), **a.state_dict()} for w, a in self._averages.items() if w != LOSS]
         return state | ({"monitors": others} if others else {})
 

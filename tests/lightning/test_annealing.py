@@ -104,6 +104,45 @@ def test_adaptive_annealing_waits_while_the_loss_rises_until_its_deadline(tmp_pa
     assert rising.seen == pytest.approx([1.0, *(min(5 / 6, (18 - i) / 6) if i < 18 else 0.0 for i in range(1, 24))])
 
 
+class Rewarded(Losses):
+    """Logs a reward that falls, or one that rises, while its loss falls."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("train/reward", 2.0 + self.reward_slope * self.global_step)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["by the schedule", "by the module"])
+@pytest.mark.parametrize("slope", [0.1, -0.1])
+def test_adaptive_annealing_looks_at_a_logged_value(tmp_path, named, slope):
+    schedule = Adaptive(duration=0.25, end=0.75, window=5, monitor="train/reward" if named else None)
+    task, record = Rewarded(-0.01, afa(schedule)), Betas()
+    task.reward_slope = slope
+    if not named:
+        task.default_monitor = "train/reward"
+    fit(tmp_path, task, la.AdapterCallback(), record, max_epochs=4)
+    rising = [max(0.0, 1 - i / 6) for i in range(24)]
+    falling = [1.0, *(min(5 / 6, (18 - i) / 6) if i < 18 else 0.0 for i in range(1, 24))]
+    assert record.seen == pytest.approx(rising if slope > 0 else falling)
+
+
+def test_a_monitor_that_is_not_logged_is_named(tmp_path):
+    schedule = Adaptive(monitor="train/rewards")
+    with pytest.raises(la.AdapterError, match=r"looks at 'train/rewards', which .* not logged; .* train/loss"):
+        fit(tmp_path, Task(afa(schedule)), la.AdapterCallback())
+
+
+def test_a_value_that_is_returned_in_the_old_way_is_refused(tmp_path):
+    class Old(Task):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return {"loss": loss, "followed": -loss.detach()}
+
+    with pytest.raises(la.AdapterError, match="returns `followed`, which adaptive schedules no longer look at"):
+        fit(tmp_path, Old(afa(Adaptive())), la.AdapterCallback())
+    assert fit(tmp_path, Old(afa(Linear())), la.AdapterCallback()).global_step == 6
+
+
 class Stop(Callback):
     """Asks for the end of a training after so many optimiser steps, and keeps asking."""
 

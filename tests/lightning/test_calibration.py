@@ -72,6 +72,29 @@ def test_modules_whose_forward_takes_no_batch_need_a_predict_step(tmp_path):
     assert all(a.calibrated for a in activations(task))
 
 
+def test_a_forward_of_its_own_is_preferred_to_predict_step(tmp_path):
+    class Hooked(Task):
+        def forward_batch(self, batch):
+            calls.append("forward_batch")
+            self.net(batch[0])
+
+        def predict_step(self, batch, batch_idx):
+            raise AssertionError("for predicting alone")
+
+    calls = []
+    task = Hooked(nora(**CALIBRATE))
+    fit(tmp_path, task, AdapterCallback(calibration_batches=3))
+    assert calls == ["forward_batch"] * 3
+    assert all(a.calibrated for a in activations(task))
+
+    class Failing(Hooked):
+        def forward_batch(self, batch):
+            raise TypeError("no such batch")
+
+    with pytest.raises(AdapterError, match=r"to Failing\.forward_batch, which failed \(TypeError: no such batch\)"):
+        fit(tmp_path, Failing(nora(**CALIBRATE)))
+
+
 Pair = namedtuple("Pair", ["x", "y"])
 
 
