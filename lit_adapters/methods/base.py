@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.description import AdapterSummary, LearnedFunctions, LowRankUpdate, functions_summary
+from lit_adapters.methods.description import Describing
+from lit_adapters.methods.merging import Merging
 from lit_adapters.methods.placeholder import plain_layers
 from lit_adapters.methods.targets import Target, find_targets
 from lit_adapters.ops._transforms import transformed
@@ -163,7 +164,7 @@ def _from_config(config: Any) -> Method:
         raise AdapterError(f"{path}: {error}") from error
 
 
-class AdapterModule(nn.Module):
+class AdapterModule(Merging, Describing):
     """A layer with an adapter: the base layer's parameters under their own names, the adapter's beside them.
 
     The base module stands outside the module tree. Once adopted it shares this module's tables of parameters, buffers
@@ -182,8 +183,6 @@ class AdapterModule(nn.Module):
         method: name of the method, as in reports, tags and `lr_scale`.
         decays: whether weight decay makes sense for the parameters.
         schedule: of what is annealed while training; None if nothing is.
-        merges_into: names of the base's parameters that merging changes, such as "weight" or "bias". Empty if no
-            parameter can hold this adapter's effect; `folded` then says what merging leaves.
         cache_while_training: whether `Cache` members may also be used in training; by default in eval mode alone.
         sharded: whether the parameters are spread over processes, and whole only while the layer runs.
         read_as_weight: whether the parent multiplies by this layer's `weight` itself and never calls the layer.
@@ -194,7 +193,6 @@ class AdapterModule(nn.Module):
     method: ClassVar[str]
     decays: ClassVar[bool] = True
     schedule: Schedule | None = None
-    merges_into: Sequence[str] = ()
     cache_while_training = False
     sharded = False
     read_as_weight = False
@@ -216,7 +214,7 @@ class AdapterModule(nn.Module):
         self._adapter_parameters: list[str] = []
         self._adapter_buffers: list[str] = []
         self._recomputed_buffers: list[str] = []
-        self._merged_names: list[str] = []
+        self._merged_names = []
         self.enabled = True
         self.qualified_name = qualified_name
         self.training = base.training
@@ -262,6 +260,11 @@ class AdapterModule(nn.Module):
     # ---- forward
 
     @property
+    def merged(self) -> bool:
+        """Whether the layer computes with merged parameters at present."""
+        return bool(self._merged_names)
+
+    @property
     def in_effect(self) -> bool:
         """Whether `forward` must apply the adapter: it is enabled, and not merged into the base's parameters."""
         return self.enabled and not self.merged
@@ -303,178 +306,6 @@ class AdapterModule(nn.Module):
         Raises:
             AdapterError: training has begun, so that calibrating would change the function.
         """
-
-    # ---- what was learned, from the adapter's own tensors: files may hold these without the base model
-
-    def statistics(self) -> dict[str, float]:
-        """Scalars that say what this adapter has learned; each method says what they mean."""
-        return {}
-
-    def singular_values(self) -> dict[str, Tensor]:
-        """Spectra of what was learned, descending, by the name of the matrix: "update" for that of a weight."""
-        update = self.low_rank_update()
-        return {} if update is None else {"update": update.spectrum()[1].cpu()}
-
-    def observe(self, x: Tensor) -> dict[str, float]:
-        """Scalars that say what this adapter does to its own input x of the present batch; by default none."""
-        return {}
-
-    def low_rank_update(self) -> LowRankUpdate | None:
-        """The learned update of a weight as its factors; spectra, ranks and comparisons follow from it."""
-        return None
-
-    def learned_update(self) -> Tensor | None:
-        """What was learned, as one tensor that is zero at the start: the change of a bias or of output scales, say.
-
-        For methods without factors (`low_rank_update`) and functions (`learned_functions`); None if only the base
-        model could tell.
-        """
-        return None
-
-    def learned_functions(self) -> LearnedFunctions | None:
-        """This adapter, if what it learns are activation functions: they are drawn, and counted as "functions"."""
-        return None
-
-    def summary(self) -> AdapterSummary:
-        """What `lit-adapters inspect` shows: by default what follows from the three hooks above, else sizes alone."""
-        update, functions = self.low_rank_update(), self.learned_functions()
-        if update is not None:
-            return update.summary()
-        if functions is not None:
-            return functions_summary(functions)
-        sizes = {name: "x".join(map(str, p.shape)) or "1" for name, p in self.adapter_parameters().items()}
-        learned = self.learned_update()
-        change = None if learned is None else torch.linalg.vector_norm(learned.detach().double()).item()
-        return AdapterSummary(", ".join(f"{name} {size}" for name, size in sizes.items()), change)
-
-    def merge_obstacle(self) -> str:
-        """Why merging cannot put the effect into the layer's parameters now; empty if it can."""
-        if not self.merges_into:
-            return f"no parameter of a layer can hold what {self.method} does"
-        try:
-            self.check_linear()
-        except AdapterError as error:
-            return str(error)
-        return ""
-
-    def charts(self) -> dict[str, str]:
-        """Charts for the page of TensorBoard: the tags of each by its title.
-
-        `each_layer` and `mean_over_layers` of `methods/description.py` give the tags of a statistic, one that
-        `statistics` or `observe` returns.
-        """
-        return {}
-
-    def input_histogram(self, x: Tensor) -> Tensor | None:
-        """Counts (D + 2,) of a sample of the inputs x: below the grid of `learned_functions`, in its D parts, above it.
-
-        None, the default, counts nothing.
-        """
-        return None
-
-    # ---- merging
-
-    def merged_parameters(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The base's parameters with this adapter's effect in them, for the names in `merges_into`.
-
-        Args:
-            dtype: what to compute in; the results have it too.
-
-        Raises:
-            AdapterError: no parameters can hold the effect, or not at present.
-        """
-        raise AdapterError(f"{type(self).__name__} ({self.qualified_name!r}) cannot be merged; detach or keep it")
-
-    def merged_dtype(self, name: str) -> torch.dtype:
-        """The dtype that a merged parameter is stored in: the pretrained one's, or the weight's for a new one."""
-        parameter = self._parameters.get(name)
-        return (self._parameters["weight"] if parameter is None else parameter).dtype  # type: ignore[union-attr]
-
-    def check_linear(self) -> None:
-        """Raise if no parameters could hold this adapter's effect, whatever the base; most methods always pass.
-
-        Raises:
-            AdapterError: the adapter is nonlinear at present.
-        """
-
-    def check_mergeable(self) -> None:
-        """Raise if the effect cannot be merged into the base's parameters.
-
-        Raises:
-            AdapterError: the adapter is nonlinear at present, or a parameter is on the meta device or not floating.
-        """
-        self.check_linear()
-        for name in self.merges_into:
-            parameter = self._parameters.get(name)
-            if parameter is not None and (parameter.is_meta or not parameter.is_floating_point()):
-                state = "on the meta device" if parameter.is_meta else f"of {parameter.dtype}"
-                raise AdapterError(f"{self.qualified_name}.{name} is {state}: load or dequantise it first")
-
-    @torch.no_grad()
-    def _stored_parameters(self) -> tuple[dict[str, Tensor], float, float]:
-        """The merged parameters as they can be stored, and the error of storing them: absolute, and relative.
-
-        They are computed in float32 (float64 for a base in float64) and rounded once. The error is the difference from
-        float64; the relative error is that over the largest value of the parameter.
-        """
-        dtypes = {name: self.merged_dtype(name) for name in self.merges_into}
-        wide = torch.promote_types(next(iter(dtypes.values())), torch.float32)
-        stored = {name: value.to(dtypes[name]) for name, value in self.merged_parameters(wide).items()}
-        exact = self.merged_parameters(torch.float64)
-        error = relative = 0.0
-        for name, value in stored.items():
-            off = (value.double() - exact[name]).abs().max().item()
-            size = max(exact[name].abs().max().item(), torch.finfo(torch.float64).tiny)
-            error, relative = max(error, off), max(relative, off / size)
-        return stored, error, relative
-
-    @property
-    def merged(self) -> bool:
-        """Whether the layer computes with merged parameters at present."""
-        return bool(self._merged_names)
-
-    def merge(self) -> tuple[float, float]:
-        """Compute with merged parameters from now on, kept beside the pretrained ones.
-
-        Returns:
-            The absolute and the relative error of storing them.
-        """
-        parameters, *errors = self._stored_parameters()
-        for name, value in parameters.items():
-            self.register_buffer(f"merged_{name}", value, persistent=False)
-        self._merged_names = list(parameters)
-        return errors[0], errors[1]
-
-    def absorb(self) -> tuple[float, float]:
-        """Write the merged parameters into the base, for good.
-
-        Returns:
-            The absolute and the relative error of storing them.
-        """
-        parameters, *errors = self._stored_parameters()
-        for name, value in parameters.items():
-            self.absorb_parameter(name, value)
-        return errors[0], errors[1]
-
-    def absorb_parameter(self, name: str, value: Tensor) -> None:
-        """Write one merged parameter into the base; a parameter that the base lacks is added to it."""
-        parameter = self._parameters.get(name)
-        if parameter is None:
-            self._base_parameters += [name] if name not in self._base_parameters else []
-            self._parameters[name] = nn.Parameter(value, requires_grad=False)
-        else:
-            parameter.data.copy_(value)
-
-    def unmerge(self) -> None:
-        """Compute with the pretrained parameters again."""
-        for name in self._merged_names:
-            del self._buffers[f"merged_{name}"]
-            self._non_persistent_buffers_set.discard(f"merged_{name}")
-        self._merged_names = []
-
-    def folded(self) -> nn.Module:
-        """A plain module with this adapter's function, where `merges_into` is empty; `merge` puts it in its place."""
-        raise AdapterError(f"{type(self).__name__} ({self.qualified_name!r}) cannot be merged; detach or keep it")
 
     # ---- the base by itself
 

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_adapters.ops.statistics import drift, functional_subspace, product_spectrum
 
@@ -142,3 +143,69 @@ def each_layer(statistic: str) -> str:
 def mean_over_layers(statistic: str) -> str:
     """The tag under which the mean of a statistic over the layers is logged, as a chart of TensorBoard selects it."""
     return f"adapter/summary/{statistic}"
+
+
+class Describing(nn.Module):
+    """The part of `AdapterModule` that says what was learned.
+
+    It speaks from the adapter's own tensors alone, as files may hold these without the base model. All hooks have
+    defaults; each one that a method overrides makes more visible.
+    """
+
+    adapter_parameters: Callable[[], dict[str, nn.Parameter]]
+
+    def statistics(self) -> dict[str, float]:
+        """Scalars that say what this adapter has learned; each method says what they mean."""
+        return {}
+
+    def singular_values(self) -> dict[str, Tensor]:
+        """Spectra of what was learned, descending, by the name of the matrix: "update" for that of a weight."""
+        update = self.low_rank_update()
+        return {} if update is None else {"update": update.spectrum()[1].cpu()}
+
+    def observe(self, x: Tensor) -> dict[str, float]:
+        """Scalars that say what this adapter does to its own input x of the present batch; by default none."""
+        return {}
+
+    def low_rank_update(self) -> LowRankUpdate | None:
+        """The learned update of a weight as its factors; spectra, ranks and comparisons follow from it."""
+        return None
+
+    def learned_update(self) -> Tensor | None:
+        """What was learned, as one tensor that is zero at the start: the change of a bias or of output scales, say.
+
+        For methods without factors (`low_rank_update`) and functions (`learned_functions`); None if only the base
+        model could tell.
+        """
+        return None
+
+    def learned_functions(self) -> LearnedFunctions | None:
+        """This adapter, if what it learns are activation functions: they are drawn, and counted as "functions"."""
+        return None
+
+    def summary(self) -> AdapterSummary:
+        """What `lit-adapters inspect` shows: by default what follows from the three hooks above, else sizes alone."""
+        update, functions = self.low_rank_update(), self.learned_functions()
+        if update is not None:
+            return update.summary()
+        if functions is not None:
+            return functions_summary(functions)
+        sizes = {name: "x".join(map(str, p.shape)) or "1" for name, p in self.adapter_parameters().items()}
+        learned = self.learned_update()
+        change = None if learned is None else torch.linalg.vector_norm(learned.detach().double()).item()
+        return AdapterSummary(", ".join(f"{name} {size}" for name, size in sizes.items()), change)
+
+    def charts(self) -> dict[str, str]:
+        """Charts for the page of TensorBoard: the tags of each by its title.
+
+        `each_layer` and `mean_over_layers` of `methods/description.py` give the tags of a statistic, one that
+        `statistics` or `observe` returns.
+        """
+        return {}
+
+    def input_histogram(self, x: Tensor) -> Tensor | None:
+        """Counts (D + 2,) of a sample of the inputs x: below the grid of `learned_functions`, in its D parts, above it.
+
+        None, the default, counts nothing.
+        """
+        return None
