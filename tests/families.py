@@ -229,8 +229,25 @@ _VISION = [
 ]
 
 _DECODERS = [
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "cohere"),
-    *("stablelm", "starcoder2", "granite", "glm4", "smollm3", "nemotron", "exaone4", "persimmon"),
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi",
+    "phi3",
+    "olmo2",
+    "cohere",
+    "stablelm",
+    "starcoder2",
+    "granite",
+    "glm4",
+    "smollm3",
+    "nemotron",
+    "exaone4",
+    "persimmon",
 ]
 _ENCODERS = ["bert", "roberta", "electra", "deberta", "deberta-v2", "modernbert", "mpnet", "convbert", "albert"]
 _SHARED = _SIZES | {"num_key_value_heads": 2, "head_dim": 8}  # queries share keys and values

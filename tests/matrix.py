@@ -88,9 +88,16 @@ _BERT = BertConfig(
     attention_probs_dropout_prob=0.0,
 )
 _GPT2 = GPT2Config(
-    n_embd=32, n_layer=2, n_head=2, vocab_size=40, n_positions=32, tie_word_embeddings=False,
-    embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
-)  # fmt: skip
+    n_embd=32,
+    n_layer=2,
+    n_head=2,
+    vocab_size=40,
+    n_positions=32,
+    tie_word_embeddings=False,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    resid_pdrop=0.0,
+)
 _SWIN = {
     "img_size": 32,
     "embed_dim": 16,

@@ -1,4 +1,4 @@
-"""Import layers: which package may import which, what importing costs, and that public names are documented."""
+"""Import layers: what may import what, what importing costs, and that public names are documented."""
 
 import ast
 import graphlib
@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(p for room in ("lit_adapters", "vision", "language") for p in (ROOT / room).rglob("*.py"))
+FILES = sorted(p for package in ("lit_adapters", "vision", "language") for p in (ROOT / package).rglob("*.py"))
 
-# Each room may import itself and those before it.
+# The layers of a package: each may import itself and those before it.
 LIBRARY = ["errors", "renamed", "console", "ops", "activations", "schedules", "methods", "model", "optimizers", "files"]
 LIBRARY += ["learned", "assets", "training", "lightning", "cli"]
 LANGUAGE = ["gguf_files", "models", "loss", "means", "generate", "reference", "module", "data", "prompt", "cli"]
 LANGUAGE += ["evaluate", "dpo", "grpo", "draft", "__main__", "demo"]
-ROOMS = {"lit_adapters": LIBRARY, "language": LANGUAGE}
+LAYERS = {"lit_adapters": LIBRARY, "language": LANGUAGE}
 FOREIGN = {"timm", "transformers", "torchvision", "vision", "language"}
 EXTRAS = {"peft", "bitsandbytes"}  # imported where they are needed, never with the library
 
@@ -44,20 +44,20 @@ def module_of(path):
 MODULES = {module_of(path): path for path in FILES}
 
 
-@pytest.mark.parametrize("package", ROOMS)
-def test_the_list_of_rooms_is_whole(package):
+@pytest.mark.parametrize("package", LAYERS)
+def test_the_list_of_layers_is_whole(package):
     present = {name.split(".")[1] for name in MODULES if name.startswith(f"{package}.")}
-    assert present == set(ROOMS[package])
+    assert present == set(LAYERS[package])
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[0] in ROOMS and "." in m])
-def test_arrows_run_one_way(module):
-    package, room, *_ = module.split(".")
-    order = ROOMS[package]
+@pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[0] in LAYERS and "." in m])
+def test_imports_run_one_way(module):
+    package, layer, *_ = module.split(".")
+    order = LAYERS[package]
     for name in imported(MODULES[module]):
         parts = name.split(".")
         if parts[0] == package and len(parts) > 1:
-            assert order.index(parts[1]) <= order.index(room), f"{room} may not import {name}"
+            assert order.index(parts[1]) <= order.index(layer), f"{layer} may not import {name}"
 
 
 def test_no_file_imports_itself_in_a_circle():
@@ -74,9 +74,9 @@ def test_the_library_needs_torch_alone(module):
         assert "lightning" not in foreign
 
 
-@pytest.mark.parametrize(("room", "other"), [("vision", "language"), ("language", "vision")])
-def test_applications_do_not_know_each_other(room, other):
-    files = list((ROOT / room).rglob("*.py"))
+@pytest.mark.parametrize(("application", "other"), [("vision", "language"), ("language", "vision")])
+def test_applications_do_not_know_each_other(application, other):
+    files = list((ROOT / application).rglob("*.py"))
     assert files
     for path in files:
         assert not any(name.split(".")[0] == other for name in imported(path))

@@ -47,7 +47,9 @@ class Pair(nn.Module):
 
     def __init__(self, method: str) -> None:
         super().__init__()
-        self.net, self.net_twin, self.plain = adapted("vit", method), adapted("vit", method), build("vit")
+        self.net = adapted("vit", method)
+        self.net_twin = adapted("vit", method)
+        self.plain = build("vit")
 
 
 @each_method

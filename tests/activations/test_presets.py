@@ -60,24 +60,47 @@ def test_preset_is_what_a_fit_gives(name, form):
 # ---- recognition
 
 TRANSFORMERS_NAMES = {
-    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
-    **dict.fromkeys(("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_tanh"),
-    **{name: name for name in ("hardswish", "mish", "quick_gelu", "relu", "sigmoid", "silu", "tanh")},
-    **{"relu2": "relu_squared", "swish": "silu"},
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "hardswish": "hardswish",
+    "mish": "mish",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu_squared",
+    "sigmoid": "sigmoid",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
 }
 TIMM_NAMES = {
-    **{
-        name: name
-        for name in ("silu", "mish", "relu", "gelu", "gelu_tanh", "quick_gelu", "sigmoid", "tanh", "hardswish")
-    },
-    **{"swish": "silu", "hard_swish": "hardswish"},
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_tanh",
+    "hard_swish": "hardswish",
+    "hardswish": "hardswish",
+    "mish": "mish",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "sigmoid": "sigmoid",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
 }
 RECOGNISED = [
     *((ACT2FN[name], TRANSFORMERS_NAMES.get(name)) for name in ACT2CLS if name != "xielu"),
     *((cls(), TIMM_NAMES.get(name)) for name, cls in timm_act._ACT_LAYER_DEFAULT.items() if name != "identity"),
     *((cls(), TIMM_NAMES.get(name)) for name, cls in timm_act._ACT_LAYER_ME.items()),
-    *((timm_act.Swish(), "silu"), (timm_act.SwishMe(), "silu"), (timm_act.Mish(), "mish"), (timm_act.MishMe(), "mish")),
-    *((timm_act.HardSwish(), "hardswish"), (timm_act.HardSwishMe(), "hardswish"), (timm_act.HardSigmoidMe(), None)),
+    (timm_act.Swish(), "silu"),
+    (timm_act.SwishMe(), "silu"),
+    (timm_act.Mish(), "mish"),
+    (timm_act.MishMe(), "mish"),
+    (timm_act.HardSwish(), "hardswish"),
+    (timm_act.HardSwishMe(), "hardswish"),
+    (timm_act.HardSigmoidMe(), None),
     *(
         (SquaredReLU(inplace=True), "relu_squared"),
         (BloomGelu(), "gelu_tanh"),

@@ -53,7 +53,8 @@ def make_sdist(folder: Path, members: dict[str, bytes], links: dict[str, str] | 
             sdist.addfile(entry, io.BytesIO(data))
         for member, to in (links or {}).items():
             entry = tarfile.TarInfo(f"tiny_source-1.0/{member}")
-            entry.type, entry.linkname = tarfile.SYMTYPE, to
+            entry.type = tarfile.SYMTYPE
+            entry.linkname = to
             sdist.addfile(entry)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

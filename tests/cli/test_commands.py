@@ -68,9 +68,15 @@ def test_learned_functions_are_not_passed_off_as_a_transformers_model(run, tmp_p
     la.save_adapters(adapted("llama", "nora++"), tmp_path / "adapter")
     arguments = json.dumps({"pretrained_model_name_or_path": str(tmp_path / "base")})
     printed = run(
-        "merge", tmp_path / "adapter", "--out", tmp_path / "out",
-        "--base", "transformers.AutoModelForCausalLM.from_pretrained", "--base-args", arguments,
-    )  # fmt: skip
+        "merge",
+        tmp_path / "adapter",
+        "--out",
+        tmp_path / "out",
+        "--base",
+        "transformers.AutoModelForCausalLM.from_pretrained",
+        "--base-args",
+        arguments,
+    )
     assert "call load_adapters and merge on the base model first" in printed
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
 

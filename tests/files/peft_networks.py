@@ -15,8 +15,10 @@ class ConvNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.norm = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8)
-        self.conv2, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 4)
+        self.conv1 = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 6, 1)
+        self.head = nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.conv2(self.norm(self.conv1(x)).relu()).mean((2, 3)))

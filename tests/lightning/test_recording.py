@@ -43,8 +43,13 @@ def test_scalars_in_tensorboard_are_the_adapters_statistics(tmp_path):
     assert end["adapter/nora/blocks.0.act/drift"] > 2 * start["adapter/nora/blocks.0.act/drift"] > 0
     further = {t for t in board.Tags()["scalars"] if t.startswith(("adapter/nora", "adapter/lora"))} - end.keys()
     assert {t.split("/")[3] for t in further} == {
-        "outside_range", "numerator_stable_rank", "denominator_stable_rank", "stable_rank", "effective_rank", "overlap",
-    }  # fmt: skip
+        "outside_range",
+        "numerator_stable_rank",
+        "denominator_stable_rank",
+        "stable_rank",
+        "effective_rank",
+        "overlap",
+    }
 
 
 def test_the_summary_is_the_mean_over_layers(tmp_path):

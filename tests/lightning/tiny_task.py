@@ -18,7 +18,9 @@ import lit_adapters as la
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
+        self.fc1 = nn.Linear(8, 16)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.fc2(self.act(self.fc1(x)))
@@ -31,7 +33,9 @@ class Net(nn.Module):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.blocks, self.norm, self.head = nn.ModuleList([Block(), Block()]), nn.BatchNorm1d(8), nn.Linear(8, 3)
+            self.blocks = nn.ModuleList([Block(), Block()])
+            self.norm = nn.BatchNorm1d(8)
+            self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -52,7 +56,8 @@ class Task(LightningModule):
 
     def __init__(self, methods: Any = None, train: Any = ("head",), lr: float = 1e-2) -> None:
         super().__init__()
-        self.net, self.lr = Net(), lr
+        self.net = Net()
+        self.lr = lr
         if methods is not False:
             la.attach(self.net, both() if methods is None else methods, train=train)
 

@@ -70,8 +70,12 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.norm, self.fc1 = nn.Embedding(6, 16), nn.LayerNorm(16), nn.Linear(16, 32)
-        self.act, self.fc2, self.head = nn.GELU(), nn.Linear(32, 16), nn.Linear(16, 4)
+        self.embed = nn.Embedding(6, 16)
+        self.norm = nn.LayerNorm(16)
+        self.fc1 = nn.Linear(16, 32)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(32, 16)
+        self.head = nn.Linear(16, 4)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.fc2(self.act(self.fc1(self.norm(self.embed(tokens))))))

@@ -32,7 +32,10 @@ def test_all_linear_leaves_the_head_alone():
 
 def test_suffixes_expressions_and_exclude():
     assert names(vit(), la.LoRA(rank=2, targets=["qkv", "mlp.fc1"])) == [
-        *("blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.1.attn.qkv", "blocks.1.mlp.fc1")
+        "blocks.0.attn.qkv",
+        "blocks.0.mlp.fc1",
+        "blocks.1.attn.qkv",
+        "blocks.1.mlp.fc1",
     ]
     assert names(vit(), la.LoRA(rank=2, targets=r"blocks\.1\..*fc\d")) == ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]
     assert names(vit(), la.LoRA(rank=2, targets=["qkv"], exclude=["blocks.0.attn.qkv"])) == ["blocks.1.attn.qkv"]
@@ -72,7 +75,8 @@ def test_near_misses_are_listed():
 class FunctionalMlp(nn.Module):
     def __init__(self):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.fc1 = nn.Linear(4, 8)
+        self.fc2 = nn.Linear(8, 4)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))

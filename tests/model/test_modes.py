@@ -13,7 +13,8 @@ class ReadsWeights(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.qkv, self.proj = nn.Linear(8, 24, bias=False), nn.Linear(8, 8)
+        self.qkv = nn.Linear(8, 24, bias=False)
+        self.proj = nn.Linear(8, 8)
 
     def forward(self, x):
         return self.proj((x @ self.qkv.weight.T)[..., :8])

@@ -113,6 +113,9 @@ def fit(folder: Path, name: str, devices: int, ckpt: Path | None = None, **chang
     running.fit(model, data, ckpt_path=ckpt)
     metrics = {key: value.item() for key, value in running.callback_metrics.items()}
     return {
-        **{"batches": seen.batches, "losses": seen.losses, "metrics": metrics},
-        **{"state": learned(model), "sampled": seen.sampled},
+        "batches": seen.batches,
+        "losses": seen.losses,
+        "metrics": metrics,
+        "state": learned(model),
+        "sampled": seen.sampled,
     }

@@ -40,7 +40,8 @@ class Task(LightningModule):
 
     def __init__(self, name: str, method: la.Method) -> None:
         super().__init__()
-        self.name, self.method = name, method
+        self.name = name
+        self.method = method
         self.net: Any = None
         self.losses: list[float] = []
 

@@ -35,12 +35,17 @@ def classifier(**changes) -> ViTClassifier:
 
 
 def train(model, folder, callbacks=(), ckpt_path=None, **changes) -> Trainer:
-    trainer = Trainer(
-        **{"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_progress_bar": False}
-        | {"enable_model_summary": False, "default_root_dir": folder, "log_every_n_steps": 1}
-        | {"callbacks": [la.AdapterCallback(), ModelCheckpoint(folder, filename="last"), *callbacks]}
-        | changes
-    )
+    settings = {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+        "log_every_n_steps": 1,
+        "callbacks": [la.AdapterCallback(), ModelCheckpoint(folder, filename="last"), *callbacks],
+    }
+    trainer = Trainer(**settings | changes)
     trainer.fit(model, datamodule=CIFARDataModule(**DATA), ckpt_path=ckpt_path)
     return trainer
 

@@ -166,9 +166,15 @@ def test_the_smoke_recipe(tmp_path):
 
 
 OVERRIDES = [
-    *("--model.model=tiny_llama", "--data.use_chat_template=false", "--data.batch_size=2", "--data.max_length=192"),
-    *("--data.train_subset=4", "--data.val_subset=2", "--data.val_fraction=0.3"),
-    *("--trainer.accelerator=cpu", "--trainer.fast_dev_run=true"),
+    "--model.model=tiny_llama",
+    "--data.use_chat_template=false",
+    "--data.batch_size=2",
+    "--data.max_length=192",
+    "--data.train_subset=4",
+    "--data.val_subset=2",
+    "--data.val_fraction=0.3",
+    "--trainer.accelerator=cpu",
+    "--trainer.fast_dev_run=true",
 ]
 
 

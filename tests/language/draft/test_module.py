@@ -34,8 +34,10 @@ def test_the_loss_compares_the_draft_with_the_target_at_the_learned_tokens():
     rows = batch(12, 7, 9)
     learned = learned_tokens(rows)[:, 1:]
     with torch.no_grad():
-        p, q = (m(**{k: rows[k] for k in ("input_ids", "attention_mask")}).logits[:, :-1][learned].softmax(-1)
-                for m in (module.target, module.model))  # fmt: skip
+        p, q = (
+            m(**{k: rows[k] for k in ("input_ids", "attention_mask")}).logits[:, :-1][learned].softmax(-1)
+            for m in (module.target, module.model)
+        )
     expected = (p * (p / q).log()).sum(-1)
     assert module.training_step(rows, 0).item() == pytest.approx(expected.mean().item(), rel=1e-5)
     module.training_step(rows, 0).backward()

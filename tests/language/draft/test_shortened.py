@@ -35,9 +35,14 @@ def test_a_shortened_model_is_the_model_without_the_other_layers(kind):
         assert torch.equal(made(ids).logits, expected)
         assert not torch.allclose(model(ids).logits, expected)
     out = made.generate(
-        ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None, output_logits=True,
+        ids,
+        max_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        output_logits=True,
         return_dict_in_generate=True,
-    )  # fmt: skip
+    )
     with torch.no_grad():
         anew = short(out.sequences).logits[0, 8:-1]
     torch.testing.assert_close(torch.cat(out.logits), anew, rtol=1e-4, atol=1e-4)

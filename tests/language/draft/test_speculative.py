@@ -22,9 +22,16 @@ PROMPT = [5, 6, 7, 8]
 def markov(seed, vocabulary=6):
     """A LLaMA whose next token depends on the last one only: attention and MLP add nothing."""
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
@@ -226,8 +233,15 @@ def test_the_command_line_measures_a_checkpoint(tmp_path, write, capsys):
     out = tmp_path / "result.json"
     main(
         [
-            *(f"--ckpt={tmp_path / 'last.ckpt'}", f"--prompts={prompts}", f"--out={out}", "--limit=1"),
-            *("--max_new_tokens=6", "--draft_tokens=2", "--temperatures=[0]", "--format=alpaca", "--device=cpu"),
+            f"--ckpt={tmp_path / 'last.ckpt'}",
+            f"--prompts={prompts}",
+            f"--out={out}",
+            "--limit=1",
+            "--max_new_tokens=6",
+            "--draft_tokens=2",
+            "--temperatures=[0]",
+            "--format=alpaca",
+            "--device=cpu",
         ]
     )
     written = json.loads(out.read_text())

@@ -119,8 +119,9 @@ def test_moving_the_module_moves_the_target():
     module = built()
     module.to(torch.float64)
     assert {p.dtype for p in module.target.parameters()} == {torch.float64}
-    assert all(p is q for p, q in zip(module.target.model.norm.parameters(), module.model.model.norm.parameters(),
-                                      strict=True))  # fmt: skip
+    assert all(
+        p is q for p, q in zip(module.target.model.norm.parameters(), module.model.model.norm.parameters(), strict=True)
+    )
     assert module.target.model.rotary_emb.inv_freq.dtype == torch.float32
     assert not any("target" in name for name, _ in module.named_modules())
 
@@ -183,9 +184,18 @@ def test_the_command_line_fits_and_tests(tmp_path, monkeypatch):
 
 
 OVERRIDES = [
-    *("--model.model=tiny_llama", "--model.target=null", "--model.keep_layers=[1]", "--model.adapters.rank=2"),
-    *("--data.format=alpaca", "--data.use_chat_template=false", "--data.batch_size=4", "--data.max_length=400"),
-    *("--data.train_subset=4", "--data.val_subset=2", "--data.val_fraction=0.2", "--trainer.accelerator=cpu"),
+    "--model.model=tiny_llama",
+    "--model.target=null",
+    "--model.keep_layers=[1]",
+    "--model.adapters.rank=2",
+    "--data.format=alpaca",
+    "--data.use_chat_template=false",
+    "--data.batch_size=4",
+    "--data.max_length=400",
+    "--data.train_subset=4",
+    "--data.val_subset=2",
+    "--data.val_fraction=0.2",
+    "--trainer.accelerator=cpu",
     "--trainer.fast_dev_run=true",
 ]
 

@@ -16,14 +16,15 @@ from lit_adapters.lightning.cli import run
 from tests.language import tiny
 from tests.vision import smoke
 
-HOUSES: dict[str, Any] = {"vision": smoke, "language": tiny}
+APPS: dict[str, Any] = {"vision": smoke, "language": tiny}
 
 
 class Signal(Callback):
     """Sends this process a signal at the beginning of the batch after `batches`, counted over all epochs."""
 
     def __init__(self, number: int, batches: int) -> None:
-        self.number, self.batches = number, batches
+        self.number = number
+        self.batches = batches
 
     def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:
         if trainer.fit_loop.total_batch_idx == self.batches:
@@ -39,11 +40,11 @@ def train(app: str, folder: Path, options: list[str], number: int = 0, batches: 
     save = [f"--trainer.logger.init_args.save_dir={folder}"]
     if app == "language":
         save.append(f"--data.path={tiny.ROWS}")
-    house = HOUSES[app]
-    line = ["fit", f"--config={house.CONFIGS / 'smoke/afa.yaml'}", *save, *house.QUIET, *options]
+    application = APPS[app]
+    line = ["fit", f"--config={application.CONFIGS / 'smoke/afa.yaml'}", *save, *application.QUIET, *options]
 
     def command() -> None:
-        cli = house.quick_main(line, trainer_defaults={"callbacks": callbacks})
+        cli = application.quick_main(line, trainer_defaults={"callbacks": callbacks})
         cli.trainer.save_checkpoint(folder / "end.ckpt")
 
     run(command)

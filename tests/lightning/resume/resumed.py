@@ -43,7 +43,8 @@ class Noisy(Task):
     def __init__(self, schedule: str = "step") -> None:
         afa = la.AFALoRA(rank=2, alpha=4.0, activation="silu", schedule=la.schedules.Linear(start=0.0, end=0.8))
         super().__init__([afa, la.NoRA(groups=4, rank=2)])
-        self.dropout, self.schedule = nn.Dropout(0.3), schedule
+        self.dropout = nn.Dropout(0.3)
+        self.schedule = schedule
 
     def forward(self, batch: Any) -> Tensor:
         noise = random.random() + np.random.normal() if self.training else 0.0
@@ -120,7 +121,8 @@ class Saver(ModelCheckpoint):
 
     def __init__(self, folder: Path, trace: Trace, diary: Diary, **when: Any) -> None:
         super().__init__(folder, save_top_k=-1, filename="{epoch}-{step}", **when)
-        self.trace, self.diary = trace, diary
+        self.trace = trace
+        self.diary = diary
         self.moments: dict[str, tuple[int, int]] = {}
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
