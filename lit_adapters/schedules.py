@@ -43,11 +43,11 @@ class Ramp(Schedule):
     """A fall from 1 to 0 between two fractions of the training; subclasses give its shape.
 
     Args:
-        start: progress at which beta leaves 1.
-        end: progress from which beta is 0; below 1 it leaves linear steps at the end.
+        start: Progress at which beta leaves 1.
+        end: Progress from which beta is 0; below 1 it leaves linear steps at the end.
 
     Raises:
-        AdapterError: not 0 <= start < end <= 1.
+        AdapterError: Not 0 <= start < end <= 1.
     """
 
     start: float = 0.0
@@ -90,7 +90,7 @@ class Exponential(Ramp):
     """beta = (e^(-rate t) - e^(-rate)) / (1 - e^(-rate)).
 
     Args:
-        rate: larger is steeper at the beginning.
+        rate: Larger is steeper at the beginning.
     """
 
     rate: float = 5.0
@@ -129,7 +129,7 @@ class Step(Ramp):
     """beta = 1 - floor(t steps) / steps: equal stairs.
 
     Args:
-        steps: number of stairs; 1 holds beta at 1 until `end`.
+        steps: Number of stairs; 1 holds beta at 1 until `end`.
     """
 
     steps: int = 4
@@ -148,7 +148,7 @@ class Hold(Schedule):
     """beta stays where it is. Above 0 the adapter never becomes linear and can never be merged; 0 is plain LoRA.
 
     Args:
-        value: beta, in [0, 1].
+        value: The value of beta, in [0, 1].
     """
 
     value: float = 1.0
@@ -170,18 +170,18 @@ class Adaptive(Schedule):
     reaches 0 at `end`. Called with the progress alone, as where no loss is known, the schedule is that last ramp.
 
     Args:
-        start: progress before which beta is 1.
-        duration: share of the training that annealing takes if training always improves.
-        end: progress from which beta is 0.
-        window: optimiser steps over which values are smoothed; training gets worse when the average over a fifth of
+        start: Progress before which beta is 1.
+        duration: Share of the training that annealing takes if training always improves.
+        end: Progress from which beta is 0.
+        window: Optimiser steps over which values are smoothed; training gets worse when the average over a fifth of
             the window is worse than the average over the whole window.
-        monitor: name of a value that `training_step` logs, such as "train/reward"; by default the loss that
+        monitor: Name of a value that `training_step` logs, such as "train/reward"; by default the loss that
             `training_step` returns, or what the module names as its `default_monitor` (GRPO: "train/reward").
         mode: "min" or "max": whether low or high values of `monitor` are good. By default "min" for a name with
             "loss", "max" for one with "reward" or "accuracy".
 
     Raises:
-        AdapterError: not 0 <= start < start + duration <= end <= 1; window below 5; a mode without a monitor; or a
+        AdapterError: Not 0 <= start < start + duration <= end <= 1; window below 5; a mode without a monitor; or a
             monitor whose name does not tell the mode.
     """
 
@@ -229,11 +229,11 @@ def monitor_mode(monitor: str, mode: Literal["min", "max"] | None = None) -> Lit
     """Whether low ("min") or high ("max") values of a logged value are good.
 
     Args:
-        monitor: the name under which it is logged.
-        mode: what the user says; by default the name tells it.
+        monitor: The name under which it is logged.
+        mode: What the user says; by default the name tells it.
 
     Raises:
-        AdapterError: there is no `mode`, and the name holds none of "loss", "reward" and "accuracy".
+        AdapterError: There is no `mode`, and the name holds none of "loss", "reward" and "accuracy".
     """
     if mode is not None:
         return mode
@@ -251,7 +251,7 @@ def to_schedule(schedule: Any) -> Schedule:
     """A schedule from an object or its `{class_path, init_args}` form.
 
     Raises:
-        AdapterError: something else was given, the class path names no schedule, or the class refuses the arguments.
+        AdapterError: Something else was given, the class path names no schedule, or the class refuses the arguments.
     """
     if isinstance(schedule, Schedule):
         return schedule

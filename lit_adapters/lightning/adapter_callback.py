@@ -41,19 +41,19 @@ class AdapterCallback(CallbackOfParts):
         >>> trainer.fit(module, loader)
 
     Args:
-        log_every_n_steps: optimiser steps between two records.
+        log_every_n_steps: Optimiser steps between two records.
         statistics: "functions" (drift and slope of NoRA's activations, their inputs), "weights" (size and nonlinearity
             of weight updates), "subspace" (ranks and spectra of what these learned).
-        figures: draw functions, spectra and maps of the layers, and histograms.
-        save_adapters_only: leave frozen base parameters out of checkpoints; loading takes them from the base model.
-        calibration_batches: training batches shown to the adapters before the first step, where a method asks for it.
+        figures: Draw functions, spectra and maps of the layers, and histograms.
+        save_adapters_only: Leave frozen base parameters out of checkpoints; loading takes them from the base model.
+        calibration_batches: Training batches shown to the adapters before the first step, where a method asks for it.
             They pass through the module's `forward_batch(batch)`, if it defines this hook, else through `predict_step`.
-        allow_unused: regular expressions of trainable parameters that may receive no gradient.
-        finalize: put an early stop (`EarlyStopping`, `Timer`) off until annealing has ended and a twentieth of the
+        allow_unused: Regular expressions of trainable parameters that may receive no gradient.
+        finalize: Put an early stop (`EarlyStopping`, `Timer`) off until annealing has ended and a twentieth of the
             training has been linear; otherwise stopping early only warns that the adapters are still nonlinear.
 
     Raises:
-        AdapterError: an argument is out of range; no module of the tree was prepared by `lit_adapters.attach`; or a
+        AdapterError: An argument is out of range; no module of the tree was prepared by `lit_adapters.attach`; or a
             part stops the run, see there.
     """
 

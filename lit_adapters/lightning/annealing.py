@@ -20,10 +20,10 @@ class Annealing(Callback):
     """Moves annealed adapters with every optimiser step; the largest beta is in the progress bar as `adapter/beta`.
 
     Args:
-        finalize: put an early stop off until annealing has ended and a twentieth of the training has been linear.
+        finalize: Put an early stop off until annealing has ended and a twentieth of the training has been linear.
 
     Raises:
-        AdapterError: there is something to anneal and no end of the training, or an adaptive schedule monitors a value
+        AdapterError: There is something to anneal and no end of the training, or an adaptive schedule monitors a value
             that is not logged.
     """
 

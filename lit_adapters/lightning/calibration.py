@@ -20,10 +20,10 @@ class Calibration(Callback):
     """Shows the first training batches to adapters that ask for it, through the module's `forward_batch`.
 
     Args:
-        batches: how many.
+        batches: How many batches are shown.
 
     Raises:
-        AdapterError: the forward pass does not accept a training batch, or an adapter saw no input.
+        AdapterError: The forward pass does not accept a training batch, or an adapter saw no input.
     """
 
     def __init__(self, batches: int) -> None:

@@ -22,10 +22,10 @@ class Participation(Callback):
     """Stops a run if an adapter does not run in the first batch, or a parameter does not learn in the first steps.
 
     Args:
-        allow_unused: regular expressions of trainable parameters that may receive no gradient.
+        allow_unused: Regular expressions of trainable parameters that may receive no gradient.
 
     Raises:
-        AdapterError: an adapter does not run, or a parameter does not learn.
+        AdapterError: An adapter does not run, or a parameter does not learn.
     """
 
     def __init__(self, allow_unused: Sequence[str]) -> None:
@@ -64,7 +64,7 @@ class Finiteness(Callback):
     """Stops a run at a loss, gradient or parameter that is not finite, and saves no checkpoint of such values.
 
     Raises:
-        AdapterError: a value is not finite; the message says where that came up.
+        AdapterError: A value is not finite; the message says where that came up.
     """
 
     def __init__(self) -> None:

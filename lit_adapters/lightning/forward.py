@@ -15,9 +15,9 @@ def forward_batch(trainer: Trainer, pl_module: LightningModule, batch: Any) -> N
     by Lightning's default is `forward(batch)`.
 
     Args:
-        trainer: the one that trains the module.
-        pl_module: the module.
-        batch: on the module's device.
+        trainer: The one that trains the module.
+        pl_module: The module.
+        batch: On the module's device.
     """
     own = getattr(pl_module, "forward_batch", None)
     with trainer.precision_plugin.forward_context():

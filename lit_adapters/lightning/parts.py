@@ -14,7 +14,7 @@ class CallbackOfParts(Callback):
     The state of the parts is not saved by this class: a subclass says in `state_dict` under which names.
 
     Attributes:
-        parts: the callbacks; a subclass sets them.
+        parts: The callbacks, in the order in which their hooks run; a subclass sets them.
     """
 
     parts: Sequence[Callback] = ()

@@ -20,7 +20,7 @@ class Watched(NamedTuple):
     """What an adaptive schedule looks at.
 
     Attributes:
-        monitor: name of a logged value; None for the loss.
+        monitor: Name of a logged value; None for the loss.
         mode: "min" or "max", where the schedule says so.
     """
 
@@ -40,12 +40,12 @@ class Annealer:
     uninterrupted one.
 
     Args:
-        model: holds the adapters.
-        state: what `state_dict` returned, in a run that is resumed.
+        model: Holds the adapters.
+        state: What `state_dict` returned, in a run that is resumed.
 
     Attributes:
-        layers: the scheduled adapters and their schedules.
-        watched: what `observe` must be given for each batch; empty without an adaptive schedule.
+        layers: The scheduled adapters and their schedules.
+        watched: What `observe` must be given for each batch; empty without an adaptive schedule.
     """
 
     def __init__(self, model: nn.Module, state: Mapping[str, Any] | None = None) -> None:
@@ -80,11 +80,11 @@ class Annealer:
         """Put the adapters where `step` has them.
 
         Args:
-            step: optimiser steps that are done.
-            total_steps: optimiser steps of the whole training.
+            step: Optimiser steps that are done.
+            total_steps: Optimiser steps of the whole training.
 
         Raises:
-            AdapterError: there is a schedule, and `total_steps` is infinite or negative (unknown).
+            AdapterError: There is a schedule, and `total_steps` is infinite or negative (unknown).
         """
         if not self.layers:
             return
@@ -116,8 +116,8 @@ class Annealer:
         """Take the value of one batch; batches of the same optimiser step are added up.
 
         Args:
-            watched: one of `self.watched`.
-            value: falls as training improves (a reward with its sign changed).
+            watched: One of `self.watched`.
+            value: Falls as training improves (a reward with its sign changed).
         """
         self._averages.setdefault(watched, _Averages()).add(value)
 
@@ -125,7 +125,7 @@ class Annealer:
         """Move the adapters if optimiser steps were done since the last call.
 
         Args:
-            step: optimiser steps that are done.
+            step: Optimiser steps that are done.
         """
         elapsed = step - self._step
         if not self.layers or elapsed <= 0:
@@ -156,7 +156,7 @@ class _Averages:
     """The sum of a value over the batches since the last step, and its running means over steps.
 
     Attributes:
-        means: by window, over a fifth of it and over all of it.
+        means: By window, over a fifth of it and over all of it.
     """
 
     def __init__(self) -> None:

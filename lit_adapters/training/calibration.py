@@ -26,9 +26,9 @@ def calibrate_together(model: nn.Module, batches: Iterable[Any], run: Callable[[
     The others measure too, as the passes of a sharded model need every process.
 
     Args:
-        model: holds the adapters.
-        batches: the first training batches.
-        run: passes one batch through `model`.
+        model: Holds the adapters.
+        batches: The first training batches.
+        run: Passes one batch through `model`.
 
     Raises:
         AdapterError: `run` does not accept a batch in the first process, or an adapter saw no input there.

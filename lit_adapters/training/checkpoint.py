@@ -54,12 +54,12 @@ def check_model(checkpoint: Mapping[str, Any], module: nn.Module, path: str | Pa
     """Refuse a checkpoint that `module` cannot go on from.
 
     Args:
-        checkpoint: as it was read.
-        module: the one that trains, with its adapters.
-        path: of the checkpoint, for the message.
+        checkpoint: As it was read.
+        module: The one that trains, with its adapters.
+        path: Where the checkpoint was read, for the message.
 
     Raises:
-        AdapterError: the checkpoint has no record or one of a newer format, or was written by another class, or with
+        AdapterError: The checkpoint has no record or one of a newer format, or was written by another class, or with
             adapted models, methods or modules of `train` that differ; the message names both sides.
     """
     written = _check_class(checkpoint, type(module), path)
@@ -80,13 +80,13 @@ def check_recipe(
     """Refuse a checkpoint that a recipe cannot go on from, before any model is built.
 
     Args:
-        checkpoint: as it was read.
-        cls: of the module that the recipe trains; None where that is not known yet.
-        methods: the recipe's, in their `{class_path, init_args}` forms; None where the module takes none.
-        path: of the checkpoint, for the message.
+        checkpoint: As it was read.
+        cls: The class of the module that the recipe trains; None where it is not known yet.
+        methods: The recipe's, in their `{class_path, init_args}` forms; None where the module takes none.
+        path: Where the checkpoint was read, for the message.
 
     Raises:
-        AdapterError: the checkpoint has no record or one of a newer format, or was written by another class or with
+        AdapterError: The checkpoint has no record or one of a newer format, or was written by another class or with
             other methods; the message names both sides.
     """
     written = _check_class(checkpoint, cls, path)
@@ -98,7 +98,7 @@ def _check_class(checkpoint: Mapping[str, Any], cls: type | None, path: str | Pa
     """The models of the record, if its format is known and its class is `cls`; a script's `__main__` may be any module.
 
     Raises:
-        AdapterError: no record, a record of a newer format, or another class.
+        AdapterError: No record, a record of a newer format, or another class.
     """
     found = checkpoint.get(RECORD) if isinstance(checkpoint, Mapping) else None
     if not isinstance(found, Mapping) or "format" not in found:
@@ -132,7 +132,7 @@ def _check_settings(written: Any, present: Any, path: str | Path) -> None:
     """Refuse other methods, or other modules of `train`, than those written.
 
     Raises:
-        AdapterError: they differ; the message names both.
+        AdapterError: They differ; the message names both.
     """
     written, present = (json.loads(json.dumps(side, default=str)) for side in (written, present))
     if written == present:

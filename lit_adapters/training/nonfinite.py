@@ -16,9 +16,9 @@ def locate_nonfinite(model: nn.Module, batch: Any, run: Callable[[Any], Any]) ->
     """Say what is broken first: a parameter, the batch, or the layer in which finite inputs turned into NaN or inf.
 
     Args:
-        model: the module that trains.
-        batch: the training batch whose loss is not finite.
-        run: passes a batch through `model` as the training step does; it is called once, without gradients.
+        model: The module that trains.
+        batch: The training batch whose loss is not finite.
+        run: Passes a batch through `model` as the training step does; it is called once, without gradients.
 
     Returns:
         The end of a sentence: "it came up in layer 'blocks.1.fc2'".

@@ -24,12 +24,12 @@ class ParticipationCheck:
     """Watches the first batch for adapters that do not run, and the first steps for parameters that do not learn.
 
     Args:
-        model: the module being trained.
-        allow_unused: regular expressions for whole parameter names that may go without gradient (mixtures of experts,
+        model: The module being trained.
+        allow_unused: Regular expressions for whole parameter names that may go without gradient (mixtures of experts,
             layer drop).
 
     Raises:
-        AdapterError: an expression of `allow_unused` is not valid.
+        AdapterError: An expression of `allow_unused` is not valid.
     """
 
     def __init__(self, model: nn.Module, allow_unused: Sequence[str] = ()) -> None:
@@ -100,11 +100,11 @@ class ParticipationCheck:
         parameter a gradient. A loss without any gradient says nothing of a single parameter, unless it stays so.
 
         Args:
-            optimizer: the one that steps.
-            optimizers: all of the training; parameters of the others are not looked at.
+            optimizer: The one that steps.
+            optimizers: All of the training; parameters of the others are not looked at.
 
         Raises:
-            AdapterError: a trainable parameter has no gradient, or one of exactly zero that no further step can change.
+            AdapterError: A trainable parameter has no gradient, or one of exactly zero that no further step can change.
         """
         if not self._without_gradient:
             return

@@ -25,7 +25,7 @@ def gather_objects(value: T) -> list[T]:
     """The values of all processes, in the order of their ranks; every process calls this.
 
     Args:
-        value: this process's own; picklable.
+        value: This process's own; picklable.
 
     Returns:
         One value per process, the same list in each of them.
@@ -40,7 +40,7 @@ def broadcast_object(value: T) -> T:
     """The value of the first process, in all of them; every process calls this.
 
     Args:
-        value: this process's own, which counts in the first one only; picklable.
+        value: This process's own, which counts in the first one only; picklable.
     """
     values = [value]
     if process_count() > 1:
@@ -52,10 +52,10 @@ def raise_together(failure: str | None) -> None:
     """Stop all processes if something went wrong in one; every process calls this.
 
     Args:
-        failure: what went wrong in this process, or None.
+        failure: What went wrong in this process, or None.
 
     Raises:
-        AdapterError: a process has a failure; the message is that of the first one.
+        AdapterError: A process has a failure; the message is that of the first one.
     """
     failures = [text for text in gather_objects(failure) if text is not None]
     if failures:

@@ -20,7 +20,7 @@ class AdaptersOnly(Callback):
     missing keys are allowed for all, and checked here.
 
     Raises:
-        AdapterError: a ModelCheckpoint has `save_weights_only`, which bypasses callbacks; checkpoints would be folders
+        AdapterError: A ModelCheckpoint has `save_weights_only`, which bypasses callbacks; checkpoints would be folders
             of shards, which cannot be loaded with keys missing; or a checkpoint lacks more than frozen parameters.
     """
 

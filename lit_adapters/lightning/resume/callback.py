@@ -35,7 +35,7 @@ class Resuming(Callback):
     checkpoint holds those of all, in the order of their ranks.
 
     Raises:
-        AdapterError: a checkpoint file is torn, or does not belong to the run; see `check_model`.
+        AdapterError: A checkpoint file is torn, or does not belong to the run; see `check_model`.
     """
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     system is a copy. This is the one place where a checkpoint that is read is checked.
 
     Args:
-        check: takes the checkpoint and its path, and raises for one that does not fit.
+        check: Takes the checkpoint and its path, and raises for one that does not fit.
     """
 
     def __init__(self, check: Callable[[dict[str, Any], Any], None]) -> None:
@@ -40,7 +40,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """Read and check.
 
         Raises:
-            AdapterError: the file is torn, or `check` refuses it.
+            AdapterError: The file is torn, or `check` refuses it.
         """
         if Path(path).is_file():
             check_whole(path)

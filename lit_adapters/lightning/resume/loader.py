@@ -1,4 +1,8 @@
-"""A DataLoader that knows how far the training has read, and goes on from there."""
+"""A DataLoader that knows how far the training has read, and goes on from there.
+
+Why not torchdata's StatefulDataLoader: its state is that of its worker processes, so a run saved with workers cannot go
+on without them. Here the state is the epoch and a number of batches, for any `num_workers`.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,11 @@ class ResumableLoader(DataLoader):
     `torch.utils.data.DistributedSampler(dataset, trainer.world_size, trainer.global_rank, seed=0)`, which is right for
     one process, too.
 
-    Iterators begin to load at their first batch, so an epoch set between `iter` and `next` is respected. Of several,
-    the one that was read last counts.
+    Iterators begin to load at their first batch, so an epoch set between `iter` and `next` is respected. Where there
+    are several iterators, the state is that of the one that was read last.
 
     Raises:
-        AdapterError: the order would come from a random state (shuffle=True), or the dataset is an IterableDataset,
+        AdapterError: The order would come from a random state (shuffle=True), or the dataset is an IterableDataset,
             which cannot skip.
     """
 
@@ -75,7 +79,7 @@ class ResumableLoader(DataLoader):
         """Let the next iterator go on where `state_dict` was called.
 
         Raises:
-            AdapterError: the epoch has another number of batches than it had then.
+            AdapterError: The epoch has another number of batches than it had then.
         """
         if state["length"] != len(self):
             raise AdapterError(

@@ -3,8 +3,8 @@
 A checkpoint that ModelCheckpoint writes after a batch holds the loops in the middle of it: Lightning takes the batch
 for done, but leaves out what follows it (the validation that is due, the end of the epoch), and repeats after a stop
 what was done already. Here the loops are put right, once as they are saved and once before the first batch after
-resuming, so that all that an uninterrupted run does is done, once. The names are those of Lightning's loops; they have
-no public interface for this.
+resuming, so that all that an uninterrupted run does is done, once. The names are those of Lightning's loops, which have
+no public interface for this; tests/lightning/resume/test_private_interfaces.py lists them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def complete_batch(trainer: Trainer, loops: dict[str, Any], interrupted: bool, v
     """Change the saved state of the fit loop, in place, into that of a batch that is done.
 
     Args:
-        trainer: of the checkpoint.
-        loops: state of its fit loop.
-        interrupted: whether SIGTERM has ended the run, which it does after a batch or within a validation.
-        validated: whether a validation has ended since the batch.
+        trainer: The one that writes the checkpoint.
+        loops: The state of its fit loop.
+        interrupted: Whether SIGTERM has ended the run, which it does after a batch or within a validation.
+        validated: Whether a validation has ended since the batch.
     """
     batch, counts = loops[_BATCH], loops["epoch_loop.state_dict"]
     steps = 0 if trainer.fit_loop._should_accumulate() else 1

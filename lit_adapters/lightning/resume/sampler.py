@@ -1,8 +1,11 @@
 """Data order as a pure function of (seed, epoch): hashed keys, their permutations, and the sampler built on them.
 
 Nothing here reads a global random state, so an order does not depend on worker processes, on what ran before, or on
-resuming.
+resuming. Why not torch's DistributedSampler alone: it does not tell the dataset the epoch, of which augmentation in a
+worker process has to be a function.
 """
+
+from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sized
@@ -26,8 +29,8 @@ class EpochSampler(DistributedSampler):
     """Yields (epoch, index) pairs in the order that belongs to (seed, epoch).
 
     The epoch travels with each index, so worker processes (persistent ones too) know it. Lightning calls
-    ``set_epoch`` before every epoch and leaves a ``DistributedSampler`` in place; a plain sampler it would wrap,
-    and the wrapper does not pass the epoch on. With several replicas each takes every ``num_replicas``-th sample,
+    `set_epoch` before every epoch and leaves a `DistributedSampler` in place; a plain sampler it would wrap,
+    and the wrapper does not pass the epoch on. With several replicas each takes every `num_replicas`-th sample,
     the order being padded from its start so that all replicas draw equally many.
 
     Args:
