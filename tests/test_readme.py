@@ -14,7 +14,7 @@ import pytest
 import lit_adapters as la
 from lit_adapters import errors
 from lit_adapters.cli.commands import main
-from tests.test_architecture import ROOMS
+from tests.test_architecture import LAYERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,10 +51,10 @@ def test_commands_of_lit_adapters_exist(command):
     assert ended.value.code == 0
 
 
-@pytest.mark.parametrize("room", [f"{package}/{room}" for package, rooms in ROOMS.items() for room in rooms])
-def test_contributing_names_every_room(room):
-    package, name = room.split("/")
-    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition(f"room of `{package}/`")[2]
+@pytest.mark.parametrize("layer", [f"{package}/{layer}" for package, layers in LAYERS.items() for layer in layers])
+def test_contributing_names_every_layer(layer):
+    package, name = layer.split("/")
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition(f"layer of `{package}/`")[2]
     assert f"`{name}`" in table.partition("\n\n")[0]
 
 
