@@ -34,14 +34,20 @@ MODELS = {"vit": "ViT", "llama": "LLaMA", "layer": "layer"}
 
 
 class Bound(NamedTuple):
-    """At most `limit`, of every one of the things measured: what it is, the value, and how it is shown."""
+    """A quantity that may be at most `limit`.
+
+    Attributes:
+        quantity: What is measured.
+        limit: The most that it may be.
+        measured: Of each thing measured its name, its value and the value as text.
+    """
 
     quantity: str
     limit: float
     measured: list[tuple[str, float, str]]
 
     def row(self) -> list[str]:
-        """The quantity, its limit, the values, those above it in bold, and how many are not; to two decimals."""
+        """The quantity, its limit, the values (bold above the limit, to two decimals), and how many are within it."""
         met = [round(value, 2) <= self.limit for _, value, _ in self.measured]
         shown = [
             f"{name} {text}".strip() if fits else f"**{name} {text}**".replace("** ", "**")
@@ -69,7 +75,7 @@ def _share(name: str, part: float, whole: float) -> tuple[str, float, str]:
 
 
 def bounds() -> list[Bound]:
-    """All of them."""
+    """All bounds, in the order of the table."""
     return [*_rational(), *_nora(), *_peft(), *_loran(), *_use(), *_beginning()]
 
 

@@ -61,8 +61,9 @@ def check(key: str, method: str) -> int:
     """Attach a method to a fresh copy of a family's model, take one step of gradients; the number of adapters.
 
     Raises:
-        AdapterError: the library refuses the method for this model.
-        AssertionError: it accepts, and then an adapter takes no part or the start is not the model's own function.
+        AdapterError: The library refuses the method for this model.
+        AssertionError: The library accepts it, but an adapter takes no part, or the start is not the model's
+            function.
     """
     family, network = FAMILIES[key], copy.deepcopy(_prototype(key))
     torch.manual_seed(0)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.growth [--rounds 5] [--threads 2]
 
-An encoder of ViT-S's width, of which one quantity varies and the others stay at batch 8, 64 patches, rank 8, 8 groups,
-4 blocks; float32, random weights. Methods take turns in one process for every size. docs/performance.md fits
-seconds = c size^k to the medians: k = 1 is a cost in proportion, 0 one that does not depend on the quantity.
+An encoder of ViT-S's width. One quantity varies, the others stay at batch 8, 64 patches, rank 8, 8 groups and 4 blocks;
+float32, random weights. Methods take turns in one process for every size. docs/performance.md fits seconds = c size^k
+to the medians: k = 1 is a cost in proportion, k = 0 a cost that does not depend on the quantity.
 """
 
 from __future__ import annotations

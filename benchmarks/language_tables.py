@@ -38,7 +38,7 @@ def paired(record: Record, other: Record, name: str) -> tuple[float, float]:
 
 
 def rows_of(records: list[Record], metrics: dict[str, str], difference: str) -> list[list[str]]:
-    """A row an arm: parameters, rate, each metric, and the paired difference from LoRA of the same precision."""
+    """One row for each arm: parameters, rate, metrics, and the paired difference from LoRA in the same precision."""
     rows = []
     for arm, name in NAMES.items():
         if not any(r["arm"] == arm for r in records):

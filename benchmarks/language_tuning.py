@@ -8,7 +8,7 @@ steps of 4 dialogues; ROUGE of greedy summaries of 100 test dialogues). DATA hol
 mmlu, newsgroups20 and samsum.
 
 Protocol: the learning rate of each arm is chosen among two by the loss on validation rows, after 25 or 20 steps of a
-one-cycle schedule of their own. Then one run at that rate, of which the test rows are asked. AdamW, one
+one-cycle schedule of their own. Then one run at that rate, which is measured on the test rows. AdamW, one
 seed, equal data and order; weights in float32, computed under bf16 autocast (or --precision 32-true, where a processor
 has no bf16); eager attention, which is faster here. Finished runs are kept in results/language_TASK.json and skipped.
 """

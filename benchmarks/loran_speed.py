@@ -45,7 +45,7 @@ def step_of(arm: str, images: int) -> Callable[[], None]:
 
 
 def allocated_of(arm: str, images: int) -> float:
-    """MiB that tensors take."""
+    """The most that tensors take at a time, in MiB."""
     return allocated_mib(step_of(arm, images))
 
 

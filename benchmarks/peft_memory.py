@@ -21,7 +21,7 @@ from benchmarks.timing import allocated_mib, alone, saved_for_backward, training
 
 
 def of_library(name: str, library: str, *rest: Any) -> dict[str, int | float]:
-    """MiB of one library's step; in a process of its own, as the allocator counts from its beginning."""
+    """What a step of one library takes, in MiB; for a process of its own, as the allocator counts from its start."""
     model, loss = model_and_loss(name, library, *rest)
     allocated = allocated_mib(training_step(model, loss))
     saved, largest = saved_for_backward(loss)

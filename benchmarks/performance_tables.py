@@ -27,7 +27,7 @@ def _latest(records: list[Record], key: Callable[[Record], Any]) -> list[Record]
 
 
 def rational_rows(records: list[Record]) -> list[list[str]]:
-    """A row a variant, a column a dtype."""
+    """One row for each variant, one column for each dtype."""
     latest = _latest([r for r in records if r["device"] == "cpu"], lambda r: (r["variant"], r["dtype"]))
     rows = []
     for variant in dict.fromkeys(r["variant"] for r in latest):
@@ -51,7 +51,7 @@ def combination(record: Record) -> tuple[str, bool, bool, int, str]:
 
 
 def peft_rows(records: list[Record], memory: list[Record]) -> list[list[str]]:
-    """A row a combination: times and resident memory, then what tensors take, where either was measured."""
+    """One row for each combination: times and resident memory, then what tensors take, where either was measured."""
     times = {combination(r): r for r in records}
     taken = {combination(r): r for r in memory}
     rows = []
@@ -86,7 +86,7 @@ def _peft_memory(r: Record | None) -> list[str]:
 
 
 def repeated_rows(records: list[Record]) -> list[list[str]]:
-    """A row a combination at r = 8: the ratio of every run, on processors with bfloat16, and on those without."""
+    """One row for each combination at r = 8: the ratio of every run, on processors with bfloat16 and without."""
     runs: dict[tuple[str, bool, bool, int, str], tuple[list[str], list[str]]] = {}
     for r in (r for r in records if r["rank"] == 8 and not r["checkpointing"]):
         of = runs.setdefault(combination(r), ([], []))
@@ -99,7 +99,7 @@ def repeated_rows(records: list[Record]) -> list[list[str]]:
 
 
 def share_rows(records: list[Record]) -> list[list[str]]:
-    """A row a combination: milliseconds a step of ours / peft's, by kind of operator."""
+    """One row for each combination: milliseconds of a step, ours / peft's, by kind of operator."""
     rows = []
     latest = _latest(records, lambda r: (r["model"], r["method"] == "dora", r["precision"]))
     for r in sorted(latest, key=lambda r: (r["model"], r["method"] == "dora", r["precision"])):
@@ -111,7 +111,7 @@ def share_rows(records: list[Record]) -> list[list[str]]:
 
 
 def step_table(records: list[Record], model: str) -> tuple[list[str], list[list[str]]]:
-    """Header, and a row an arm: for each precision samples a second, ratios and memory; then what depends on none."""
+    """Header, and one row for each arm: samples a second, ratios and memory by precision; then the rest."""
     latest = _latest([r for r in records if r["model"] == model], lambda r: (r["arm"], r["precision"]))
     base = "frozen" if model == "vit" else "lora"
     precisions = [p for p in ("fp32", "bf16") if any(r["precision"] == p for r in latest)]
@@ -132,7 +132,7 @@ def step_table(records: list[Record], model: str) -> tuple[list[str], list[list[
 
 
 def loran_rows(records: list[Record]) -> list[list[str]]:
-    """A row an arm and number of tokens."""
+    """One row for each arm and number of tokens."""
     names = {"lora": "LoRA", "loran": "LoRAN", "branch": "LoRAN as a separate branch"}
     rows = []
     for r in _latest(records, lambda r: (r["tokens"], r["arm"])):
@@ -143,7 +143,7 @@ def loran_rows(records: list[Record]) -> list[list[str]]:
 
 
 def inference_rows(records: list[Record]) -> list[list[str]]:
-    """A row a variant: forward passes, then generation."""
+    """One row for each variant: forward passes, then generation."""
     latest = _latest(records, lambda r: (r["model"], r["variant"]))
     rows = []
     for variant in dict.fromkeys(r["variant"] for r in latest):
@@ -155,7 +155,7 @@ def inference_rows(records: list[Record]) -> list[list[str]]:
 
 
 def startup_rows(records: list[Record]) -> list[list[str]]:
-    """A row a method."""
+    """One row for each method."""
     rows = []
     for r in _latest([r for r in records if "attach" in r], lambda r: r["what"]):
         extra = r["file_bytes"] - r["value_bytes"]
@@ -170,7 +170,7 @@ def exponent(record: Record) -> float:
 
 
 def growth_rows(records: list[Record]) -> list[list[str]]:
-    """A row a method, a column a quantity: the exponent of its fit."""
+    """One row for each method, one column for each quantity: the exponent of its fit."""
     latest = _latest(records, lambda r: (r["quantity"], r["method"]))
     quantities = list(dict.fromkeys(r["quantity"] for r in latest))
     rows = []

@@ -3,7 +3,7 @@
     python -m benchmarks.preferences --root DATA [--arms lora afa ...] [--threads 1] [--precision bf16-mixed]
 
 DATA holds the folder hh_helpful: jsonl files of prompt, chosen, rejected, the helpful part of Anthropic's HH-RLHF (its
-two test splits, of which training, validation and test pairs are held out here, equal prompts together).
+two test splits, which are divided into training, validation and test pairs here, equal prompts together).
 
 Protocol: the learning rate of each arm is chosen among two by the loss on validation pairs, after a shorter one-cycle
 schedule of its own. Then one run at that rate, which is asked on 200 held-out pairs. AdamW, one seed, equal data and

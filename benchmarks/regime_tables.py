@@ -33,7 +33,7 @@ PREFERENCES = ["arm", "trained", "rate", "reward accuracy", "minus LoRA, paired"
 
 
 def preference_rows(records: list[Record]) -> list[list[str]]:
-    """A row a run; differences are those of the same pairs."""
+    """One row for each run; differences from LoRA are those on the same pairs."""
     rows = []
     lora = {r["precision"]: r for r in _full_runs(records) if r["arm"] == "lora"}
     for r in _full_runs(records):
@@ -57,7 +57,7 @@ REINFORCEMENT = ["arm", "trained", "right, before", "right, after", "a number al
 
 
 def reinforcement_rows(records: list[Record]) -> list[list[str]]:
-    """A row a run."""
+    """One row for each run."""
     rows = []
     for r in _full_runs(records):
         before, after = r["before"], r["after"]
@@ -86,7 +86,7 @@ DECODED = ["arm", "temperature", "tokens a pass", "acceptance", "identical", "to
 
 
 def distilled_rows(records: list[Record]) -> list[list[str]]:
-    """A row a run: on held-out rows."""
+    """One row for each run: quality on held-out rows."""
     return [
         [_name(r), f"{r['trainable']:,}", f"{r['rate']:g}" if r["steps"] else ""]
         + [_estimate(r["metrics"][name]) for name in ("kl", "agreement", "acceptance")]
@@ -95,7 +95,7 @@ def distilled_rows(records: list[Record]) -> list[list[str]]:
 
 
 def decoded_rows(records: list[Record]) -> list[list[str]]:
-    """A row a run and temperature: continuing prompts."""
+    """One row for each run and temperature: speed when prompts are continued."""
     rows = []
     for temperature in ("0", "1"):
         for r in _full_runs(records):

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from benchmarks.results_file import append, load
 
 Record = dict[str, Any]
-# A run of which only the measurements are kept.
+# Options of a run that leaves nothing but its measurements.
 QUIET = [
     "--trainer.logger=false",
     "--trainer.enable_checkpointing=false",

@@ -39,7 +39,7 @@ from language.prompt import prompt_tokens
 
 RATES = (2e-3, 5e-3)
 STEPS = {"rate": 25, "full": 150}
-CONTEXT = 1024  # most tokens of a prompt; none of MT-bench's has as many
+CONTEXT = 1024  # most tokens of a prompt; all prompts of MT-bench are shorter
 
 
 def train(arm: str, rate: float, steps: int, precision: str, root: Path) -> tuple[Any, EagerSteps]:

@@ -42,12 +42,12 @@ LLAMA_3_8B = {
 
 
 def import_seconds() -> float:
-    """Of one fresh interpreter."""
+    """Seconds of the import in one fresh interpreter."""
     return float(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout)
 
 
 def build_seconds() -> float:
-    """Of the rational function's kernel, into an empty cache, in a fresh interpreter."""
+    """Seconds to build the kernel of the rational function into an empty cache, in a fresh interpreter."""
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"LIT_ADAPTERS_CACHE": cache}
         done = subprocess.run(
@@ -57,14 +57,14 @@ def build_seconds() -> float:
 
 
 def attach_seconds(method: la.Method) -> float:
-    """To a model on the meta device."""
+    """Seconds to attach a method to a LLaMA of 8B on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_3_8B))
     return timed(lambda: la.attach(model, method))
 
 
 def file_of(method: la.Method, folder: Path) -> tuple[int, int]:
-    """Save adapters of ViT-S; bytes of the folder, and of its values, 4 each."""
+    """Save adapters of ViT-S; bytes of the folder, and of its values at 4 bytes each."""
     model = timm.create_model("vit_small_patch16_224", num_classes=10)
     la.attach(model, method)
     la.save_adapters(model, folder)
@@ -73,7 +73,7 @@ def file_of(method: la.Method, folder: Path) -> tuple[int, int]:
 
 
 def load_seconds(folder: Path) -> float:
-    """Attach and load, into a fresh model."""
+    """Seconds to load saved adapters into a fresh ViT-S."""
     model = timm.create_model("vit_small_patch16_224", num_classes=10)
     return timed(lambda: la.load_adapters(model, folder))
 

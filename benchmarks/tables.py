@@ -96,7 +96,11 @@ def accuracy_figure(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def replace_block(path: Path, name: str, text: str) -> None:
-    """Put `text` between <!-- name --> and <!-- /name -->."""
+    """Put `text` between <!-- name --> and <!-- /name --> in a page.
+
+    Raises:
+        SystemExit: The page has no such block.
+    """
     source = path.read_text(encoding="utf-8")
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(source):

@@ -42,7 +42,7 @@ def alternate(
     not counted comes first.
 
     Raises:
-        SystemExit: less than two rounds, which have no quartiles.
+        SystemExit: There are fewer than two rounds, which have no quartiles.
     """
     if rounds < 2:
         raise SystemExit(f"error: {rounds} rounds have no quartiles; take at least 2")
