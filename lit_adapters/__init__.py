@@ -7,7 +7,8 @@ print(la.attach(model, la.NoRA(groups=8, rank=3), train=["head"]))
 
 from typing import TYPE_CHECKING, Any
 
-from lit_adapters import renamed, schedules
+import lit_adapters.renamed  # noqa: F401  old names of modules can be imported from here on
+from lit_adapters import schedules
 from lit_adapters.activations import RationalActivation
 from lit_adapters.errors import AdapterError, AssetError, DataError, TargetsNotFound
 from lit_adapters.files.adapters import load_adapters, save_adapters
@@ -49,7 +50,6 @@ __all__ = [
     "import_peft",
     "load_adapters",
     "merge",
-    "renamed",
     "save_adapters",
     "schedules",
     "set_progress",
