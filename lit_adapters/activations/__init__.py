@@ -1,4 +1,6 @@
-"""Activation functions with coefficients, and their fitting to fixed ones."""
+"""Activation functions with coefficients, and their fitting to fixed activations."""
+
+from __future__ import annotations
 
 from lit_adapters.activations.fitting import RationalFit, fit_rational
 from lit_adapters.activations.presets import activation_name, fit_for, is_known_activation

@@ -12,7 +12,13 @@ _ITERATIONS = 150
 
 @dataclass(frozen=True)
 class Solution:
-    """Coefficients a (m+1,) and b (n,) with their loss, the weighted square error."""
+    """A fitted function.
+
+    Attributes:
+        loss: The weighted square error.
+        a: The coefficients of the numerator (m+1,).
+        b: The coefficients of the denominator (n,).
+    """
 
     loss: float
     a: Tensor
@@ -24,10 +30,10 @@ class Problem:
     """Minimise sum (root_weight (R - y))^2 over a and b, R = (a @ powers) / Q, Q = 1 + |b @ denominator_powers|.
 
     Attributes:
-        y: target (N,).
-        root_weight: square roots of the weights (N,).
-        powers: z^0..z^m, (m+1, N).
-        denominator_powers: the n terms of the denominator, (n, N).
+        y: The target (N,).
+        root_weight: The square roots of the weights (N,).
+        powers: z^0..z^m (m+1, N).
+        denominator_powers: z^1..z^n, or |z|^1..|z|^n for "sum-of-abs" (n, N).
     """
 
     y: Tensor
@@ -36,12 +42,18 @@ class Problem:
     denominator_powers: Tensor
 
     def best_numerator(self, b: Tensor) -> Tensor:
-        """The a that is optimal for b: linear least squares."""
+        """The optimal a (m+1,) for a given b (n,), by linear least squares."""
         rows = self.powers * (self.root_weight / (1 + (b @ self.denominator_powers).abs()))
         return torch.linalg.lstsq(rows.T, (self.root_weight * self.y)[:, None], driver="gelsd").solution[:, 0]
 
     def solve(self, b: Tensor, free: Tensor, bounded: bool) -> Solution:
-        """Levenberg-Marquardt from b over a and those b that are `free` (n,); `bounded` keeps b >= 0."""
+        """Minimise over a and part of b by Levenberg-Marquardt.
+
+        Args:
+            b: The starting value (n,).
+            free: Which elements of b may change (n,).
+            bounded: Whether to keep b >= 0.
+        """
         a = self.best_numerator(b)
         theta, split = torch.cat([a, b]), len(a)
         loss, residual, value, q = self._evaluate(theta)
@@ -49,7 +61,7 @@ class Problem:
         for _ in range(_ITERATIONS):
             jacobian = torch.cat([self.powers / q.abs(), self.denominator_powers * (-value / q)]) * self.root_weight
             gradient = jacobian @ residual
-            # A coefficient at its bound that wants to go below stays there.
+            # A coefficient at its bound stays there if the step would take it below.
             moving = free & ~(bounded & (theta[split:] <= 0) & (gradient[split:] > 0))
             active = torch.cat([torch.ones(split, dtype=torch.bool), moving]).nonzero()[:, 0]
             normal = (jacobian @ jacobian.T)[active][:, active]
@@ -71,11 +83,11 @@ class Problem:
                 break
         b = theta[split:]
         a = self.best_numerator(b)
-        a = torch.where(a.abs() > 1e-12 * a.abs().max(), a, 0.0)  # what is 0 by symmetry comes out as 0
+        a = torch.where(a.abs() > 1e-12 * a.abs().max(), a, 0.0)  # coefficients that are 0 by symmetry become exactly 0
         return Solution(self._evaluate(torch.cat([a, b]))[0], a, b)
 
     def _evaluate(self, theta: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
-        """Loss, weighted residual, R, and Q with the sign of what stands between its bars."""
+        """The loss, the weighted residual (N,), R (N,), and Q (N,) with the sign of the sum inside its bars."""
         split = len(self.powers)
         inner = theta[split:] @ self.denominator_powers
         q = torch.where(inner >= 0, 1 + inner, inner - 1)

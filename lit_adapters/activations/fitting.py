@@ -1,9 +1,9 @@
 """Least-squares fits of rational functions to activation functions, on the interval a network's inputs live on.
 
-    R(x) = (a_0 + a_1 x + ... + a_m x^m) / Q(x),   Q as in `lit_adapters.ops.rational`, always >= 1: no fit has a pole
+    R(x) = (a_0 + a_1 x + ... + a_m x^m) / Q(x),   Q as in `lit_adapters.ops.rational`; Q >= 1, so that R has no pole
 
 The weighted square error on a uniform grid is minimised in float64 by Levenberg-Marquardt from several starts.
-Coefficients belong to the form of Q they were fitted for: the same numbers in the other form are another function.
+Coefficients belong to the form of Q that they were fitted for: in the other form they are another function.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.ops.rational import Denominator, rational_reference
 
 _POINTS = 801
-_REFINEMENT = 25  # of the grid that max_error is measured on
-_DENSITY_FLOOR = 0.01
-# A denominator with odd terms has a kink at 0, so it must lower the root mean square error by this factor.
-_WORTH_A_KINK = 0.95
-# How far beyond the interval, in units of its largest |x|, such a fit has to behave.
+_REFINEMENT = 25  # max_error is measured on a grid that is finer by this factor
+_DENSITY_FLOOR = 0.01  # share of a uniform density that is mixed into a given one
+# A denominator with odd terms has a kink at 0. It is used only if it lowers the root mean square error to this share.
+_MAX_KINKED_ERROR_RATIO = 0.95
+# Such a fit is checked for spikes outside the interval, up to this multiple of the interval's largest |x|.
 _REACH = 10.0
 
 
@@ -34,10 +34,10 @@ class RationalFit:
     """A rational function fitted to an activation.
 
     Attributes:
-        numerator: a_0..a_m.
-        denominator: b_1..b_n.
-        form: the form of Q that these coefficients were fitted for and have to be run with.
-        interval: the interval of the fit.
+        numerator: The coefficients a_0..a_m.
+        denominator: The coefficients b_1..b_n.
+        form: The form of Q that the coefficients were fitted for and must be evaluated with.
+        interval: The interval of the fit.
         max_error: max |R - f| over 20,001 points of the interval.
     """
 
@@ -49,11 +49,11 @@ class RationalFit:
 
     @property
     def degrees(self) -> tuple[int, int]:
-        """(m, n)."""
+        """The degrees (m, n)."""
         return len(self.numerator) - 1, len(self.denominator)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """R(x) in float64; any shape."""
+        """R(x) in float64, for x of any shape."""
         a, b = (torch.tensor([c], dtype=torch.float64, device=x.device) for c in (self.numerator, self.denominator))
         return rational_reference(x.reshape(-1).double(), a, b, self.form).reshape(x.shape)
 
@@ -67,22 +67,22 @@ def fit_rational(
 ) -> RationalFit:
     """Fit R to `function` on `interval` by weighted least squares.
 
-    Where the interval and the density are symmetric and the function is linear plus even (GELU, SiLU, ReLU) or
-    constant plus odd (sigmoid, tanh), the odd b are exactly 0: R has no kink at 0 and both forms coincide. Elsewhere
-    odd b are used where they lower the root mean square error by more than 5 %.
+    If the interval and the density are symmetric and the function is linear plus even (GELU, SiLU, ReLU) or constant
+    plus odd (sigmoid, tanh), the odd b are exactly 0: R has no kink at 0, and both forms are the same function. In
+    other cases odd b are used if they lower the root mean square error by more than 5%.
 
     Args:
-        function: elementwise, called with a float64 tensor on the CPU.
+        function: An elementwise function, called with a float64 tensor on the CPU.
         interval: (low, high).
         degrees: (m, n), both at least 1.
-        denominator: the form of Q.
-        density: non-negative weights (K >= 2,) on a uniform grid from low to high, ends included, interpolated
-            linearly; their scale is irrelevant. 1 % of a uniform density is mixed in, so that R stays near the
-            function where nothing was observed.
+        denominator: The form of Q.
+        density: Non-negative weights (K >= 2,) on a uniform grid from low to high, ends included, interpolated
+            linearly; their scale is irrelevant. 1% of a uniform density is mixed in, so that R stays near the function
+            where nothing was observed.
 
     Raises:
-        AdapterError: a malformed interval, degrees, form or density; a function that is not elementwise or not finite
-            on the interval.
+        AdapterError: The interval, the degrees, the form or the density is malformed, or the function is not
+            elementwise or not finite on the interval.
     """
     low, high = _checked_interval(interval)
     if len(degrees) != 2 or min(degrees) < 1:
@@ -108,7 +108,7 @@ def fit_rational(
             if fit.max_error <= 3 * errors[::_REFINEMENT].max() + 1e-9 * top:  # no spike between the grid's points
                 break
     if not math.isfinite(fit.max_error):
-        raise AdapterError(f"interval={(low, high)} is beyond float64 for degrees={(m, n)}; choose a usual one")
+        raise AdapterError(f"interval={(low, high)} is beyond float64 for degrees={(m, n)}; choose a smaller one")
     return fit
 
 
@@ -127,10 +127,10 @@ def _grid(low: float, high: float, points: int) -> Tensor:
 
 def _values(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.no_grad():
-        y = function(x.clone())  # a clone, because activations may work in place
+        y = function(x.clone())  # cloned, because activations may work in place
         alone = function(x[:1].clone())
     if not isinstance(y, Tensor) or y.shape != x.shape or not torch.allclose(y[:1], alone, equal_nan=True):
-        raise AdapterError(f"{function!r} is not elementwise, so no function of one variable can stand for it")
+        raise AdapterError(f"{function!r} is not elementwise, so that no function of one variable can replace it")
     bad = ~y.isfinite()
     if bad.any():
         raise AdapterError(f"{function!r} is {y[bad][0].item()} at x = {x[bad][0].item():g}; choose another interval")
@@ -138,7 +138,7 @@ def _values(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _weights(density: Tensor | None) -> Tensor:
-    """Weights of mean 1 on the fitting grid, divided by its size."""
+    """The weights of the points of the fitting grid; they sum to 1."""
     if density is None:
         return torch.full((_POINTS,), 1 / _POINTS, dtype=torch.float64)
     given = density.detach().to("cpu", torch.float64)
@@ -154,7 +154,7 @@ def _weights(density: Tensor | None) -> Tensor:
 
 @contextmanager
 def _plain_cpu() -> Iterator[None]:
-    """The CPU whatever the default device, and one thread: products this small take longer when shared."""
+    """Use the CPU, whatever the default device is, and one thread, as several are slower on products this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -165,12 +165,14 @@ def _plain_cpu() -> Iterator[None]:
 
 
 def _solutions(z: Tensor, y: Tensor, weight: Tensor, degrees: tuple[int, int], form: Denominator) -> list[Solution]:
-    """Fits in order of preference, the last one without odd b; z and y within [-1, 1]."""
+    """Fits in order of preference, the last one without odd b; z and y lie within [-1, 1]."""
     m, n = degrees
     base = z if form == "abs-of-sum" else z.abs()
     problem = Problem(y, weight.sqrt(), z ** torch.arange(m + 1)[:, None], base ** torch.arange(1, n + 1)[:, None])
     a = problem.best_numerator(torch.zeros(n, dtype=z.dtype))
-    if (a @ problem.powers - y).abs().max() < 1e-10:  # a polynomial: Q = 1, and coefficients of 0 and 1 come out exact
+    if (
+        a @ problem.powers - y
+    ).abs().max() < 1e-10:  # a polynomial: Q = 1, and rounding makes coefficients such as 0 and 1 exact
         return [Solution(0.0, a.round(decimals=11) + 0.0, torch.zeros(n, dtype=z.dtype))]
 
     first = 2 if n > 1 else 1
@@ -178,22 +180,24 @@ def _solutions(z: Tensor, y: Tensor, weight: Tensor, degrees: tuple[int, int], f
     best = problem.solve(_start(0.2, n, first), smooth, bounded=True)
     if n == 1 or _is_structured(z, y, weight):
         return [best]
-    # More starts of these and other kinds found nothing better for some twenty activations.
+    # For some twenty activations, more starts of these and other kinds found nothing better.
     starts = [best.b] if form == "sum-of-abs" else [best.b, _start(0.8, n, 2), _start(0.2, n, 1)]
     kinked = [problem.solve(b, torch.ones_like(smooth), bounded=form == "sum-of-abs") for b in starts]
-    kinked = [s for s in kinked if s.loss < _WORTH_A_KINK**2 * best.loss and not _vanishes_outside(s.b, z, form)]
+    kinked = [
+        s for s in kinked if s.loss < _MAX_KINKED_ERROR_RATIO**2 * best.loss and not _vanishes_outside(s.b, z, form)
+    ]
     return [*sorted(kinked, key=lambda s: s.loss), best]
 
 
 def _start(width: float, n: int, first: int) -> Tensor:
-    """b_j = width^-j for j = first, first + 2, ...: with first = 1 the sum changes sign at 0, with 2 it does not."""
+    """b_j = width^-j for j = first, first + 2, ... (n,). The sum changes sign at 0 with first = 1, not with 2."""
     b = torch.zeros(n, dtype=torch.float64)
     b[first - 1 :: 2] = width ** -torch.arange(first, n + 1, 2, dtype=torch.float64)
     return b
 
 
 def _vanishes_outside(b: Tensor, z: Tensor, form: Denominator) -> bool:
-    """Whether b_1 z + ... + b_n z^n has a zero beyond the interval: R, with Q = 1 there, would have a spike."""
+    """Whether b_1 z + ... + b_n z^n has a zero outside the interval, where Q = 1 would make a spike of R."""
     if form == "sum-of-abs":
         return False
     wide = _grid(-_REACH, _REACH, _POINTS)

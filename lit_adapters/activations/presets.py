@@ -1,7 +1,7 @@
-"""Which modules are pointwise activations, and the rational function that stands for each.
+"""Which modules are pointwise activations, and the rational function that replaces each.
 
-`PRESETS` holds fits on [-6, 6] with degrees (5, 4), one per activation and form of the denominator, each made for the
-form it is stored under. `python -m lit_adapters.activations.presets` prints the literal anew.
+`PRESETS` holds fits on [-6, 6] with degrees (5, 4), one for each activation and form of the denominator.
+`python -m lit_adapters.activations.presets` computes them again and prints the table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lit_adapters.activations.fitting import RationalFit, fit_rational
 from lit_adapters.errors import AdapterError
 from lit_adapters.ops.rational import Denominator
 
-# Classes are known by path and name, so that neither timm nor transformers is imported.
+# Classes are recognised by path and name, so that neither timm nor transformers is imported.
 _TORCH, _TIMM, _TRANSFORMERS = "torch.nn.modules.activation", "timm.layers.activations", "transformers.activations"
 
 _NAMES = {
@@ -59,15 +59,31 @@ _NAMES = {
     "transformers.models.lxmert.modeling_lxmert": {"GeLU": "gelu"},
 }
 
-# Pointwise as well, but without a preset.
+# Pointwise activations without a preset.
 _OTHERS = {
     _TORCH: (
-        *("CELU", "ELU", "SELU", "LeakyReLU", "PReLU", "ReLU6", "Threshold", "Hardtanh", "Hardsigmoid", "LogSigmoid"),
-        *("Softplus", "Softsign", "Hardshrink", "Softshrink", "Tanhshrink"),
+        "CELU",
+        "ELU",
+        "SELU",
+        "LeakyReLU",
+        "PReLU",
+        "ReLU6",
+        "Threshold",
+        "Hardtanh",
+        "Hardsigmoid",
+        "LogSigmoid",
+        "Softplus",
+        "Softsign",
+        "Hardshrink",
+        "Softshrink",
+        "Tanhshrink",
     ),
     _TIMM: ("HardMish", "HardSigmoid", "PReLU"),
     _TRANSFORMERS: (
-        *("ClippedGELUActivation", "LaplaceActivation", "LinearActivation", "SqrtSoftplusActivation"),
+        "ClippedGELUActivation",
+        "LaplaceActivation",
+        "LinearActivation",
+        "SqrtSoftplusActivation",
         "XIELUActivation",
     ),
 }
@@ -76,16 +92,16 @@ _fits: dict[tuple[object, ...], RationalFit] = {}
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """The preset that `module` computes, such as "gelu_tanh"; None for classes without a preset."""
+    """The name of the preset for the class of `module`, such as "gelu_tanh"; None for classes without a preset."""
     path, name = _class(module)
     preset = _NAMES.get(path, {}).get(name)
     return "gelu_tanh" if preset == "gelu" and getattr(module, "approximate", "none") == "tanh" else preset
 
 
 def is_known_activation(module: nn.Module) -> bool:
-    """Whether `module` is of a known class of activations that treat all elements alike.
+    """Whether `module` is of a known class of activations, and treats all elements alike.
 
-    True for a PReLU with a single slope, and for xIELU, which `fit_for` then refuses with a reason.
+    True also for a PReLU with a single slope and for xIELU, which `fit_for` refuses because they have parameters.
     """
     path, name = _class(module)
     known = activation_name(module) is not None or name in _OTHERS.get(path, ())
@@ -99,18 +115,24 @@ def fit_for(
     denominator: Denominator,
     density: Tensor | None = None,
 ) -> RationalFit:
-    """The rational function that stands for `module`: the preset where one matches, a fit of its forward otherwise.
+    """The rational function that replaces `module`: a preset if one matches, otherwise a fit of its forward.
 
-    Known activations of one kind are fitted once. The forward runs in float64 on the CPU, wherever the model lives.
-    Arguments as in `fit_rational`.
+    Known activations of one kind are fitted once. The forward runs in float64 on the CPU, whatever the model's device.
+
+    Args:
+        module: An elementwise activation.
+        interval: As for `fit_rational`.
+        degrees: As for `fit_rational`.
+        denominator: As for `fit_rational`.
+        density: As for `fit_rational`.
 
     Raises:
-        AdapterError: the module has parameters, or `fit_rational` refuses.
+        AdapterError: The module has parameters, or one of the conditions of `fit_rational` holds.
     """
     if next(module.parameters(), None) is not None:
         raise AdapterError(
-            f"{type(module).__name__} has parameters of its own, so it is no fixed function that a rational could "
-            "stand for; leave it out of the targets"
+            f"{type(module).__name__} has parameters of its own, so that a rational function with fixed coefficients "
+            "cannot replace it; leave it out of the targets"
         )
     name = activation_name(module)
     interval = tuple(float(end) for end in interval)  # type: ignore[assignment]
@@ -128,7 +150,7 @@ def fit_for(
 
 
 def _class(module: nn.Module) -> tuple[str, str]:
-    """Path and name of the class; timm's memory-efficient variants count as the plain ones, whose values they have."""
+    """Path and name of the class. timm's memory-efficient variants count as the plain ones: they compute the same."""
     cls = type(module)
     return cls.__module__.removesuffix("_me"), cls.__name__.removesuffix("Me")
 
@@ -225,7 +247,7 @@ PRESETS: dict[tuple[str, Denominator], RationalFit] = {
         1.7013e-06,
     ),
 }
-# Where b_1 = b_3 = 0 and b_2, b_4 >= 0 both forms are one function, and the table above has it once.
+# If b_1 = b_3 = 0 and b_2, b_4 >= 0, both forms are the same function, and the table above has it once.
 PRESETS |= {
     (name, "sum-of-abs"): replace(fit, form="sum-of-abs")
     for (name, _), fit in PRESETS.items()

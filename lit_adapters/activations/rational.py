@@ -1,4 +1,4 @@
-"""A group-wise rational activation as a plain module: what a merged NoRA leaves behind."""
+"""A group-wise rational activation as a plain module; merging a NoRA leaves one in its place."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ class RationalActivation(nn.Module):
     """y = R(x; numerator, denominator), or anchored y = act(x) + R(x; numerator, denominator) - R(x; *base).
 
     Args:
-        numerator: (G, m+1) coefficients a_0..a_m, one row for each group of channels.
-        denominator: (G, n) coefficients b_1..b_n.
+        numerator: The coefficients a_0..a_m (G, m+1), one row for each group of channels.
+        denominator: The coefficients b_1..b_n (G, n).
         form: "abs-of-sum" or "sum-of-abs"; see `lit_adapters.ops.rational`.
-        channel_dim: dimension of the input that holds the channels.
-        anchor: the fixed activation act; None for the plain rational function.
-        base: coefficients of the function subtracted from the anchored form, ((G, m+1), (G, n)).
+        channel_dim: The dimension of the input that holds the channels.
+        anchor: The fixed activation act; None for the plain rational function.
+        base: The coefficients of the function that the anchored form subtracts, (G, m+1) and (G, n).
+
+    Raises:
+        ValueError: Only one of `anchor` and `base` is given.
     """
 
     base_numerator: Tensor | None
@@ -55,7 +58,10 @@ class RationalActivation(nn.Module):
         return y + change.to(y.dtype)
 
     def _evaluate(self, x: Tensor) -> Tensor:
-        """R(x), less that of the base; in use, frozen and without gradients, the function is formed once."""
+        """R(x) minus R(x; *base).
+
+        While nothing trains, the function is prepared once and kept.
+        """
         trained = torch.is_grad_enabled() or any(p.requires_grad for p in self._parameters.values() if p is not None)
         if trained or torch.compiler.is_compiling() or transformed():
             a, b, base = self._coefficients()
@@ -64,7 +70,8 @@ class RationalActivation(nn.Module):
         return self._function.get(sources, self._fixed)(x)
 
     def _fixed(self) -> Callable[[Tensor], Tensor]:
-        a, b, base = self._coefficients()  # copied, as sharding takes the memory of a parameter away
+        # Cloned, as sharding frees the memory of a parameter.
+        a, b, base = self._coefficients()
         base = None if base is None else (base[0].clone(), base[1].clone())
         return fixed_rational(a.clone(), b.clone(), self.form, self.channel_dim, base)
 
@@ -75,7 +82,7 @@ class RationalActivation(nn.Module):
         return self.numerator.float(), self.denominator.float(), base
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._function.clear()  # moving a parameter does not count as writing to it
+        self._function.clear()  # moving a parameter does not count as a write to it
         return super()._apply(*args, **kwargs)
 
     def extra_repr(self) -> str:

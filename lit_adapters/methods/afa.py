@@ -3,11 +3,13 @@
     h = W0 x + s B phi_beta(A x)        phi_beta(z) = beta sigma(z) + (1 - beta) z        beta: 1 -> 0
 
 At beta = 0 this is LoRA, and merges as LoRA does. B is zero at the start, so any sigma starts at the pretrained layer.
-sigma is fixed, or "rational": one learnable rational function for each group of code channels, first fitted to SiLU,
-annealed to the identity like the others. r (in + out) parameters a layer, and 10 groups more if learnable.
+sigma is fixed, or "rational": a learned rational function for each group of channels of z = A x, which starts as a fit
+of SiLU and is annealed to the identity like the others. r (in + out) parameters a layer; a learned sigma adds 10 for
+each group.
 """
 
-# Annotations are not postponed here: jsonargparse would not resolve them, and accept anything for a schedule.
+# No `from __future__ import annotations` here: jsonargparse would not resolve a dataclass's annotations, and would
+# accept anything for a schedule.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapters.activations import fit_for
-from lit_adapters.activations.sensitivity import coefficient_effects
+from lit_adapters.activations.coefficients import PARTS, normal_inputs, set_base, set_scale
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.description import AdapterSummary, each_layer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
@@ -34,11 +36,11 @@ SIGMAS: dict[str, Callable[[Tensor], Tensor]] = {
     "centered_sigmoid": lambda z: torch.sigmoid(z) - 0.5,
 }
 RATIONAL = "rational"
-_RANGE = (-6.0, 6.0)  # of the fit of a learnable activation
-_CODE_STD = 1.0  # assumed of the code A x, when the steps of the coefficients are scaled
+_RANGE = (-6.0, 6.0)  # the interval on which a learned sigma is fitted to SiLU
+_ASSUMED_STD = 1.0  # of z = A x, where the updates of the coefficients are scaled; normal with mean 0
 _PATIENCE = 100  # training steps without annealing before it counts as forgotten
-_SAMPLE = 256  # inputs that an observation looks at
-_SCALE = 0.3  # a step of 1 along one coefficient changes the function by this rms, as in NoRA
+_SAMPLE = 256  # inputs that `observe` takes
+_SCALE = 0.3  # root mean square change of sigma by one unit of one coefficient, as in NoRA
 
 
 @dataclass
@@ -46,13 +48,14 @@ class AFALoRA(LowRank):
     """Configuration of AFA-LoRA; rank to rslora are those of `LowRank`.
 
     Args:
-        activation: sigma: relu, silu, gelu, tanh, sigmoid, centered_sigmoid (sigmoid minus 1/2), or rational, which
-            is learned.
-        schedule: beta by training progress; `lit_adapters.AdapterCallback` or `lit_adapters.set_progress` moves it.
-        groups: of code channels with a function of their own; for activation="rational" only.
+        activation: The name of sigma: relu, silu, gelu, tanh, sigmoid, centered_sigmoid (sigmoid minus 1/2), or
+            rational, which is learned.
+        schedule: beta as a function of training progress. `lit_adapters.AdapterCallback` or
+            `lit_adapters.set_progress` moves beta.
+        groups: How many groups of channels of z have a function of their own; for activation="rational" only.
 
     Raises:
-        AdapterError: a value is out of range, or groups do not divide the rank.
+        AdapterError: A value is out of range.
     """
 
     name: ClassVar[str] = "afa"
@@ -67,16 +70,22 @@ class AFALoRA(LowRank):
         super().__post_init__()
         self.schedule = to_schedule(self.schedule)
         if self.activation not in (*SIGMAS, RATIONAL):
-            raise AdapterError(f"activation {self.activation!r} is none of {', '.join((*SIGMAS, RATIONAL))}")
+            raise AdapterError(f"activation {self.activation!r} must be one of {', '.join((*SIGMAS, RATIONAL))}")
         if self.groups < 1 or (self.groups > 1 and self.activation != RATIONAL):
-            raise AdapterError(f"groups {self.groups}: fixed activations have no groups; a rational one at least 1")
+            raise AdapterError(
+                f"groups {self.groups} must be at least 1, and exactly 1 unless activation is {RATIONAL!r}"
+            )
 
     def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> "AFAAdapter":
         return AFAAdapter(base, qualified_name, self)
 
 
 class AFAAdapter(LowRankAdapter):
-    """h = W0 x + s B phi_beta(A x) for one layer; (..., in) -> (..., out)."""
+    """h = W0 x + s B phi_beta(A x) for one layer; (..., in) -> (..., out).
+
+    Raises:
+        AdapterError: As for every low-rank adapter, or the groups do not divide the rank.
+    """
 
     method = "afa"
     schedule: Schedule
@@ -98,47 +107,44 @@ class AFAAdapter(LowRankAdapter):
         self.add_buffer("beta", torch.empty((), device=device))
         if self.activation == RATIONAL:
             self.fit = fit_for(nn.SiLU(), _RANGE, (5, 4), "abs-of-sum")
-            for part, width in (("numerator", 6), ("denominator", 4)):
+            for part, width in zip(PARTS, (6, 4), strict=True):
                 self.add_parameter(f"sigma_{part}", torch.empty(config.groups, width, device=device))
                 self.add_buffer(f"sigma_{part}_scale", torch.empty(width, device=device))
                 self.add_buffer(f"sigma_base_{part}", torch.empty(width, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As LoRA; beta where the schedule begins, a learnable sigma at SiLU."""
+        """A and B as in LoRA, beta where the schedule begins, a learned sigma at its fit of SiLU."""
         super().reset_parameters()
         self.set_beta(self.schedule(0.0))
-        self._idle_steps: int | None = 0  # of a training that nobody anneals
-        self._written = -1  # version of B when last looked at
+        self._idle_steps: int | None = 0  # steps trained before anything moved beta; None once it moved
+        self._written = -1  # the version of B at the last check
         if self.activation == RATIONAL:
-            x = torch.linspace(-5 * _CODE_STD, 5 * _CODE_STD, 2001, dtype=torch.float64, device="cpu")
-            effects = coefficient_effects(x, torch.exp(-0.5 * (x / _CODE_STD) ** 2), self.fit)
-            with torch.no_grad():
-                for part, effect in zip(("numerator", "denominator"), effects, strict=True):
-                    getattr(self, f"sigma_{part}").zero_()
-                    getattr(self, f"sigma_{part}_scale").copy_(_SCALE / effect)
-                    base = getattr(self, f"sigma_base_{part}")
-                    base.copy_(torch.tensor(getattr(self.fit, part), device="cpu"))
+            nn.init.zeros_(self.sigma_numerator)
+            nn.init.zeros_(self.sigma_denominator)
+            set_base((self.sigma_base_numerator, self.sigma_base_denominator), self.fit)
+            scale = self.sigma_numerator_scale, self.sigma_denominator_scale
+            set_scale(scale, _SCALE, self.fit, *normal_inputs(_ASSUMED_STD))
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """The coefficients of a learnable sigma."""
+        """The coefficients of a learned sigma."""
         return [p for name, p in self.adapter_parameters().items() if name.startswith("sigma")]
 
     def set_progress(self, progress: float) -> None:
-        """beta to where the schedule has it."""
+        """Set beta to its value in the schedule at `progress` in [0, 1]."""
         self.set_beta(self.schedule(progress))
 
     @torch.no_grad()
     def set_beta(self, beta: float) -> None:
-        """Move beta."""
+        """Set beta."""
         self.beta.fill_(beta)
         self._idle_steps = None
 
     def _require_annealing(self) -> None:
-        """Count the steps (writings to B) of a training until something moves beta; not in a compiled graph.
+        """Count the training steps (writes to B) until something moves beta; does nothing in a compiled graph.
 
         Raises:
-            AdapterError: there were too many: the annealing was forgotten.
+            AdapterError: Training has taken so many steps without annealing that it must have been forgotten.
         """
         if self._idle_steps is None or not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return
@@ -146,12 +152,12 @@ class AFAAdapter(LowRankAdapter):
             self._idle_steps, self._written = self._idle_steps + 1, self.lora_B._version
         if self._idle_steps > _PATIENCE and self.beta.item() != self.schedule(1.0):
             raise AdapterError(
-                f"{self.qualified_name!r} has trained for {_PATIENCE} steps and nobody moves its beta: train with "
+                f"{self.qualified_name!r} has trained for {_PATIENCE} steps and nothing moves its beta: train with "
                 "AdapterCallback, or call lit_adapters.set_progress(model, step / steps) after every step"
             )
 
     def sigma(self, z: Tensor) -> Tensor:
-        """The activation of z = A x; (..., r), or (N, r, ...) for a convolution, in and out."""
+        """sigma(z) for z = A x (..., r), or (N, r, ...) for a convolution."""
         if self.activation != RATIONAL:
             return SIGMAS[self.activation](z)
         a = self.sigma_base_numerator + self.sigma_numerator * self.sigma_numerator_scale
@@ -176,7 +182,7 @@ class AFAAdapter(LowRankAdapter):
         """As for any weight adapter, once it is linear.
 
         Raises:
-            AdapterError: beta is not 0: no weight does what a nonlinear code does.
+            AdapterError: beta is not 0, so that no weight is equal to the adapter.
         """
         if self.beta.item() != 0.0:
             raise AdapterError(
@@ -186,7 +192,7 @@ class AFAAdapter(LowRankAdapter):
         return super().weight_to_read()
 
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """s B A, (out, in); all of the update at beta = 0, and no weight has it before.
+        """s B A (out, in), which is the whole update at beta = 0.
 
         Raises:
             AdapterError: beta is not 0.
@@ -195,7 +201,7 @@ class AFAAdapter(LowRankAdapter):
         return super().delta_weight(dtype)
 
     def check_linear(self) -> None:
-        """Raise unless beta is exactly 0.
+        """Check that beta is exactly 0.
 
         Raises:
             AdapterError: beta is not 0.
@@ -215,7 +221,7 @@ class AFAAdapter(LowRankAdapter):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> dict[str, float]:
-        """nonlinearity: ||phi_beta(z) - z|| / ||z|| over z = A x of a regular sample of x."""
+        """nonlinearity: ||phi_beta(z) - z|| / ||z|| for z = A x, over a regular sample of the rows of x."""
         if self.layer.channel_dim == 1:
             x = x[:1]
         else:
@@ -226,14 +232,14 @@ class AFAAdapter(LowRankAdapter):
         return {"nonlinearity": (residual.norm() / z.norm().clamp_min(torch.finfo(z.dtype).tiny)).item()}
 
     def statistics(self) -> dict[str, float]:
-        """relative_norm, of s B A as for LoRA; beta."""
+        """relative_norm of s B A, as in LoRA, and beta."""
         return super().statistics() | {"beta": self.beta.item()}
 
     def summary(self) -> AdapterSummary:
-        """As for any pair, and beta."""
+        """As for any low-rank pair, and beta."""
         return replace(super().summary(), note=f"beta {self.beta.item():g}")
 
     def charts(self) -> dict[str, str]:
-        """As for any pair, and how far the activation is from linear."""
+        """As for any low-rank pair, and how far the activation is from linear."""
         title = "AFA, LoRAN: distance from linear, each layer"
         return {title: each_layer("nonlinearity")} | super().charts()

@@ -1,4 +1,4 @@
-"""NoRA: learnable group-wise rational functions in the place of fixed activations (arXiv 2509.13240).
+"""NoRA: learned group-wise rational functions in the place of fixed activations (arXiv 2509.13240).
 
     h ── act (frozen) ──►            becomes         h ── R(h; a, b) ──►     (or act(h) + R(h; a, b) - R(h; a0, b0))
 
@@ -9,11 +9,11 @@
 a0, b0 fit the pretrained activation and are frozen. scaling="none" is the published method: c sigma = 1. scaling=
 "density" (ours) divides each direction by what it does to the function on the layer's own inputs x:
 sigma_num,i = 1 / rms(x^i / Q), sigma_den,j = 1 / rms(x^j P / Q^2), so that a unit of each coefficient's update moves
-the function equally; c = `scale`. base="anchored" (ours) keeps act itself and adds the change
-of R alone: the start is the pretrained model bit for bit.
+the function equally; c = `scale`. base="anchored" (ours) keeps act itself and adds only the change of R: the start is
+the pretrained model bit for bit.
 
-Parameters an activation: r (2G + m + 1 + n), 78 at the defaults; G (m + 1 + n) = 80 with rank=None, which trains the
-coefficients directly (without alpha/r). Trained as a function it is not mergeable into weights.
+Parameters for each activation: r (2G + m + 1 + n), 78 by default; G (m + 1 + n) = 80 with rank=None, which trains the
+coefficients directly (without alpha/r). A function of the activations cannot be merged into weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.activations import RationalActivation, fit_for, is_known_activation
-from lit_adapters.activations.sensitivity import coefficient_effects
+from lit_adapters.activations.coefficients import PARTS, normal_density, normal_inputs, set_base, set_scale
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.channels import channel_layout
@@ -40,9 +40,9 @@ from lit_adapters.ops.statistics import drift, histogram, regular_sample, slope_
 
 PRESET_RANGE = (-6.0, 6.0)
 _GRID = 256  # points on which functions and densities are kept
-_SAMPLE = 1 << 14  # inputs that an observation looks at
-_ASSUMED_STD = 2.0  # of pre-activations before any were seen; normal with mean 0
-_LEAST_SPREAD = 1e-3  # of inputs to calibrate on
+_SAMPLE = 1 << 14  # inputs that `observe` and `input_histogram` take
+_ASSUMED_STD = 2.0  # of the inputs before any were seen; normal with mean 0
+_LEAST_SPREAD = 1e-3  # width of the range of inputs; calibration refuses narrower ones
 
 
 @dataclass
@@ -50,21 +50,21 @@ class NoRA(Method):
     """Configuration of NoRA.
 
     Args:
-        groups: G, the number of functions a layer; must divide the layer's channels.
-        rank: r of the coefficient updates; None trains the coefficients directly.
-        alpha: the updates are multiplied by alpha / rank.
-        degrees: (m, n) of numerator and denominator.
+        groups: G, the number of functions for each layer; must divide the layer's channels.
+        rank: r, the rank of the coefficient updates; None trains the coefficients directly.
+        alpha: The updates are multiplied by alpha / rank.
+        degrees: The degrees (m, n) of numerator and denominator.
         denominator: "abs-of-sum" (the paper's text) or "sum-of-abs" (the released kernels).
         base: "rational" replaces the activation by its fit, "anchored" keeps it and adds the change of the fit.
-        fit_range: interval of the fit, or "calibrate" to fit on the range that `lit_adapters.calibrate` measures.
+        fit_range: The interval of the fit, or "calibrate" to fit on the range that `lit_adapters.calibrate` measures.
         scaling: "density" normalises updates by their effect on the function, "none" is the published method.
         scale: c, the common factor of density-normalised updates.
         targets: "activations" (those of the MLPs), a list of name suffixes, or a regular expression for whole names.
-        exclude: name suffixes of modules to leave alone.
-        channel_dim: dimension that holds the channels; "auto" takes 1 after convolutions, -1 after linear layers.
+        exclude: Name suffixes of modules to leave alone.
+        channel_dim: The dimension that holds the channels; "auto" takes 1 after convolutions, -1 after linear layers.
 
     Raises:
-        AdapterError: a value is out of range.
+        AdapterError: A value is out of range.
     """
 
     name: ClassVar[str] = "nora"
@@ -104,7 +104,7 @@ class NoRA(Method):
             if getattr(self, field) not in allowed:
                 raise AdapterError(f"{field} {getattr(self, field)!r} must be one of {', '.join(map(repr, allowed))}")
         if not isinstance(self.channel_dim, int) and self.channel_dim != "auto":
-            raise AdapterError(f"channel_dim {self.channel_dim!r} must be a dimension, as 1 or -1, or 'auto'")
+            raise AdapterError(f"channel_dim {self.channel_dim!r} must be a dimension such as 1 or -1, or 'auto'")
         if not self.scale > 0:
             raise AdapterError(f"scale {self.scale} must be positive")
 
@@ -132,7 +132,7 @@ class NoRA(Method):
     def placeholder(
         self, qualified_name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
     ) -> AdapterModule:
-        """As for any method; files do not tell which activation it was, and what they hold does not depend on it."""
+        """As for any method. GELU takes the place of the activation, as the tensors in a file do not depend on it."""
         return NoRAActivation(nn.GELU(), qualified_name, self, -1, torch.device("meta"))
 
 
@@ -161,16 +161,16 @@ class NoRAActivation(AdapterModule):
     def __init__(
         self, base: nn.Module, qualified_name: str, config: NoRA, channel_dim: int, device: torch.device
     ) -> None:
-        # A copy, because one activation object may serve several layers.
+        # A copy, because several layers may share one activation object.
         super().__init__(copy.copy(base), qualified_name)
         self.__dict__["original"] = base
-        if getattr(base, "inplace", False):  # would overwrite the input that backward needs
+        if getattr(base, "inplace", False):  # it would overwrite the input that backward needs
             self.base.inplace = False
         self.config = config
         self.channel_dim = channel_dim
         self._function: Cache[Callable[[Tensor], Tensor]] = Cache()  # R with the present coefficients
         m, n = config.degrees
-        for part, width in (("numerator", m + 1), ("denominator", n)):
+        for part, width in zip(PARTS, (m + 1, n), strict=True):
             self.add_buffer(f"base_{part}", torch.zeros(width, device=device))
             self.add_buffer(f"{part}_scale", torch.ones(width, device=device))
             if config.rank is None:
@@ -185,16 +185,15 @@ class NoRAActivation(AdapterModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A Kaiming-uniform, B (or the direct update) zero; inputs assumed normal until calibrated."""
+        """A Kaiming-uniform, B (or the direct update) zero; inputs are taken for normal until calibration."""
         for name, parameter in self.adapter_parameters().items():
             if name.endswith("_A"):
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
             else:
                 nn.init.zeros_(parameter)
-        spread = 5 * _ASSUMED_STD
-        x = torch.linspace(-spread, spread, 2001, dtype=torch.float64, device="cpu")
+        x, weights = normal_inputs(_ASSUMED_STD)
         interval = PRESET_RANGE if isinstance(self.config.fit_range, str) else self.config.fit_range
-        self._fit(interval, x, torch.exp(-0.5 * (x / _ASSUMED_STD) ** 2), (-spread, spread), None)
+        self._fit(interval, x, weights, (x[0].item(), x[-1].item()), None)
         with torch.no_grad():
             self.calibrated.fill_(False)
         self._awaits_calibration = self.config.fit_range == "calibrate"
@@ -204,10 +203,10 @@ class NoRAActivation(AdapterModule):
         return self._awaits_calibration
 
     def calibrate(self, values: Tensor) -> None:
-        """Take the density of the inputs, and with fit_range="calibrate" their range, from a sample (N,).
+        """Measure the density of the inputs, and with fit_range="calibrate" their range, on a sample (N,).
 
         Raises:
-            AdapterError: the coefficients have already moved, or the sample is empty, constant or not finite.
+            AdapterError: The coefficients have already moved, or the sample is empty, constant or not finite.
         """
         moved = [n for n, p in self.adapter_parameters().items() if not n.endswith("_A") and p.detach().any()]
         if moved:
@@ -222,8 +221,8 @@ class NoRAActivation(AdapterModule):
         span = (torch.quantile(sample, 5e-4).item(), torch.quantile(sample, 1 - 5e-4).item())
         if span[1] - span[0] < _LEAST_SPREAD:
             raise AdapterError(
-                f"the inputs seen by {self.qualified_name!r} are constant, {span[0]:g}: nothing can be measured on "
-                "them. Give batches of real data, or exclude this layer"
+                f"the inputs seen by {self.qualified_name!r} are constant, {span[0]:g}, so that nothing can be "
+                "measured on them. Give batches of real data, or exclude this layer"
             )
         histogram = torch.histc(values, bins=_GRID, min=span[0], max=span[1])
         if isinstance(self.config.fit_range, str):
@@ -247,23 +246,18 @@ class NoRAActivation(AdapterModule):
         fit = fit_for(self.base_copy(), interval, config.degrees, config.denominator, density=fit_density)
         grid = torch.linspace(*grid_range, _GRID, dtype=torch.float64, device="cpu")
         if density is None:
-            density = torch.exp(-0.5 * (grid / _ASSUMED_STD) ** 2)
+            density = normal_density(grid, _ASSUMED_STD)
         with torch.no_grad():
-            for buffer, values in (
-                (self.base_numerator, fit.numerator),
-                (self.base_denominator, fit.denominator),
-                (self.fit_range, interval),
-                (self.grid_range, grid_range),
-            ):
-                buffer.copy_(torch.tensor(values, device="cpu"))
+            self.fit_range.copy_(torch.tensor(interval, device="cpu"))
+            self.grid_range.copy_(torch.tensor(grid_range, device="cpu"))
             self.density.copy_(density / density.sum())
-            if config.scaling == "density":
-                effect_a, effect_b = coefficient_effects(x, weights, fit)
-                self.numerator_scale.copy_(config.scale / effect_a)
-                self.denominator_scale.copy_(config.scale / effect_b)
+        set_base((self.base_numerator, self.base_denominator), fit)
+        if config.scaling == "density":
+            set_scale((self.numerator_scale, self.denominator_scale), config.scale, fit, x, weights)
         self.clear_caches()
 
     def _update(self, part: str) -> Tensor:
+        """The update of each group's coefficients (G, k): (alpha/r) B A or the direct update, times the scale."""
         config = self.config
         if config.rank is None:
             update = getattr(self, f"{part}_delta")
@@ -303,7 +297,11 @@ class NoRAActivation(AdapterModule):
         return y + change.to(y.dtype)
 
     def _check_input(self, x: Tensor) -> None:
-        """Raise if the layer was to be calibrated and was not, or if the groups do not divide the channels of x."""
+        """Check that the layer is calibrated if it has to be, and that the groups divide the channels of x.
+
+        Raises:
+            AdapterError: Calibration is missing while training, or the groups do not divide the channels.
+        """
         if self.training and self._awaits_calibration:
             raise AdapterError(
                 f"{self.qualified_name!r} has fit_range='calibrate' and was not calibrated; call "
@@ -316,8 +314,8 @@ class NoRAActivation(AdapterModule):
             )
 
     def _cached_function(self) -> Callable[[Tensor], Tensor]:
-        # From the table itself: looking attributes up takes longer than the function of a token. Buffers change in
-        # calibration alone.
+        # Read from the table itself: looking attributes up takes longer than computing one token. Buffers need not be
+        # sources: they change in calibration only, which clears the cache.
         return self._function.get([self._parameters[n] for n in self._adapter_parameters], self._fixed)  # type: ignore[misc]
 
     def _fixed(self) -> Callable[[Tensor], Tensor]:
@@ -325,16 +323,19 @@ class NoRAActivation(AdapterModule):
         return fixed_rational(a, b, self.config.denominator, self.channel_dim, self._subtracted())
 
     def grid(self) -> Tensor:
-        """The points (D,) that `density` belongs to, float64 on the CPU."""
+        """The points (D,) on which `density` is given, float64 on the CPU."""
         low, high = self.grid_range.tolist()
         return torch.linspace(low, high, _GRID, dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
     def learned_change(self, x: Tensor, coefficients: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """R(x; a, b) - R(x; a0, b0) of every group at inputs x (D,): (G, D), float64 on the CPU.
+        """R(x; a, b) - R(x; a0, b0) for every group (G, D), float64 on the CPU.
 
-        What training did, without the error of the fit that it started from; zero at the start. `coefficients` are
-        those of another moment, (G, m+1) and (G, n).
+        This is what training changed, without the error of the initial fit; it is zero at the start.
+
+        Args:
+            x: The inputs (D,).
+            coefficients: a (G, m+1) and b (G, n) of another moment; None for the present ones.
         """
         a, b = (c.double().cpu() for c in coefficients or self.coefficients())
         a0, b0 = (c.double().cpu() for c in self.base_coefficients())
@@ -353,10 +354,10 @@ class NoRAActivation(AdapterModule):
         return grid, initial, rational(columns, a, b, self.config.denominator).T
 
     def statistics(self) -> dict[str, float]:
-        """How the functions differ from the pretrained activation; over the groups, the one that differs most.
+        """How far the functions are from the pretrained activation, for the group that differs most.
 
-        drift, relative_drift, sup_drift as in `lit_adapters.statistics.drift`, under the layer's density; max_slope:
-        max |phi'| on the grid, and relative_max_slope: that over the pretrained one's. (min Q would be Q(0) = 1.)
+        drift, relative_drift and sup_drift are l2, relative and sup of `lit_adapters.ops.statistics.drift` under the
+        layer's density. max_slope is max |phi'| on the grid, and relative_max_slope its ratio to the pretrained one's.
         """
         grid, initial, current = self.functions()
         moved = drift(current, initial, self.density.double().cpu())
@@ -370,27 +371,27 @@ class NoRAActivation(AdapterModule):
         }
 
     def singular_values(self) -> dict[str, Tensor]:
-        """Of the updates of numerator (G, m+1) and denominator (G, n), in the units that train.
+        """The singular values of the updates of numerator (G, m+1) and denominator (G, n), before scaling.
 
-        With scaling="density" that is the effect of each coefficient on the function, otherwise the coefficient itself.
+        With scaling="density" the unit is a coefficient's effect on the function, otherwise the coefficient itself.
         """
         with torch.no_grad():
-            updates = {p: self._update(p) / getattr(self, f"{p}_scale") for p in ("numerator", "denominator")}
+            updates = {p: self._update(p) / getattr(self, f"{p}_scale") for p in PARTS}
         return {part: torch.linalg.svdvals(update.double().cpu()) for part, update in updates.items()}
 
     def input_histogram(self, x: Tensor) -> Tensor:
-        """Counts of a regular sample of x: below the grid, in each of its parts, above it; (D + 2,) on the CPU."""
+        """Counts (D + 2,) on the CPU for a regular sample of x: below the grid, in each of its D parts, above it."""
         low, high = self.grid_range.tolist()
         return histogram(regular_sample(x, _SAMPLE), low, high, _GRID).cpu()
 
     def observe(self, x: Tensor) -> dict[str, float]:
-        """outside_range: share of the inputs outside the interval of the fit."""
+        """outside_range: the share of the inputs outside the interval of the fit."""
         values = regular_sample(x, _SAMPLE)
         low, high = self.fit_range.tolist()
         return {"outside_range": ((values < low) | (values > high)).float().mean().item()}
 
     def folded(self) -> RationalActivation:
-        """The same function with plain coefficients: no factors, no configuration."""
+        """The same function as a module with plain coefficients, without factors and configuration."""
         anchored = self.config.base == "anchored"
         with torch.no_grad():
             a, b = self.coefficients()
@@ -418,7 +419,7 @@ class NoRAActivation(AdapterModule):
         return f"{type(self.base).__name__}, groups={c.groups}, rank={c.rank}, degrees={c.degrees}, base={c.base}"
 
     def learned_functions(self) -> LearnedFunctions:
-        """Itself."""
+        """This adapter, which has the methods of `LearnedFunctions`."""
         return self
 
     def fitted_range(self) -> tuple[float, float]:
@@ -427,7 +428,7 @@ class NoRAActivation(AdapterModule):
         return low, high
 
     def summary(self) -> AdapterSummary:
-        """As for any functions, with their degrees and rank."""
+        """As for any learned functions, with their degrees and rank."""
         c = self.config
         rank = "" if c.rank is None else f", r = {c.rank}"
         return replace(super().summary(), size=f"{c.groups} groups, {c.degrees[0]}/{c.degrees[1]}{rank}")
@@ -437,7 +438,7 @@ class NoRAActivation(AdapterModule):
         return "a function of the activations: merging leaves a plain rational activation in its place"
 
     def charts(self) -> dict[str, str]:
-        """How far the functions have moved, and how many inputs lie where the fit was not made."""
+        """The drift of the functions, and the share of inputs outside the interval of the fit."""
         return {
             "functions: drift from the pretrained ones, each layer": each_layer("relative_drift"),
             "functions: share of inputs outside the fit": each_layer("outside_range"),

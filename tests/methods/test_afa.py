@@ -146,7 +146,7 @@ def steps(adapter: AFAAdapter, count: int, passes: int = 1) -> None:
 def test_training_without_annealing_is_noticed():
     adapter = layer()
     with pytest.raises(
-        la.AdapterError, match=r"'0' has trained for 100 steps and nobody moves its beta: train with Adapt"
+        la.AdapterError, match=r"'0' has trained for 100 steps and nothing moves its beta: train with Adapt"
     ):
         steps(adapter, 110)
     steps(adapter.eval(), 2)
@@ -204,8 +204,8 @@ def test_statistics():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"activation": "swish"}, "activation 'swish' is none of relu, silu"),
-        ({"groups": 2}, "groups 2: fixed activations have no groups"),
+        ({"activation": "swish"}, "activation 'swish' must be one of relu, silu"),
+        ({"groups": 2}, "groups 2 must be at least 1, and exactly 1 unless"),
         ({"activation": "rational", "groups": 0}, "groups 0"),
         ({"schedule": 0.3}, "0.3 is no schedule"),
     ],
