@@ -5,8 +5,8 @@
     cos       z + z cos(w z)          gaussian  z exp(-z^2) / 2        swish25   z sigmoid(25 z)
     identity  z
 
-a is the amplitude and w the frequency. The released code writes the eighth as "swish(25x)"; we read that as Swish with
-its slope at 25.
+a is the amplitude and w the frequency. The released code writes swish25 as "swish(25x)"; we read that as Swish with the
+slope 25 inside the sigmoid.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Formula = Callable[[Tensor, float, "float | Tensor"], Tensor]  # of z, amplitude, frequency
+Formula = Callable[[Tensor, float, "float | Tensor"], Tensor]  # a function of z, amplitude and frequency
 
 
 @dataclass(frozen=True)
 class WeightFunction:
-    """f, f' and, where the frequency may be learned, df/dw; all elementwise, for z of any shape.
+    """f and its derivatives, elementwise functions of z in any shape.
 
     Attributes:
         value: f(z).
         derivative: f'(z); at a kink, the derivative from the left.
-        by_frequency: df/dw(z), or None.
-        flat_at_zero: f'(0) = 0, so that B = 0 would never train.
-        wave: c1, c2, c3 and phase, of the amplitude, where f(z) = c1 z + (c2 + c3 z) sin(w z + phase) and f(0) = 0.
+        by_frequency: df/dw(z); None if the frequency cannot be learned.
+        flat_at_zero: Whether f'(0) = 0, so that B = 0 would never train.
+        sinusoid: Returns c1, c2, c3 and phase for an amplitude if f(z) = c1 z + (c2 + c3 z) sin(w z + phase) and
+            f(0) = 0; None for other functions.
     """
 
     value: Formula
     derivative: Formula
     by_frequency: Formula | None = None
     flat_at_zero: bool = False
-    wave: Callable[[float], tuple[float, float, float, float]] | None = None
+    sinusoid: Callable[[float], tuple[float, float, float, float]] | None = None
 
 
 def _swish(z: Tensor, slope: float) -> Tensor:
@@ -66,19 +67,19 @@ def _logistic_slope(z: Tensor, a: float, w: float | Tensor) -> Tensor:
 
 WEIGHT_FUNCTIONS: dict[str, WeightFunction] = {
     "sinter": WeightFunction(
-        lambda z, a, w: z + a * z * torch.sin(w * z), _sinter_slope, wave=lambda a: (1.0, 0.0, a, 0.0)
+        lambda z, a, w: z + a * z * torch.sin(w * z), _sinter_slope, sinusoid=lambda a: (1.0, 0.0, a, 0.0)
     ),
     "sine": WeightFunction(
         lambda z, a, w: torch.sin(w * z),
         lambda z, a, w: w * torch.cos(w * z),
         lambda z, a, w: z * torch.cos(w * z),
-        wave=lambda a: (0.0, 1.0, 0.0, 0.0),
+        sinusoid=lambda a: (0.0, 1.0, 0.0, 0.0),
     ),
     "cos": WeightFunction(
-        lambda z, a, w: z + z * torch.cos(w * z), _cos_slope, wave=lambda a: (1.0, 0.0, 1.0, math.pi / 2)
+        lambda z, a, w: z + z * torch.cos(w * z), _cos_slope, sinusoid=lambda a: (1.0, 0.0, 1.0, math.pi / 2)
     ),
     "identity": WeightFunction(
-        lambda z, a, w: z, lambda z, a, w: torch.ones_like(z), wave=lambda a: (1.0, 0.0, 0.0, 0.0)
+        lambda z, a, w: z, lambda z, a, w: torch.ones_like(z), sinusoid=lambda a: (1.0, 0.0, 0.0, 0.0)
     ),
     "sigmoid": WeightFunction(lambda z, a, w: torch.sigmoid(z), _logistic_slope),
     "tanh": WeightFunction(lambda z, a, w: torch.tanh(z), lambda z, a, w: 1 - torch.tanh(z).square()),
@@ -94,13 +95,13 @@ WEIGHT_FUNCTIONS: dict[str, WeightFunction] = {
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """s f, as a function of z and of the frequency.
+    """s f as a function of z and of the frequency w.
 
     Attributes:
-        function: name of f.
+        function: The name of f.
         scaling: s.
         amplitude: a.
-        centered: use f(z) - f(0).
+        centered: Whether f(z) - f(0) takes the place of f(z).
     """
 
     function: str
@@ -110,18 +111,20 @@ class WeightUpdate:
 
     @property
     def f(self) -> WeightFunction:
+        """f without s and without centring."""
         return WEIGHT_FUNCTIONS[self.function]
 
     @property
     def learns_frequency(self) -> bool:
+        """Whether w is trained."""
         return self.f.by_frequency is not None
 
     @property
-    def wave(self) -> tuple[float, float, float, float] | None:
-        """c1, c2, c3 and phase where s f(z) = c1 z + (c2 + c3 z) sin(w z + phase), centred or not."""
-        if self.f.wave is None:
+    def sinusoid(self) -> tuple[float, float, float, float] | None:
+        """c1, c2, c3 and phase if s f(z) = c1 z + (c2 + c3 z) sin(w z + phase), centred or not; None for other f."""
+        if self.f.sinusoid is None:
             return None
-        *factors, phase = self.f.wave(self.amplitude)
+        *factors, phase = self.f.sinusoid(self.amplitude)
         c1, c2, c3 = (self.scaling * c for c in factors)
         return c1, c2, c3, phase
 
@@ -137,6 +140,6 @@ class WeightUpdate:
         return self.scaling * self.f.derivative(z, self.amplitude, frequency)
 
     def by_frequency(self, z: Tensor, frequency: Tensor) -> Tensor:
-        """s df/dw(z); zero at z = 0 for every f that has it, so that centring changes nothing."""
+        """s df/dw(z). Centring changes nothing: df/dw is 0 at z = 0 for every f that has it."""
         assert self.f.by_frequency is not None
         return self.scaling * self.f.by_frequency(z, self.amplitude, frequency)

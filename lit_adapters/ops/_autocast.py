@@ -1,4 +1,4 @@
-"""Autocast on the device of a tensor, or none: on the meta device PyTorch has none to ask about."""
+"""Autocast on the device of a tensor. PyTorch knows no autocast for the meta device and raises if it is asked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What autocast has products of `tensor` computed in at present; None without autocast."""
+    """The dtype in which autocast computes products of `tensor` now; None without autocast."""
     kind = tensor.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
@@ -17,5 +17,5 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """A context without autocast on the device of `tensor`; where there is none, one that costs nothing."""
+    """A context without autocast on the device of `tensor`; costs nothing where autocast is off already."""
     return nullcontext() if autocast_dtype(tensor) is None else torch.autocast(tensor.device.type, enabled=False)

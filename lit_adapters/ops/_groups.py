@@ -1,4 +1,4 @@
-"""Views of a tensor as (outer, groups, elements of a group), whatever its rank and memory order."""
+"""Views of a tensor as (outer, groups, elements of a group), for any rank and memory order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def dense(x: Tensor, channel_dim: int) -> Tensor:
 
 
 def grouped_shape(x: Tensor, groups: int, channel_dim: int) -> tuple[int, int, int]:
-    """(outer, groups, K) of a `dense` tensor: each row of K elements belongs to one group."""
+    """The shape (outer, groups, K) of a `dense` tensor; the K elements of a row belong to one group."""
     channels = x.shape[channel_dim]
     if not x.is_contiguous():  # the channels are last in memory
         return prod(x.shape) // max(1, channels), groups, channels // groups
@@ -23,6 +23,6 @@ def grouped_shape(x: Tensor, groups: int, channel_dim: int) -> tuple[int, int, i
 
 
 def as_groups(x: Tensor, groups: int, channel_dim: int) -> Tensor:
-    """View a `dense` tensor in that shape."""
+    """A view of a `dense` tensor in the shape of `grouped_shape`."""
     shape = grouped_shape(x, groups, channel_dim)
     return (x if x.is_contiguous() else x.movedim(channel_dim, -1)).view(shape)

@@ -1,7 +1,10 @@
-"""Kernels in C++ for the processor, compiled at first use and kept in the cache folder.
+"""Kernels in C++ for the CPU, compiled at first use and kept in the folder `kernels` of the cache folder.
 
-The folder is $LIT_ADAPTERS_CACHE, else ~/.cache/lit_adapters. A kernel takes its threads from the OpenMP runtime that
-PyTorch has loaded, which knows what g++ writes; a second one would compete with it.
+This takes the place of torch.utils.cpp_extension.load, which needs ninja and does not rebuild a kernel for another
+processor. A kernel here includes no header of PyTorch or Python: it compiles in 2 s, where one that does takes 20.
+
+A kernel uses the OpenMP runtime that PyTorch has loaded, which also offers the functions that g++ calls; a second
+runtime would compete with it for the processor.
 """
 
 from __future__ import annotations
@@ -29,16 +32,16 @@ log = logging.getLogger(__name__)
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fno-exceptions", "-fno-rtti", "-fopenmp", "-fPIC", "-w"]
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_SERIAL = 1 << 14  # elements that are not worth a second thread
+_SERIAL = 1 << 14  # up to so many elements, one thread is faster than several
 
 _broken: set[str] = set()  # kernels that could not be built or loaded
 
 
 def compiler() -> str:
-    """The C++ compiler: $CXX or g++.
+    """The path of the C++ compiler: $CXX if it can be found, else g++.
 
     Raises:
-        OSError: there is none.
+        OSError: Neither is on the PATH.
     """
     candidates = [os.environ.get("CXX"), "g++"]
     found = next((path for name in candidates if name and (path := shutil.which(name))), None)
@@ -49,7 +52,7 @@ def compiler() -> str:
 
 @functools.cache
 def _processor() -> str:
-    """What -march=native depends on."""
+    """The properties of the processor that the meaning of -march=native depends on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
@@ -57,10 +60,18 @@ def _processor() -> str:
 
 @functools.cache
 def build(name: str, **macros: int) -> ctypes.CDLL:
-    """The functions of NAME.cpp beside this file, compiled with these macros.
+    """Compile and load a kernel, or load it from the cache.
+
+    Args:
+        name: The name of a C++ file beside this one, without its suffix.
+        **macros: Values of the macros that the file is compiled with.
+
+    Returns:
+        The loaded library with the functions of the file.
 
     Raises:
-        OSError: it could not be compiled, written or loaded.
+        OSError: The file cannot be compiled, written or loaded.
+        RuntimeError: There is no home directory, and $LIT_ADAPTERS_CACHE is not set.
     """
     source, header = (Path(__file__).with_name(file) for file in (f"{name}.cpp", "vectors.h"))
     command = [compiler(), *FLAGS, *(f"-D{macro}={value}" for macro, value in macros.items())]
@@ -73,7 +84,7 @@ def build(name: str, **macros: int) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             steps = [
                 [*command, "-c", str(source), "-o", f"{scratch}/kernel.o"],
-                # Without -fopenmp: its symbols are those that PyTorch has brought along.
+                # Without -fopenmp, so that no OpenMP runtime is linked: PyTorch has loaded one.
                 [command[0], "-shared", f"{scratch}/kernel.o", "-lm", "-o", f"{scratch}/kernel.so"],
             ]
             for step in steps:
@@ -90,39 +101,52 @@ def usable(name: str) -> bool:
 
 
 def library(name: str, what: str, **macros: int) -> ctypes.CDLL | None:
-    """`build`; where that fails, None and, once for each kernel, a warning that `what` goes the slow way."""
+    """As `build`, but None if that fails, with one warning for each kernel.
+
+    Args:
+        name: As for `build`.
+        what: What the kernel computes, for the warning.
+        **macros: As for `build`.
+    """
     try:
         return build(name, **macros)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         _broken.add(name)
         warnings.warn(
             f"the fast {what} cannot be built here ({error}); it runs in plain PyTorch operations, several times "
-            "slower. g++ on the PATH (with CXX unset) and a folder to write to (LIT_ADAPTERS_CACHE) mend this.",
+            "slower. To fix it, put g++ on the PATH (with CXX unset) and set LIT_ADAPTERS_CACHE to a writable folder.",
             stacklevel=2,
         )
         return None
 
 
 def function(functions: ctypes.CDLL, name: str, pointers: int, sizes: int) -> Any:
-    """The function NAME, which takes so many addresses and whole numbers, then the number of threads."""
+    """A function of a loaded library, declared for ctypes.
+
+    Args:
+        functions: The library.
+        name: The name of the function.
+        pointers: How many addresses it takes; they come first.
+        sizes: How many whole numbers it takes after them; the number of threads comes last.
+    """
     found = getattr(functions, name)
-    if found.argtypes is None:  # once declared, Python's own numbers will do
+    if found.argtypes is None:  # declared, it takes Python's own numbers
         found.argtypes = [*[ctypes.c_void_p] * pointers, *[ctypes.c_int64] * sizes, ctypes.c_int]
         found.restype = None
     return found
 
 
 def in_memory(*tensors: Tensor | None) -> bool:
-    """Whether all are values in the processor's memory: no shards, stand-ins without values, or batches of vmap."""
+    """Whether all tensors have their values in the CPU's memory: no shards, fake tensors, or batches of vmap."""
     given = (t for t in tensors if t is not None)
     return all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and torch._C._has_storage(t) for t in given)
 
 
 def pointers(*tensors: Tensor | None) -> list[int | None]:
-    """Where tensors lie in memory; None is no place."""
+    """The addresses of tensors; None for None."""
     return [None if t is None else t.data_ptr() for t in tensors]
 
 
 def threads(elements: int) -> int:
-    """How many threads should share this many elements."""
+    """How many threads should compute so many elements."""
     return torch.get_num_threads() if elements > _SERIAL else 1

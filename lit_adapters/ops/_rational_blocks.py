@@ -1,6 +1,8 @@
-"""Rational functions in plain PyTorch operations, block by block so that temporaries stay in the processor's cache.
+"""The path of `rational` that needs no compiler: plain PyTorch operations, block by block.
 
-Needs no compiler. Tensors come as (outer, G, K) in any floating dtype, coefficients as (G, degree).
+Runs on the CPU where the C++ kernel cannot, and on a GPU without Triton; rational.py lists the other paths. Blocks are
+small enough for temporaries to stay in the processor's cache. Tensors are (outer, G, K) in any floating dtype,
+coefficients (G, degree).
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from torch import Tensor
 from lit_adapters.ops import _rational_math as math
 from lit_adapters.ops._rational_math import Coefficients
 
-# Elements of a block. On a CPU, the temporaries of a block should stay in the cache, and shorter ones leave the threads
-# waiting for each other; a GPU wants fewer and larger launches.
+# Elements of a block. On a CPU, the temporaries of a block should stay in the cache, but threads wait for each other if
+# blocks are much smaller; a GPU wants fewer and larger launches.
 _BLOCK_OF_THREAD = 1 << 17
 _BLOCK_ELSEWHERE = 1 << 22
 
@@ -26,15 +28,15 @@ def _blocks(x: Tensor) -> Iterator[slice]:
 
 
 def _working_dtype(block: Tensor) -> torch.dtype:
-    """float32 wherever it is exact enough; float64 for float64 inputs and for blocks whose powers may overflow."""
-    low, high = torch.aminmax(block)  # NaN where the block has one, which hides the others' size
+    """float32 where it is exact enough; float64 for float64 inputs and for blocks whose powers may overflow."""
+    low, high = torch.aminmax(block)  # both are NaN if the block holds a NaN, and the block is then computed in float64
     fits = -low.item() <= math.LARGE and high.item() <= math.LARGE
     return torch.float32 if fits and block.dtype != torch.float64 else torch.float64
 
 
-def _in(dtype: torch.dtype, block: Tensor, space: math.Workspace) -> Tensor:
+def _in_dtype(dtype: torch.dtype, block: Tensor, workspace: math.Workspace) -> Tensor:
     """The block, or a copy of it in another dtype."""
-    return block if block.dtype == dtype else space.like(block, dtype).copy_(block)
+    return block if block.dtype == dtype else workspace.like(block, dtype).copy_(block)
 
 
 def _cast(coefficients: Coefficients | None, dtype: torch.dtype) -> Coefficients | None:
@@ -42,13 +44,13 @@ def _cast(coefficients: Coefficients | None, dtype: torch.dtype) -> Coefficients
 
 
 def forward(x: Tensor, y: Tensor, coefficients: Coefficients, base: Coefficients | None, form: str) -> None:
-    """Write R(x), or R(x) - R_base(x) where a base is given, to `y`."""
-    space = math.Workspace()
+    """Write R(x), or R(x) - R_base(x) if a base is given, to `y`."""
+    workspace = math.Workspace()
     for rows in _blocks(x):
-        space.begin()
-        block = _in(_working_dtype(x[rows]), x[rows], space)
+        workspace.begin()
+        block = _in_dtype(_working_dtype(x[rows]), x[rows], workspace)
         a, b = (c.to(block.dtype) for c in coefficients)
-        y[rows] = math.value(block, (a, b), _cast(base, block.dtype), form, space)
+        y[rows] = math.value(block, (a, b), _cast(base, block.dtype), form, workspace)
 
 
 def backward(
@@ -60,19 +62,23 @@ def backward(
     form: str,
     need_coefficients: bool,
 ) -> Tensor:
-    """Write the gradient of x to `grad_x`; return those of the coefficients, (G, m+1+n) in float64.
+    """Write the gradient of x to `grad_x`.
 
-    Rows are added in float64 and in a fixed order: the sums do not depend on timing.
+    Returns:
+        The gradients of the coefficients (G, m+1+n) in float64. Rows are added in a fixed order, so that sums do not
+        depend on timing.
     """
     a, b = coefficients
     total = torch.zeros(a.shape[1] + b.shape[1], a.shape[0], dtype=torch.float64, device=x.device)
-    space = math.Workspace()
+    workspace = math.Workspace()
     for rows in _blocks(x):
-        space.begin()
+        workspace.begin()
         dtype = _working_dtype(x[rows])
-        block, block_grad = (_in(dtype, t[rows], space) for t in (x, grad))
-        own = a.to(dtype), b.to(dtype)
-        grad_x[rows], sums = math.gradients(block_grad, block, own, _cast(base, dtype), form, need_coefficients, space)
+        block, block_grad = (_in_dtype(dtype, t[rows], workspace) for t in (x, grad))
+        current = a.to(dtype), b.to(dtype)
+        grad_x[rows], sums = math.gradients(
+            block_grad, block, current, _cast(base, dtype), form, need_coefficients, workspace
+        )
         if sums:
             total += torch.stack(sums).sum(2, dtype=torch.float64)
     return total.T

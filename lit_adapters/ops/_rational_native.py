@@ -1,6 +1,7 @@
-"""Rational functions by rational.cpp, which is compiled for each form and its degrees (see _native.py).
+"""The path of `rational` in C++, on the CPU: rational.cpp, compiled at first use for each form and its degrees.
 
-Any failure to build or load it means, after one warning, the path that needs no compiler.
+Runs for float32 and bfloat16 inputs with groups of at least 8 elements; rational.py lists the other paths. If the
+kernel cannot be built or loaded, there is one warning, and _rational_blocks.py takes over.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from lit_adapters.ops._native import DTYPES, function, library, pointers, thread
 from lit_adapters.ops._rational_math import Coefficients
 
 NAME = "rational"
-_CHUNK = 1 << 15  # elements of a chunk of rows, forward and backward: x, dy and dx stay in a core's second-level cache
-_SHORTEST = 8  # elements of a group that stand together; fewer would waste the lanes of a vector
+_CHUNK = 1 << 15  # elements of a chunk of rows in backward; x, dy and dx of a chunk fit a core's second-level cache
+_SHORTEST = 8  # elements of a group that are neighbours in memory; fewer would not fill a vector
 
 Shape = tuple[int, int, int]  # outer, G, K
-_Kernel = tuple[Any, list[int | None], list[Tensor | None]]  # the coefficients' addresses, and what lies there
+# The function, the addresses of the coefficients, and the coefficients themselves, which must stay referenced.
+_Kernel = tuple[Any, list[int | None], list[Tensor | None]]
 
 
-def serves(x: Tensor, shape: Shape) -> bool:
-    """Whether this path can compute for `x` in that shape: not on a GPU, in another dtype, or without a compiler."""
+def can_run(x: Tensor, shape: Shape) -> bool:
+    """Whether the kernel can compute for `x` in this shape: on the CPU, in a dtype it has, with groups long enough."""
     return usable(NAME) and x.device.type == "cpu" and x.dtype in DTYPES and shape[2] >= _SHORTEST
 
 
@@ -40,34 +42,46 @@ def _floats(coefficients: Coefficients, base: Coefficients | None) -> list[Tenso
 def _as_float(c: Tensor) -> Tensor:
     if not c.is_cpu:
         raise RuntimeError(f"the coefficients of a rational function are on {c.device}, its input on the CPU")
-    # Asked first: for a single token, three conversions to what it is already take longer than the function.
+    # The test saves time: for a single token, three conversions that change nothing take longer than the function.
     return c if c.dtype == torch.float32 and c.is_contiguous() else c.detach().to(torch.float32).contiguous()
 
 
 def forward(
     x: Tensor, y: Tensor, shape: Shape, coefficients: Coefficients, base: Coefficients | None, form: str
 ) -> bool:
-    """Write R(x), or R(x) - R_base(x) where a base is given, to `y`; False where this path cannot serve `x`.
+    """Write R(x), or R(x) - R_base(x) if a base is given, to `y`.
 
-    Both lie in memory like a contiguous tensor of this shape.
+    Args:
+        x: In memory like a contiguous tensor of `shape`; float32 or bfloat16.
+        y: As `x`.
+        shape: (outer, G, K).
+        coefficients: (G, m+1) and (G, n), any floating dtype.
+        base: Coefficients of the subtracted function, of the same shapes.
+        form: "abs-of-sum" or "sum-of-abs".
+
+    Returns:
+        False if the kernel cannot be built; nothing is written then.
+
+    Raises:
+        RuntimeError: The coefficients are not on the CPU.
     """
     if (functions := _library(coefficients, form)) is None:
         return False
     kernel = function(functions, f"forward_{DTYPES[x.dtype]}", pointers=6, sizes=3)
-    floats = _floats(coefficients, base)  # alive until the kernel has run
+    floats = _floats(coefficients, base)  # referenced until the kernel has run
     kernel(*pointers(x, y, *floats), *shape, threads(x.numel()))
     return True
 
 
 class Prepared:
-    """`forward` of coefficients that stay as they are: what does not depend on x is looked up once."""
+    """`forward` for coefficients that do not change: everything that does not depend on x is looked up once."""
 
     def __init__(self, coefficients: Coefficients, base: Coefficients | None, form: str) -> None:
         self._coefficients, self._base, self._form = coefficients, base, form
         self._kernels: dict[torch.dtype, _Kernel] = {}
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """R(x) of a contiguous x (..., D) in the processor's memory; None where this path cannot serve it."""
+        """R(x) of a contiguous x (..., D) on the CPU; None if the kernel cannot compute it."""
         channels, groups = x.shape[-1], self._coefficients[0].shape[0]
         found = self._kernels.get(x.dtype) or self._find(x.dtype)
         if found is None or channels % groups or channels < _SHORTEST * groups or not x.numel():
@@ -95,9 +109,11 @@ def backward(
     form: str,
     need_coefficients: bool,
 ) -> Tensor | None:
-    """Write the gradient of x to `grad_x`; return those of the coefficients, (G, m+1+n) in float64, or None as above.
+    """Write the gradient of x to `grad_x`.
 
-    Chunks are added in float64 and in a fixed order: the sums do not depend on timing.
+    Returns:
+        The gradients of the coefficients (G, m+1+n) in float64; None if the kernel cannot be built. Chunks are added in
+        a fixed order, so that sums do not depend on timing.
     """
     if (functions := _library(coefficients, form)) is None:
         return None

@@ -1,8 +1,11 @@
-"""Rational functions as Triton kernels, one pass over memory each way. For GPUs; their speed has not been measured.
+"""The path of `rational` for GPUs: Triton kernels, one pass over memory in each direction.
 
-A program takes a tile of one group, (rows, part of a row), in the dtype of memory, and computes in float32 registers; a
-tile that holds a number whose powers might overflow computes in float64. Sums for coefficients take two stages without
-atomics: each program writes its own, and they are added in float64 in a fixed order, so results do not vary.
+Runs for CUDA tensors if triton is installed; rational.py lists the other paths. Tested under Triton's interpreter only:
+its speed has not been measured on a GPU.
+
+A program takes a tile of one group (rows, part of a row) in the dtype of memory and computes in float32; a tile with a
+number whose powers might overflow is computed in float64. Sums for the coefficients take two stages without atomics:
+each program writes its own sums, which are then added in float64 in a fixed order, so that results do not vary.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ _LARGE = tl.constexpr(math.LARGE)
 
 @triton.jit
 def _polynomial(c, x, DEGREE: tl.constexpr, ABS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """c_0 + ... + c_DEGREE x^DEGREE and its derivative, Horner's rule for both; |c_i| if ABS."""
+    """c_0 + ... + c_DEGREE x^DEGREE and its derivative, both by Horner's rule; with |c_i| for c_i if ABS."""
     value, slope = tl.zeros_like(x), tl.zeros_like(x)
     for i in tl.static_range(DEGREE + 1):
         coefficient = tl.load(c + DEGREE - i).to(x.dtype)
@@ -34,41 +37,41 @@ def _polynomial(c, x, DEGREE: tl.constexpr, ABS: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
-def _parts(x, a, b, M: tl.constexpr, N: tl.constexpr, ABS_OF_SUM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """1/Q, R, dR/dx, and the factor and power that gradients of b are built from."""
+def _value_and_slope(x, a, b, M: tl.constexpr, N: tl.constexpr, ABS_OF_SUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """1/Q, R, dR/dx, and two factors of the gradients of b: dR/db_j = -by_b1 power^(j-1) R / Q."""
     one = tl.full(x.shape, 1, x.dtype)
     p, p_slope = _polynomial(a, x, M, False)
     if ABS_OF_SUM:
         v, v_slope = _polynomial(b, x, N - 1, False)
         inner, inner_slope = x * v, v + x * v_slope
         s = tl.where(inner >= 0, one, -one)
-        q, q_slope, lever, power = 1 + s * inner, s * inner_slope, s * x, x
+        q, q_slope, by_b1, power = 1 + s * inner, s * inner_slope, s * x, x
     else:
         power = tl.abs(x)
         v, v_slope = _polynomial(b, power, N - 1, True)
         s = tl.where(x >= 0, one, -one)
-        q, q_slope, lever = 1 + power * v, s * (v + power * v_slope), power
-    # Divided: a multiplication could be fused with the subtraction of the base, whose equal would not give 0.
+        q, q_slope, by_b1 = 1 + power * v, s * (v + power * v_slope), power
+    # Divided, because a multiplication might be fused with the subtraction of the base, and R - R would not be 0.
     y = p / q
-    return 1 / q, y, (p_slope - q_slope * y) / q, lever, power
+    return 1 / q, y, (p_slope - q_slope * y) / q, by_b1, power
 
 
 @triton.jit
 def _tile(outer, G, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Group, offsets and mask of this program's elements of (outer, G, K)."""
+    """The group, the offsets and the mask of the elements of (outer, G, K) that this program computes."""
     group = tl.program_id(1)
-    parts = tl.cdiv(K, COLUMNS)
-    rows = (tl.program_id(0) // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = (tl.program_id(0) % parts) * COLUMNS + tl.arange(0, COLUMNS)
+    tiles = tl.cdiv(K, COLUMNS)
+    rows = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
     offsets = (rows[:, None] * G + group) * K + columns[None, :]
     return group, offsets, (rows < outer)[:, None] & (columns < K)[None, :]
 
 
 @triton.jit
 def _value(x, a, b, a0, b0, M: tl.constexpr, N: tl.constexpr, ABS_OF_SUM: tl.constexpr, BASE: tl.constexpr):  # type: ignore[no-untyped-def]
-    _, y, _, _, _ = _parts(x, a, b, M, N, ABS_OF_SUM)
+    _, y, _, _, _ = _value_and_slope(x, a, b, M, N, ABS_OF_SUM)
     if BASE:
-        _, y0, _, _, _ = _parts(x, a0, b0, M, N, ABS_OF_SUM)
+        _, y0, _, _, _ = _value_and_slope(x, a0, b0, M, N, ABS_OF_SUM)
         y -= y0
     return y
 
@@ -117,20 +120,23 @@ def _gradients(  # type: ignore[no-untyped-def]
     BASE: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
 ):
-    """The gradient of x; those of the coefficients, summed over the tile, go to `sums`. Masked elements have g = 0."""
-    reciprocal, y, slope, lever, power = _parts(x, a, b, M, N, ABS_OF_SUM)
+    """The gradient of x; writes the gradients of the coefficients, summed over the tile, to `sums`.
+
+    Masked elements have g = 0.
+    """
+    reciprocal, y, slope, by_b1, power = _value_and_slope(x, a, b, M, N, ABS_OF_SUM)
     if COEFFICIENTS:
         weight = g * reciprocal
         term = weight
         for i in tl.static_range(M + 1):
             tl.store(sums + i, tl.sum(term).to(tl.float64))
             term = term * x
-        term = -weight * y * lever
+        term = -weight * y * by_b1
         for j in tl.static_range(N):
             tl.store(sums + M + 1 + j, tl.sum(term).to(tl.float64))
             term = term * power
     if BASE:
-        _, _, slope0, _, _ = _parts(x, a0, b0, M, N, ABS_OF_SUM)
+        _, _, slope0, _, _ = _value_and_slope(x, a0, b0, M, N, ABS_OF_SUM)
         slope -= slope0
     return g * slope
 
@@ -174,7 +180,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def _launch(x: Tensor, coefficients: Coefficients, base: Coefficients | None, form: str) -> tuple[int, tuple, dict]:  # type: ignore[type-arg]
-    """Programs along the first axis, arguments after the tensors of x's size, and options."""
+    """The number of programs along the first axis, the arguments after the tensors of x's size, and the options."""
     outer, groups, length = x.shape
     columns = min(_TILE, triton.next_power_of_2(length))
     rows = _TILE // columns
@@ -186,7 +192,7 @@ def _launch(x: Tensor, coefficients: Coefficients, base: Coefficients | None, fo
 
 
 def forward(x: Tensor, y: Tensor, coefficients: Coefficients, base: Coefficients | None, form: str) -> None:
-    """Write R(x), or R(x) - R_base(x) where a base is given, to `y`; (outer, G, K) both, contiguous."""
+    """Write R(x), or R(x) - R_base(x) if a base is given, to `y`; both are (outer, G, K) and contiguous."""
     programs, arguments, options = _launch(x, coefficients, base, form)
     if x.numel():
         _forward_kernel[(programs, x.shape[1])](x, y, *arguments, **options)
@@ -201,7 +207,11 @@ def backward(
     form: str,
     need_coefficients: bool,
 ) -> Tensor:
-    """Write the gradient of x to `grad_x`; return those of the coefficients, (G, m+1+n) in float64."""
+    """Write the gradient of x to `grad_x`.
+
+    Returns:
+        The gradients of the coefficients (G, m+1+n) in float64.
+    """
     programs, arguments, options = _launch(x, coefficients, base, form)
     width = coefficients[0].shape[1] + coefficients[1].shape[1]
     sums = torch.zeros(programs, x.shape[1], width, dtype=torch.float64, device=x.device)

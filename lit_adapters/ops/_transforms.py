@@ -1,4 +1,4 @@
-"""Transforms of torch.func (grad, vmap, jvp ...) and forward-mode derivatives: only plain operations serve them all."""
+"""Detects transforms of torch.func (grad, vmap, jvp ...) and forward-mode derivatives, which need plain operations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from torch.autograd import forward_ad
 
 
 def transformed() -> bool:
-    """Whether any is at work, so that a formula must be left to PyTorch; not while a compiler traces, which copes."""
+    """Whether a transform is active, so that PyTorch must differentiate the plain formula.
+
+    False under torch.compile, which traces the custom operators itself.
+    """
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -1,4 +1,4 @@
-"""A value computed from tensors, kept for as long as the tensors stay as they are."""
+"""A value computed from tensors and kept while the tensors stay the same."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ Value = TypeVar("Value")
 
 
 class Cache(Generic[Value]):
-    """The value that was computed last, with the tensors it came from. Copies and pickles of a cache are empty."""
+    """The value that was computed last, with the tensors it depends on. Copies and pickles of a cache are empty."""
 
     def __init__(self) -> None:
-        # One object, so that another thread sees all of it or nothing.
+        # One tuple, so that another thread sees all of it or nothing.
         self._last: tuple[Hashable, list[tuple[Tensor, int]], Value] | None = None
 
     @property
     def value(self) -> Value | None:
-        """The value that is kept; None if there is none."""
+        """The kept value; None if there is none."""
         return None if self._last is None else self._last[2]
 
     def get(self, sources: Sequence[Tensor], compute: Callable[[], Value], key: Hashable = None) -> Value:
-        """The result of `compute`, kept from an earlier call if `sources` and `key` are the same as then.
+        """The result of `compute`, taken from an earlier call if `sources` and `key` are the same as then.
 
         A source has changed if it is another tensor or was written to, for example by an optimiser step. Nothing is
-        kept where PyTorch does not count writes (inference tensors), or where tensors may stand for others (inside a
-        dispatch mode).
+        kept where PyTorch does not count writes (inference tensors), or where a tensor may represent another one
+        (inside a dispatch mode).
 
         Args:
-            sources: the tensors that the value depends on.
-            compute: computes the value; called without gradients.
-            key: anything else that the value depends on, such as a dtype.
+            sources: The tensors that the value depends on.
+            compute: Computes the value; called without gradients.
+            key: Anything else that the value depends on, such as a dtype.
+
+        Returns:
+            The value.
         """
         if torch._C._len_torch_dispatch_stack() or any(t.is_inference() for t in sources):
             with torch.no_grad():
@@ -59,7 +62,7 @@ class Cache(Generic[Value]):
 
 
 def _count_writes_of_fused(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Fused optimisers do not count what they write to parameters, unlike all others."""
+    """Count the writes of a fused optimiser to its parameters; all other optimisers count their own."""
     for group in optimizer.param_groups:
         if group.get("fused"):
             torch.autograd.graph.increment_version(group["params"])

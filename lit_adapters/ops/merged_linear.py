@@ -1,9 +1,10 @@
 """A linear layer whose weight is formed for the call: y = x (W0 + s f(B A))^T + bias, f elementwise.
 
-Nothing of the size of the weight outlives the call: backward forms W' again for the gradient of x, and f'(B A) in
-blocks of rows for those of A and B. One product of the layer's size forward, two backward (plus the thin ones). What is
-elementwise takes a dozen PyTorch operations, or one pass of merged.cpp for functions that it knows. Batched gradients
-(`is_grads_batched`) are not supported: backward writes to its results block by block.
+Nothing of the size of the weight outlives the call: backward forms W0 + s f(B A) again for the gradient of x, and
+f'(B A) in blocks of rows for the gradients of A and B. Forward takes one product of the layer's size, backward two
+(plus the thin ones). The elementwise part takes a dozen PyTorch operations, or one pass of merged.cpp
+(_merged_native.py) for the functions it knows. Batched gradients (`is_grads_batched`) are not supported, because
+backward writes to its results block by block.
 """
 
 from __future__ import annotations
@@ -19,38 +20,45 @@ from lit_adapters.ops import _merged_native as native
 from lit_adapters.ops._autocast import without_autocast
 from lit_adapters.ops._transforms import transformed
 
-_BLOCK = 1 << 19  # elements of the weight at a time: temporaries that stay in the cache
+_BLOCK = 1 << 19  # elements of the weight at a time, so that temporaries stay in the cache
 
 
 class Update(Protocol):
-    """s f with its derivatives, elementwise functions of z and of a frequency."""
+    """s f and its derivatives, elementwise functions of z (any shape) and of a frequency w (no dimension)."""
 
     @property
-    def learns_frequency(self) -> bool: ...
+    def learns_frequency(self) -> bool:
+        """Whether w is trained."""
 
     @property
-    def wave(self) -> native.Wave | None:
-        """c1, c2, c3 and phase where s f(z) = c1 z + (c2 + c3 z) sin(w z + phase), w the frequency."""
+    def sinusoid(self) -> native.Sinusoid | None:
+        """c1, c2, c3 and phase if s f(z) = c1 z + (c2 + c3 z) sin(w z + phase); None for other functions."""
 
-    def value(self, z: Tensor, frequency: Tensor) -> Tensor: ...
+    def value(self, z: Tensor, frequency: Tensor) -> Tensor:
+        """s f(z)."""
 
-    def derivative(self, z: Tensor, frequency: Tensor) -> Tensor: ...
+    def derivative(self, z: Tensor, frequency: Tensor) -> Tensor:
+        """s f'(z)."""
 
-    def by_frequency(self, z: Tensor, frequency: Tensor) -> Tensor: ...
+    def by_frequency(self, z: Tensor, frequency: Tensor) -> Tensor:
+        """s df/dw(z)."""
 
 
 def merged_weight(
     matrix: Tensor | None, a: Tensor, b: Tensor, frequency: Tensor, update: Update, dtype: torch.dtype
 ) -> Tensor:
-    """W0 + s f(B A) (out, in), computed in the dtype of A and B, stored in `dtype` and in the memory order of W0.
+    """W0 + s f(B A).
 
     Args:
-        matrix: W0 (out, in); None for zero.
-        a: (r, in), float32 or wider.
-        b: (out, r).
-        frequency: of f.
+        matrix: W0 (out, in), in any floating dtype; None for zero.
+        a: A (r, in), float32 or wider.
+        b: B (out, r), in the dtype of A.
+        frequency: w, a tensor of no dimension in the dtype of A.
         update: s f.
-        dtype: of the result.
+        dtype: The dtype of the result. The sum is computed in the dtype of A and cast once.
+
+    Returns:
+        The weight (out, in), in the memory order of W0.
     """
     merged = _empty(matrix, a, b, dtype)
     for rows in _row_blocks(b.shape[0], a.shape[1]):
@@ -60,8 +68,9 @@ def merged_weight(
 
 def _merge(z: Tensor, matrix: Tensor | None, merged: Tensor, frequency: Tensor, update: Update) -> None:
     """Write W0 + s f(z) to `merged`, (rows, in)."""
-    served = update.wave is not None and native.serves(z, matrix, merged)
-    if served and native.merge(z, matrix, merged, update.wave, frequency.item()):  # type: ignore[arg-type]
+    sinusoid = update.sinusoid
+    can_run = sinusoid is not None and native.can_run(z, matrix, merged)
+    if can_run and native.merge(z, matrix, merged, sinusoid, frequency.item()):  # type: ignore[arg-type]
         return
     change = update.value(z, frequency)
     merged.copy_(change if matrix is None else matrix + change)
@@ -70,10 +79,14 @@ def _merge(z: Tensor, matrix: Tensor | None, merged: Tensor, frequency: Tensor, 
 def _differentiate(
     z: Tensor, gradient: Tensor, matrix: Tensor | None, merged: Tensor | None, frequency: Tensor, update: Update
 ) -> tuple[Tensor, Tensor | float]:
-    """The gradient of z from that of the weight, (rows, in), and the frequency's; writes W0 + s f(z) to `merged`."""
-    if update.wave is not None and native.serves(z, matrix, merged, gradient) and gradient.dtype == z.dtype:
+    """The gradients of z (rows, in) and of the frequency, from the `gradient` of the weight (rows, in).
+
+    Also writes W0 + s f(z) to `merged` if it is given.
+    """
+    sinusoid = update.sinusoid
+    if sinusoid is not None and native.can_run(z, matrix, merged, gradient) and gradient.dtype == z.dtype:
         gradient = gradient.contiguous()
-        total = native.backward(z, gradient, matrix, merged, update.wave, frequency.item(), update.learns_frequency)
+        total = native.backward(z, gradient, matrix, merged, sinusoid, frequency.item(), update.learns_frequency)
         if total is not None:
             return gradient, total
     if merged is not None:
@@ -89,9 +102,9 @@ def _empty(matrix: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> T
 
 
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    # One block when traced: a compiler fuses it, and a loop would be unrolled into the graph.
+    # One block under torch.compile, which fuses it; a loop would be unrolled into the graph.
     blocks = 1 if torch.compiler.is_compiling() else -(-rows * columns // _BLOCK)
-    height = -(-rows // blocks)  # all about alike: the threads would wait for a thin last one
+    height = -(-rows // blocks)  # of about equal height, as threads would wait for a thin last block
     return (slice(i, min(i + height, rows)) for i in range(0, rows, height))
 
 
@@ -111,7 +124,7 @@ class _MergedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.update, ctx.to_matrix, ctx.merged = update, to_matrix, merged
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # A parameter that holds packed values carries more than its data, which saving would not keep.
+        # A quantised parameter carries attributes beside its data, which `save_for_backward` would lose.
         ctx.packed = weight if hasattr(weight, "quant_state") else None
         ctx.save_for_backward(x, None if ctx.packed is not None else weight, a, b, frequency)
         if merged is None:
@@ -120,7 +133,7 @@ class _MergedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # Nothing keeps a caller from running backward under autocast, which would spoil the argument of f.
+        # A caller may run backward under autocast, which would round the argument of f.
         with without_autocast(gradients[0]):
             return _backward(ctx, gradients[0])
 
@@ -136,7 +149,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     g, x2 = gradient.reshape(-1, b.shape[0]), x.reshape(-1, a.shape[1])
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     update: Update = ctx.update
-    # A kept weight is a constant, and second derivatives need more.
+    # The given weight is a constant, through which second derivatives cannot pass.
     merged: Any = None if torch.is_grad_enabled() else ctx.merged
     building = needs_x and merged is None
     if building:
@@ -168,26 +181,29 @@ def merged_linear(
     to_matrix: Callable[[Tensor], Tensor],
     merged: Tensor | None = None,
 ) -> Tensor:
-    """y = x (W0 + s f(B A))^T + bias; (..., in) -> (..., out), in the dtype of x.
+    """y = x (W0 + s f(B A))^T + bias.
 
     Args:
-        x: (..., in).
-        weight: the parameter that holds W0; None for zero.
-        bias: (out,) or None.
-        a: (r, in), float32 or wider: the argument of f needs it.
-        b: (out, r).
-        frequency: of f, a tensor of no dimension; it may require a gradient.
+        x: The input (..., in), in any floating dtype.
+        weight: The parameter that holds W0, in any floating dtype or quantised; None for zero.
+        bias: (out,) in any floating dtype, or None.
+        a: A (r, in), float32 or wider, as the argument of f needs the precision.
+        b: B (out, r), in the dtype of A.
+        frequency: w, a tensor of no dimension in the dtype of A; it may require a gradient.
         update: s f and its derivatives.
-        to_matrix: W0 (out, in) from `weight`.
-        merged: W' in the dtype of x, if it is at hand.
+        to_matrix: Returns W0 (out, in) for `weight`.
+        merged: W0 + s f(B A) (out, in) in the dtype of x, if it was computed before.
+
+    Returns:
+        y (..., out) in the dtype of x.
     """
     if transformed():
         with without_autocast(x):
             matrix, change = _matrix(weight, to_matrix), update.value(b @ a, frequency)
             formed = (change if matrix is None else matrix + change).to(x.dtype)
             return F.linear(x, formed, None if bias is None else bias.to(x.dtype))
-    # F.linear flattens a contiguous input itself, and its output would be a view, which callers may not write to if it
-    # comes out of a Function; ViTs with a class token and Swin V2 do write to it.
+    # Flattened outside the Function: F.linear would flatten a contiguous input inside it and return a view, and PyTorch
+    # forbids writing to a view that a Function returns. ViTs with a class token and Swin V2 do write to the output.
     rows = x.reshape(-1, x.shape[-1]) if x.is_contiguous() else x
     with without_autocast(x):
         y: Tensor = _MergedLinear.apply(rows, weight, bias, a, b, frequency, update, to_matrix, merged)

@@ -1,24 +1,25 @@
-// Rational functions in one pass over memory each way; see _rational_native.py, which compiles this for one form, degree
-// m = M of the numerator and n = N of the denominator, and _rational_math.py, whose arithmetic it repeats.
+// Rational functions, one pass over memory in each direction: the C++ path of rational.py, for the CPU.
+// _rational_native.py compiles this file for one form, degree m = M of the numerator and n = N of the denominator. The
+// formulas are those of _rational_math.py.
 //
-// Tensors are (outer, G, K), contiguous, float32 or bfloat16; coefficients (G, degree), float32. LANES neighbouring
-// elements of a group are computed at a time, in float32; in float64 where the powers of one of them might overflow.
+// Tensors are (outer, G, K), contiguous, float32 or bfloat16; coefficients are (G, degree), float32. LANES neighbouring
+// elements of a group are computed at a time: in float32, or in float64 if the powers of one of them might overflow.
 #include "vectors.h"
 
 constexpr int WIDTH = M + 1 + N;  // coefficients of a group
-constexpr float LARGE = 1e4f;     // powers up to 7 stay far inside float32 below it
+constexpr float LARGE = 1e4f;     // powers up to 7 are far from overflow for |x| <= LARGE
 
-struct Group {  // coefficients of one group, and those of the function that is subtracted from it
+struct Group {  // coefficients of one group, and those of the base, the function that is subtracted; null without one
     const float *a, *b, *a0, *b0;
 };
 
-template <class V> struct Parts {
-    V reciprocal, y, slope, lever, power;  // 1/Q, R, dR/dx; dR/db_j = -lever power^(j-1) R / Q
+template <class V> struct Point {
+    V reciprocal, y, slope, by_b1, power;  // 1/Q, R, dR/dx; dR/db_j = -by_b1 power^(j-1) R / Q
 };
 
-// Exact: divided, as the compiler may fuse a multiplication with a subtraction that follows, and the difference of two
-// equal functions would no longer be 0.
-template <bool EXACT, class V> static inline Parts<V> parts(V x, const float *a, const float *b) {
+// EXACT divides by Q: a multiplication by 1/Q might be fused with a subtraction that follows, and the difference of two
+// equal functions would not be 0.
+template <bool EXACT, class V> static inline Point<V> value_and_slope(V x, const float *a, const float *b) {
     V p = all<V>(a[M]), p_slope = {};
     for (int i = M - 1; i >= 0; --i) {
         p_slope = p_slope * x + p;
@@ -31,7 +32,7 @@ template <bool EXACT, class V> static inline Parts<V> parts(V x, const float *a,
         v = v * power + b[j];
     }
     V inner = power * v, sign = inner >= 0 ? all<V>(1) : all<V>(-1);
-    V q = sign * inner + 1, q_slope = sign * (v + power * v_slope), lever = sign * x;
+    V q = sign * inner + 1, q_slope = sign * (v + power * v_slope), by_b1 = sign * x;
 #else
     V power = absolute(x), v = all<V>(absolute_of(b[N - 1])), v_slope = {};
     for (int j = N - 2; j >= 0; --j) {
@@ -39,22 +40,23 @@ template <bool EXACT, class V> static inline Parts<V> parts(V x, const float *a,
         v = v * power + absolute_of(b[j]);
     }
     V sign = x >= 0 ? all<V>(1) : all<V>(-1);
-    V q = power * v + 1, q_slope = sign * (v + power * v_slope), lever = power;
+    V q = power * v + 1, q_slope = sign * (v + power * v_slope), by_b1 = power;
 #endif
     V reciprocal = 1 / q, y = EXACT ? p / q : p * reciprocal;
     V slope = p_slope - q_slope * y;
-    return {reciprocal, y, EXACT ? slope / q : slope * reciprocal, lever, power};
+    return {reciprocal, y, EXACT ? slope / q : slope * reciprocal, by_b1, power};
 }
 
 template <class V> static inline V value(V x, const Group &c) {
-    return c.a0 ? parts<true>(x, c.a, c.b).y - parts<true>(x, c.a0, c.b0).y : parts<false>(x, c.a, c.b).y;
+    if (!c.a0) return value_and_slope<false>(x, c.a, c.b).y;
+    return value_and_slope<true>(x, c.a, c.b).y - value_and_slope<true>(x, c.a0, c.b0).y;
 }
 
-// The gradient of x; adds those of the coefficients to `sums`, lane by lane.
+// The gradient of x. Adds the gradients of the coefficients to `sums`, lane by lane.
 template <class V> static inline V gradient(V g, V x, const Group &c, V *sums) {
-    Parts<V> at = c.a0 ? parts<true>(x, c.a, c.b) : parts<false>(x, c.a, c.b);
+    Point<V> at = c.a0 ? value_and_slope<true>(x, c.a, c.b) : value_and_slope<false>(x, c.a, c.b);
     if (sums) {
-        V term = g * at.reciprocal, other = -term * at.y * at.lever;
+        V term = g * at.reciprocal, other = -term * at.y * at.by_b1;
         for (int i = 0; i <= M; ++i) {
             sums[i] += term;
             term *= x;
@@ -64,7 +66,7 @@ template <class V> static inline V gradient(V g, V x, const Group &c, V *sums) {
             other *= at.power;
         }
     }
-    return g * (c.a0 ? at.slope - parts<true>(x, c.a0, c.b0).slope : at.slope);
+    return g * (c.a0 ? at.slope - value_and_slope<true>(x, c.a0, c.b0).slope : at.slope);
 }
 
 static inline Floats value_of(Floats x, const Group &c) {
@@ -96,12 +98,12 @@ static void forward(const T *x, T *y, const float *a, const float *b, const floa
         T *to = y + row * K;
         int64_t k = 0;
         for (; k + LANES <= K; k += LANES) store(to + k, value_of(load(from + k), c));
-        if (k < K) store_some(to + k, value_of(load_some(from + k, K - k), c), K - k);
+        if (k < K) store_partial(to + k, value_of(load_partial(from + k, K - k), c), K - k);
     }
 }
 
-// Rows are taken in chunks of fixed size, whose sums (chunks, G, WIDTH) do not depend on the number of threads. Within a
-// chunk each group has a vector of sums for each coefficient, added up over its lanes at the end.
+// Threads take chunks of a fixed number of rows, so that the sums of the chunks (chunks, G, WIDTH) do not depend on the
+// number of threads. Within a chunk each coefficient has a vector of sums, whose lanes are added up at the end.
 template <class T>
 static void backward(const T *g, const T *x, T *d, double *sums, const float *a, const float *b, const float *a0,
                      const float *b0, int64_t outer, int64_t G, int64_t K, int64_t rows, int threads) {
@@ -109,7 +111,7 @@ static void backward(const T *g, const T *x, T *d, double *sums, const float *a,
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t last = (chunk + 1) * rows < outer ? (chunk + 1) * rows : outer;
-        // By C's means: whichever name the compiler was called by, the C++ runtime need not be linked.
+        // Allocated as in C, so that the C++ runtime need not be linked, whether the compiler is called gcc or g++.
         Floats *chunk_lanes = sums ? (Floats *)aligned_alloc(64, (G * WIDTH * sizeof(Floats) + 63) / 64 * 64) : nullptr;
         if (sums) memset(chunk_lanes, 0, G * WIDTH * sizeof(Floats));
         double *totals = sums ? sums + chunk * G * WIDTH : nullptr;
@@ -120,15 +122,16 @@ static void backward(const T *g, const T *x, T *d, double *sums, const float *a,
                 const T *from = x + at, *grad = g + at;
                 T *to = d + at;
                 double *total = sums ? totals + i * WIDTH : nullptr;
-                Floats kept[WIDTH], *lanes = sums ? kept : nullptr;  // in registers for the length of a row
-                if (sums) memcpy(kept, &chunk_lanes[i * WIDTH], sizeof kept);
+                Floats row_sums[WIDTH], *lanes = sums ? row_sums : nullptr;  // in registers for the length of a row
+                if (sums) memcpy(row_sums, &chunk_lanes[i * WIDTH], sizeof row_sums);
                 int64_t k = 0;
                 for (; k + LANES <= K; k += LANES)
                     store(to + k, gradient_of(load(grad + k), load(from + k), c, lanes, total));
-                if (k < K)
-                    store_some(to + k, gradient_of(load_some(grad + k, K - k), load_some(from + k, K - k), c, lanes, total),
-                               K - k);
-                if (sums) memcpy(&chunk_lanes[i * WIDTH], kept, sizeof kept);
+                if (k < K) {
+                    Floats g_end = load_partial(grad + k, K - k), x_end = load_partial(from + k, K - k);
+                    store_partial(to + k, gradient_of(g_end, x_end, c, lanes, total), K - k);
+                }
+                if (sums) memcpy(&chunk_lanes[i * WIDTH], row_sums, sizeof row_sums);
             }
         for (int64_t i = 0; sums && i < G * WIDTH; ++i)
             for (int l = 0; l < LANES; ++l) totals[i] += chunk_lanes[i][l];

@@ -5,8 +5,15 @@
     Q(x) = 1 + |b_1||x| + ... + |b_n||x|^n          "sum-of-abs"  (Padé activation units, version A)
 
 The D channels are split into G contiguous groups of equal size; group g has row g of `numerator` (G, m+1) and of
-`denominator` (G, n). Both forms have Q >= 1, hence no poles. The sub-gradient of |z| at z = 0 is +1 in every path,
-so a coefficient that starts at exactly 0 can train.
+`denominator` (G, n). Both forms have Q >= 1, hence no poles. The sub-gradient of |z| at z = 0 is +1 in every path, so
+that a coefficient that starts at exactly 0 can train.
+
+`rational` takes one of four paths, which agree to rounding:
+
+    reference  `rational_reference` below          under the transforms of torch.func and in forward-mode derivatives
+    C++        _rational_native.py, rational.cpp   on the CPU, float32 and bfloat16, if a C++ compiler is there
+    blocks     _rational_blocks.py                 everywhere else (PyTorch operations of _rational_math.py)
+    Triton     _rational_triton.py                 on a GPU with triton; tested under the interpreter, not measured
 """
 
 from __future__ import annotations
@@ -43,14 +50,16 @@ _backend: Backend = "auto"
 
 
 def set_rational_backend(backend: Backend) -> None:
-    """Choose how rational functions are computed; the result is the same to rounding.
+    """Choose how rational functions are computed; the results agree to rounding.
 
-    "blocks" runs plain PyTorch operations on cache-sized blocks and needs no compiler, "triton" uses kernels for GPUs
-    (not measured on one yet). "auto" takes Triton on a GPU; on a CPU a C++ kernel, compiled at first use, about two
-    seconds for a form and its degrees; and blocks where there is neither.
+    Args:
+        backend: "blocks" runs plain PyTorch operations on cache-sized blocks and needs no compiler. "triton" runs
+            kernels for GPUs, whose speed has not been measured on one yet. "auto" takes Triton on a GPU, a C++ kernel
+            on the CPU (compiled at first use, about two seconds for each form and its degrees), and blocks if neither
+            is available.
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: The name of the backend is unknown.
     """
     global _backend
     if backend not in get_args(Backend):
@@ -75,9 +84,19 @@ def _magnitude(z: Tensor) -> Tensor:
 def rational_reference(
     x: Tensor, numerator: Tensor, denominator: Tensor, form: Denominator = "abs-of-sum", channel_dim: int = -1
 ) -> Tensor:
-    """R(x) as the formula says, in the dtype of its inputs and differentiated by autograd: the yardstick of `rational`.
+    """R(x) by the formula, differentiated by autograd: the reference that `rational` is tested against.
 
-    Keeps a dozen tensors for backward and overflows where x^m does; call it in float64.
+    Saves a dozen tensors for backward and overflows where x^m does; call it in float64.
+
+    Args:
+        x: (..., D, ...) with D channels at `channel_dim`.
+        numerator: The coefficients a_0..a_m of each group (G, m+1), in the dtype of x. G must divide D.
+        denominator: The coefficients b_1..b_n of each group (G, n), in the dtype of x.
+        form: Which Q; see the module's docstring.
+        channel_dim: The dimension of `x` that holds the channels.
+
+    Returns:
+        A tensor of the shape and dtype of `x`.
     """
     x = x.movedim(channel_dim, -1)
     grouped = x.unflatten(-1, (numerator.shape[0], -1))
@@ -101,23 +120,23 @@ def rational(
 ) -> Tensor:
     """R(x; numerator, denominator), or with `base` the difference R(x; numerator, denominator) - R(x; *base).
 
-    Computes in float32 (float64 for float64 inputs) whatever the dtype of `x`, and saves `x` alone for backward, which
-    recomputes the rest. `base` is constant: it receives no gradient. Under the transforms of torch.func and in
-    forward-mode derivatives it is `rational_reference`, in that precision.
+    Computes in float32 (float64 for float64 inputs), whatever the dtype of `x`, and saves only `x` for backward, which
+    recomputes the rest.
 
     Args:
         x: (..., D, ...) with D channels at `channel_dim`; any floating dtype.
-        numerator: (G, m+1) coefficients a_0..a_m. G must divide D.
-        denominator: (G, n) coefficients b_1..b_n.
-        form: which Q; see the module's docstring.
-        channel_dim: dimension of `x` that holds the channels.
-        base: coefficients of the subtracted function, of the same shapes. Equal coefficients give exactly 0.
+        numerator: The coefficients a_0..a_m of each group (G, m+1), any floating dtype. G must divide D.
+        denominator: The coefficients b_1..b_n of each group (G, n), any floating dtype.
+        form: Which Q; see the module's docstring.
+        channel_dim: The dimension of `x` that holds the channels.
+        base: The coefficients of the subtracted function, of the same shapes. They are constants and receive no
+            gradient. If they equal the other coefficients, the result is exactly 0.
 
     Returns:
         A tensor of the shape, dtype and memory order of `x`.
 
     Raises:
-        ValueError: the groups do not divide the channels, or the coefficient shapes disagree.
+        ValueError: The groups do not divide the channels, or the shapes of the coefficients disagree.
     """
     channels, groups = x.shape[channel_dim], numerator.shape[0]
     if channels % groups:
@@ -135,24 +154,34 @@ def rational(
     if transformed():
         return _by_formula(x, (numerator, denominator), base, form, channel_dim)
     base_numerator, base_denominator = base if base is not None else (None, None)
-    function = _evaluate if _needs_no_operator(x, numerator, denominator) else _rational
+    function = _evaluate if _is_plain_call(x, numerator, denominator) else _rational
     return function(x, numerator, denominator, form, channel_dim, base_numerator, base_denominator)
 
 
 def fixed_rational(
     numerator: Tensor, denominator: Tensor, form: Denominator, channel_dim: int, base: _Pair | None
 ) -> Callable[[Tensor], Tensor]:
-    """`rational` as a function of x alone, of coefficients that nothing will write to.
+    """`rational` as a function of x alone, for coefficients that nobody writes to.
 
-    For generation: between layers whose weights fill the caches, a call on one token costs what it touches in memory
-    more than its arithmetic, and `rational` looks much up that stays the same.
+    Meant for generation: on one token, `rational` spends more time on looking up what stays the same than on
+    arithmetic.
+
+    Args:
+        numerator: As for `rational`.
+        denominator: As for `rational`.
+        form: As for `rational`.
+        channel_dim: As for `rational`.
+        base: As for `rational`.
+
+    Returns:
+        A function of x (..., D, ...) that returns what `rational` returns.
     """
     prepared = _rational_native.Prepared((numerator, denominator), base, form)
-    at_hand = in_memory(numerator, denominator, *(base or ()))
+    on_cpu = in_memory(numerator, denominator, *(base or ()))
 
     def evaluate(x: Tensor) -> Tensor:
         last = channel_dim == -1 or channel_dim == x.ndim - 1
-        if at_hand and last and _backend == "auto" and _needs_no_operator(x) and x.is_cpu and x.is_contiguous():
+        if on_cpu and last and _backend == "auto" and _is_plain_call(x) and x.is_cpu and x.is_contiguous():
             y = prepared(x)
             if y is not None:
                 return y
@@ -162,16 +191,22 @@ def fixed_rational(
 
 
 def _by_formula(x: Tensor, coefficients: _Pair, base: _Pair | None, form: Denominator, channel_dim: int) -> Tensor:
-    def of(a: Tensor, b: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def evaluate(a: Tensor, b: Tensor) -> Tensor:
         return rational_reference(wide, a.to(wide.dtype), b.to(wide.dtype), form, channel_dim)
 
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    y = of(*coefficients)
-    return (y if base is None else y - of(base[0].detach(), base[1].detach())).to(x.dtype)
+    y = evaluate(*coefficients)
+    if base is not None:
+        y = y - evaluate(base[0].detach(), base[1].detach())
+    return y.to(x.dtype)
 
 
-def _needs_no_operator(x: Tensor, *coefficients: Tensor) -> bool:
-    """Whether nothing differentiates, traces or intercepts this call; dispatching it takes as long as a token does."""
+def _is_plain_call(x: Tensor, *coefficients: Tensor) -> bool:
+    """Whether nothing differentiates, traces or intercepts this call, so that `_evaluate` can be called directly.
+
+    Dispatching the custom operator takes as long as computing one token.
+    """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.jit.is_tracing():
         return False
     if torch._C._len_torch_dispatch_stack():
@@ -191,12 +226,12 @@ def _evaluate(
     x, groups = dense(x, channel_dim), numerator.shape[0]
     y, shape = torch.empty_like(x), grouped_shape(x, groups, channel_dim)
     coefficients, base = (numerator, denominator), _pair(base_numerator, base_denominator)
-    native = _backend == "auto" and _rational_native.serves(x, shape)
+    native = _backend == "auto" and _rational_native.can_run(x, shape)
     if native and _rational_native.forward(x, y, shape, coefficients, base, form):
         return y
     grouped, out = as_groups(x, groups, channel_dim), as_groups(y, groups, channel_dim)
     if _uses_triton(x):
-        from lit_adapters.ops import _rational_triton  # imports triton, which only GPUs need
+        from lit_adapters.ops import _rational_triton  # imports triton, which is needed on a GPU only
 
         _rational_triton.forward(grouped, out, coefficients, base, form)
     else:
@@ -204,7 +239,7 @@ def _evaluate(
     return y
 
 
-# Opaque to torch.compile, so that a model compiled as a whole keeps one graph and never traces the block loop.
+# An operator that torch.compile does not look into: a compiled model stays one graph, and the block loop is not traced.
 _rational = torch.library.custom_op("lit_adapters::rational", _evaluate, mutates_args=())
 
 
@@ -230,7 +265,7 @@ def _rational_backward(
         grad = torch.empty_like(x).copy_(grad)
     grad_x, shape, sums = torch.empty_like(x), grouped_shape(x, groups, channel_dim), None
     coefficients, base = (numerator, denominator), _pair(base_numerator, base_denominator)
-    if _backend == "auto" and _rational_native.serves(x, shape):
+    if _backend == "auto" and _rational_native.can_run(x, shape):
         sums = _rational_native.backward(grad, x, grad_x, shape, coefficients, base, form, need_coefficients)
     if sums is None:
         view = functools.partial(as_groups, groups=groups, channel_dim=channel_dim)
@@ -244,7 +279,7 @@ def _rational_backward(
     grad_a, grad_b = sums.split([numerator.shape[1], denominator.shape[1]], dim=1)
     if form == "sum-of-abs":
         grad_b = grad_b * sign(denominator)
-    # Copies, as an operator's results may not share memory; contiguous, as the fake ones below.
+    # Copied, as results of an operator may not share memory; contiguous, as `register_fake` below says.
     return (
         grad_x,
         numerator.new_empty(numerator.shape).copy_(grad_a),

@@ -1,11 +1,12 @@
-// The gain of an output in one pass over memory each way, which rescaled.py asks for (_rescaled_native.py):
+// The gain of an output, one pass over memory in each direction; called by _rescaled_native.py for rescaled.py:
 //
 //     h = y + c (y - b)          dy = g + c g          dc = sum over rows of g (y - b)
 //
-// y, h and their gradients are (rows, columns), float32 or bfloat16 (uint16_t); c and b (columns), float32.
+// c is the gain minus one (`change`), b the bias; both are (columns), float32. y, h and their gradients are
+// (rows, columns), float32 or bfloat16 (uint16_t).
 #include "vectors.h"
 
-static inline Floats without(Floats y, const float *bias, int64_t i, int64_t end) {
+static inline Floats without_bias(Floats y, const float *bias, int64_t i, int64_t end) {
     return bias ? y - take(bias, i, end) : y;
 }
 
@@ -18,12 +19,13 @@ static void forward(const T *y, T *h, const float *change, const float *bias, in
         T *to = h + row * columns;
         for (int64_t i = 0; i < columns; i += LANES) {
             Floats at = take(from, i, columns);
-            put(to, at + take(change, i, columns) * without(at, bias, i, columns), i, columns);
+            put(to, at + take(change, i, columns) * without_bias(at, bias, i, columns), i, columns);
         }
     }
 }
 
-// Rows are taken in chunks of fixed size, whose sums (chunks, columns) do not depend on the number of threads.
+// Threads take chunks of a fixed number of rows, so that the sums of the chunks (chunks, columns) do not depend on the
+// number of threads.
 template <class T>
 static void backward(const T *g, const T *y, T *d, float *sums, const float *change, const float *bias, int64_t rows,
                      int64_t columns, int64_t chunk, int threads) {
@@ -38,7 +40,10 @@ static void backward(const T *g, const T *y, T *d, float *sums, const float *cha
             for (int64_t i = 0; i < columns; i += LANES) {
                 Floats slope = take(grad, i, columns);
                 put(to, slope + take(change, i, columns) * slope, i, columns);
-                if (sum) put(sum, take(sum, i, columns) + slope * without(take(from, i, columns), bias, i, columns), i, columns);
+                if (sum) {
+                    Floats product = slope * without_bias(take(from, i, columns), bias, i, columns);
+                    put(sum, take(sum, i, columns) + product, i, columns);
+                }
             }
         }
     }

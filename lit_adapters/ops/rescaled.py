@@ -1,8 +1,8 @@
-"""The gain of an output without its bias, h = y + change (y - bias), in place of `gain (y - bias) + bias`.
+"""The gain of an output without its bias: h = y + (gain - 1) (y - bias), which equals gain (y - bias) + bias.
 
-Written as a change it is exact where nothing changes, and in bfloat16 keeps a gain close to 1. y is kept for backward.
-One pass of rescaled.cpp each way, or half a dozen PyTorch operations. Not for the transforms of torch.func (why:
-low_rank.py).
+Written as a change of y, it is exact where the gain is 1, and keeps a gain close to 1 in bfloat16. y is saved for
+backward. Each direction is one pass of rescaled.cpp (_rescaled_native.py), or half a dozen PyTorch operations. It does
+not work under the transforms of torch.func; low_rank.py says why.
 """
 
 from __future__ import annotations
@@ -17,38 +17,42 @@ from lit_adapters.ops import _rescaled_native as native
 
 class _Rescaled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, change: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(y, change, bias)
-        if native.serves(y, change, bias) and (h := native.forward(y, change, bias)) is not None:
+    def forward(ctx: Any, y: Tensor, gain_minus_one: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(y, gain_minus_one, bias)
+        if native.can_run(y, gain_minus_one, bias) and (h := native.forward(y, gain_minus_one, bias)) is not None:
             return h
-        h = torch.addcmul(y, y, change.to(y.dtype))
-        return h if bias is None else h.sub_((bias * change).to(y.dtype))
+        h = torch.addcmul(y, y, gain_minus_one.to(y.dtype))
+        return h if bias is None else h.sub_((bias * gain_minus_one).to(y.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        y, change, bias = ctx.saved_tensors
+        y, gain_minus_one, bias = ctx.saved_tensors
         (g,) = gradients
-        needs_y, needs_change, _ = ctx.needs_input_grad
-        served = native.serves(y, change, bias, g)
-        if served and (found := native.backward(g, y, change, bias, needs_change)) is not None:
-            return *found, None
-        d_y = torch.addcmul(g, g, change.to(g.dtype)) if needs_y else None
-        d_change = None
-        if needs_change:
+        needs_y, needs_gain, _ = ctx.needs_input_grad
+        if native.can_run(y, gain_minus_one, bias, g):
+            computed = native.backward(g, y, gain_minus_one, bias, needs_gain)
+            if computed is not None:
+                return *computed, None
+        d_y = torch.addcmul(g, g, gain_minus_one.to(g.dtype)) if needs_y else None
+        d_gain = None
+        if needs_gain:
             rows = g.reshape(-1, g.shape[-1])
-            d_change = (rows * y.reshape(rows.shape)).sum(0, dtype=change.dtype)
+            d_gain = (rows * y.reshape(rows.shape)).sum(0, dtype=gain_minus_one.dtype)
             if bias is not None:
-                d_change = d_change - bias * rows.sum(0, dtype=change.dtype)
-        return d_y, d_change, None
+                d_gain = d_gain - bias * rows.sum(0, dtype=gain_minus_one.dtype)
+        return d_y, d_gain, None
 
 
 def scale_without_bias(y: Tensor, gain_minus_one: Tensor, bias: Tensor | None) -> Tensor:
-    """h = y + gain_minus_one (y - bias); (..., out) -> (..., out), in the dtype of y.
+    """h = y + gain_minus_one (y - bias).
 
     Args:
-        y: (..., out), its bias included.
-        gain_minus_one: (out,), in float32 or wider; sums over rows are taken in its dtype.
-        bias: (out,) or None; receives no gradient.
+        y: The output of a linear layer (..., out), bias included, in any floating dtype.
+        gain_minus_one: The gain of each output less 1 (out,), float32 or wider. Sums over rows are taken in its dtype.
+        bias: The bias (out,) or None; receives no gradient.
+
+    Returns:
+        h (..., out) in the dtype of y.
     """
     h: Tensor = _Rescaled.apply(y, gain_minus_one, bias)
     return h

@@ -1,7 +1,8 @@
-"""What adapters have learned, as pure functions of sampled values and of factors.
+"""What adapters have learned, computed from sampled values of functions and from factors of matrices.
 
-A function is given by its values on a grid of D points, an observed density by D non-negative weights on that grid. A
-low-rank update B A is analysed through its factors (QR and an SVD of size r): the matrix itself is never formed.
+A function is given by its values on a grid of D points, the observed density of its inputs by D non-negative weights on
+that grid. A low-rank update B A is analysed through its factors (QR and an SVD of size r); the matrix itself is never
+formed. Results keep the dtype of the inputs where nothing else is said.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Drift:
-    """How far functions moved from the one they started at; each field has the leading shape of `current`.
+    """How far functions phi have moved from the function phi0 that they started from.
 
     Attributes:
-        l2: sqrt(E (phi - phi0)^2), the expectation over the density.
-        relative: l2 / sqrt(E phi0^2).
-        sup: max |phi - phi0| over the grid.
+        l2: sqrt(E (phi - phi0)^2) for each function, with the expectation over the density (...,).
+        relative: l2 / sqrt(E phi0^2) (...,).
+        sup: max |phi - phi0| over the grid (...,).
     """
 
     l2: Tensor
@@ -29,7 +30,7 @@ class Drift:
 
 
 def drift(current: Tensor, initial: Tensor, density: Tensor) -> Drift:
-    """Distance of functions `current` (..., D) from `initial` (D,) under `density` (D,)."""
+    """The distance of the functions `current` (..., D) from `initial` (D,) under `density` (D,)."""
     weights = density / density.sum()
     difference = current - initial
     l2 = (difference.square() * weights).sum(-1).sqrt()
@@ -40,18 +41,18 @@ def drift(current: Tensor, initial: Tensor, density: Tensor) -> Drift:
 
 
 def slope_bound(values: Tensor, grid: Tensor) -> Tensor:
-    """max |phi'| by finite differences on the grid, (..., D) -> (...)."""
+    """max |phi'| (...,) by finite differences, for functions `values` (..., D) on `grid` (D,)."""
     return (values.diff(dim=-1) / grid.diff()).abs().amax(-1)
 
 
 def stable_rank(singular_values: Tensor) -> float:
-    """sum s_i^2 / max s_i^2: between 1 and the rank; 0 of a zero matrix."""
+    """sum s_i^2 / max s_i^2, between 1 and the rank; 0 for a zero matrix."""
     energy = singular_values.double().square()
     return (energy.sum() / energy.max()).item() if energy.any() else 0.0
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """exp of the entropy of p_i = s_i^2 / sum s^2: between 1 and the rank; 0 of a zero matrix."""
+    """exp of the entropy of p_i = s_i^2 / sum s^2, between 1 and the rank; 0 for a zero matrix."""
     energy = singular_values.double().square()
     if not energy.any():
         return 0.0
@@ -59,7 +60,7 @@ def effective_rank(singular_values: Tensor) -> float:
 
 
 def components(singular_values: Tensor, share: float) -> int:
-    """The fewest leading singular values whose squares make up `share` of all; 0 of a zero matrix."""
+    """How many leading singular values hold `share` of the sum of all squares; 0 for a zero matrix."""
     energy = singular_values.double().square().sort(descending=True).values
     if not energy.any():
         return 0
@@ -67,9 +68,13 @@ def components(singular_values: Tensor, share: float) -> int:
 
 
 def product_spectrum(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors (out, r) and singular values (r,) of B A, for B (out, r) and A (r, in), in float64.
+    """The left singular vectors (out, r) and singular values (r,) of B A, in float64.
 
     B = Q R and A^T = P S give B A = Q (R S^T) P^T, so that an SVD of the r x r matrix in the middle is enough.
+
+    Args:
+        b: B (out, r), any floating dtype.
+        a: A (r, in), any floating dtype.
     """
     q, r = torch.linalg.qr(b.double())
     s = torch.linalg.qr(a.double().T, mode="r").R
@@ -77,11 +82,12 @@ def product_spectrum(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return q @ u, values
 
 
-def leading_space(matrix: Tensor, k: int, iterations: int = 4) -> Tensor:
-    """An orthonormal basis (out, k) of the space of the k leading left singular vectors of `matrix` (out, in).
+def leading_subspace(matrix: Tensor, k: int, iterations: int = 4) -> Tensor:
+    """An orthonormal basis (out, k), float32, of the span of the k leading left singular vectors of `matrix` (out, in).
 
-    Subspace iteration with oversampling (Halko et al., arXiv 0909.4061, algorithm 4.4) from a start of its own, so that
-    no global random state is read. Directions whose singular values hardly differ are told apart only roughly.
+    Subspace iteration with oversampling (Halko et al., arXiv 0909.4061, algorithm 4.4). It starts from a generator of
+    its own, so that no global random state is read. Directions whose singular values hardly differ are separated only
+    roughly.
     """
     matrix = matrix.detach().float()
     width = min(k + 8, *matrix.shape)
@@ -95,24 +101,26 @@ def leading_space(matrix: Tensor, k: int, iterations: int = 4) -> Tensor:
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
-    """Angles in radians, ascending, between the spaces of two orthonormal bases (n, k) and (n, l): (min(k, l),)."""
+    """The angles between the spans of two orthonormal bases (n, k) and (n, l): (min(k, l),) in radians, ascending."""
     cosines = torch.linalg.svdvals(first.double().T @ second.double())
     return cosines.clamp(max=1.0).acos()
 
 
 def overlap(first: Tensor, second: Tensor) -> float:
-    """mean cos^2 of the principal angles: 1 if one space holds the other, 0 if orthogonal, l / n by chance (k <= l).
+    """The mean cos^2 of the principal angles between two subspaces.
+
+    It is 1 if one contains the other, 0 if they are orthogonal, and l / n on average for random ones (k <= l).
 
     Args:
-        first: an orthonormal basis (n, k).
-        second: another (n, l).
+        first: An orthonormal basis (n, k).
+        second: An orthonormal basis (n, l).
     """
     shared = (first.double().T @ second.double()).square().sum()
     return (shared / min(first.shape[1], second.shape[1])).item()
 
 
 def cosine(first: Tensor, second: Tensor) -> float:
-    """<x, y> / (|x| |y|) of two arrays of one shape; 0 if one is zero."""
+    """<x, y> / (|x| |y|) for two tensors of one shape; 0 if one is zero."""
     x, y = first.double().flatten(), second.double().flatten()
     norm = x.norm() * y.norm()
     return (x @ y / norm).item() if norm > 0 else 0.0
@@ -120,14 +128,14 @@ def cosine(first: Tensor, second: Tensor) -> float:
 
 @dataclass(frozen=True)
 class FunctionalSubspace:
-    """The space that the changes of many functions span.
+    """The subspace that the changes of many functions span.
 
     Attributes:
-        singular_values: of the stack (N, D) of the changes, each weighted by the root of its own density, so that
-            sum s^2 is the sum of the squared drifts in L2(data); descending.
-        directions: the leading right singular vectors (k, D), orthonormal, on `grid`.
-        grid: (D,).
-        stack: the weighted changes themselves (N, D).
+        singular_values: The singular values of `stack`, descending; the sum of their squares is the sum of the squared
+            drifts in L2(data).
+        directions: The leading right singular vectors (k, D), orthonormal.
+        grid: The points (D,) that the functions are given on.
+        stack: The changes (N, D), each weighted by the root of its own density.
     """
 
     singular_values: Tensor
@@ -137,13 +145,13 @@ class FunctionalSubspace:
 
 
 def functional_subspace(changes: Tensor, densities: Tensor, grid: Tensor, k: int = 4) -> FunctionalSubspace:
-    """Principal components of functions, uncentred: zero is where all of them started.
+    """The principal components of functions, in float64; not centred, as zero is where all functions started.
 
     Args:
-        changes: phi - phi0 of N functions on the common grid, (N, D).
-        densities: of the inputs of each function on that grid, (N, D); each row is normalised to sum 1.
-        grid: (D,).
-        k: directions to keep.
+        changes: phi - phi0 for N functions on a common grid (N, D).
+        densities: The density of the inputs of each function on that grid (N, D); each row is normalised to sum 1.
+        grid: The points (D,).
+        k: How many directions to keep.
     """
     weights = densities.double() / densities.double().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     stack = changes.double() * weights.sqrt()
@@ -152,9 +160,9 @@ def functional_subspace(changes: Tensor, densities: Tensor, grid: Tensor, k: int
 
 
 def regular_sample(values: Tensor, count: int) -> Tensor:
-    """About `count` of the values, flat, a fixed distance apart: no random state is read.
+    """About `count` of the values in one row, a fixed distance apart, so that no random state is read.
 
-    The distance has no factor in common with their number, so that channels and tokens are all visited alike.
+    The distance has no factor in common with the number of values, so that all channels and tokens are visited alike.
     """
     flat = values.detach().flatten()
     step = max(1, flat.numel() // count)
@@ -164,7 +172,10 @@ def regular_sample(values: Tensor, count: int) -> Tensor:
 
 
 def histogram(values: Tensor, low: float, high: float, bins: int) -> Tensor:
-    """Counts (bins + 2,): of values below `low`, in `bins` equal parts of [low, high], and above `high`; NaN apart."""
+    """Counts (bins + 2,) of the values below `low`, in `bins` equal parts of [low, high], and above `high`.
+
+    NaN is not counted.
+    """
     values = values.detach().float()
     places = ((values[~values.isnan()] - low) * (bins / (high - low))).floor().clamp(-1, bins)
     return torch.bincount((places + 1).long().flatten(), minlength=bins + 2)

@@ -1,4 +1,5 @@
-// Short vectors of neighbouring elements, float32 in the registers whatever they are in memory; for the kernels beside it.
+// Short vectors of neighbouring elements, for the kernels in this folder: float32 in registers, float32 or bfloat16 in
+// memory.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -23,7 +24,7 @@ template <class V> static inline V all(float c) { return V{} + c; }
 template <class V> static inline V absolute(V x) { return x >= 0 ? x : -x; }
 static inline float absolute_of(float c) { return c >= 0 ? c : -c; }
 
-static inline bool all_within(Floats x, float limit) {  // all |x| <= limit, which NaN is not
+static inline bool all_within(Floats x, float limit) {  // all |x| <= limit; false if one is NaN
 #if defined(__AVX512F__)
     return _mm512_cmp_ps_mask((__m512)absolute(x), _mm512_set1_ps(limit), _CMP_LE_OQ) == 0xffff;
 #elif defined(__AVX__)
@@ -46,50 +47,50 @@ static inline Floats load(const uint16_t *from) {  // bfloat16 is the upper half
     return (Floats)(__builtin_convertvector(h, Words) << 16);
 }
 static inline void store(float *to, Floats x) { memcpy(to, &x, sizeof x); }
-static inline void store(uint16_t *to, Floats x) {  // rounded to nearest, ties to even; NaN stays NaN
+static inline void store(uint16_t *to, Floats x) {  // rounded to nearest, ties to even; a NaN stays NaN
     Words w = (Words)x;
     Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
     Halves h = __builtin_convertvector(x == x ? rounded : (w >> 16) | 0x40, Halves);
     memcpy(to, &h, sizeof h);
 }
 
-// Fewer than LANES elements, at the end of a row; zeros stand behind them, which add nothing to any sum.
+// Fewer than LANES elements, at the end of a row. The other lanes are zero, which adds nothing to any sum.
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-static inline Floats load_some(const float *from, int64_t count) {
+static inline Floats load_partial(const float *from, int64_t count) {
     return (Floats)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
 }
-static inline Floats load_some(const uint16_t *from, int64_t count) {
+static inline Floats load_partial(const uint16_t *from, int64_t count) {
     Halves h = (Halves)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), from);
     return (Floats)(__builtin_convertvector(h, Words) << 16);
 }
-static inline void store_some(float *to, Floats x, int64_t count) {
+static inline void store_partial(float *to, Floats x, int64_t count) {
     _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), (__m512)x);
 }
-static inline void store_some(uint16_t *to, Floats x, int64_t count) {
+static inline void store_partial(uint16_t *to, Floats x, int64_t count) {
     uint16_t rounded[LANES];
     store(rounded, x);
     _mm256_mask_storeu_epi16(to, (__mmask16)((1u << count) - 1), _mm256_loadu_si256((const __m256i *)rounded));
 }
 #else
-template <class T> static inline Floats load_some(const T *from, int64_t count) {
+template <class T> static inline Floats load_partial(const T *from, int64_t count) {
     T padded[LANES] = {};
     memcpy(padded, from, count * sizeof(T));
     return load(padded);
 }
-template <class T> static inline void store_some(T *to, Floats x, int64_t count) {
+template <class T> static inline void store_partial(T *to, Floats x, int64_t count) {
     T padded[LANES];
     store(padded, x);
     memcpy(to, padded, count * sizeof(T));
 }
 #endif
 
-// Read and written LANES at a time, the last ones through a copy padded with zeros.
+// Reads or writes the LANES elements from i on, or the rest up to `end`.
 template <class T> static inline Floats take(const T *from, int64_t i, int64_t end) {
-    return i + LANES <= end ? load(from + i) : load_some(from + i, end - i);
+    return i + LANES <= end ? load(from + i) : load_partial(from + i, end - i);
 }
 template <class T> static inline void put(T *to, Floats x, int64_t i, int64_t end) {
     if (i + LANES <= end)
         store(to + i, x);
     else
-        store_some(to + i, x, end - i);
+        store_partial(to + i, x, end - i);
 }

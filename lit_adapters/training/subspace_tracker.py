@@ -14,7 +14,7 @@ from lit_adapters.ops.statistics import (
     components,
     cosine,
     effective_rank,
-    leading_space,
+    leading_subspace,
     overlap,
     principal_angles,
     stable_rank,
@@ -77,7 +77,7 @@ class SubspaceTracker:
         if update is None or not isinstance(adapter, WeightAdapter):
             return {}
         if name not in self._leading:
-            self._leading[name] = leading_space(adapter.base_matrix(), update.rank)
+            self._leading[name] = leading_subspace(adapter.base_matrix(), update.rank)
         return {"overlap": overlap(self._leading[name], update.column_space())}
 
     def functions(self) -> dict[str, float]:

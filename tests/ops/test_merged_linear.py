@@ -9,16 +9,16 @@ from lit_adapters.ops import merged_linear as module
 from lit_adapters.ops.merged_linear import merged_linear, merged_weight
 from tests.ops.test_rational import normwise
 
-WAVES = [name for name, f in WEIGHT_FUNCTIONS.items() if f.wave is not None]
+SINUSOIDS = [name for name, f in WEIGHT_FUNCTIONS.items() if f.sinusoid is not None]
 
 
 @pytest.fixture(params=["kernel", "operations"])
 def path(request, monkeypatch):
-    """Which way it is computed; asks the kernel, if it is that, to have served."""
-    served, original = [], native.serves
-    monkeypatch.setattr(native, "serves", lambda *a: request.param == "kernel" and (served.append(1), original(*a))[1])
+    """Which path computes; for the kernel, also checks that it ran."""
+    ran, original = [], native.can_run
+    monkeypatch.setattr(native, "can_run", lambda *a: request.param == "kernel" and (ran.append(1), original(*a))[1])
     yield request.param
-    assert bool(served) == (request.param == "kernel")
+    assert bool(ran) == (request.param == "kernel")
 
 
 def gradients(function, amplitude, w, dtypes, rows=37, columns=101):
@@ -39,7 +39,7 @@ def gradients(function, amplitude, w, dtypes, rows=37, columns=101):
     return [y, *(t.grad for t in fast)], [expected, *(t.grad for t in exact)], update.learns_frequency
 
 
-@pytest.mark.parametrize("function", WAVES)
+@pytest.mark.parametrize("function", SINUSOIDS)
 def test_value_and_gradients_are_those_of_the_formula(function, path):
     got, expected, learns = gradients(function, 0.3, 5.0, (torch.float32, torch.float32))
     for value, reference in zip(got[: 5 if learns else 4], expected, strict=False):
@@ -47,7 +47,7 @@ def test_value_and_gradients_are_those_of_the_formula(function, path):
 
 
 @pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("function", WAVES)
+@pytest.mark.parametrize("function", SINUSOIDS)
 def test_bfloat16_inputs_are_as_exact_as_they_can_be(function, weight, path):
     got, expected, _ = gradients(function, 0.3, 5.0, (torch.bfloat16, weight))
     for value, reference in zip(got[:4], expected, strict=False):
@@ -78,7 +78,7 @@ def test_arguments_too_large_to_reduce_and_missing_ones():
     torch.testing.assert_close(merged.double(), z.double().sin(), rtol=0, atol=2e-7, equal_nan=True)
 
 
-@pytest.mark.parametrize("function", WAVES)
+@pytest.mark.parametrize("function", SINUSOIDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_update_leaves_the_weight_as_it_is(function, dtype):
     matrix, update = torch.randn(70, 33).to(dtype), WeightUpdate(function, 2.0, 0.3, True)
@@ -111,10 +111,10 @@ def test_any_size_and_number_of_threads(size):
 def test_what_the_kernel_cannot_serve():
     z, matrix = torch.randn(6, 8), torch.randn(6, 8)
     with torch.no_grad():
-        assert native.serves(z, matrix, torch.empty_like(z))
-        assert native.serves(z, None, None)
-        assert not native.serves(z.double(), matrix, None)
-        assert not native.serves(z, matrix.half(), None)
-        assert not native.serves(z, torch.randn(8, 6).t(), None)
-        assert not native.serves(z.to("meta"), None, None)
-    assert not native.serves(z, matrix, None)  # second derivatives need the operations
+        assert native.can_run(z, matrix, torch.empty_like(z))
+        assert native.can_run(z, None, None)
+        assert not native.can_run(z.double(), matrix, None)
+        assert not native.can_run(z, matrix.half(), None)
+        assert not native.can_run(z, torch.randn(8, 6).t(), None)
+        assert not native.can_run(z.to("meta"), None, None)
+    assert not native.can_run(z, matrix, None)  # second derivatives need the operations

@@ -10,7 +10,7 @@ from lit_adapters.ops.statistics import (
     effective_rank,
     functional_subspace,
     histogram,
-    leading_space,
+    leading_subspace,
     overlap,
     principal_angles,
     product_spectrum,
@@ -90,12 +90,12 @@ def test_the_spectrum_of_a_fresh_pair_is_zero():
     assert not product_spectrum(torch.zeros_like(b), a)[1].any()
 
 
-def test_the_leading_space_is_that_of_the_svd_and_draws_nothing():
+def test_the_leading_subspace_is_that_of_the_svd_and_draws_nothing():
     values = torch.tensor([9.0, 7.0, 5.0, *torch.linspace(1, 0.1, 17).tolist()]).double()
     u, v = orthonormal(40, 20), orthonormal(25, 20, seed=1)
     matrix = (u * values) @ v.T
     state = torch.get_rng_state()
-    basis = leading_space(matrix, 3)
+    basis = leading_subspace(matrix, 3)
     assert torch.equal(torch.get_rng_state(), state)
     assert overlap(basis, u[:, :3]) == pytest.approx(1.0, abs=1e-6)
     assert overlap(basis, u[:, 3:]) == pytest.approx(0.0, abs=1e-6)
