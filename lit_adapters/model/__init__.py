@@ -1,1 +1,1 @@
-"""What is done to a model: choose targets, attach, report, merge, calibrate, shard."""
+"""What can be done to a model: attach adapters, report on them, run it in particular ways, merge, shard."""

@@ -1,4 +1,4 @@
-"""Put adapters into a model, in place, and take them out again."""
+"""Puts adapters into a model, in place, and takes them out again."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _STATE = "_lit_adapters"
 
 @dataclass
 class Attachment:
-    """What `attach` was asked for and found, kept on the model for saving and for detaching.
+    """The record of an `attach`, kept on the model for saving and for detaching.
 
     Attributes:
-        methods: in the `{class_path, init_args}` form.
-        train: as given to `attach`.
-        trained_parameters: names of the base parameters that train.
-        buffers: names of the base's persistent buffers, such as the running statistics that training moves.
-        required_grad: what each base parameter was before.
-        prefix: of this model inside the one that is loading a state dict, while it loads.
+        methods: The methods in the `{class_path, init_args}` form.
+        train: As given to `attach`.
+        trained_parameters: The names of the base parameters that train.
+        buffers: The names of the base's persistent buffers, such as running statistics, which training changes.
+        required_grad: `requires_grad` of each base parameter before `attach`.
+        prefix: While a state dict is loaded, the name of this model inside the one that loads it.
     """
 
     methods: list[dict[str, Any]]
@@ -50,7 +50,7 @@ def attachment(model: nn.Module) -> Attachment:
     """The record that `attach` left on `model`.
 
     Raises:
-        AdapterError: nothing was attached to this very module.
+        AdapterError: Nothing was attached to this module itself.
     """
     state = model.__dict__.get(_STATE)
     if state is None:
@@ -67,19 +67,23 @@ def attach(
 ) -> AdapterReport:
     """Freeze `model`, put adapters around the targets of `methods`, and leave the modules of `train` trainable.
 
-    Works in place and all or nothing: after an error the model is as before. Base keys keep their names, adapter keys
-    stand beside them; `load_state_dict(strict=True)` then forgives missing frozen base keys and nothing else.
+    This works in place, and after an error the model is as before. The keys of the base stay the same, and those of
+    the adapters stand beside them; `load_state_dict(strict=True)` then accepts that frozen base keys are missing.
 
     Args:
-        model: any nn.Module.
-        methods: a method, its `{class_path, init_args}` form, or a list; an empty list only freezes.
-        train: modules or parameters that train besides the adapters, as a list of name suffixes (["head"]) or a
+        model: Any nn.Module.
+        methods: A method, its `{class_path, init_args}` form, or a list of these; an empty list only freezes.
+        train: The modules or parameters that train besides the adapters, as a list of name suffixes (["head"]) or a
             regular expression for whole names.
 
+    Returns:
+        The adapters and the numbers of parameters; `print` shows a table.
+
     Raises:
-        TargetsNotFound: a method or `train` matches nothing.
-        AdapterError: adapters are already there, two methods want the same layer, a layer that stands at two places is
-            chosen at one, a layer cannot carry its method, or `train` names a parameter tied to a frozen one.
+        TargetsNotFound: A method or `train` matches nothing.
+        AdapterError: The model has adapters already, two methods want the same layer, a layer at two places is chosen
+            at one of them only, a method cannot adapt a layer, or `train` names a parameter that is tied to a frozen
+            one or cannot train.
     """
     if _STATE in model.__dict__ or any(True for _ in adapters(model)):
         raise AdapterError(
@@ -91,7 +95,7 @@ def attach(
     head = {id(p) for h in head_modules(model) for p in h.parameters()}
 
     named = dict(model.named_parameters())
-    # Nothing of the model is touched before every adapter stands.
+    # Every adapter is built before the model is changed.
     wrapped: list[tuple[Target, AdapterModule]] = []
     shared: dict[int, AdapterModule] = {}
     for target, build in _assign(model, leaves, train):
@@ -113,7 +117,7 @@ def attach(
     )
     for name, parameter in named.items():
         parameter.requires_grad_(name in trained)
-    for module in model.modules():  # those without an adapter too: gradients pass through them
+    for module in model.modules():  # also layers without an adapter, as gradients pass through them
         if is_quantised(module):
             stop_repacking(module)
     for target, adapter in wrapped:
@@ -124,7 +128,7 @@ def attach(
     model.register_load_state_dict_post_hook(_forgive_frozen)
 
     sizes = {n: named[n].numel() for n in state.trained_parameters}
-    # A head of an unknown kind is what `train` names.
+    # If the head is not known, what `train` names counts as the head.
     own = {n for n in sizes if id(named[n]) in head} if head else set(sizes)
     return AdapterReport(
         adapters=[(n, a.method, sum(p.numel() for p in a.adapter_parameters().values())) for n, a in adapters(model)],
@@ -135,7 +139,7 @@ def attach(
 
 
 def _logical_size(parameter: nn.Parameter) -> int:
-    """Elements; of a packed weight those of the weight it stands for."""
+    """The number of elements; for a packed weight that of the original weight."""
     size: int = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape).numel()
     return size
 
@@ -145,9 +149,12 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _assign(model: nn.Module, methods: list[Method], train: str | Sequence[str]) -> list[tuple[Target, Factory]]:
-    """The targets of all methods, and what builds the adapter of each.
+    """The targets of all methods, each with the factory of its adapter.
 
-    A layer that stands at several places is adapted once; an activation, once for each place.
+    A layer at several places is adapted once, an activation once for each place.
+
+    Raises:
+        AdapterError: Two methods want the same layer, or a layer at several places is not chosen at all of them.
     """
     owner: dict[tuple[int, str], Method] = {}
     assigned: list[tuple[Target, Method, Factory]] = []
@@ -173,7 +180,12 @@ def _assign(model: nn.Module, methods: list[Method], train: str | Sequence[str])
 
 
 def _find_trained(model: nn.Module, train: str | Sequence[str]) -> set[str]:
-    """Names of the parameters that `train` selects."""
+    """The names of the parameters that `train` selects.
+
+    Raises:
+        TargetsNotFound: A part of `train` matches nothing.
+        AdapterError: A selected parameter is of whole numbers, or tied to a parameter that is not selected.
+    """
     if not train:
         return set()
     specs: list[str | Sequence[str]] = [train] if isinstance(train, str) else [[s] for s in train]
@@ -204,12 +216,12 @@ def _find_trained(model: nn.Module, train: str | Sequence[str]) -> set[str]:
 
 
 def detach(model: nn.Module) -> None:
-    """Remove all adapters; the base has its own modules, values and requires_grad again.
+    """Remove all adapters; the base has its own modules, values and `requires_grad` again.
 
     Modules of `train` keep what they have learned.
 
     Raises:
-        AdapterError: the model has none, or a merge is in effect.
+        AdapterError: The model has no adapters, or they are merged.
     """
     state = attachment(model)
     merged = [name for name, adapter in adapters(model) if adapter.merged]
@@ -221,7 +233,7 @@ def detach(model: nn.Module) -> None:
 
 
 def remove_adapters(model: nn.Module, successor: Any) -> None:
-    """Put `successor(adapter)` in the place of every adapter, and forget the attachment."""
+    """Put `successor(adapter)` in the place of every adapter, and delete the record of `attach`."""
     successors: dict[int, nn.Module] = {}
     for target in list(places(model)):
         if isinstance(target.module, AdapterModule):
@@ -237,7 +249,7 @@ def remove_adapters(model: nn.Module, successor: Any) -> None:
 
 
 def frozen_keys(model: nn.Module) -> set[str]:
-    """Keys of the parameters that neither belong to an adapter nor train, with the scales of quantised ones."""
+    """The state dict keys of base parameters that do not train, with the keys of the scales of quantised ones."""
     own = {id(p) for _, adapter in adapters(model) for p in adapter.adapter_parameters().values()}
     named = model.named_parameters(remove_duplicate=False)
     frozen = {n: getattr(p, "quant_state", None) for n, p in named if id(p) not in own and not p.requires_grad}
@@ -254,7 +266,7 @@ def _note_prefix(model: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> 
 
 
 def _forgive_frozen(model: nn.Module, incompatible: Any) -> None:
-    """Frozen base parameters may be absent from a state dict: checkpoints hold what changed."""
+    """Let frozen base parameters be absent from a state dict, as checkpoints hold only what training changed."""
     prefix = attachment(model).prefix
     forgiven = {prefix + key for key in frozen_keys(model)}
     incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in forgiven]

@@ -1,4 +1,4 @@
-"""Fold adapters into the model they were trained on, with the error of doing so measured."""
+"""Merges adapters into the model that they were trained on, and measures the error of that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_adapters.methods.matrix_layers import is_quantised
 from lit_adapters.model.attach import adapters, attachment, remove_adapters
 from lit_adapters.model.sharding import refuse_sharded
 
-SHARED = "shared_with"  # attribute of a parameter that another model has too: what that model is called
+SHARED = "shared_with"  # attribute of a parameter that another model also has: the name of that model
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class MergeReport:
     """Result of `merge`.
 
     Attributes:
-        max_abs_error: largest |stored - exact| over all merged parameters, the exact value taken in float64.
-        max_rel_error: the same relative to the largest value of the parameter.
-        merged: names of the layers whose parameters now hold the update.
-        kept: names of the layers that stay nonlinear: NoRA's functions, with factors folded into plain coefficients.
-        dequantised: names of the merged layers whose weight was quantised and is stored plainly now.
+        max_abs_error: The largest |stored - exact| over all merged parameters, with the exact value in float64.
+        max_rel_error: The same relative to the largest value of the parameter.
+        merged: The names of the layers whose parameters now hold the update.
+        kept: The names of the layers that stay nonlinear: NoRA's functions, now with plain coefficients.
+        dequantised: The names of the merged layers whose weight was quantised and is a plain one now.
     """
 
     max_abs_error: float
@@ -41,7 +41,11 @@ class MergeReport:
 
 
 def _check(model: nn.Module, merging: dict[str, AdapterModule], unload: bool) -> None:
-    """Raise where a parameter of an adapted layer cannot take the adapter's effect."""
+    """Check that the parameters of all adapted layers can hold the effect of their adapters.
+
+    Raises:
+        AdapterError: An adapter cannot be merged at present, or a parameter is tied to another layer or model.
+    """
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -69,16 +73,19 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
     """Add weight updates to the weights, in float32 and cast once, and fold NoRA's factors into plain coefficients.
 
     Args:
-        model: the module given to `attach`.
-        unload: final, no wrapper left: linear layers are the base's own again, adapted activations become
-            `RationalActivation`, quantised weights plain ones, and requires_grad is as before `attach`. False keeps
-            the wrappers and puts a merged weight beside every pretrained one, so that `unmerge` restores the model
-            bit for bit.
+        model: The module given to `attach`.
+        unload: True removes the adapters for good: linear layers are the base's own again, adapted activations become
+            `RationalActivation`, quantised weights become plain ones, and `requires_grad` is as before `attach`. False
+            keeps the adapters and puts a merged weight beside every pretrained one, so that `unmerge` restores the
+            model bit for bit.
+
+    Returns:
+        The errors of the merge and the names of the layers.
 
     Raises:
-        AdapterError: the model has no adapters or is merged already; an adapter is nonlinear at present (AFA-LoRA
-            before beta = 0); or a weight is on the meta device, sharded, tied to another layer, or also another
-            model's (marked `shared_with`) and to be written. The model is then as before.
+        AdapterError: The model has no adapters or is merged already, an adapter is nonlinear at present (AFA-LoRA
+            before beta = 0), or a weight is on the meta device, sharded, tied to another layer, or, with unload=True,
+            shared with another model (marked `shared_with`). The model is then as before.
     """
     state = attachment(model)
     refuse_sharded(model, "merging")
@@ -103,7 +110,7 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
 
 
 def forget_quantisation(model: nn.Module) -> None:
-    """Take back transformers' note that a model is quantised, with which it could not be saved and loaded again."""
+    """Remove transformers' note that a model is quantised; with it, the model could not be saved and loaded again."""
     for module in model.modules():
         quantizer = getattr(module, "hf_quantizer", None)
         if quantizer is not None and hasattr(quantizer, "remove_quantization_config"):
@@ -118,7 +125,7 @@ def unmerge(model: nn.Module) -> None:
     """Undo `merge(model, unload=False)`: every weight is the pretrained one again, bit for bit.
 
     Raises:
-        AdapterError: no merge is in effect.
+        AdapterError: No merge is in effect.
     """
     merged = [adapter for _, adapter in adapters(model) if adapter.merged]
     if not merged:

@@ -1,4 +1,4 @@
-"""Run an adapted model in particular ways: without its adapters, to check them, or to measure their inputs."""
+"""Runs an adapted model in particular ways: without its adapters, to check them, or to measure their inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lit_adapters.methods.base import AdapterModule
 from lit_adapters.model.attach import adapters
 from lit_adapters.ops.statistics import regular_sample
 
-_VALUES_PER_CALL = 1 << 14
+_VALUES_PER_CALL = 1 << 14  # inputs of an adapter that `calibrate` keeps from one call
 
 
 def _require_adapters(model: nn.Module) -> list[tuple[str, AdapterModule]]:
@@ -28,10 +28,10 @@ def _require_adapters(model: nn.Module) -> list[tuple[str, AdapterModule]]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The pretrained function bit for bit inside the block, except for modules of `train`.
+    """Inside the block, the model computes the pretrained function bit for bit, except for modules of `train`.
 
     Raises:
-        AdapterError: the model has no adapters, or a merge is in effect.
+        AdapterError: The model has no adapters, or they are merged.
     """
     found = _require_adapters(model)
     merged = [name for name, adapter in found if adapter.merged]
@@ -49,7 +49,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _recording_inputs(found: list[tuple[str, AdapterModule]], observe: Any) -> Iterator[None]:
-    """Call observe(name, input) before each adapter's forward."""
+    """Inside the block, call observe(name, input) before each adapter's forward."""
 
     def hook_for(name: str) -> Any:
         return lambda module, args, kwargs: observe(name, args[0] if args else next(iter(kwargs.values())))
@@ -64,23 +64,26 @@ def _recording_inputs(found: list[tuple[str, AdapterModule]], observe: Any) -> I
 
 @contextmanager
 def _recording_calls(found: list[tuple[str, AdapterModule]], notice: Any) -> Iterator[None]:
-    """Call notice(name) at each adapter's forward, without a hook: hooks turn PyTorch's fused encoder layers off."""
-    own = [adapter.__dict__.get("forward") for _, adapter in found]
+    """Inside the block, call notice(name) at each adapter's forward.
 
-    def noticing(name: str, forward: Any) -> Any:
-        def noticed_forward(*args: Any, **kwargs: Any) -> Any:
+    Without a hook, as hooks turn off PyTorch's fused encoder layers.
+    """
+    instance_forwards = [adapter.__dict__.get("forward") for _, adapter in found]
+
+    def recording(name: str, forward: Any) -> Any:
+        def recorded_forward(*args: Any, **kwargs: Any) -> Any:
             notice(name)
             return forward(*args, **kwargs)
 
-        return noticed_forward
+        return recorded_forward
 
     for name, adapter in found:
-        adapter.__dict__["forward"] = noticing(name, adapter.forward)
+        adapter.__dict__["forward"] = recording(name, adapter.forward)
         adapter.on_read = partial(notice, name)
     try:
         yield
     finally:
-        for (_, adapter), forward in zip(found, own, strict=True):
+        for (_, adapter), forward in zip(found, instance_forwards, strict=True):
             adapter.on_read = None
             del adapter.__dict__["forward"]
             if forward is not None:
@@ -89,7 +92,7 @@ def _recording_calls(found: list[tuple[str, AdapterModule]], notice: Any) -> Ite
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every module has its own mode again, and cached values are dropped."""
+    """Eval mode inside the block. Afterwards every module has its own mode again, and cached values are dropped."""
     modes = {module: module.training for module in model.modules()}
     modes |= {module.base: module.base.training for module in model.modules() if isinstance(module, AdapterModule)}
     if any(modes.values()):  # otherwise cached values stay valid
@@ -104,11 +107,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
-    """Run `model(*inputs, **kwargs)` once in eval mode and raise if an adapter did not take part.
+    """Run `model(*inputs, **kwargs)` once in eval mode and check that every adapter took part.
 
     Raises:
-        AdapterError: adapters that never ran, by name: code that reads `layer.weight` instead of calling the layer,
-            or a fused MLP, passes them by silently.
+        AdapterError: An adapter did not run. Code that reads `layer.weight` instead of calling the layer, or a fused
+            MLP, silently bypasses adapters.
     """
     found = _require_adapters(model)
     ran: set[str] = set()
@@ -124,17 +127,20 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any] | None = None) -> None:
-    """Show the adapters their real inputs before training: NoRA takes densities, and on request fit ranges, from them.
+    """Run batches through the model before training, so that adapters can measure their inputs.
+
+    NoRA measures the density of its inputs and, with fit_range="calibrate", their range; others measure nothing.
 
     Args:
-        model: an adapted model.
-        batches: inputs for `model`: tensors, tuples of positional arguments or dictionaries of keyword ones. One or
-            a few batches of training data are enough.
-        run: passes one batch, of any type and not yet on the model's device, through `model`. By default the batch is
-            moved to the device and `model` is called with it.
+        model: An adapted model.
+        batches: Inputs for `model`: tensors, tuples of positional arguments or dictionaries of keyword arguments. One
+            or a few batches of training data are enough.
+        run: Passes one batch, of any type and not yet on the model's device, through `model`. By default the batch is
+            moved to the device, and `model` is called with it.
 
     Raises:
-        AdapterError: no batch, no adapters, training has begun, or a layer's inputs are constant or not finite.
+        AdapterError: There are no batches or no adapters, training has begun, or a layer's inputs are constant or not
+            finite.
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise AdapterError("calibrate takes an iterable of batches; put a single batch into a list: [batch]")
@@ -167,14 +173,14 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 
 def set_progress(model: nn.Module, progress: float) -> None:
-    """Move every scheduled adapter to training progress in [0, 1]; at 1 annealed activations have become linear.
+    """Set every annealed adapter to where its schedule is at `progress`; at 1 most schedules have become linear.
 
     Args:
-        model: any module that holds adapters; one without annealed adapters is left as it is.
-        progress: share of the optimiser steps that are done.
+        model: A module with adapters; if none of them is annealed, nothing changes.
+        progress: The share of the optimiser steps that are done, in [0, 1].
 
     Raises:
-        AdapterError: the model has no adapters, an annealed one is merged, or progress lies outside [0, 1].
+        AdapterError: The model has no adapters, an annealed one is merged, or `progress` is outside [0, 1].
     """
     if not 0.0 <= progress <= 1.0:
         raise AdapterError(f"progress {progress} must lie in [0, 1]")

@@ -1,4 +1,4 @@
-"""What `attach` did, for people and for programs."""
+"""The result of `attach`, for people and for programs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class AdapterReport:
     """Result of `attach`; `print(report)` shows it as a table.
 
     Attributes:
-        adapters: (qualified name, method, trainable parameters) of every adapter.
-        trained: qualified names of the base parameters that train as well, with their sizes; without the head's.
-        head: the same for parameters of the prediction head.
-        total: parameters of the model, adapters included.
+        adapters: (qualified name, method, number of trainable parameters) for every adapter.
+        trained: The qualified names of the base parameters that also train, with their sizes, without the head's.
+        head: The same for the parameters of the prediction head.
+        total: The number of parameters of the model, adapters included.
     """
 
     adapters: list[tuple[str, str, int]]
@@ -23,17 +23,17 @@ class AdapterReport:
 
     @property
     def adapter_parameters(self) -> int:
-        """Trainable parameters of the adapters alone."""
+        """The number of trainable parameters of the adapters."""
         return sum(n for _, _, n in self.adapters)
 
     @property
     def trainable(self) -> int:
-        """All trainable parameters, head included."""
+        """The number of trainable parameters, head included."""
         return self.trainable_without_head + sum(self.head.values())
 
     @property
     def trainable_without_head(self) -> int:
-        """Trainable parameters apart from those of the head."""
+        """The number of trainable parameters without those of the head."""
         return self.adapter_parameters + sum(self.trained.values())
 
     def __str__(self) -> str:

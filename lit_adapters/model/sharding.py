@@ -1,9 +1,9 @@
-"""Models whose parameters are spread over processes (FSDP2): how to spread them, and how to have them whole again.
+"""Models whose parameters are sharded over processes (FSDP2): sharding them, and gathering parameters again.
 
     model = shard(build, mesh)        build() makes and adapts the model; it runs in the first process only
-    with gathered(adapter): ...       its own parameters are whole inside, in every process
+    with gathered(adapter): ...       inside the block the adapter's own parameters are whole, in every process
 
-A sharded parameter is a DTensor, told by its `full_tensor`, which every process has to call.
+A sharded parameter is a DTensor, recognised by its method `full_tensor`, which every process has to call.
 """
 
 from __future__ import annotations
@@ -24,21 +24,25 @@ if TYPE_CHECKING:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, in every process, all of which call this; any other tensor as it is."""
+    """The whole of a sharded tensor; any other tensor as it is. Every process has to call this."""
     full_tensor = getattr(tensor, "full_tensor", None)
     return tensor if full_tensor is None else full_tensor()
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a parameter of `model` is spread over processes."""
+    """Whether a parameter of `model` is sharded over processes."""
     return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
 def refuse_sharded(model: nn.Module, what: str) -> None:
-    """Raise if `model` is sharded.
+    """Check that `model` is not sharded.
+
+    Args:
+        model: The model.
+        what: What needs whole weights, for the message.
 
     Raises:
-        AdapterError: it is, and `what` needs whole weights.
+        AdapterError: The model is sharded.
     """
     if is_sharded(model):
         raise AdapterError(
@@ -49,7 +53,7 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
 
 @contextmanager
 def gathered(*modules: nn.Module) -> Iterator[None]:
-    """Inside the block the modules' own parameters are whole, to be read; every process enters it."""
+    """Inside the block the modules' own parameters are whole and can be read. Every process has to enter it."""
     sharded = [{n: p for n, p in m._parameters.items() if hasattr(p, "full_tensor")} for m in modules]
     try:
         for module, parameters in zip(modules, sharded, strict=True):
@@ -63,17 +67,21 @@ def gathered(*modules: nn.Module) -> Iterator[None]:
 
 
 def shard(build: Callable[[], nn.Module], mesh: DeviceMesh) -> nn.Module:
-    """The model of `build()`, with every parameter spread over the processes of `mesh`.
+    """Build a model and shard every parameter over the processes of `mesh`.
 
-    Each repeated block is one group of FSDP2 and the rest another. Only the first process builds, on the CPU; the
-    others get the structure on the meta device, and each its shards, one parameter after the other.
+    Each repeated block is one group of FSDP2, and the rest is another. Only the first process builds the model, on the
+    CPU. The others get its structure on the meta device, then their shards, one parameter after the other.
 
     Args:
-        build: makes the model and attaches its adapters.
-        mesh: of Lightning's `ModelParallelStrategy`, or of one dimension.
+        build: Makes the model and attaches its adapters.
+        mesh: The mesh of Lightning's `ModelParallelStrategy`, or one with one dimension.
+
+    Returns:
+        The sharded model.
 
     Raises:
-        AdapterError: `build` failed, in every process; there is tensor parallelism; an adapter cannot be sharded.
+        AdapterError: `build` failed (raised in every process), the mesh has tensor parallelism, or an adapter cannot be
+            sharded.
     """
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -86,14 +94,14 @@ def shard(build: Callable[[], nn.Module], mesh: DeviceMesh) -> nn.Module:
             source = build()
             _check(source)
             message[1] = _skeleton(source)
-        except Exception as error:  # whatever it is, the other processes wait for a word
+        except Exception as error:  # any error, as the other processes are waiting
             message[0] = error if isinstance(error, AdapterError) else AdapterError(f"{type(error).__name__}: {error}")
     dist.broadcast_object_list(message)
     failure, model = message
     if failure is not None:
         raise failure
     for group in (*_repeated_blocks(model), model):
-        # The root too gives its parameters back after each pass, so that hooks always find the shards.
+        # The root, too, is resharded after each pass, so that hooks always find the shards.
         fully_shard(group, mesh=mesh, reshard_after_forward=True)
     model.to_empty(device=mesh.device_type if mesh.device_type == "cpu" else torch.cuda.current_device())
     _fill(model, source)
@@ -123,21 +131,21 @@ def _check(model: nn.Module) -> None:
                 "another function, or the strategy ddp"
             )
         if not parameter.is_floating_point():
-            raise AdapterError(f"{name!r} is quantised, which has not been made to work with FSDP2; use strategy ddp")
+            raise AdapterError(f"{name!r} is quantised, which is not supported with FSDP2; use the strategy ddp")
     for name, module in model.named_modules():
         if getattr(module, "cache_weight", False):
             raise AdapterError(f"cache_weight of {name!r} would keep whole weights in every process; set it to false")
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, made without copying a value."""
+    """A copy of the model on the meta device, made without copying values."""
     empty: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
     empty |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, empty)
 
 
 def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The members of all lists of modules of one class with parameters; of lists within lists, the outermost."""
+    """The members of every list of modules of one class with parameters; for nested lists, of the outermost only."""
     blocks: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for module in model.modules():
@@ -151,12 +159,12 @@ def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def _fill(model: nn.Module, source: nn.Module | None) -> None:
-    """Give every process its part of the tensors of `source`, which the first one has."""
+    """Give every process its part of the tensors of `source`, which only the first process has."""
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    def tensors(of: nn.Module) -> dict[str, Tensor]:
-        return dict(of.named_parameters()) | dict(of.named_buffers())
+    def tensors(module: nn.Module) -> dict[str, Tensor]:
+        return dict(module.named_parameters()) | dict(module.named_buffers())
 
     values = {} if source is None else tensors(source)
     for name, target in tensors(model).items():
