@@ -1,4 +1,4 @@
-"""What the layers around an activation tell about its input: which dimension holds the channels, and how many."""
+"""Finds out from the layers around an activation which dimension of its input holds the channels, and how many."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ from dataclasses import dataclass
 
 from torch import nn
 
-# By class name as well, so that transformers' Conv1D (a linear layer) and quantised linears need no import.
+# Recognised by class name, so that transformers' Conv1D (a linear layer) and quantised layers need no import.
 _LINEAR_NAMES = {"Conv1D", "Linear4bit", "Linear8bitLt"}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Attributes: channel_dim (None when unclear, with a `reason`), channels (None when the layers do not tell)."""
+    """Where the channels of an activation's input are.
+
+    Attributes:
+        channel_dim: The dimension that holds the channels; None if it cannot be told.
+        channels: The number of channels; None if it cannot be told.
+        reason: Why `channel_dim` is None.
+    """
 
     channel_dim: int | None
     channels: int | None = None
@@ -20,12 +26,12 @@ class Layout:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A layer that maps the last dimension of its input by a matrix."""
+    """Whether `module` multiplies the last dimension of its input by a matrix."""
     return isinstance(module, nn.Linear) or type(module).__name__ in _LINEAR_NAMES
 
 
 def is_pointwise_conv(module: nn.Module) -> bool:
-    """A 1 x 1 convolution: a linear layer on the channels of an image."""
+    """Whether `module` is a 1 x 1 convolution, which is a linear layer on the channels of an image."""
     return isinstance(module, nn.Conv2d) and tuple(module.kernel_size) == (1, 1)
 
 
@@ -52,12 +58,14 @@ def _inputs(module: nn.Module) -> int | None:
 
 
 def channel_layout(parent: nn.Module, attribute: str) -> Layout:
-    """Read the layout of the input of activation `parent.attribute` off its siblings, in the order of definition.
+    """The layout of the input of the activation `parent.attribute`, read from its siblings in the order of definition.
 
-    The layer right before it decides, unless that is a convolution and the very next one linear (something is flattened
-    or permuted on one side); where none comes before, the siblings must agree. The channel count is trusted only where
-    the next layer consumes as many as the previous one makes, or where there is a single layer before: a gated MLP
-    hands its activation half of them, and a LLaMA MLP defines its activation last.
+    The last layer before the activation decides, unless that layer is a convolution and the next one is linear, which
+    means that something is flattened or permuted on one side. If no layer comes before, all siblings must agree.
+
+    The number of channels is known only if the next layer takes as many as the previous one gives, or if exactly one
+    layer comes before and none after: a gated MLP gives its activation half of them, and a LLaMA MLP defines its
+    activation last.
     """
     if _channel_dim(parent) == 1:  # timm's BatchNormAct2d holds its own activation
         return Layout(1, getattr(parent, "num_features", None))

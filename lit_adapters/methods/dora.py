@@ -6,8 +6,8 @@ The norm counts as a constant in the backward pass (section 4.3 of the paper). I
 
     ||W0 + s B A||^2 = ||W0||^2 + 2 s <W0 A^T, B> + s^2 <B (A A^T), B>        each summed over a row
 
-so that no d x d matrix is formed, and ||W0||^2 is computed once. At the start m / norm is exactly 1: the pretrained
-layer. r (in + out) + out parameters a layer. Dropout acts on the input of B A alone.
+so that no d x d matrix is formed, and ||W0||^2 is computed once. At the start m / norm is exactly 1, which gives the
+pretrained layer. Parameters for each layer: r (in + out) + out. Dropout acts on the input of B A only.
 """
 
 from __future__ import annotations
@@ -68,17 +68,17 @@ class DoRAAdapter(LowRankAdapter):
         self.base_norm_square()
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """The magnitudes: zero is no resting place of a norm."""
+        """The magnitudes, as a norm should not decay towards 0."""
         return [self.magnitude]
 
     @torch.no_grad()
     def _measure_base(self) -> Tensor:
-        """||W0||^2 of every row (out,), also put into `base_square`, which compiled graphs read.
+        """||W0||^2 of every row (out,), float32; also written to `base_square`, which compiled graphs read.
 
-        On the meta device there is nothing to measure yet.
+        On the meta device nothing is measured.
 
         Raises:
-            AdapterError: the weight was quantised since it was last measured.
+            AdapterError: The weight was quantised after it was last measured.
         """
         weight = self.base.weight
         if self._was_floating and not weight.is_floating_point():
@@ -90,31 +90,31 @@ class DoRAAdapter(LowRankAdapter):
         if weight.is_meta:
             return self.base_square
         square = self.base_matrix().float().square().sum(1)
-        if type(square) is Tensor:  # not one that stands for another while PyTorch traces
+        if type(square) is Tensor:  # no fake tensor of a trace
             self._buffers["base_square"] = square
         return square
 
     def base_norm_square(self) -> Tensor:
-        """||W0||^2 of every row (out,); measured again if the weight was replaced or written to.
+        """||W0||^2 of every row (out,), float32; measured again if the weight was replaced or written to.
 
-        A compiled graph takes the pretrained weight as fixed.
+        A compiled graph assumes that the pretrained weight does not change.
         """
         if torch.compiler.is_compiling():
             return self.base_square
         return self._measured.get([self.base.weight], self._measure_base)
 
     def weight_norm(self) -> Tensor:
-        """||W0 + s B A|| of every row (out,), float32; a constant for the backward pass."""
+        """||W0 + s B A|| of every row (out,), float32; a constant in the backward pass."""
         with torch.no_grad(), without_autocast(self.lora_A):
             a, b, matrix = self.lora_A.float(), self.lora_B.float(), self.base_matrix()
-            # The wide product runs in the weight's own dtype: a float32 copy of the weight would cost as much as it.
+            # The wide product runs in the dtype of the weight, as casting the weight would cost as much as the product.
             half = torch.addmm((matrix @ a.to(matrix.dtype).T).float(), b, a @ a.T, alpha=self.scaling / 2)
             update = 2 * self.scaling * (half * b).sum(1)
             norm = (self.base_norm_square() + update).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-            return norm.detach()  # a constant in forward mode too, which `no_grad` does not stop
+            return norm.detach()  # a constant in forward mode too, which `no_grad` does not turn off
 
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """m / ||W0 + s B A|| (W0 + s B A) - W0, (out, in)."""
+        """m / ||W0 + s B A|| (W0 + s B A) - W0 (out, in)."""
         matrix = self.base_matrix().to(dtype)
         adapted = matrix + self.scaling * self.product(dtype)
         norm = adapted.detach().square().sum(1).sqrt().clamp_min(torch.finfo(dtype).tiny)
@@ -136,7 +136,7 @@ class DoRAAdapter(LowRankAdapter):
         return y + (self.per_channel(gain_minus_one) * product).to(y.dtype)
 
     def _can_scale_in_place(self, bias: Tensor | None) -> bool:
-        """Whether `scale_without_bias` may take the place of the formula: one kernel, for plain eager operations."""
+        """Whether the one kernel `scale_without_bias` may take the place of the formula: in a plain eager call."""
         frozen = bias is None or not bias.requires_grad
         return self.layer.channel_dim == -1 and frozen and not torch.compiler.is_compiling() and not transformed()
 
@@ -145,14 +145,14 @@ class DoRAAdapter(LowRankAdapter):
         return self.layer.per_channel(self.base, values)
 
     def gain_minus_one(self) -> Tensor:
-        """m / ||W0 + s B A|| - 1, (out,); for generation it is computed once, and not for every token."""
+        """m / ||W0 + s B A|| - 1 (out,); computed once for generation, not for every token."""
         if not self.may_cache():
             return self.magnitude / self.weight_norm() - 1
         sources = [self.base.weight, self.lora_A, self.lora_B, self.magnitude]
         return self._gain.get(sources, lambda: self.magnitude / self.weight_norm() - 1)
 
     def statistics(self) -> dict[str, float]:
-        """relative_norm, of s B A as for LoRA; magnitude_change: rms of m / m0 - 1 over the rows that are not zero."""
+        """relative_norm of s B A, as in LoRA, and magnitude_change, the rms of m / m0 - 1 over nonzero rows."""
         square = self.base_norm_square()
         rows = square > 0
         ratio = self.magnitude.detach()[rows] / square[rows].sqrt() - 1
@@ -168,5 +168,5 @@ class DoRAAdapter(LowRankAdapter):
                     self.magnitude.copy_(square.sqrt())
 
     def summary(self) -> AdapterSummary:
-        """As for any pair; the magnitudes are not in it."""
+        """As for any low-rank pair, without the magnitudes."""
         return replace(super().summary(), note="magnitudes apart")

@@ -3,11 +3,12 @@
     h = (W0 + s f(B A)) x        f applied to the full product, s = alpha / r outside f
 
 f is Sinter, f(z) = z + a z sin(w z), with the constants of the released adapters, a = 5e-5 and w = 1e4, or one of
-`lit_adapters.activations.weight_functions`. At these constants Sinter changes B A by at most 5e-5 of itself, less than
-bfloat16 can hold: run function="identity" as a control. The update lives in weight space, so it merges whatever f is.
+`lit_adapters.activations.weight_functions`. With these constants Sinter changes B A by at most 5e-5 of itself, which is
+less than bfloat16 can represent; run function="identity" as a control. The update is a change of the weight, so that it
+can be merged for every f.
 
-One weight is formed for each forward, in float32, and the input passes through it once; only with dropout > 0, which
-must not touch the path through W0, do training steps take a second product. r (in + out) parameters a layer, and one
+One weight is formed for each forward, in float32, and the input is multiplied by it once. Training with dropout > 0
+takes a second product, as dropout must not act on the path through W0. Parameters for each layer: r (in + out), and one
 more with "sine", whose frequency is learned.
 """
 
@@ -31,7 +32,7 @@ from lit_adapters.ops._transforms import transformed
 from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.merged_linear import merged_linear, merged_weight
 
-_NUDGE = 1e-3  # of B, where f is flat at 0: B A is then this share of a freshly initialised weight
+_NUDGE = 1e-3  # size of B A at the start where f is flat at 0, as a share of a freshly initialised weight
 
 
 @dataclass
@@ -39,15 +40,15 @@ class LoRAN(LowRank):
     """Configuration of LoRAN; rank to rslora are those of `LowRank`.
 
     Args:
-        function: f: sinter, sine, cos, identity, sigmoid, tanh, relu, silu, swish25 or gaussian.
+        function: The name of f: sinter, sine, cos, identity, sigmoid, tanh, relu, silu, swish25 or gaussian.
         amplitude: a of Sinter.
-        frequency: w of Sinter and of cos; of "sine" the starting value.
-        centered: use f(z) - f(0), so that B = 0 starts at the pretrained layer whatever f is.
-        cache_weight: keep the formed weight while A and B stay the same, over the micro-batches of an accumulated
-            gradient; out * in values a layer. In eval mode without gradients it is kept in any case.
+        frequency: w of Sinter and of cos; the starting value for "sine".
+        centered: Whether to use f(z) - f(0), so that B = 0 gives the pretrained layer for every f.
+        cache_weight: Whether to keep the formed weight (out * in values for each layer) while A and B stay the same,
+            over the micro-batches of an accumulated gradient. In eval mode without gradients it is always kept.
 
     Raises:
-        AdapterError: a value is out of range.
+        AdapterError: A value is out of range.
     """
 
     name: ClassVar[str] = "loran"
@@ -62,7 +63,7 @@ class LoRAN(LowRank):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.function not in WEIGHT_FUNCTIONS:
-            raise AdapterError(f"function {self.function!r} is none of {', '.join(WEIGHT_FUNCTIONS)}")
+            raise AdapterError(f"function {self.function!r} must be one of {', '.join(WEIGHT_FUNCTIONS)}")
         for name in ("amplitude", "frequency"):
             if not isinstance(getattr(self, name), (int, float)) or not math.isfinite(getattr(self, name)):
                 raise AdapterError(f"{name} {getattr(self, name)!r} must be a finite number")
@@ -90,7 +91,7 @@ class LoRANAdapter(LowRankAdapter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A Kaiming-uniform, B zero; where f is flat at 0, which would hold B there, B is small and random instead."""
+        """A Kaiming-uniform, B zero; small and random instead if f is flat at 0, where B = 0 would never train."""
         super().reset_parameters()
         with torch.no_grad():
             self.frequency.fill_(self.initial_frequency)
@@ -98,7 +99,7 @@ class LoRANAdapter(LowRankAdapter):
                 self.lora_B.normal_(std=_NUDGE / math.sqrt(self.rank))
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """The frequency, if it is learned."""
+        """The frequency if it is learned."""
         return [self.frequency] if isinstance(self.frequency, nn.Parameter) else []
 
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -115,7 +116,7 @@ class LoRANAdapter(LowRankAdapter):
             wide = torch.promote_types(dtype, torch.float32)
             update = self.delta_weight(wide)  # s f(B A), (out, in)
             weight = self.base_matrix().to(wide) + update  # W0 + s f(B A)
-        if self.dropout > 0 and self.training:  # it must not touch the path through W0
+        if self.dropout > 0 and self.training:  # it must not act on the path through W0
             y = self.base(x)
             update = self.layer.stored(self.base, update.to(dtype))
             return y + self.layer.multiply(self.base, F.dropout(x, self.dropout, True), update).to(y.dtype)
@@ -124,7 +125,8 @@ class LoRANAdapter(LowRankAdapter):
     def can_stream(self) -> bool:
         """Whether `streamed` may take the place of the formula.
 
-        A convolution's weight is small beside its input, and the transforms of torch.func need plain operations.
+        False for a convolution, whose weight is small compared to its input, and under the transforms of torch.func,
+        which need plain operations.
         """
         return not isinstance(self.layer, ConvolutionLayer) and not transformed()
 
@@ -134,7 +136,7 @@ class LoRANAdapter(LowRankAdapter):
         In eval mode without gradients the formed weight is kept.
         """
         given, x = x.dtype, x.to(self._compute_dtype(x))
-        separate = self.dropout > 0 and self.training  # dropout must not touch the path through W0
+        separate = self.dropout > 0 and self.training  # dropout must not act on the path through W0
         weight, bias = (None, None) if separate else (self.base.weight, self.base.bias)
         formed = None if separate else self._cached_weight(x.dtype)
         if formed is not None and not torch.is_grad_enabled():
@@ -161,7 +163,7 @@ class LoRANAdapter(LowRankAdapter):
         return self.layer.matrix(self.base, weight)
 
     def _cached_weight(self, dtype: torch.dtype) -> Tensor | None:
-        """W0 + s f(B A) in `dtype`, computed once; None where it must not be kept."""
+        """W0 + s f(B A) in `dtype`, computed once; None if it must not be kept."""
         if not self.may_cache():
             return None
         sources = [self.base.weight, self.lora_A, self.lora_B, self.frequency]
@@ -175,7 +177,7 @@ class LoRANAdapter(LowRankAdapter):
 
     @torch.no_grad()
     def update_size(self) -> tuple[float, float]:
-        """||s f(B A)||_F, and ||f(B A) - B A||_F / ||B A||_F; elementwise on the product, which no factor knows."""
+        """||s f(B A)||_F and ||f(B A) - B A||_F / ||B A||_F, from the whole product."""
         product = self.product(torch.float32)
         update = self.update.value(product, self.frequency)
         residual = (update / self.scaling - product).norm() / product.norm().clamp_min(torch.finfo(torch.float32).tiny)
@@ -193,6 +195,6 @@ class LoRANAdapter(LowRankAdapter):
         return replace(super().summary(), change=change, note=f"|f(BA) - BA| / |BA| = {residual:.1e}")
 
     def charts(self) -> dict[str, str]:
-        """As for any pair, and how far f(B A) is from linear."""
+        """As for any low-rank pair, and how far f(B A) is from linear."""
         title = "AFA, LoRAN: distance from linear, each layer"
         return {title: each_layer("nonlinearity")} | super().charts()

@@ -1,6 +1,6 @@
-"""Layers whose weight is a matrix W (out, in): how each kind stores it, and how it applies W or a low-rank pair.
+"""Layers whose weight is a matrix W (out, in): how each kind stores W, and how it applies W or a low-rank pair.
 
-A convolution counts as the matrix (out, in * kernel size); what it unfolds is its input.
+A convolution has the matrix (out, in * kernel size), which multiplies the unfolded patches of its input.
 """
 
 from __future__ import annotations
@@ -16,56 +16,56 @@ from torch import Tensor, nn
 from lit_adapters.errors import AdapterError
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-_QUANTISED = {"Linear4bit", "Linear8bitLt", "QuantLinear"}  # by name, as their libraries are optional
+_QUANTISED = {"Linear4bit", "Linear8bitLt", "QuantLinear"}  # recognised by name, as their libraries are optional
 _PLAIN_FORWARDS = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 
 
 class LinearLayer:
     """nn.Linear: the weight is the matrix, y = x W^T + bias."""
 
-    channel_dim = -1  # of the output and of A x
+    channel_dim = -1  # the dimension of the channels in the output and in A x
     keeps_dtype = False  # whether the output has the dtype of the input even under autocast
-    low_rank = True  # whether B(A x) can be applied without forming B A
+    low_rank = True  # whether B(A x) can be computed without forming B A
 
     def size(self, base: Any) -> tuple[int, int]:
-        """(out, in) of the matrix."""
+        """The size (out, in) of the matrix."""
         return base.out_features, base.in_features
 
     def dtype(self, base: Any) -> torch.dtype:
-        """Of a weight that takes the place of the pretrained one."""
+        """The dtype of a weight that replaces the pretrained one."""
         dtype: torch.dtype = base.weight.dtype
         return dtype
 
     def compute_dtype(self, base: Any, x: Tensor) -> torch.dtype:
-        """What the layer computes in for this input, autocast apart."""
+        """The dtype in which the layer computes for this input without autocast."""
         return x.dtype
 
     def matrix(self, base: Any, weight: Tensor) -> Tensor:
-        """The weight as a matrix (out, in); a view of it where it is stored plainly."""
+        """The weight as a matrix (out, in); a view of it unless it is quantised."""
         return weight
 
     def stored(self, base: Any, matrix: Tensor) -> Tensor:
-        """A matrix (out, in) in the layout of the weight."""
+        """A matrix (out, in) in the layout of the layer's weight."""
         return matrix
 
     def apply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """What the layer would return with `weight`, in its own layout, bias included."""
+        """The output of the layer with `weight` (in the layer's layout) in the place of its own, bias included."""
         return F.linear(x, weight, base.bias)
 
     def multiply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """As `apply`, without the bias."""
+        """As `apply`, but without the bias."""
         return F.linear(x, weight)
 
     def down(self, base: Any, x: Tensor, a: Tensor) -> Tensor:
-        """A x; a is (r, in)."""
+        """A x, for A (r, in)."""
         return F.linear(x, a)
 
     def up(self, base: Any, z: Tensor, b: Tensor) -> Tensor:
-        """B z; b is (out, r)."""
+        """B z, for B (out, r)."""
         return F.linear(z, b)
 
     def with_weight(self, base: Any, weight: Tensor) -> Any:
-        """The layer with another weight for good; in place where its storage can hold it."""
+        """The layer with `weight` as its own: the same layer, or a new one if its storage cannot hold the weight."""
         base.weight.data.copy_(weight)
         return base
 
@@ -94,7 +94,7 @@ class TransposedLayer(LinearLayer):
 
 
 class ConvolutionLayer(LinearLayer):
-    """nn.Conv1d, 2d and 3d: A takes the geometry of the layer, B is a 1 x 1 convolution."""
+    """nn.Conv1d, 2d and 3d: A has the kernel, stride and padding of the layer, B is a 1 x 1 convolution."""
 
     channel_dim = 1
 
@@ -111,7 +111,7 @@ class ConvolutionLayer(LinearLayer):
         return matrix.view(base.weight.shape)
 
     def apply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
-        y: Tensor = base._conv_forward(x, weight, base.bias)  # knows the padding modes
+        y: Tensor = base._conv_forward(x, weight, base.bias)  # handles the padding modes
         return y
 
     def multiply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class ConvolutionLayer(LinearLayer):
 
 
 class QuantisedLayer(LinearLayer):
-    """bitsandbytes' Linear4bit: the matrix is the weight dequantised to what the layer computes in, as it does."""
+    """bitsandbytes' Linear4bit: the matrix is the weight, dequantised to the dtype in which the layer computes."""
 
     keeps_dtype = True
 
@@ -151,7 +151,7 @@ class QuantisedLayer(LinearLayer):
         from bitsandbytes.functional import dequantize_4bit
 
         state = copy.copy(getattr(weight, "quant_state", None))
-        if state is None:  # moved to no device yet: not quantised
+        if state is None:  # not quantised yet: that happens when the layer moves to a device
             return weight  # type: ignore[no-any-return]
         state.dtype = base.compute_dtype or torch.float32
         matrix: Tensor = dequantize_4bit(weight.data, state)
@@ -173,16 +173,16 @@ class QuantisedLayer(LinearLayer):
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether it is bitsandbytes' Linear4bit, told by name, as the library is optional."""
+    """Whether `module` is bitsandbytes' Linear4bit; recognised by name, as the library is optional."""
     return any(kind.__name__ == "Linear4bit" for kind in type(module).__mro__)
 
 
 def stop_repacking(layer: Any) -> None:
-    """Keep a Linear4bit's weight as quantisation left it.
+    """Keep the weight of a Linear4bit in the form that quantisation gave it.
 
-    On processors with AVX512-bf16 bitsandbytes 0.50 repacks the weight in the first forward without gradients in eval
-    mode; it then dequantises to wrong values, and training gives the input no gradient. So repacking is turned off, and
-    undone where it has happened; it has rounded the scales of the blocks to bfloat16 by then.
+    On processors with AVX512-bf16, bitsandbytes 0.50 repacks the weight in the first forward in eval mode without
+    gradients. From then on it dequantises to wrong values, and training gives the input no gradient. This function
+    turns repacking off and undoes it if it has happened; the scales of the blocks stay rounded to bfloat16 then.
     """
     layer.support_avx512bf16_for_cpu = False
     state = getattr(layer.weight, "quant_state", None)
@@ -190,22 +190,23 @@ def stop_repacking(layer: Any) -> None:
         return
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-    dtype, state.original_dtype = state.original_dtype, torch.float32  # scales quantised twice are float32 too
+    dtype, state.original_dtype = state.original_dtype, torch.float32  # also if scales are quantised themselves
     layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
     state.dtype = dtype
-    if not state.nested:  # those not quantised are still in the order of the repacked weight
+    if not state.nested:  # plain scales are still in the order of the repacked weight
         state.absmax = state.absmax.T.flatten().float()
 
 
 @torch.no_grad()
 def is_plain(module: nn.Module) -> bool:
-    """Whether a linear layer or convolution does no more than its class in torch.nn; one with its own forward is tried.
+    """Whether a linear layer or convolution computes what its base class in torch.nn computes.
 
-    Others are routers of experts, convolutions that standardise their weight or pad their input, and the like.
+    A layer with a forward of its own is run once to find out. Some compute something else: routers of experts,
+    convolutions that standardise their weight or pad their input, and the like.
     """
     if type(module).forward in _PLAIN_FORWARDS or not isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
         return True
-    if {kind.__name__ for kind in type(module).__mro__} & _QUANTISED:  # `matrix_layer` takes or refuses them
+    if {kind.__name__ for kind in type(module).__mro__} & _QUANTISED:  # `matrix_layer` accepts or refuses them
         return True
     weight: Tensor = module.weight  # type: ignore[assignment]
     layer: LinearLayer
@@ -216,10 +217,10 @@ def is_plain(module: nn.Module) -> bool:
         extent = [3 * d * k + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]  # type: ignore[arg-type]
         shape = [2, int(weight.shape[1] * module.groups), *extent]  # type: ignore[operator]
     count = math.prod(shape)
-    x = torch.linspace(-1, 1, count, dtype=weight.dtype, device=weight.device).view(shape)  # no random state is used up
+    x = torch.linspace(-1, 1, count, dtype=weight.dtype, device=weight.device).view(shape)  # drawn from no random state
     try:
         y, expected = module(x), layer.apply(module, x, weight)
-    except Exception:  # whatever it wants, it is no such input
+    except Exception:  # any error: it does not accept the input of a plain layer
         return False
     if not isinstance(y, Tensor) or y.shape != expected.shape:
         return False
@@ -227,17 +228,23 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def matrix_layer(base: nn.Module, qualified_name: str, method: str) -> LinearLayer:
-    """The kind of `base`.
+    """How `base` stores and applies its matrix.
+
+    Args:
+        base: The layer to adapt.
+        qualified_name: Its name in the model, for messages.
+        method: The name of the method, for messages.
 
     Raises:
-        AdapterError: it is no such layer, its weight is not a plain parameter, or it has a forward of its own.
+        AdapterError: `base` is not a layer with a weight matrix, its weight is not a plain parameter, or it does not
+            compute what a plain layer computes.
     """
     leave_out = f"leave it out with exclude=[{qualified_name!r}]"
     kind: LinearLayer | None = None
     if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise AdapterError(
-            f"{qualified_name!r} belongs to an nn.MultiheadAttention, which reads its weights without calling it: no "
-            f"adapter on it would run; {leave_out}"
+            f"{qualified_name!r} belongs to an nn.MultiheadAttention, which reads its weights without calling it, so "
+            f"that no adapter on it would run; {leave_out}"
         )
     if is_quantised(base):
         kind = QuantisedLayer(base)
@@ -254,8 +261,8 @@ def matrix_layer(base: nn.Module, qualified_name: str, method: str) -> LinearLay
         kind = TransposedLayer()
     if kind is None:
         why = {
-            nn.MultiheadAttention: "nn.MultiheadAttention keeps q, k and v in one parameter that no layer applies",
-            nn.Embedding: "an embedding looks rows up in place of multiplying by a matrix",
+            nn.MultiheadAttention: "nn.MultiheadAttention keeps q, k and v in one parameter outside any layer",
+            nn.Embedding: "an embedding looks rows up instead of multiplying by a matrix",
         }.get(type(base), f"this is a {type(base).__name__}")
         raise AdapterError(
             f"{method} adapts linear layers and convolutions, and {qualified_name!r} is neither: {why}; {leave_out}"

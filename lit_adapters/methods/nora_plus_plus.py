@@ -1,6 +1,7 @@
 """NoRA++: NoRA on the activations together with LoRA or DoRA on the weights (arXiv 2509.13240)."""
 
-# Annotations are not postponed here: jsonargparse would not resolve them, and accept anything for a part.
+# No `from __future__ import annotations` here: jsonargparse would not resolve a dataclass's annotations, and would
+# accept anything for a part.
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -16,11 +17,11 @@ class NoRAPlusPlus(Method):
     """Configuration of NoRA++: both parts attach to their own targets and train together.
 
     Args:
-        nora: what happens to the activations.
-        lora: what happens to the weights, LoRA or DoRA.
+        nora: The NoRA on the activations.
+        lora: The LoRA or DoRA on the weights.
 
     Raises:
-        AdapterError: a part is of another kind.
+        AdapterError: `nora` is not a NoRA, or `lora` is neither a LoRA nor a DoRA.
     """
 
     name: ClassVar[str] = "nora++"

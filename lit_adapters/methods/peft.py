@@ -1,8 +1,8 @@
-"""Any method of the peft library (https://github.com/huggingface/peft) that changes single layers, as one of ours.
+"""Methods of the peft library (https://github.com/huggingface/peft) that change single layers, in the form of ours.
 
-peft injects its layers as it always does; each is then put beside its base layer like our own adapters, and the model
-is given back. What peft trains by its model wrapper, and not by its layers, is refused where it is needed (prompts,
-task ids) and warned of where it is missed (the rank allocation of AdaLoRA).
+peft injects its layers into the model; each becomes an adapter around its base layer like our own, and the model gets
+its own modules back. Some methods need peft's model wrapper. They are refused if they cannot run without it (prompts,
+task ids), and a warning says what is missing if they can (the rank allocation of AdaLoRA).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lit_adapters.methods.peft_adapter import PeftAdapter
 from lit_adapters.methods.targets import Target, places
 
 _ADAPTER = "default"  # peft's name for the first adapter of a layer
-# Initialisations of peft's LoRA that leave the pretrained weight alone.
+# Initialisations of peft's LoRA that do not change the pretrained weight.
 SAFE_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 _REFUSED_TYPES = {
     "POLY": "its layers ask for task ids beside every input, which only peft's own model passes on",
@@ -54,7 +54,7 @@ def require_peft() -> Any:
     """The peft library.
 
     Raises:
-        AdapterError: it is not installed.
+        AdapterError: peft is not installed.
     """
     try:
         import peft
@@ -67,14 +67,14 @@ def require_peft() -> Any:
 class Peft(Method):
     """Configuration of any peft method that adapts layers one by one: LoRA variants, LoHa, IA3, OFT, VeRA and more.
 
-    Which layers, ranks and dropout belong to peft's own configuration (`target_modules`, `exclude_modules`, ...).
+    peft's own configuration sets the layers, ranks and dropout (`target_modules`, `exclude_modules`, ...).
 
     Args:
-        config: a `peft.PeftConfig`, or its dictionary with `peft_type`; kept as a dictionary of plain values.
+        config: A `peft.PeftConfig`, or its dictionary with `peft_type`; kept as a dictionary of plain values.
 
     Raises:
-        AdapterError: peft is missing or refuses the values; a prompt method, or a setting that only peft's own model
-            can carry out.
+        AdapterError: peft is not installed or refuses the values, the method learns prompts, or a setting needs peft's
+            own model.
     """
 
     name: ClassVar[str] = "peft"
@@ -93,7 +93,7 @@ class Peft(Method):
             if getattr(config, setting, None):
                 raise AdapterError(f"{setting}={getattr(config, setting)!r} of {kind} is not supported: {fix}")
         bias = getattr(config, "bias", "none")
-        if bias not in ("none", False, True):  # for some types a switch of their own, for most "none" or "all"
+        if bias not in ("none", False, True):  # a boolean for some types, "none" or "all" for most
             raise AdapterError(f"bias={bias!r} of {kind} is not supported: name biases in attach(..., train=...)")
         init = getattr(config, "init_lora_weights", True)
         if kind == "LORA" and init not in SAFE_INITS:
@@ -104,7 +104,7 @@ class Peft(Method):
         self.config = _plain(config)
 
     def _build(self) -> Any:
-        """The configuration as an object of peft, which checks it."""
+        """The configuration as an object of peft, which checks the values."""
         peft = require_peft()
         if isinstance(self.config, peft.PeftConfig):
             return self.config
@@ -117,11 +117,17 @@ class Peft(Method):
             raise AdapterError(f"peft {peft.__version__} has no peft_type {self.config['peft_type']!r}, only {known}")
         try:
             return peft.PeftConfig.from_peft_type(**copy.deepcopy(dict(self.config)))
-        except Exception as error:  # whatever a configuration of peft's may raise
+        except Exception as error:  # configurations of peft raise many kinds
             raise AdapterError(f"peft refuses this {self.config['peft_type']} configuration: {error}") from error
 
     def find(self, model: nn.Module, train: str | Sequence[str] = ()) -> list[tuple[Target, Factory]]:
-        """Let peft inject its layers into `model`, take them out again, and wrap them."""
+        """Let peft inject its layers into `model`, take them out again, and make an adapter of each.
+
+        Raises:
+            TargetsNotFound: peft finds no layer to adapt.
+            AdapterError: The model has layers of peft already, or peft cannot inject the method, or changes the inside
+                of an adapted layer.
+        """
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -132,11 +138,11 @@ class Peft(Method):
         kind = config.peft_type.value
         for module in model.modules():
             if is_quantised(module):
-                stop_repacking(module)  # peft is about to read its weight
+                stop_repacking(module)  # peft reads its weight below
         with _restored(model):
             try:
                 PEFT_TYPE_TO_TUNER_MAPPING[kind](model, config, adapter_name=_ADAPTER)
-            except Exception as error:  # whatever one of peft's many methods may raise
+            except Exception as error:  # methods of peft raise many kinds
                 missed = type(error).__name__ == "NoMatchingPeftModuleError"
                 raise (TargetsNotFound if missed else AdapterError)(f"peft cannot inject {kind}: {error}") from error
             found = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
@@ -144,14 +150,14 @@ class Peft(Method):
             if any(inner.startswith(f"{name}.") for inner in found):
                 raise AdapterError(f"peft changes the inside of {name!r} for {kind}; leave it out of target_modules")
         if kind in _PER_STEP and (kind != "ADAMSS" or config.use_asa):
-            warnings.warn(f"{kind} runs without what peft does at every step: {_PER_STEP[kind]}", stacklevel=4)
+            warnings.warn(f"{kind} runs without the work that peft does at every step: {_PER_STEP[kind]}", stacklevel=4)
         owned: set[int] = set()
         built = {name: PeftAdapter(tuner, name, owned) for name, tuner in found.items()}
         return [(target, partial(built.__getitem__, target.name)) for target in places(model) if target.name in built]
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """The configuration as JSON holds it, free of what says where it came from."""
+    """The configuration as plain values that JSON can hold, without peft's notes on its origin."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -163,7 +169,7 @@ def _plain(config: Any) -> dict[str, Any]:
         return value.value if isinstance(value, Enum) else value
 
     values = {k: plain(v) for k, v in config.to_dict().items() if k not in ("auto_mapping", "peft_version")}
-    values["inference_mode"] = False  # written by peft into every saved adapter; it would freeze this one
+    values["inference_mode"] = False  # peft saves True in every adapter, which would freeze this one
     try:
         json.dumps(values)
     except TypeError as error:
@@ -173,7 +179,7 @@ def _plain(config: Any) -> dict[str, Any]:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Give the model its own modules, parameters and requires_grad flags back after the block."""
+    """After the block, the model has its own modules, parameters and requires_grad flags again."""
     own: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for module in model.modules():
         own += [(table, dict(table)) for table in (module._modules, module._parameters, module._buffers)]

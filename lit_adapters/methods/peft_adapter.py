@@ -15,10 +15,14 @@ from lit_adapters.ops._autocast import autocast_dtype
 
 
 class PeftAdapter(AdapterModule):
-    """One layer of peft, the tuner, around its base layer.
+    """One layer of peft, called the tuner, around its base layer.
 
-    The tuner stays outside the module tree, its children stand beside the base's keys. A child that an earlier adapter
-    shares, such as the projections of VeRA, stands there alone. What the tuner does not train is a buffer.
+    The tuner itself is not in the module tree; its children are, beside the base's keys. A child that several adapters
+    share, such as the projections of VeRA, belongs to the first of them only. Tensors that the tuner does not train are
+    buffers.
+
+    Attributes:
+        tuner: The layer of peft.
     """
 
     method = "peft"
@@ -58,13 +62,13 @@ class PeftAdapter(AdapterModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.in_effect:
             return self.unadapted(*args, **kwargs)
-        if self.tuner.training != self.training:  # being outside the tree, it is not told
+        if self.tuner.training != self.training:  # `train()` does not reach it, as it is not in the tree
             self.tuner.training = self.training
         y = self.tuner(*args, **kwargs)
         weight = self._parameters.get("weight")
         if weight is None or not isinstance(y, Tensor) or autocast_dtype(y) is not None:
             return y
-        # The adapter's float32 must not widen what a layer in half precision returns.
+        # A layer in half precision returns half precision, although the adapter computes in float32.
         widened = y.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
         return y.to(weight.dtype) if widened else y
 
@@ -72,18 +76,22 @@ class PeftAdapter(AdapterModule):
         """As for every adapter.
 
         Raises:
-            AdapterError: also if peft cannot merge this method.
+            AdapterError: As for every adapter, or peft cannot merge this method.
         """
         super().check_mergeable()
         self.merged_parameters(torch.float32)
 
     @torch.no_grad()
     def merged_parameters(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The base's parameters after peft's own merge in `dtype`, done on a copy."""
+        """The base's parameters after peft's own merge in `dtype`, which runs on a copy.
+
+        Raises:
+            AdapterError: peft cannot merge this method.
+        """
         try:
             tuner = copy.deepcopy(self.tuner).to(dtype)
             tuner.merge(safe_merge=True)
-        except Exception as error:  # whatever one of peft's many methods may raise
+        except Exception as error:  # methods of peft raise many kinds
             kind = type(self.tuner).__module__.split(".")[2]
             raise AdapterError(f"peft cannot merge {self.qualified_name!r} ({kind}): {error!r}; keep it") from error
         base = tuner.get_base_layer()
@@ -96,7 +104,7 @@ class PeftAdapter(AdapterModule):
         return base
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PeftAdapter:
-        """Buffers that are in no file keep their dtype as well."""
+        """Move the adapter; buffers that no file holds keep their dtype as well."""
         derived = {id(b) for name in self._tuner_children for b in self._modules[name].buffers()}  # type: ignore[union-attr]
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -108,7 +116,7 @@ class PeftAdapter(AdapterModule):
 
 
 def _register(tuner: Any) -> None:
-    """Make children of the modules and tensors that peft keeps where no device move and no file would find them."""
+    """Register modules and tensors that peft keeps in plain attributes, so that they move and are saved."""
     from peft.tuners._buffer_dict import BufferDict
 
     for name, value in list(vars(tuner).items()):
@@ -121,7 +129,7 @@ def _register(tuner: Any) -> None:
 
 
 def _settle(child: nn.Module) -> None:
-    """Keep in float32 what is floating, and as a buffer what does not train."""
+    """Cast floating-point tensors to float32, and make buffers of parameters that do not train."""
     for module in child.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is None:

@@ -1,9 +1,9 @@
-"""Parents that multiply by `layer.weight` themselves and never call the layer: three families of vision models (BEiT).
+"""Finds parents that multiply by `layer.weight` themselves and never call the layer, as BEiT and two more families do.
 
-Their adapter must put the adapted weight where they read it. Other parents read a weight too, but only to ask for its
-dtype or device (T5), and still call the layer. Running a parent to see which it does needs an input that fits it, which
-`attach` does not have. So the source of the parent's class decides, here and nowhere else; a parent that this misses is
-found by `lit_adapters.verify`, which raises for every adapter that did not run.
+The adapter in such a parent must give it the adapted weight when it reads `weight`. Other parents read a weight only to
+ask for its dtype or device, and do call the layer (T5). Running a parent would tell, but needs an input that fits it,
+which `attach` does not have. So the source code of the parent's class decides, here and nowhere else. If this misses a
+parent, `lit_adapters.verify` raises, as it does for every adapter that did not run.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import nn
 
 
 def reads_weight(parent: nn.Module, attribute: str) -> bool:
-    """Whether the code of `parent` multiplies by `attribute.weight` itself.
+    """Whether `parent` multiplies by the weight of its layer `attribute` itself.
 
     Args:
-        parent: the module that holds the layer.
-        attribute: name of the layer in it.
+        parent: The module that holds the layer.
+        attribute: The name of the layer in it.
     """
     expression = re.compile(rf"linear\(\s*\w+\s*,\s*(weight\s*=\s*)?self\.{re.escape(attribute)}\.weight\s*[,)]")
     for kind in type(parent).__mro__:

@@ -1,4 +1,4 @@
-"""Which modules of a model a method adapts, and the places where they stand."""
+"""Which modules of a model a method adapts, and at which places in the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_adapters.errors import AdapterError, TargetsNotFound
 from lit_adapters.methods.channels import is_linear, is_pointwise_conv
 from lit_adapters.methods.matrix_layers import is_plain
 
-# Parts of a name that mark an activation as something else than an MLP's: reached by naming them in `targets`.
+# Parts of a name of activations outside MLPs. Naming such an activation in `targets` adapts it all the same.
 _NOT_MLP = re.compile(
     r"(^|\.)(pooler\w*|attn_pool|stem|patch_embed|head|head_\w+|\w+_head|fc_norm|cls|classifier|score|predictions|"
     r"pre_logits|sequence_summary|gate|se|router|time_embed\w*)(\.|$)"
@@ -25,21 +25,31 @@ _MLP_NAME = re.compile(r"(mlp|ffn|feed_?forward|intermediate)$", re.IGNORECASE)
 
 
 class Selection(Protocol):
-    """What a method says of its targets; `lit_adapters.methods.base.Method` explains the fields."""
+    """The fields of a method that select targets; `lit_adapters.methods.base.Method` explains them."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """What the method adapts: "linear" or "activation"."""
 
     @property
-    def targets(self) -> str | Sequence[str]: ...
+    def targets(self) -> str | Sequence[str]:
+        """A keyword, a list of name suffixes, or a regular expression for whole names."""
 
     @property
-    def exclude(self) -> Sequence[str]: ...
+    def exclude(self) -> Sequence[str]:
+        """Name suffixes of modules to leave alone."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One place in a model: `parent.attribute` is `module`."""
+    """One place in a model, where `parent.attribute` is `module`.
+
+    Attributes:
+        name: The qualified name of the module at this place.
+        parent: The module that holds it.
+        attribute: Its name in the parent.
+        module: The module itself.
+    """
 
     name: str
     parent: nn.Module
@@ -48,7 +58,7 @@ class Target:
 
 
 def places(model: nn.Module) -> Iterator[Target]:
-    """Every place that holds a module, once for each (parent, attribute); a shared module appears at all its places."""
+    """Every place of a model, once for each (parent, attribute); a shared module appears at all its places."""
     seen: set[tuple[int, str]] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if not name:
@@ -61,10 +71,14 @@ def places(model: nn.Module) -> Iterator[Target]:
 
 
 def matches(name: str, spec: str | Sequence[str]) -> bool:
-    """A list holds name suffixes (whole dotted parts), a string is a regular expression for the whole name.
+    """Whether a name matches.
+
+    Args:
+        name: The qualified name of a module or parameter.
+        spec: A list of name suffixes (whole dotted parts), or a string, a regular expression for the whole name.
 
     Raises:
-        AdapterError: the string is no regular expression.
+        AdapterError: The string is not a regular expression.
     """
     if isinstance(spec, str):
         try:
@@ -75,9 +89,9 @@ def matches(name: str, spec: str | Sequence[str]) -> bool:
 
 
 def head_modules(model: nn.Module) -> list[nn.Module]:
-    """The prediction heads by timm's `get_classifier()` or transformers' `get_output_embeddings()`; may be empty.
+    """The prediction heads, by timm's `get_classifier()` or transformers' `get_output_embeddings()`; may be empty.
 
-    The getter may belong to a module inside `model`: a LightningModule, say, that holds a timm model.
+    The method may belong to a module inside `model`, such as a timm model inside a LightningModule.
     """
     heads: dict[int, nn.Module] = {}
     for module in model.modules():
@@ -117,16 +131,21 @@ KEYWORDS = {"all-linear": _all_linear, "activations": _activations}
 
 
 def find_targets(model: nn.Module, method: Selection, train: str | Sequence[str] = ()) -> list[Target]:
-    """The places of `model` that `method` adapts; modules in a `train` list or in the method's `exclude` are left out.
+    """The places of `model` that `method` adapts.
+
+    Args:
+        model: The model.
+        method: What to adapt; modules in its `exclude` are left out.
+        train: As for `lit_adapters.attach`; where `targets` is a keyword, modules in this list are left out.
 
     Raises:
-        TargetsNotFound: nothing matches; the message lists the nearest names and, for activations, the MLPs that call
-            a function in place of a module.
+        TargetsNotFound: `targets`, a suffix in `exclude` or a pattern in `rank_pattern` matches nothing. The message
+            lists the nearest names and, for activations, the MLPs that call a function instead of a module.
     """
     spec = method.targets
     if isinstance(spec, str) and spec in KEYWORDS:
         wanted = KEYWORDS[spec](model)
-        # A list names particular modules, such as a head that no getter tells of; a regular expression may mean all.
+        # A list names particular modules, such as a head of an unknown kind; a regular expression may match all.
         named = () if isinstance(train, str) else tuple(train)
         trained = [t.name for t in places(model) if matches(t.name, named)]
 
@@ -157,7 +176,7 @@ def find_targets(model: nn.Module, method: Selection, train: str | Sequence[str]
 
 
 def within(name: str, suffixes: Sequence[str]) -> bool:
-    """Whether a module, or one that holds it, is named by one of `suffixes`."""
+    """Whether one of `suffixes` matches the module called `name` or a module that contains it."""
     parts = name.split(".")
     return any(matches(".".join(parts[: i + 1]), suffixes) for i in range(len(parts)))
 
@@ -190,7 +209,7 @@ def _nothing_found(model: nn.Module, method: Selection) -> str:
 
 
 def near_misses(spec: str | Sequence[str], names: Sequence[str]) -> str:
-    """A sentence for an error message on what `spec`, which matches none of `names`, may have meant."""
+    """A sentence for an error message: names close to `spec`, which matches none of `names`; empty if there is none."""
     if isinstance(spec, str) and any(matches(name, [spec]) for name in names):
         return f" A string is a regular expression for the whole name; write [{spec!r}] for a suffix."
     wanted = [spec] if isinstance(spec, str) else list(spec)
