@@ -133,7 +133,7 @@ def _check(model: nn.Module) -> None:
         if not parameter.is_floating_point():
             raise AdapterError(f"{name!r} is quantised, which is not supported with FSDP2; use the strategy ddp")
     for name, module in model.named_modules():
-        if getattr(module, "cache_weight", False):
+        if getattr(module, "cache_while_training", False):
             raise AdapterError(f"cache_weight of {name!r} would keep whole weights in every process; set it to false")
 
 
