@@ -43,17 +43,20 @@ def generate_command(
     seed: int = 0,
     device: str | None = None,
 ) -> str:
-    """Answer a prompt with a fine-tuned model: print the answer as it comes, and return it.
+    """Answer a prompt with a fine-tuned model, token by token.
 
     Args:
         ckpt: Checkpoint that fit has written.
         prompt: What to answer.
-        format: data.format of the training; by default the prompt stands as it is.
-        use_chat_template: data.use_chat_template of the training.
+        format: The training's data.format; by default the prompt stands as it is.
+        use_chat_template: The training's data.use_chat_template.
         max_new_tokens: Tokens of the longest answer.
         temperature: 0 takes the likeliest token each time.
         seed: Seeds what a temperature above 0 draws.
-        device: cuda or cpu; by default cuda where there is one.
+        device: `cuda` or `cpu`; by default `cuda` where there is one.
+
+    Returns:
+        The answer.
 
     Raises:
         AdapterError: The checkpoint is missing, torn or another class's, or a value is out of range.

@@ -8,7 +8,7 @@ from lit_adapters.lightning import AdapterCLI
 
 
 class LanguageCLI(AdapterCLI):
-    """The tokenizer is the model's own."""
+    """AdapterCLI whose data use the model's own tokenizer."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what data and model share."""

@@ -1,4 +1,4 @@
-"""Continuing prompts token by token."""
+"""Continue prompts token by token."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def continuations(
     meanwhile; an adapter that forms a weight, as LoRAN does, then forms it once.
 
     Args:
-        model: a transformers causal language model.
-        tokenizer: the model's own.
-        prompts: token ids, at least one each; shorter rows are padded on the left.
-        max_new_tokens: where to stop at the latest.
+        model: A transformers causal language model.
+        tokenizer: The model's own.
+        prompts: Token ids, at least one each; shorter rows are padded on the left.
+        max_new_tokens: Most tokens of a continuation.
         temperature: 0 takes the likeliest token each time; else tokens are drawn from softmax(logits / temperature).
-        streamer: a transformers streamer that is told of each token, for a single prompt.
+        streamer: A transformers streamer that receives each token; for a single prompt.
 
     Raises:
-        AdapterError: an argument is out of range, or prompt and continuation do not fit into the model's context.
+        AdapterError: An argument is out of range, or prompt and continuation do not fit into the model's context.
     """
     if temperature < 0:
         raise AdapterError(f"temperature {temperature} must be at least 0")
@@ -80,10 +80,10 @@ def continuations(
 
 @contextmanager
 def plain_settings(model: Any, end: int | None = None) -> Iterator[list[int]]:
-    """Generation settings with nothing in them but the model's end tokens, which are returned; `end` where it has none.
+    """Leave only the end tokens in the model's generation settings, and give these; `end` where the model has none.
 
-    Penalties, min_p and the like of a model's own settings would make its tokens others than the likeliest, or drawn
-    from another distribution than softmax(logits / temperature).
+    Other settings of a model, such as penalties and min_p, would change the likeliest token and the distribution
+    softmax(logits / temperature) that tokens are drawn from.
     """
     own = model.generation_config
     ends = end if own.eos_token_id is None else own.eos_token_id
@@ -99,11 +99,11 @@ def prompt_rows(batch: Batch) -> list[list[int]]:
     """The prompt of each row of a padded batch: its tokens before the first that is learned.
 
     Raises:
-        DataError: the batch is packed, so that a row holds several documents.
+        DataError: The batch is packed, so that a row holds several documents.
     """
     if "attention_mask" not in batch:
         raise DataError("packed rows hold several prompts; set data.packing to none to predict")
-    given = batch["attention_mask"].bool()
+    prompts = batch["attention_mask"].bool()
     if "labels" in batch:
-        given &= (batch["labels"] != IGNORED).cumsum(1) == 0
-    return [row[kept].tolist() for row, kept in zip(batch["input_ids"], given, strict=True)]
+        prompts &= (batch["labels"] != IGNORED).cumsum(1) == 0
+    return [row[kept].tolist() for row, kept in zip(batch["input_ids"], prompts, strict=True)]

@@ -25,11 +25,11 @@ def converted(file: Path) -> Path:
 
     Made at the first call, kept in `$LIT_ADAPTERS_CACHE/gguf` (else `~/.cache/lit_adapters/gguf`), and made anew when
     the file changes. It takes four bytes a parameter. Reading GGUF itself takes transformers about a minute for
-    135M parameters, and what it loads so cannot be saved; the converted model has bit-identical logits.
+    135M parameters, and a model read that way cannot be saved. The converted model has bit-identical logits.
 
     Raises:
-        AssetError: there is no such file, it is torn, or of an architecture that transformers cannot convert.
-        AdapterError: the packages that read GGUF are not installed.
+        AssetError: The file is missing or torn, or transformers cannot convert its architecture.
+        AdapterError: The packages that read GGUF are not installed.
     """
     if not file.is_file():
         raise AssetError(f"no model file {str(file)!r}: give a path, a package:// address or a name of the model hub")

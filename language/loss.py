@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from language.models import context_length, vocabulary_size
 from lit_adapters.errors import DataError
 
-IGNORED = -100  # the label of what is not learned
+IGNORED = -100  # the label of a token that is not learned
 
 Batch = Mapping[str, Tensor]
 
@@ -22,13 +22,13 @@ def read(model: nn.Module, batch: Batch, positions: Tensor | None = None) -> Ten
     """Logits (B, T, V) of a batch, or (B, P, V) at some of its positions.
 
     Args:
-        model: a causal language model of transformers.
-        batch: input_ids (B, T), and attention_mask or position_ids of the same shape.
-        positions: int64 (P,); the others are never multiplied by the head, which is most of what a small model costs.
-            A model that offers no `logits_to_keep` computes them all the same.
+        model: A causal language model of transformers.
+        batch: `input_ids` (B, T), and `attention_mask` or `position_ids` of the same shape.
+        positions: Positions (P,), int64. The head, which is most of what a small model costs, is not applied at the
+            others, unless the model offers no `logits_to_keep`.
 
     Raises:
-        DataError: token ids that the model does not have, or sequences longer than it was made for.
+        DataError: The model does not have a token id, or a sequence is longer than it was made for.
     """
     check_tokens(batch, vocabulary_size(model), context_length(model))
     fewer = positions is not None and "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -50,7 +50,7 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Labels stand at the places of their own tokens: labels[t] is predicted from input_ids[<t].
 
     Raises:
-        DataError: nothing is learned; or as `read`.
+        DataError: No token is learned; or as `read`.
     """
     logits, learned = learned_logits(partial(read, model), batch)
     return F.cross_entropy(logits, batch["labels"][learned], reduction="none"), learned
@@ -60,11 +60,11 @@ def learned_logits(forward: Callable[[Batch, Tensor], Tensor], batch: Batch) -> 
     """Logits that predict the learned tokens, float32 (n, V), row by row, and which tokens these are, bool (B, T).
 
     Args:
-        forward: makes logits (B, P, V) of a batch and of positions (P,), as `read` does.
-        batch: as `token_losses` takes it.
+        forward: Makes logits (B, P, V) of a batch and of positions (P,), as `read` does.
+        batch: As `token_losses` takes it.
 
     Raises:
-        DataError: nothing is learned; or as `forward`.
+        DataError: No token is learned; or as `forward`.
     """
     learned = learned_tokens(batch)
     following = learned[:, 1:]
@@ -88,15 +88,15 @@ def learned_tokens(batch: Batch) -> Tensor:
 
 
 def check_tokens(batch: Batch, vocabulary: int, context: int | None) -> None:
-    """Raise for tokens that a model cannot read.
+    """Refuse tokens that a model cannot read.
 
     Args:
-        batch: input_ids (B, T) and, packed, position_ids.
-        vocabulary: token ids that the model has.
-        context: longest sequence that it was made for; None for any.
+        batch: `input_ids` (B, T) and, if packed, `position_ids`.
+        vocabulary: Number of token ids that the model has.
+        context: Longest sequence that the model was made for; None for any.
 
     Raises:
-        DataError: a token is out of range, or a sequence too long.
+        DataError: A token is out of range, or a sequence too long.
     """
     largest = int(batch["input_ids"].max())
     if largest >= vocabulary:

@@ -56,22 +56,22 @@ def create_model(
     """Build a transformers causal language model, in eval mode.
 
     Args:
-        name: a name on the model hub or a directory that `save_pretrained` wrote; the path or `package://` address of
+        name: A name on the model hub or a directory that `save_pretrained` wrote; the path or `package://` address of
             a .gguf file, see `language.gguf_files.converted`; "smollm2-135m-instruct", from the package index; or
             "tiny_llama", a random LLaMA of 2 layers and 32 channels for trying things out.
-        dtype: of the weights; under "nf4", of the tensors that stay whole and of what the others multiply in.
+        dtype: Type of the weights; under "nf4", of the tensors that stay whole and of the products of the others.
         quantization: "nf4" packs the weights of all linear layers but the head into 4 bit, with double quantisation
             (arXiv 2305.14314).
-        gradient_checkpointing: compute each block anew in the backward pass, while training.
+        gradient_checkpointing: Whether to compute each block anew in the backward pass of training.
 
     Raises:
-        AssetError: the weights cannot be fetched, or a file is missing or torn.
-        AdapterError: an argument is out of range, a package is missing, or transformers cannot build the model.
+        AssetError: The weights cannot be fetched, or a file is missing or torn.
+        AdapterError: An argument is out of range, a package is missing, or transformers cannot build the model.
     """
     if dtype not in _DTYPES:
-        raise AdapterError(f"dtype {dtype!r} is none of {', '.join(_DTYPES)}")
+        raise AdapterError(f"dtype {dtype!r} is unknown: use {', '.join(_DTYPES)}")
     if quantization not in (None, "nf4"):
-        raise AdapterError(f"quantization {quantization!r} is none of 'nf4' and null")
+        raise AdapterError(f"quantization {quantization!r} is unknown: use 'nf4' or null")
     options: dict[str, Any] = {"dtype": _DTYPES[dtype]}
     if quantization is not None:
         options |= _nf4(options["dtype"])
@@ -92,7 +92,7 @@ def create_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to the model `name` of `create_model`. One without a padding token pads with the end.
 
     Raises:
-        AssetError: it cannot be fetched, or a file is missing or torn.
+        AssetError: The tokenizer cannot be fetched, or a file is missing or torn.
     """
     if name == TINY_LLAMA:
         return _byte_tokenizer()
@@ -146,7 +146,7 @@ def _nf4(compute: torch.dtype) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _loading(name: str) -> Iterator[str]:
-    """What `from_pretrained` is to be given for `name`, and its errors as ours."""
+    """Give what `from_pretrained` takes for `name`, and turn its errors into ours."""
     address = SMOLLM2_ADDRESS if name == SMOLLM2 else name
     if is_package_address(address) or address.endswith(".gguf"):
         file = resolve(address)

@@ -42,23 +42,24 @@ class CausalLMTuner(LightningModule):
     `configure_optimizers`; `lit_adapters.lightning.build_optimizers` makes what it returns from the same sections.
 
     Args:
-        model: name, directory or file; see `language.models.create_model`.
-        adapters: a method, a list of methods, or none. Python callers may give `{class_path, init_args}` forms too.
-        train: modules that train besides the adapters, as a list of name suffixes or a regular expression; ".*" is
+        model: Name, directory or file; see `language.models.create_model`.
+        adapters: A method, a list of methods, or none. Python callers may give `{class_path, init_args}` forms too.
+        train: Modules that train besides the adapters, as a list of name suffixes or a regular expression; ".*" is
             full fine-tuning.
         quantization: "nf4" packs the frozen weights into 4 bit.
-        dtype: of the weights as they are loaded; the trainer's `bf16-true` casts them again. Adapters stay float32.
-        gradient_checkpointing: less memory for one more forward pass a step.
-        max_new_tokens: of `predict`, which continues each row's prompt.
-        init_seed: seeds what no pretrained weight fills: the adapters, or all of a random model. Kept in checkpoints,
-            which hold no frozen parameter, so that loading finds the same ones again. By default the seed of torch's
+        dtype: Type of the weights as they are loaded; the trainer's `bf16-true` casts them again. Adapters stay
+            float32.
+        gradient_checkpointing: Whether to save memory at the cost of one more forward pass a step.
+        max_new_tokens: Most tokens with which `predict` continues a row's prompt.
+        init_seed: Seeds the values that are not pretrained: the adapters, or all of a random model. Checkpoints hold
+            it, but not the frozen parameters, so that loading makes the same ones again. By default the seed of torch's
             global generator, which `seed_everything` sets.
 
     Raises:
-        AdapterError: `adapters` is no method, or its values are out of range. The model's own errors come when it is
-            built, in `configure_model`.
-        DataError: a batch whose labels are all masked, token ids that the model does not have, or sequences longer
-            than it was made for.
+        AdapterError: `adapters` is not a method, or its values are out of range. Errors of the model itself come when
+            it is built, in `configure_model`.
+        DataError: All labels of a batch are masked, the model does not have a token id, or a sequence is longer than it
+            was made for.
     """
 
     logs_perplexity: ClassVar[bool] = True  # exp(loss), beside the mean of -log p
@@ -238,9 +239,9 @@ class CausalLMTuner(LightningModule):
 
 @contextlib.contextmanager
 def frequencies_kept(model: nn.Module) -> Iterator[None]:
-    """Let the frequencies of rotary embeddings be moved inside the block, and not cast.
+    """Keep the frequencies of rotary embeddings from being cast inside the block; they may be moved.
 
-    In bfloat16 they would turn late positions by whole radians; transformers too keeps them in float32.
+    In bfloat16 they would turn late positions by whole radians. transformers keeps them in float32, too.
     """
     frequencies = [(m, n, b) for m in model.modules() for n, b in m.named_buffers(recurse=False) if "inv_freq" in n]
     yield
@@ -254,15 +255,15 @@ Tuner = TypeVar("Tuner", bound=CausalLMTuner)
 
 
 def load_tuner(path: Path, kind: type[Tuner], command: str) -> Tuner:
-    """The tuner on the CPU.
+    """Load the tuner of a checkpoint, on the CPU.
 
     Args:
-        path: what --ckpt was given.
-        kind: its class.
-        command: the module whose `fit` writes such checkpoints.
+        path: The checkpoint, the value of --ckpt.
+        kind: The tuner's class.
+        command: The module whose `fit` writes such checkpoints.
 
     Raises:
-        AdapterError: the file is missing, torn or another class's.
+        AdapterError: The file is missing, torn or another class's.
     """
     if not path.is_file():
         raise AdapterError(f"--ckpt {str(path)!r} does not exist; give a file that a fit has written")
@@ -272,4 +273,4 @@ def load_tuner(path: Path, kind: type[Tuner], command: str) -> Tuner:
     except AdapterError:
         raise
     except (RuntimeError, KeyError, TypeError) as error:
-        raise AdapterError(f"--ckpt {str(path)!r} is no checkpoint of `python -m {command} fit`: {error}") from error
+        raise AdapterError(f"--ckpt {str(path)!r} is not a checkpoint of `python -m {command} fit`: {error}") from error

@@ -17,14 +17,14 @@ def prompt_tokens(
     """The tokens of a prompt, framed as `language.data` frames it in training; at most `room`.
 
     Args:
-        tokenizer: the model's own.
-        prompt: an instruction, question, message or text, whatever the format asks for.
-        name: the format; None takes the prompt as it is.
-        chat: frame by the tokenizer's chat template; format chat always does.
-        room: most tokens.
+        tokenizer: The model's own.
+        prompt: An instruction, question, message or text, whatever the format asks for.
+        name: Format of the training; None takes the prompt as it is.
+        chat: Whether to frame by the tokenizer's chat template; format chat always does.
+        room: Most tokens that the prompt may have.
 
     Raises:
-        DataError: the prompt is longer, or there is no chat template where one is needed.
+        DataError: The prompt has more tokens, or a chat template is needed and missing.
     """
     if name is None and not chat:
         return list(tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]

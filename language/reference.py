@@ -1,4 +1,4 @@
-"""The model that an adapted one started from, without a second copy of it."""
+"""The model from which an adapted one started, without a second copy of its weights."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class _Reader(nn.Module):
 class Reference(nn.Module):
     """An adapted model as it was before training: adapters off, modules of `train` at their first values, no dropout.
 
-    `lit_adapters.disabled` gives back the pretrained function of adapted layers alone; parameters that train besides
-    the adapters would keep what they have learned. Their first values are kept here, in buffers that move with the
-    module this one belongs to and are in no state dict; nothing else is.
+    `lit_adapters.disabled` restores the pretrained function of adapted layers alone; parameters that train besides the
+    adapters would keep what they have learned. This module keeps their first values, in buffers that move with it and
+    stand in no state dict, and nothing else.
 
     Args:
-        model: as `lit_adapters.attach` left it, before any step and before a checkpoint is loaded into it.
+        model: As `lit_adapters.attach` left it, before any step and before a checkpoint is loaded into it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -50,11 +50,11 @@ class Reference(nn.Module):
         """Logits (B, T, V) of the reference, or (B, P, V) at positions (P,); without gradients.
 
         Raises:
-            AdapterError: the adapters are merged, so that they cannot be taken out.
+            AdapterError: The adapters are merged into the weights and cannot be taken out.
         """
         reader: _Reader = self.__dict__["_reader"]
         model: Any = reader.model
-        # Tensors of their own in the parameters' places: autocast would mistake exchanged data for what it has cast.
+        # Other tensors take the parameters' places. If only the data were exchanged, autocast would use its old casts.
         initial = {f"model.{name}": self.get_buffer(f"initial_{i}") for i, name in enumerate(self._names)}
         if self._adapted and not any(True for _ in la.adapters(model)):
             raise AdapterError("the adapters are merged into the weights: the model is no longer its own reference")

@@ -1,8 +1,10 @@
 """What a row means: the fields of each format, its prompt, and its answer.
 
-A format turns rows into ``Record``s, checked and still free of any tokenizer: a conversation, or named fields with one
-answer. Their text is made by ``language.templates``.
+A format turns rows into checked `Record`s: a conversation, or named fields with one answer. `language.data.templates`
+writes their text for a tokenizer.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,7 +92,7 @@ FORMATS: dict[str, Format] = {
 
 @dataclass(frozen=True)
 class Record:
-    """One checked row: named fields with an answer, or the messages of a conversation (then ``fields`` is empty)."""
+    """One checked row: named fields with an answer, or the messages of a conversation (then `fields` is empty)."""
 
     fields: dict[str, str] = field(default_factory=dict)
     answer: str = ""
@@ -99,27 +101,27 @@ class Record:
 
     @property
     def prompt_key(self) -> str:
-        """What records with the same prompt share: they belong into the same split."""
+        """What records with the same prompt share; these go into the same split."""
         return repr(self.messages[:-1] or sorted(self.fields.items()))
 
 
 def parse(
     rows: Sequence[Row], name: FormatName, columns: Mapping[str, str] | None = None, drop_empty: bool = False
 ) -> tuple[list[Record], int]:
-    r"""Check rows and turn them into records; line ends become ``\n``.
+    r"""Check rows and turn them into records; line ends become `\n`.
 
     Args:
         rows: The rows.
         name: Their format.
-        columns: The file's name of a field where it differs: ``{"label": "label_name"}``.
+        columns: The file's name of a field where it differs: `{"label": "label_name"}`.
         drop_empty: Drop rows whose prompt or answer is empty instead of raising.
 
     Returns:
         The records, and how many rows were dropped.
 
     Raises:
-        DataError: A missing field, one that is no text, an unknown role, or an empty prompt or answer; the message
-            names file, line and field.
+        DataError: A field is missing or not text, a role is unknown, or a prompt or answer is empty; the message names
+            file, line and field.
     """
     read = _read_messages if name == "chat" else _read_fields
     records = []
@@ -137,7 +139,11 @@ def parse(
 
 
 def check_template(template: str, form: Format, name: str) -> None:
-    """Raise DataError unless the template has every required field in braces, and no unknown one."""
+    """Check the fields of a prompt template.
+
+    Raises:
+        DataError: A required field is missing in it, a field is unknown, or the braces do not match.
+    """
     try:
         used = {part[1] for part in Formatter().parse(template) if part[1] is not None}
     except ValueError as error:
@@ -162,7 +168,7 @@ def _read_fields(row: Row, name: str, columns: Mapping[str, str]) -> Record:
 
 
 def _text(row: Row, column: str, name: str, optional: bool = False, number: bool = False) -> str:
-    """The text of a column, without surrounding white space; integers count where ``number`` says so."""
+    """The text of a column, without surrounding white space; integers count where `number` says so."""
     value: Any = row.values.get(column)
     if value is None and optional:
         return ""

@@ -1,5 +1,7 @@
 """Instruction data in any of the usual formats as a Lightning data module."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -27,51 +29,52 @@ _STAGES: dict[str | None, tuple[SplitName, ...]] = {None: SPLITS, "fit": SPLITS[
 
 
 class InstructionDataModule(lightning.LightningDataModule):
-    """Prompts and answers for a causal language model, as token ids and labels; what is not learned is labelled -100.
+    """Prompts and answers for a causal language model, as token ids and labels; tokens with label -100 are not learned.
 
-    Batches are ``{input_ids, attention_mask, labels}``, or with packing=packed ``{input_ids, labels, position_ids}``
+    Batches are `{input_ids, attention_mask, labels}`, or with packing=packed `{input_ids, labels, position_ids}`
     and no mask (see `language.data.packing.PackedCollator`); each int64 (rows, tokens). Answers end with the end token,
-    which is learned. Documents over ``max_length`` are cut as `language.data.tokenise.Encoder` says, and counted in one
+    which is learned. Documents over `max_length` are cut as `language.data.tokenise.Encoder` says, and counted in one
     line. Splits are pure functions of the rows and the seed; equal prompts stay in one split. The order of an epoch is
-    a pure function of (order_seed, epoch): equal for any ``num_workers`` and unaffected by the global random state.
+    a pure function of (order_seed, epoch): equal for any `num_workers` and unaffected by the global random state.
     Under distributed training each process takes its share of the same order.
 
     Args:
-        path: A file (jsonl, json, parquet, or YAML with ``conversations``), a folder with files named after splits
-            (train.jsonl, val-00000-of-00001.parquet, ...), a ``package://`` address, ``hub:NAME``, or a list of these.
-        tokenizer: Name of a tokenizer as ``language.models.create_tokenizer`` takes it, or a tokenizer.
+        path: A file (jsonl, json, parquet, or YAML with `conversations`), a folder with files named after splits
+            (train.jsonl, val-00000-of-00001.parquet, ...), a `package://` address, `hub:NAME`, or a list of these.
+        tokenizer: Name of a tokenizer as `language.models.create_tokenizer` takes it, or a tokenizer.
         format: Fields of a row. alpaca: instruction, input, output. openorca: system_prompt, question, response. chat:
             messages, each with role and content. summarisation: dialogue, summary. classification: text, label. pairs:
             prompt, response.
         val_path: Validation data; without it path's own validation files, or val_fraction of the training rows.
         test_path: Test data; without it path's own test files, or test_fraction of the training rows.
-        columns: The files' names of fields where they differ, such as ``{label: label_name}``.
+        columns: The files' names of fields where they differ, such as `{label: label_name}`.
         max_length: Most tokens of a document, and of a row of packed documents.
         max_answer_length: Of those, tokens kept for the answer in formats summarisation and classification, whose long
             texts lose their beginning; default a quarter.
         batch_size: Rows per batch and process.
-        packing: none pads documents side by side; buckets does so with documents of similar length; packed puts as
-            many documents into a row as fit.
+        packing: `none` pads documents side by side; `buckets` does so with documents of similar length; `packed` puts
+            as many documents into a row as fit.
         val_fraction: Share of the training rows to hold out for validation where there is no validation data.
         test_fraction: Share of the training rows to hold out for testing where there is no test data.
         train_subset: Number of training rows to use, chosen at random; default all.
         val_subset: Number of validation rows to use; default all.
         test_subset: Number of test rows to use; default all.
         prompt_template: Prompt with the format's fields in braces, instead of its own.
-        use_chat_template: Write rows of any format as messages, by the tokenizer's chat template; chat always does.
+        use_chat_template: Write rows of any format as messages, by the tokenizer's chat template; format chat always
+            does.
         chat_template: Jinja text instead of the tokenizer's own chat template.
         system_in_user: Put system messages before the first user message, for chat templates without them.
         mask_prompt: Learn answers only; otherwise prompts as well.
         end_token: Token that ends an answer; default the tokenizer's end token.
         drop_empty: Drop rows with an empty prompt or answer, and say how many; otherwise they are an error.
-        cache_dir: Folder that keeps tokenised data for the next run; default none is kept.
+        cache_dir: Folder that keeps tokenised data for the next run; by default they are not kept.
         num_workers: Worker processes per loader; 0 loads in the training process.
         seed: Seeds splits, subsets and packing.
         order_seed: Seeds the order of epochs; default seed.
 
     Raises:
-        DataError: Settings out of range, or data missing, torn or badly formed; the message names it and the fix.
-        AssetError: A package or tokenizer that cannot be fetched.
+        DataError: A setting is out of range, or data are missing, torn or badly formed; the message names the fix.
+        AssetError: A package or tokenizer cannot be fetched.
     """
 
     def __init__(
@@ -171,7 +174,7 @@ class InstructionDataModule(lightning.LightningDataModule):
             )
         index = self.tokenizer.get_vocab().get(token)
         if index is None:
-            raise DataError(f"end_token {token!r} is no token of tokenizer {self.tokenizer.name_or_path!r}")
+            raise DataError(f"end_token {token!r} is not a token of tokenizer {self.tokenizer.name_or_path!r}")
         return token, index
 
     @cached_property
@@ -190,7 +193,7 @@ class InstructionDataModule(lightning.LightningDataModule):
         return sorted({record.answer for record in self._training_rows})
 
     def examples(self, split: SplitName) -> list[Example]:
-        """Prompts and answers of a split as text, for generation and scoring; needs no ``setup``."""
+        """Prompts and answers of a split as text, for generation and scoring; needs no `setup`."""
         return [self.renderer.example(record) for record in self._records(split)]
 
     def setup(self, stage: str | None = None) -> None:
@@ -300,8 +303,12 @@ class InstructionDataModule(lightning.LightningDataModule):
         )
 
 
-def check_settings(data: "InstructionDataModule") -> None:
-    """Raise DataError for a value out of range, or one without a meaning for the format; the message names the fix."""
+def check_settings(data: InstructionDataModule) -> None:
+    """Check the settings before any file is read.
+
+    Raises:
+        DataError: A value is out of range, or has no meaning for the format; the message names the fix.
+    """
     subsets = {f"{split}_subset": size for split, size in data.subsets.items()}
     for name, value in {"batch_size": data.batch_size, **subsets}.items():
         if value is not None and value < 1:

@@ -1,4 +1,10 @@
-"""From documents to batches: several in one row, or padded side by side, short ones with short ones."""
+"""From documents to batches: several in one row, or padded side by side, short ones with short ones.
+
+Sampler and packing are our own, not those of transformers or trl: an epoch's order must be a pure function of its seed,
+so that a run resumes bit for bit from the middle of an epoch.
+"""
+
+from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -16,12 +22,12 @@ BUCKET_BATCHES = 50  # batches that are sorted by length together
 
 
 def pack(lengths: Sequence[int], max_length: int, *key: int | str) -> list[list[int]]:
-    """Put documents into rows of at most ``max_length`` tokens, none of them split.
+    """Put documents into rows of at most `max_length` tokens, none of them split.
 
     Documents come in the order that belongs to the key, and each goes into the fullest row that still has room.
 
     Args:
-        lengths: Tokens of each document, none above ``max_length``.
+        lengths: Tokens of each document, none above `max_length`.
         max_length: Tokens of a row.
         key: Seeds the order.
 
@@ -65,18 +71,18 @@ class TokenDataset(Dataset):
         return torch.tensor([max(lengths[i] for i in row) for row in self.rows])
 
     def __getitem__(self, index: int | tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
-        """The row at ``index``, or at an (epoch, index) pair of ``EpochSampler``."""
+        """The row at `index`, or at an (epoch, index) pair of `EpochSampler`."""
         row = index[1] if isinstance(index, tuple) else index
         return [self.documents[i] for i in self.rows[row]]
 
 
 class PackedCollator:
-    """Batches ``{input_ids, labels, position_ids}``, each int64 (rows, longest row).
+    """Batches `{input_ids, labels, position_ids}`, each int64 (rows, longest row).
 
-    Documents of a row stand end to end, each with positions from 0. Where transformers gets such positions, no
-    attention mask and no cache (``use_cache=False``), a token attends to its own document only; an attention mask, even
-    of ones, would let documents see each other. The first label of a document is -100, so that no loss crosses
-    documents. Padding is one more document without labels.
+    Documents of a row stand end to end, each with positions from 0. With such positions, no attention mask and no cache
+    (`use_cache=False`), transformers lets a token attend to its own document only; an attention mask, even of ones,
+    would let documents see each other. The first label of a document is -100, so that no loss crosses documents.
+    Padding is one more document without labels.
 
     Args:
         pad_id: Token id of the padding.
@@ -101,7 +107,7 @@ class PackedCollator:
 
 
 class PaddedCollator:
-    """Batches ``{input_ids, attention_mask, labels}``, each int64 (documents, longest document), padded on the right.
+    """Batches `{input_ids, attention_mask, labels}`, each int64 (documents, longest document), padded on the right.
 
     Args:
         pad_id: Token id of the padding; its labels are -100 and its mask 0.
@@ -121,10 +127,10 @@ class PaddedCollator:
 
 
 class BucketSampler(EpochSampler):
-    """An ``EpochSampler`` whose batches hold documents of similar length, in random order.
+    """An `EpochSampler` whose batches hold documents of similar length, in random order.
 
-    Of each stretch of the epoch's order, ``BUCKET_BATCHES`` batches long, documents are sorted by length and cut into
-    batches; all batches are then shuffled. What is left over for the last, smaller batch is random.
+    The epoch's order is divided into stretches of `BUCKET_BATCHES` batches. Each stretch is sorted by length and cut
+    into batches; then all batches are shuffled. The last, smaller batch holds random documents.
 
     Args:
         lengths: Length of each sample.

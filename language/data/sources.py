@@ -1,7 +1,10 @@
 """Where rows come from: jsonl, json, parquet and YAML files, folders of them, package addresses, or the hub.
 
-Every row carries its origin (file and line, or row), so that whatever is wrong with it can be said exactly.
+Every row carries its origin (file and line, or row), so that errors can name it. Our own readers, not those of
+`datasets`, because those do not tell lines.
 """
+
+from __future__ import annotations
 
 import json
 import re
@@ -43,13 +46,13 @@ def read_rows(path: str | list[str], split: SplitName) -> list[Row]:
     """Read the rows of a split.
 
     Args:
-        path: A file, a folder, a ``package://`` address of a file, ``hub:NAME``, or a list of these. Of a folder
+        path: A file, a folder, a `package://` address of a file, `hub:NAME`, or a list of these. Of a folder
             the files named after the split are read, or all data files where none is named after any split.
         split: Which split, for folders and the hub; a file is read whole.
 
     Raises:
-        DataError: Missing, torn or badly formed data, or no rows; the message names file and line.
-        AssetError: A package that cannot be fetched.
+        DataError: Data are missing, torn or badly formed, or have no rows; the message names file and line.
+        AssetError: A package cannot be fetched.
     """
     rows = [row for address in ([path] if isinstance(path, str) else path) for row in _read(address, split)]
     if not rows:
@@ -117,7 +120,7 @@ def _read_json(file: Path) -> Iterator[Row]:
     except json.JSONDecodeError as error:
         raise DataError(f"{file} line {error.lineno}: not valid JSON ({error.msg}); correct it") from error
     if not isinstance(values, list):
-        raise DataError(f"{file} holds no list of rows: one object a line belongs into a .jsonl file")
+        raise DataError(f"{file} does not hold a list of rows; if it has one object a line, name it .jsonl")
     for number, value in enumerate(values, 1):
         yield _as_row(value, f"{file} row {number}")
 
@@ -143,7 +146,7 @@ def _named(values: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any
 
 
 def _read_yaml(file: Path) -> Iterator[Row]:
-    """Read ``conversations``, lists of turns: each turn is the prompt of the next one, its response."""
+    """Read `conversations`, lists of turns: each turn is the prompt of the next one, its response."""
     import yaml
 
     try:

@@ -1,5 +1,7 @@
 """Which rows belong to which split: pure functions of the rows and a seed."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -13,18 +15,18 @@ T = TypeVar("T")
 def hold_out(records: list[Record], fractions: Mapping[str, float], seed: int) -> dict[str, list[Record]]:
     """Share records among splits, equal prompts together; each split keeps the rows' order.
 
-    Splits in turn take prompts, in the order that belongs to the seed, until they have at least their share.
+    The splits take prompts one after the other, in a random order, each until it has at least its share.
 
     Args:
         records: All rows.
-        fractions: Share of the rows by split; what remains is ``train``.
-        seed: Seeds the choice.
+        fractions: Share of the rows by split; what remains is `train`.
+        seed: Seeds the order.
 
     Returns:
-        The records of each split of ``fractions``, and of ``train``.
+        The records of each split of `fractions`, and of `train`.
 
     Raises:
-        DataError: If nothing remains to train on.
+        DataError: Nothing remains to train on.
     """
     groups: dict[str, list[int]] = {}
     for i, record in enumerate(records):

@@ -1,5 +1,7 @@
 """From records to text: plain prompt templates, or the tokenizer's own chat template."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ class Example:
     """One row as evaluation sees it.
 
     Attributes:
-        prompt: What the model is given, complete; of a conversation everything before its last answer.
+        prompt: All that the model reads before it answers; of a conversation, everything before the last answer.
         response: What it should answer.
         origin: File and line.
         body: The part of the prompt that may lose its beginning where the prompt is too long; "" for none.
@@ -32,16 +34,16 @@ class Renderer:
     """Writes the text of records.
 
     Args:
-        tokenizer: Whose chat template is used.
+        tokenizer: Tokenizer of the model; its chat template is used.
         end_token: The text of the token that ends an answer.
         name: Format of the records.
-        prompt_template: Prompt with fields in braces, instead of the format's own; with ``chat`` the user's message.
+        prompt_template: Prompt with fields in braces, instead of the format's own; with `chat` the user's message.
         chat: Write messages by the chat template; format chat always does.
         chat_template: Jinja text instead of the tokenizer's own chat template.
         system_in_user: Put the system message before the first user message, for chat templates without one.
 
     Raises:
-        DataError: No chat template where one is needed, or a prompt template with unknown or missing fields.
+        DataError: A chat template is needed and missing, or a prompt template has unknown or missing fields.
     """
 
     def __init__(

@@ -1,10 +1,16 @@
-"""From text to labelled tokens: what is learned, what is cut where the context is too short, and a cache of it all."""
+"""From text to labelled tokens: what is learned, what is cut where the context is too short, and a cache of it all.
+
+The cache is our own, not that of `datasets`: its key holds the texts of the rows, the state of the tokenizer and the
+version of the rules, so that a changed row or template is never read from an old file.
+"""
+
+from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
@@ -19,7 +25,7 @@ from language.loss import IGNORED
 from lit_adapters.errors import DataError
 from lit_adapters.files.atomic import write_atomically
 
-_CACHE_VERSION = 2  # of the rules below: a new one makes older cached files unused
+_CACHE_VERSION = 2  # bump it when the rules below change: cached files of other versions are not used
 _CHUNK = 256  # records tokenised at a time
 
 
@@ -28,11 +34,11 @@ class Documents:
     """Tokenised records, end to end.
 
     Attributes:
-        input_ids: int32, shape (total tokens,).
+        input_ids: Token ids, int32, shape (total tokens,).
         learned: Whether a token is learned, bool, shape (total tokens,); false for the first of each document.
         offsets: Where documents begin, and the end, int64, shape (documents + 1,).
         dropped: Records that are missing because no learned token fits.
-        cut: Documents that lost tokens to ``max_length``.
+        cut: Documents that lost tokens to `max_length`.
     """
 
     input_ids: Tensor
@@ -56,28 +62,42 @@ class Documents:
         return ids, ids.where(self.learned[span], IGNORED)
 
 
+class Labelled(NamedTuple):
+    """One tokenised document.
+
+    Attributes:
+        ids: Token ids, (n,); empty where nothing is left.
+        learned: Whether each token is learned, (n,).
+        cut: Whether the document lost tokens.
+    """
+
+    ids: list[int]
+    learned: list[bool]
+    cut: bool
+
+
 class Encoder:
     """Turns text into tokens as training and generation both need them.
 
-    Pieces are tokenised one by one, so that a prompt has the tokens here which it has when a model is to answer it.
-    A beginning token is put before plain prompts if the tokenizer does so; chat templates bring their own. A document
-    whose last token is not the end token gets it appended, learned.
+    Pieces are tokenised one by one, so that a prompt has the same tokens here as when a model is to answer it. A
+    beginning token stands before plain prompts if the tokenizer puts one there; chat templates bring their own. A
+    document that does not end with the end token gets one, which is learned.
 
-    Where the format has a body (dialogue or text), a prompt longer than ``max_length - max_answer_length`` loses the
-    beginning of its body, and an answer longer than ``max_answer_length`` its end. The room of a prompt does not depend
-    on its answer: else the length of a shortened prompt would tell that of the answer, in training and in tests. A
-    document is dropped if none of the body would be left.
+    Where the format has a body (dialogue or text), a prompt longer than `max_length - max_answer_length` loses the
+    beginning of its body, and an answer longer than `max_answer_length` its end. The room of a prompt does not depend
+    on its answer; otherwise the length of a shortened prompt would betray the length of the answer. A document is
+    dropped if none of the body would be left.
 
-    In other formats a document longer than ``max_length`` loses its end, and is dropped if no learned token is left.
+    In other formats a document longer than `max_length` loses its end, and is dropped if no learned token is left.
 
     Args:
         tokenizer: A transformers tokenizer.
         end_id: Id of the token that ends an answer.
         max_length: Most tokens of a document.
-        mask_prompt: Learn answers only; otherwise all tokens.
+        mask_prompt: Whether to learn answers only; otherwise all tokens.
         plain: Whether prompts are plain text rather than rendered by a chat template.
         max_answer_length: Tokens kept for an answer beside a body, the end token included; default a quarter of
-            ``max_length``.
+            `max_length`.
     """
 
     def __init__(
@@ -113,7 +133,7 @@ class Encoder:
         """Tokens of a prompt to be answered, equal to those it has in training.
 
         Raises:
-            DataError: A prompt that does not fit and has no body to shorten.
+            DataError: The prompt does not fit and has no body to shorten.
         """
         ids = self.begin + self._ids([example.prompt])[0]
         room = self._room(example.body)
@@ -125,7 +145,11 @@ class Encoder:
         return ids
 
     def documents(self, records: Sequence[Record], renderer: Renderer, description: str) -> Documents:
-        """Tokenise records. Raises what ``Renderer.pieces`` raises."""
+        """Tokenise records.
+
+        Raises:
+            DataError: No record has room for an answer, or as `Renderer.pieces`.
+        """
         ids: list[Tensor] = []
         learned: list[Tensor] = []
         dropped = cut = 0
@@ -135,16 +159,13 @@ class Encoder:
                 pieces = [renderer.pieces(record) for record in chunk]
                 encoded = iter(self._ids([text for document in pieces for text, _ in document]))
                 for record, document in zip(chunk, pieces, strict=True):
-                    full, flags = self._join(document, encoded)
-                    whole = len(full)
-                    full, flags = self._cut(full, flags, document[0][0], renderer.body(record))
-                    cut += len(full) < whole
-                    flags = self._flags(flags)
-                    if not any(flags):
+                    labelled = self.labelled(document, [next(encoded) for _ in document], renderer.body(record))
+                    cut += labelled.cut
+                    if not any(labelled.learned):
                         dropped += 1
                         continue
-                    ids.append(torch.tensor(full, dtype=torch.int32))
-                    learned.append(torch.tensor(flags))
+                    ids.append(torch.tensor(labelled.ids, dtype=torch.int32))
+                    learned.append(torch.tensor(labelled.learned))
                 bar.update(len(chunk))
         if not ids:
             raise DataError(
@@ -154,34 +175,40 @@ class Encoder:
         offsets = torch.tensor([0, *map(len, ids)]).cumsum(0)
         return Documents(torch.cat(ids), torch.cat(learned), offsets, dropped, cut - dropped)
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        # verbose=False: the model's own maximum is no matter here, max_length is.
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    def labelled(self, pieces: Sequence[Piece], tokens: Sequence[list[int]], body: str = "") -> Labelled:
+        """The label rule: which tokens of a document are there, and which of them are learned.
 
-    def _join(self, document: list[Piece], encoded: Iterator[list[int]]) -> tuple[list[int], list[bool]]:
-        ids, flags = list(self.begin), [False] * len(self.begin)
-        for _, learned in document:
-            piece = next(encoded)
-            ids += piece
-            flags += [learned] * len(piece)
+        Args:
+            pieces: Texts of the document in order, each with whether it is learned: an answer.
+            tokens: Their token ids.
+            body: The part of the prompt that may lose its beginning; "" for none.
+        """
+        ids = self.begin + [token for piece in tokens for token in piece]  # (n,)
+        learned = [False] * len(self.begin)
+        for (_, is_answer), piece in zip(pieces, tokens, strict=True):
+            learned += [is_answer] * len(piece)  # (n,) in the end
         if ids[-1] != self.end_id:
-            ids.append(self.end_id)
-            flags.append(True)
-        return ids, flags
+            ids, learned = [*ids, self.end_id], [*learned, True]  # (n + 1,)
+        whole = len(ids)
+        ids, learned = self._fit(ids, learned, pieces[0][0], body)  # (m,), m <= max_length
+        if not self.mask_prompt:
+            learned = [True] * len(ids)
+        learned = [False, *learned[1:]]  # nothing stands before the first token to predict it from
+        return Labelled(ids, learned, cut=len(ids) < whole)
 
-    def _flags(self, flags: list[bool]) -> list[bool]:
-        """The first token of a document has nothing before it to be predicted from."""
-        return [False, *(flags[1:] if self.mask_prompt else [True] * (len(flags) - 1))]
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        # verbose=False: transformers would warn of the tokenizer's own maximum, where max_length counts.
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def _room(self, body: str) -> int:
         """Most tokens of a prompt."""
         return self.max_length - self.max_answer_length if body else self.max_length
 
-    def _cut(self, ids: list[int], flags: list[bool], prompt: str, body: str) -> tuple[list[int], list[bool]]:
-        """What of a document is kept; nothing where none of its body is."""
+    def _fit(self, ids: list[int], learned: list[bool], prompt: str, body: str) -> tuple[list[int], list[bool]]:
+        """What max_length leaves of a document, and which of it is learned; nothing where none of the body is left."""
         if not body:
-            return ids[: self.max_length], flags[: self.max_length]
-        start = flags.index(True)
+            return ids[: self.max_length], learned[: self.max_length]
+        start = learned.index(True)
         kept: list[int] | None = ids[:start]
         if start > self._room(body):
             kept = self._shorten(prompt, body, self._room(body))
@@ -191,7 +218,7 @@ class Encoder:
         return kept + answer, [False] * len(kept) + [True] * len(answer)
 
     def _shorten(self, prompt: str, body: str, room: int) -> list[int] | None:
-        """The prompt without the beginning of its body, at most ``room`` tokens; None if none of the body is left."""
+        """The prompt without the beginning of its body, at most `room` tokens; None if none of the body is left."""
         if not body or body not in prompt:
             return None
         # The last occurrence: a template may quote the body's words before it, hardly after.
@@ -210,7 +237,7 @@ def tokenise(
     Of several processes one tokenises and the others wait for it.
 
     Raises:
-        DataError: What ``Encoder.documents`` raises, or a cache folder that cannot be written.
+        DataError: The cache folder cannot be written; or as `Encoder.documents`.
     """
     if cache_dir is None:
         return encoder.documents(records, renderer, description)

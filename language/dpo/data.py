@@ -1,5 +1,7 @@
 """Preferences as a Lightning data module: pairs of a chosen and a rejected answer to one prompt."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -21,7 +23,7 @@ _CHUNK = 256  # pairs tokenised at a time
 
 
 class PairCollator(PaddedCollator):
-    """Batches as ``PaddedCollator``, of rows of two documents: the first of every row, then the second of every row."""
+    """Batches as `PaddedCollator`, of rows of two documents: the first of every row, then the second of every row."""
 
     def __call__(self, rows: list[list[tuple[Tensor, Tensor]]]) -> Batch:
         return super().__call__([[row[side]] for side in (0, 1) for row in rows])
@@ -30,92 +32,62 @@ class PairCollator(PaddedCollator):
 class PreferenceDataModule(InstructionDataModule):
     r"""Pairs of answers to one prompt, for preference tuning; the answers are learned, the prompts are not.
 
-    Batches are ``{input_ids, attention_mask, labels}``, each int64 (2 pairs, tokens): first the chosen answer of every
+    Batches are `{input_ids, attention_mask, labels}`, each int64 (2 pairs, tokens): first the chosen answer of every
     pair after its prompt, then the rejected ones in the same order, all padded to the longest. Training batches hold
-    pairs of similar length. Rows are read as ``language.pair_formats.read_pairs`` says; answers end with the end token.
+    pairs of similar length. Rows are read as `language.dpo.formats.read_pairs` says; answers end with the end token.
 
-    Where prompt and answers do not fit, the prompt keeps its last ``max_length - max_answer_length`` tokens, equally
+    Where prompt and answers do not fit, the prompt keeps its last `max_length - max_answer_length` tokens, equally
     for both answers, and an answer loses its end; both are counted in one line. Pairs that are equal after that are
     dropped and counted, as nothing could be learned from them.
 
-    Splits, subsets, orders and processes are those of ``InstructionDataModule``.
+    Splits, subsets, orders and processes are those of `InstructionDataModule`.
 
     Args:
-        path: A file (jsonl, json, parquet), a folder with files named after splits, a ``package://`` address,
-            ``hub:NAME``, or a list of these.
-        tokenizer: Name of a tokenizer as ``language.models.create_tokenizer`` takes it, or a tokenizer.
-        val_path: Validation data; without it path's own validation files, or val_fraction of the training rows.
-        test_path: Test data; without it path's own test files, or test_fraction of the training rows.
+        path: A file (jsonl, json, parquet), a folder with files named after splits, a `package://` address,
+            `hub:NAME`, or a list of these.
+        tokenizer: Name of a tokenizer as `language.models.create_tokenizer` takes it, or a tokenizer.
         max_length: Most tokens of a prompt and an answer.
         max_answer_length: Of those, tokens kept for an answer where the prompt is long; default half. A short prompt
             leaves more.
         batch_size: Pairs per batch and process; the model reads twice as many rows.
-        val_fraction: Share of the training rows to hold out for validation where there is no validation data.
-        test_fraction: Share of the training rows to hold out for testing where there is no test data.
-        train_subset: Number of training rows to use, chosen at random; default all.
-        val_subset: Number of validation rows to use; default all.
-        test_subset: Number of test rows to use; default all.
         use_chat_template: Write prompts and answers as messages, by the tokenizer's chat template. Otherwise a plain
-            prompt stands as it is, with its answer in a new line, and a dialogue in ``\n\nHuman: `` turns.
-        chat_template: Jinja text instead of the tokenizer's own chat template.
-        system_in_user: Put system messages before the first user message, for chat templates without them.
-        end_token: Token that ends an answer; default the tokenizer's end token.
+            prompt stands as it is, with its answer in a new line, and a dialogue in `\n\nHuman: ` turns.
         drop_unusable: Drop rows without a preference (an empty or equal answer, different prompts), and say how many;
             otherwise they are an error.
-        num_workers: Worker processes per loader; 0 loads in the training process.
-        seed: Seeds splits and subsets.
-        order_seed: Seeds the order of epochs; default seed.
+        settings: The others of `InstructionDataModule`.
 
     Raises:
-        DataError: Settings out of range, or data missing, torn or badly formed; the message names it and the fix.
-        AssetError: A package or tokenizer that cannot be fetched.
+        DataError: A setting is out of range, or data are missing, torn or badly formed; the message names the fix.
+        AssetError: A package or tokenizer cannot be fetched.
     """
 
     def __init__(
         self,
         path: str | list[str],
         tokenizer: str | Any,
-        val_path: str | list[str] | None = None,
-        test_path: str | list[str] | None = None,
         max_length: int = 512,
         max_answer_length: int | None = None,
         batch_size: int = 4,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.0,
-        train_subset: int | None = None,
-        val_subset: int | None = None,
-        test_subset: int | None = None,
         use_chat_template: bool = False,
-        chat_template: str | None = None,
-        system_in_user: bool = False,
-        end_token: str | None = None,
         drop_unusable: bool = False,
-        num_workers: int = 0,
-        seed: int = 0,
-        order_seed: int | None = None,
+        **settings: Any,
     ) -> None:
+        # Settings with a fixed value here are not options of this class.
         super().__init__(
             path,
             tokenizer,
             format="pairs",
             packing="buckets",
-            val_path=val_path,
-            test_path=test_path,
+            columns=None,
+            prompt_template=None,
+            mask_prompt=True,
+            drop_empty=False,
+            cache_dir=None,
             max_length=max_length,
             max_answer_length=max(1, max_length // 2) if max_answer_length is None else max_answer_length,
             batch_size=batch_size,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            train_subset=train_subset,
-            val_subset=val_subset,
-            test_subset=test_subset,
             use_chat_template=use_chat_template,
-            chat_template=chat_template,
-            system_in_user=system_in_user,
-            end_token=end_token,
-            num_workers=num_workers,
-            seed=seed,
-            order_seed=order_seed,
+            **settings,
         )
         self.drop_unusable = drop_unusable
 
@@ -174,7 +146,7 @@ class PreferenceDataModule(InstructionDataModule):
         texts = [self.texts(pair) for pair in pairs]
         for start in range(0, len(texts), _CHUNK):
             flat = [text for three in texts[start : start + _CHUNK] for text in three]
-            # verbose=False: the model's own maximum is no matter here, max_length is.
+            # verbose=False: transformers would warn of the tokenizer's own maximum, where max_length counts.
             ids = iter(self.tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"])
             for prompt, *answers in zip(ids, ids, ids, strict=True):
                 chosen, rejected = (

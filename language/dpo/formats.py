@@ -31,7 +31,7 @@ class Pair(Record):
 
     @property
     def plain_prompt(self) -> str:
-        r"""The prompt for models without a chat template: as it is, or a dialogue in ``\n\nHuman: `` turns."""
+        r"""The prompt for models without a chat template: as it is, or a dialogue in `\n\nHuman: ` turns."""
         if not self.messages:
             return self.fields["prompt"]
         turns = "".join(f"\n\n{_NAMES[role]}: {content}" for role, content in self.messages[:-1])
@@ -45,9 +45,9 @@ class _UnusableError(Exception):
 def read_pairs(rows: Sequence[Row], drop_unusable: bool = False) -> tuple[list[Pair], Counter[str]]:
     r"""Check rows and turn them into pairs.
 
-    ``chosen`` and ``rejected`` are answers to ``prompt``, or whole dialogues whose shared beginning is the prompt.
-    Dialogues are text of ``\n\nHuman: `` and ``\n\nAssistant: `` turns (``prompt`` too may be one, up to its last
-    ``\n\nAssistant:``), or lists of messages with role and content; a list with one assistant's message is an answer.
+    `chosen` and `rejected` are answers to `prompt`, or whole dialogues whose shared beginning is the prompt.
+    Dialogues are text of `\n\nHuman: ` and `\n\nAssistant: ` turns (`prompt` too may be one, up to its last
+    `\n\nAssistant:`), or lists of messages with role and content; a list with one assistant's message is an answer.
 
     Args:
         rows: The rows.
@@ -58,8 +58,8 @@ def read_pairs(rows: Sequence[Row], drop_unusable: bool = False) -> tuple[list[P
         The pairs, and how many rows were dropped for which reason.
 
     Raises:
-        DataError: A missing or badly formed field, a row without a preference, or no pair left; the message names file
-            and line.
+        DataError: A field is missing or badly formed, a row holds no preference, or no pair is left; the message names
+            file and line.
     """
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()

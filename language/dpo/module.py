@@ -5,7 +5,7 @@ Command line: python -m language.dpo fit|validate|test|predict --config FILE.yam
     r(y) = beta (log pi(y | x) - log pi_ref(y | x))
     loss = -(1 - eps) log sigmoid(r(y_w) - r(y_l)) - eps log sigmoid(r(y_l) - r(y_w))
 
-pi is the model with its adapters, pi_ref the same without: no second copy is kept, but of what `train` names.
+pi is the model with its adapters, pi_ref the model without them. Only the modules of `train` are kept twice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def answer_log_probabilities(logits: Tensor, batch: Batch) -> Tensor:
 
     Args:
         logits: (n, V), float32, those that predict the learned tokens, row by row, as `learned_logits` returns them.
-        batch: input_ids and labels, int64 (rows, T).
+        batch: `input_ids` and `labels`, int64 (rows, T).
     """
     learned = learned_tokens(batch)
     tokens = -F.cross_entropy(logits, batch["labels"][learned], reduction="none")
@@ -47,9 +47,10 @@ class Comparison(NamedTuple):
     """What the model and the reference say of B pairs.
 
     Attributes:
-        policy: log pi(y | x), (2B,), chosen answers first.
-        reference: log pi_ref(y | x), (2B,).
-        divergence: sum_v pi(v) log(pi(v) / pi_ref(v)) at each token of the chosen answers, (n,), pair by pair.
+        policy: Log pi(y | x), (2B,), chosen answers first.
+        reference: Log pi_ref(y | x), (2B,).
+        divergence: KL(pi || pi_ref) = sum_v pi(v) log(pi(v) / pi_ref(v)) at each token of the chosen answers, (n,),
+            pair by pair.
     """
 
     policy: Tensor
@@ -75,14 +76,14 @@ class DPOTuner(CausalLMTuner):
     divergence over answers that pi itself would give.
 
     Args:
-        beta: how closely the reference is kept to: the larger, the less the model moves. AFA-LoRA's beta is another.
-        label_smoothing: probability that a preference is labelled the wrong way round, in [0, 0.5).
-        settings: those of `language.module.CausalLMTuner`.
+        beta: How closely the model keeps to the reference: the larger, the less it moves. Not AFA-LoRA's beta.
+        label_smoothing: Probability that the answers of a pair are labelled the wrong way round, in [0, 0.5).
+        settings: Those of `language.module.CausalLMTuner`.
 
     Raises:
-        AdapterError: a value out of range; adapters that are merged, which cannot be taken out for the reference; a
-            sharded model with modules of `train`.
-        DataError: a batch without pairs, or as `CausalLMTuner`.
+        AdapterError: A value is out of range, adapters are merged and cannot be taken out for the reference, or a model
+            with modules of `train` is sharded.
+        DataError: A batch is not made of answered pairs; or as `CausalLMTuner`.
     """
 
     logs_perplexity = False
@@ -166,14 +167,15 @@ class DPOTuner(CausalLMTuner):
 
 
 def check_pairs(batch: Batch) -> None:
-    """Raise unless each half of the rows has an answer in every row.
+    """Refuse a batch whose rows are not a chosen and a rejected answer for each prompt.
 
     Raises:
-        DataError: so.
+        DataError: The number of rows is odd, or a row has no answer.
     """
     answered = learned_tokens(batch).any(1)
     if len(answered) % 2 or not answered.all():
         raise DataError(
-            f"a batch of {len(answered)} rows, {int(answered.sum())} of them with an answer, is none of pairs: give "
-            "as many rejected as chosen answers, the chosen ones first, as language.dpo.PreferenceDataModule does"
+            f"a batch of {len(answered)} rows, {int(answered.sum())} of them with an answer, is not made of "
+            "pairs: give as many rejected as chosen answers, the chosen ones first, as "
+            "language.dpo.PreferenceDataModule does"
         )

@@ -1,4 +1,4 @@
-"""Continuing a prompt with a draft's help, and what it took: transformers' assisted generation with a count.
+"""Continue a prompt with the help of a draft, by transformers' assisted generation, and count the passes it takes.
 
 A draft proposes K tokens, one after the other; the target reads them all in one pass, accepts the first few and adds
 one of its own (Leviathan et al., arXiv 2211.17192).
@@ -25,13 +25,13 @@ class DecodingSettings:
     """How to decode.
 
     Args:
-        max_new_tokens: where a continuation stops at the latest.
+        max_new_tokens: Most tokens of a continuation.
         draft_tokens: K, tokens that the draft proposes for each pass of the target; fewer where the end is nearer.
         temperatures: 0 takes the likeliest token each time; else tokens are drawn from softmax(logits / temperature).
-        seed: of the draws; each prompt has its own.
+        seed: Seeds the draws; each prompt has its own seed.
 
     Raises:
-        AdapterError: a value is out of range.
+        AdapterError: A value is out of range.
     """
 
     max_new_tokens: int = 64
@@ -53,10 +53,10 @@ class Continuation:
     """One continued prompt.
 
     Attributes:
-        tokens: the new ones.
-        passes: forward passes of the target, the reading of the prompt included.
-        proposed: tokens of the draft that the target has looked at.
-        seconds: wall clock.
+        tokens: The new tokens.
+        passes: Forward passes of the target, with the one that reads the prompt.
+        proposed: Tokens of the draft that the target has looked at.
+        seconds: Wall-clock time.
     """
 
     tokens: list[int]
@@ -82,15 +82,15 @@ def continued(
     """Continue a prompt up to the target's end token, by the target alone or with a draft.
 
     Args:
-        target: a causal language model of transformers.
-        prompt: its tokens, at least one.
-        settings: lengths.
-        temperature: see `DecodingSettings`.
-        draft: another such model, of the same vocabulary; with or without adapters.
-        seed: of the draws at a temperature above 0; `settings.seed` by default.
+        target: A causal language model of transformers.
+        prompt: Token ids, at least one.
+        settings: Lengths and seed.
+        temperature: See `DecodingSettings`.
+        draft: Another such model with the same vocabulary, with or without adapters; None for the target alone.
+        seed: Seeds the draws at a temperature above 0; `settings.seed` by default.
 
     Raises:
-        AdapterError: another vocabulary, or prompt and continuation do not fit into a context.
+        AdapterError: The vocabularies differ, or prompt and continuation do not fit into a context.
     """
     for model in (target,) if draft is None else (target, draft):
         _check(target, model, len(prompt) + settings.max_new_tokens, len(prompt))

@@ -1,4 +1,4 @@
-"""How well a draft follows its target: the distillation loss, and what it says of speculative decoding."""
+"""How well a draft follows its target: the distillation loss, and what to expect of speculative decoding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Agreement:
     Attributes:
         kl: KL(p || q) = sum_v p(v) (log p(v) - log q(v)), in nats; the only one with a gradient, in q.
         greedy: 1 where the likeliest tokens of both are the same, else 0.
-        acceptance: sum_v min(p(v), q(v)).
+        acceptance: The probability that a token drawn from q is accepted, sum_v min(p(v), q(v)).
     """
 
     kl: Tensor
@@ -31,8 +31,8 @@ def agreement(target: Tensor, draft: Tensor) -> Agreement:
     (Leviathan et al., arXiv 2211.17192, section 3.1 and theorem 3.5); without temperature, if it is p's likeliest.
 
     Args:
-        target: logits (n, V); no gradient goes there.
-        draft: logits (n, V).
+        target: Logits (n, V); no gradient goes there.
+        draft: Logits (n, V).
     """
     log_p, log_q = F.log_softmax(target.detach(), dim=-1), F.log_softmax(draft, dim=-1)
     p = log_p.exp()

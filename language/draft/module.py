@@ -27,21 +27,21 @@ class DraftTuner(CausalLMTuner):
         KL(p || q) = sum_v p(v) (log p(v) - log q(v)),    p of the target, q of the draft, at temperature 1.
 
     The draft is the pretrained `model`, or some of its decoder layers; it alone has adapters and is in `self.model`, in
-    checkpoints and in exports. Without a `target` of its own name, the target is the whole of `model`, on the same
-    weights in memory. The target is frozen, in eval mode, and no submodule. Batches are those of `CausalLMTuner`.
+    checkpoints and in exports. Without a `target`, the target is the whole of `model`, on the same weights in memory.
+    The target is frozen, in eval mode, and not a submodule. Batches are those of `CausalLMTuner`.
 
     Logged as `val/kl`, in nats per token, `val/agreement`, the share of tokens with the same likeliest one, and
     `val/acceptance`, and the same as `test/...`: see `language.draft.distillation.agreement`.
 
     Args:
-        keep_layers: indices of the decoder layers that the draft has, ascending; all by default.
-        target: name of the target as in `language.models.create_model`; the whole of `model` by default.
-        common: those of `CausalLMTuner`.
+        keep_layers: Indices of the decoder layers that the draft has, ascending; all by default.
+        target: Name of the target as in `language.models.create_model`; the whole of `model` by default.
+        common: Those of `CausalLMTuner`.
 
     Raises:
-        AdapterError: neither `keep_layers` nor `target` is given, `keep_layers` is out of range, or the target has
+        AdapterError: Neither `keep_layers` nor `target` is given, `keep_layers` is out of range, or the target has
             another vocabulary; or as `CausalLMTuner`.
-        DataError: as `CausalLMTuner`.
+        DataError: As `CausalLMTuner`.
     """
 
     logs_perplexity = False
@@ -55,11 +55,11 @@ class DraftTuner(CausalLMTuner):
             )
         self.save_hyperparameters({"keep_layers": keep_layers, "target": target})
         self.measure("kl", "agreement", "acceptance")
-        self._target: tuple[Any, ...] = ()  # in a tuple, so that it is no submodule
+        self._target: tuple[Any, ...] = ()  # in a tuple, so that it does not become a submodule
 
     @property
     def target(self) -> Any:
-        """The model to be followed."""
+        """The model that the draft follows."""
         assert self._target, "configure_model has not run"
         return self._target[0]
 
@@ -67,7 +67,7 @@ class DraftTuner(CausalLMTuner):
         """Create target and draft and attach the draft's adapters; once, though Lightning calls this for every stage.
 
         Raises:
-            AdapterError: weights would be sharded; or as `CausalLMTuner`.
+            AdapterError: The weights would be sharded; or as `CausalLMTuner`.
         """
         if self.device_mesh is not None:
             raise AdapterError("a draft and its target cannot be sharded: set trainer.strategy to auto or ddp")
@@ -122,7 +122,7 @@ def merged_draft(tuner: DraftTuner) -> tuple[Any, la.MergeReport]:
     The weights are copies: neither the tuner nor the target changes.
 
     Raises:
-        AdapterError: as `lit_adapters.merge`.
+        AdapterError: As `lit_adapters.merge`.
     """
     draft = unshared_copy(tuner.model).eval()
     return draft, la.merge(draft)
@@ -132,7 +132,7 @@ def check_vocabulary(target: str, draft: str) -> None:
     """Compare the tokenizers of two models by name.
 
     Raises:
-        AdapterError: a token has different ids, or exists in one of them only.
+        AdapterError: A token has different ids, or exists in one of them only.
     """
     own: dict[str, int] = create_tokenizer(draft).get_vocab()
     other: dict[str, int] = create_tokenizer(target).get_vocab()

@@ -1,4 +1,4 @@
-"""A pretrained model with some of its decoder layers left out, on the very weights of the whole one."""
+"""A pretrained model without some of its decoder layers, which shares the weights of the whole model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from lit_adapters.model.merge import SHARED
 def shortened(model: Any, keep_layers: Sequence[int]) -> Any:
     """A copy of `model` that has only some of its decoder layers; embeddings, final norm and head stay.
 
-    Its parameters are those of `model`, the very same objects, so that it takes no memory of its own. They are marked,
-    so that `lit_adapters.merge` does not write into them; `copy.deepcopy` makes a model of its own. Modules, buffers
-    and configuration are its own anyway. Layers are numbered anew, because each keeps its keys and values in the
-    cache under its number.
+    Its parameters are the very objects of `model` and take no memory. They are marked, so that `lit_adapters.merge`
+    does not write into them; `unshared_copy` gives a model its own. Modules, buffers and configuration are copies.
+    Layers are numbered anew, because each keeps its keys and values in the cache under its number.
 
     Args:
-        model: a causal language model of transformers.
-        keep_layers: indices of the layers that stay, ascending.
+        model: A causal language model of transformers.
+        keep_layers: Indices of the layers that stay, ascending.
 
     Raises:
-        AdapterError: the indices are none, not ascending, repeated or out of range, or the model has no one list of
-            decoder layers.
+        AdapterError: The indices are empty, not ascending, repeated or out of range, or the model has not exactly one
+            list of decoder layers.
     """
     total = int(model.config.num_hidden_layers)
     keep = check_layers(keep_layers, total)
@@ -51,7 +50,7 @@ def check_layers(keep_layers: Sequence[int], total: int) -> list[int]:
     """The indices as a list.
 
     Raises:
-        AdapterError: there are none, they do not ascend, or one is not in 0 .. total - 1.
+        AdapterError: There are none, they do not ascend, or one is not in 0 .. total - 1.
     """
     keep = list(keep_layers)
     if not keep:
@@ -65,7 +64,7 @@ def check_layers(keep_layers: Sequence[int], total: int) -> list[int]:
 
 
 def unshare_trained(short: nn.Module) -> None:
-    """Give a shortened model copies of the shared parameters that train."""
+    """Give a shortened model its own copies of the shared parameters that train."""
     own: dict[int, nn.Parameter] = {}
     for module in short.modules():
         for name, parameter in module._parameters.items():
@@ -74,7 +73,7 @@ def unshare_trained(short: nn.Module) -> None:
 
 
 def unshared_copy(short: Any) -> Any:
-    """A copy of a shortened model with all weights its own."""
+    """A copy of a shortened model that shares no weights."""
     copied = copy.deepcopy(short)
     for parameter in copied.parameters():
         vars(parameter).pop(SHARED, None)  # the marks of packed weights are copied along

@@ -1,6 +1,6 @@
 """Speculative decoding, measured: python -m language.draft.speculative --ckpt FILE --prompts FILE --out result.json
 
-The measures are those of `measure`; the decoding is `language.decoding`.
+`measure` says what is measured; `language.draft.decoding` decodes.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ def measure(
     """Continue every prompt with and without the draft, in turns, at each temperature.
 
     Args:
-        target: a causal language model of transformers.
-        draft: another, of the same vocabulary; with or without adapters.
-        prompts: token ids.
-        settings: how to decode.
+        target: A causal language model of transformers.
+        draft: Another one, of the same vocabulary; with or without adapters.
+        prompts: Token ids.
+        settings: How to decode.
 
     Returns:
         For each `temperature T`:
 
-        - `accepted length`: new tokens a pass of the target, its own one included; from 1 to K + 1.
-        - `acceptance`: accepted tokens of those proposed. What follows a rejected token counts as proposed.
+        - `accepted length`: new tokens for each pass of the target, with the target's own; from 1 to K + 1.
+        - `acceptance`: share of the proposed tokens that were accepted. Tokens after a rejected one count as proposed.
         - `identical` (temperature 0 only): share of prompts whose tokens are those of the target alone. In exact
           arithmetic all are. In floating point the target rounds differently when it reads several tokens at once, and
           near-ties may go the other way: hardly in float32, often in bfloat16.
-        - `tokens/s`, `tokens/s alone`: new tokens a second, reading the prompt included, with the draft and without.
+        - `tokens/s`, `tokens/s alone`: new tokens a second with the draft and without, reading the prompt included.
         - `speedup`: median over prompts of the ratio of the two.
 
         Standard errors take prompts as drawn independently; those of speeds are not estimated.
 
     Raises:
-        DataError: no prompts.
-        AdapterError: as `continued`.
+        DataError: There are no prompts.
+        AdapterError: As `continued`.
     """
     if not prompts:
         raise DataError("there are no prompts to continue: check the file and the limit")
@@ -106,7 +106,7 @@ def first_turns(path: str, limit: int | None = None) -> list[str]:
     """The first user turns of a file of prompts: the first of `turns`, as in MT-bench, or `prompt`.
 
     Raises:
-        DataError: a row has neither; or as `language.sources.read_rows`.
+        DataError: A row has neither; or as `language.data.sources.read_rows`.
     """
     prompts = []
     for row in read_rows(path, "test")[:limit]:
@@ -136,9 +136,9 @@ def measure_command(
         prompts: Rows with turns (MT-bench) or prompt.
         out: JSON file to write.
         limit: Prompts to use; default all.
-        format: data.format of the training; by default prompts stand as they are.
-        use_chat_template: data.use_chat_template of the training.
-        device: cuda or cpu; by default cuda where there is one.
+        format: The training's data.format; by default prompts stand as they are.
+        use_chat_template: The training's data.use_chat_template.
+        device: `cuda` or `cpu`; by default `cuda` where there is one.
         settings: Those of `DecodingSettings`.
 
     Returns:

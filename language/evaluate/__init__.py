@@ -1,1 +1,3 @@
 """Tasks and metrics for language models."""
+
+from __future__ import annotations

@@ -40,8 +40,8 @@ def evaluate_command(
         model: Name, directory or .gguf file.
         adapters: Directory that save_adapters wrote.
         ckpt: Checkpoint of python -m language fit, instead of a model.
-        dtype: Of the weights.
-        quantization: nf4 for 4-bit weights.
+        dtype: Type of the weights.
+        quantization: `nf4` for 4-bit weights.
         settings: Those of `EvalSettings`.
 
     Returns:

@@ -31,7 +31,7 @@ _ROWS = 4  # most choices of a prompt in a pass, on average: each holds a copy o
 
 @dataclass(frozen=True)
 class ChoiceScores:
-    """What ``score_choices`` measured; one entry for each prompt.
+    """Scores of `score_choices`; one entry for each prompt.
 
     Attributes:
         log_likelihoods: log p(choice | prompt) in nats, one value for each choice.
@@ -72,7 +72,7 @@ def score_choices(
     Args:
         model: A causal language model of transformers. Its training mode is left as it was.
         tokenizer: The model's tokenizer.
-        prompts: n texts; the choice follows without a space of its own.
+        prompts: Texts, one for each question; a choice follows without a space in between.
         choices: For each prompt its continuations, usually with a leading space.
         batch_size: Prompts in a pass; choices of several tokens are passes of up to 4 times as many rows.
         max_length: Tokens that a pass may read; default the model's context. Longer prompts lose tokens on the left,
@@ -80,7 +80,7 @@ def score_choices(
         description: Text at the progress bar.
 
     Raises:
-        DataError: An empty choice, or one that does not fit into the context.
+        DataError: A choice is empty or does not fit into the context.
         AdapterError: The model's output is not a number.
     """
     encoder = PromptEncoder(tokenizer, max_length or context_length(model))
@@ -99,7 +99,7 @@ def score_choices(
 def score_tokens(
     model: PreTrainedModel, questions: Sequence[TokenQuestion], batch_size: int = 8, description: str = "scoring"
 ) -> list[list[float]]:
-    """The same for questions that are tokens already: one value for each continuation of each question.
+    """Log-likelihoods of questions that are tokens already: one value for each continuation of each question.
 
     Raises:
         AdapterError: The model's output is not a number.
@@ -118,7 +118,7 @@ def score_tokens(
 
 @dataclass(frozen=True)
 class TokenQuestion:
-    """Tokens of a prompt, and of each continuation to choose from; none of them empty."""
+    """Tokens of a prompt, and of each continuation to choose from; each has at least one."""
 
     context: list[int]
     continuations: list[list[int]]
@@ -145,7 +145,7 @@ class PromptEncoder:
         return [row if row[:1] == self.start else self.start + row for row in rows]
 
     def prompt(self, text: str, room: int = 1) -> list[int]:
-        """Tokens of a prompt, at least one, that leave space for ``room - 1`` further tokens."""
+        """Tokens of a prompt, at least one, that leave space for `room - 1` further tokens."""
         return self._fit(self.tokens([text])[0], room)
 
     def question(self, prompt: str, choices: Sequence[str]) -> TokenQuestion:
@@ -254,7 +254,7 @@ class _Reader:
         return other
 
     def feed(self, rows: list[list[int]], keep: int) -> Tensor:
-        """Log-probabilities (rows, keep, vocabulary) in fp32 after each of the last ``keep`` tokens of the rows."""
+        """Log-probabilities (rows, keep, vocabulary) in fp32 after each of the last `keep` tokens of the rows."""
         length = max(map(len, rows))
         tokens = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=self.device)
         real = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)

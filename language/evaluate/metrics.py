@@ -1,4 +1,4 @@
-"""What is computed from a model's answers, each value with its standard error.
+"""Measures of a model's answers, each with its standard error.
 
 Held-out loss and perplexity, accuracy, exact match, ROUGE.
 """
@@ -59,7 +59,7 @@ def mean_of_groups(groups: Sequence[Estimate]) -> Estimate:
 
 
 def bootstrap_mean(values: Sequence[float], seed: int = 0, resamples: int = _RESAMPLES) -> Estimate:
-    """Mean with the standard deviation of the means of ``resamples`` samples drawn with replacement, seeded."""
+    """Mean with the standard deviation of the means of `resamples` samples drawn with replacement, seeded."""
     if not values:
         raise DataError("no values to average: check the data and the limit")
     data = torch.tensor(values, dtype=torch.float64)
@@ -72,11 +72,11 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0, resamples: int = _RES
 
 @dataclass(frozen=True)
 class RowLosses:
-    """What `row_losses` measured, one entry for each row with a learned token.
+    """Losses of held-out rows, one entry for each row with a learned token.
 
     Attributes:
-        sums: -log p over the row's learned tokens, in nats.
-        counts: their number.
+        sums: Sum of -log p over the row's learned tokens, in nats.
+        counts: Number of these tokens.
     """
 
     sums: list[float]
@@ -92,7 +92,7 @@ def row_losses(model: PreTrainedModel, batches: Iterable[Batch]) -> RowLosses:
         batches: As `language.loss.token_losses` takes them.
 
     Raises:
-        DataError: A batch without a learned token.
+        DataError: A batch has no learned token.
     """
     device = next(model.parameters()).device
     sums: list[float] = []
@@ -110,12 +110,12 @@ def held_out_loss(rows: RowLosses) -> dict[str, Estimate]:
     """Mean negative log-likelihood in nats, and perplexity, over all learned tokens; every token counts the same.
 
     Returns:
-        ``loss`` and ``perplexity`` = exp(loss). Standard errors take rows as drawn independently, tokens of a row not:
+        `loss` and `perplexity` = exp(loss). Standard errors take rows as drawn independently, tokens of a row not:
         sqrt(R / (R - 1) sum_r (s_r - loss n_r)^2) / n for R rows with sums s_r and counts n_r; perplexity's is
         perplexity times that.
 
     Raises:
-        DataError: No learned token at all.
+        DataError: There is no learned token at all.
         AdapterError: The loss is not finite.
     """
     total, count = sum(rows.counts), len(rows.counts)
@@ -151,7 +151,7 @@ def normalised(text: str) -> str:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> Estimate:
-    """Share of predictions that equal their reference after ``normalised``."""
+    """Share of predictions that equal their reference after `normalised`."""
     pairs = zip(predictions, references, strict=True)
     return proportion([normalised(prediction) == normalised(reference) for prediction, reference in pairs])
 

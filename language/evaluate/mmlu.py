@@ -33,22 +33,22 @@ _CATEGORY = {subject: category for category, names in _SUBJECTS.items() for subj
 
 
 def read_mmlu(root: str | Path, shots: int = 5, per_subject: int | None = None, seed: int = 0) -> list[Question]:
-    """Questions of the test split, each after the first ``shots`` dev questions of its subject with their answers.
+    """Questions of the test split, each after the first `shots` dev questions of its subject with their answers.
 
     Args:
-        root: Folder with ``dev`` and ``test`` files (jsonl, json or parquet), whose rows have ``subject``,
-            ``question``, four ``choices``, ``answer`` (0-3) and perhaps ``category``.
+        root: Folder with `dev` and `test` files (jsonl, json or parquet), whose rows have `subject`,
+            `question`, four `choices`, `answer` (0-3) and perhaps `category`.
         shots: Examples in the prompt.
-        per_subject: Questions of each subject, chosen at random by ``seed``; default all. A smaller choice is
+        per_subject: Questions of each subject, chosen at random by `seed`; default all. A smaller choice is
             contained in a larger one.
         seed: Seeds the choice.
 
     Returns:
-        Questions in the file's order; ``group`` is the subject and ``category`` one of the four. The continuations
+        Questions in the file's order; `group` is the subject and `category` one of the four. The continuations
         are " A" to " D".
 
     Raises:
-        DataError: A bad row (file and line), or a subject with too few dev questions.
+        DataError: A row is bad (file and line), or a subject has too few dev questions.
     """
     tests = _by_subject(read_rows(str(root), "test"))
     examples = _by_subject(read_rows(str(root), "val")) if shots else {}
@@ -77,9 +77,9 @@ def summarise_mmlu(questions: Sequence[Question], correct: Sequence[bool]) -> di
     """Accuracy overall, by category and by subject.
 
     Returns:
-        ``micro`` counts every question once (the usual MMLU score; with ``per_subject`` every subject weighs the
-        same, as in the macro average). ``macro`` is the mean over subjects. ``categories`` holds both for each
-        category with questions, ``subjects`` the accuracy of each subject.
+        `micro` counts every question once (the usual MMLU score; with `per_subject` every subject weighs the
+        same, as in the macro average). `macro` is the mean over subjects. `categories` holds both for each
+        category with questions, `subjects` the accuracy of each subject.
     """
     chosen = list(zip(questions, map(bool, correct), strict=True))
 
@@ -124,6 +124,6 @@ def _category(row: Row, subject: str) -> str:
         if str(named).lower() == category.lower():
             return category
     raise DataError(
-        f"{row.origin}: category {named!r} of subject {subject!r} is none of {', '.join(CATEGORIES)}; "
-        "put one of them into the row's field 'category'"
+        f"{row.origin}: category {named!r} of subject {subject!r} is unknown; put one of "
+        f"{', '.join(CATEGORIES)} into the row's field 'category'"
     )

@@ -1,7 +1,7 @@
 """Evaluation files as questions: common-sense reasoning, classification and summarisation, in the training's prompts.
 
-Rows are read by ``language.sources`` and written out by ``language.templates``, so that a model is asked in the words
-it was tuned with.
+`language.data.sources` reads the rows and `language.data.templates` writes them, so that a model is asked in the words
+that it was tuned with.
 """
 
 from __future__ import annotations
@@ -65,24 +65,24 @@ def make_renderer(tokenizer: Any, name: FormatName, chat: bool) -> Renderer:
 def read_commonsense(
     root: str | Path, name: str, tokenizer: Any, chat: bool = False, limit: int | None = None, seed: int = 0
 ) -> list[Question]:
-    """Questions of one of the eight tasks, from ``root/NAME.test.jsonl`` with instruction, output and answer.
+    """Questions of one of the eight tasks, from `root/NAME.test.jsonl` with instruction, output and answer.
 
     The prompt is the instruction in the Alpaca template, and the beginning of the answer, "the correct answer is";
     the choices are those that the instruction names in its "Answer format: a/b".
 
     Args:
         root: Folder of the files.
-        name: One of ``COMMONSENSE``.
-        tokenizer: Its chat template is used if ``chat``.
+        name: One of `COMMONSENSE`.
+        tokenizer: Its chat template is used if `chat`.
         chat: Ask in the chat template.
-        limit: Number of questions, chosen at random by ``seed``; default all.
+        limit: Number of questions, chosen at random by `seed`; default all.
         seed: Seeds the choice.
 
     Raises:
-        DataError: Unknown task, or a bad row (file and line).
+        DataError: The task is unknown, or a row is bad (file and line).
     """
     if name not in COMMONSENSE:
-        raise DataError(f"common-sense task {name!r} is none of {', '.join(COMMONSENSE)}")
+        raise DataError(f"common-sense task {name!r} is unknown: use {', '.join(COMMONSENSE)}")
     renderer = make_renderer(tokenizer, "alpaca", chat)
     questions = []
     for row in subset(read_rows(str(Path(root) / f"{name}.test.jsonl"), "test"), limit, "questions", name, seed):
@@ -92,7 +92,7 @@ def read_commonsense(
             raise DataError(f"{row.origin}: the instruction must end in 'Answer format: a/b/...'; correct the row")
         options, answer = found[1].split("/"), field_of(row, "answer", str)
         if answer not in options:
-            raise DataError(f"{row.origin}: answer {answer!r} is none of {', '.join(options)}; correct the row")
+            raise DataError(f"{row.origin}: answer {answer!r} is not one of {', '.join(options)}; correct the row")
         prompt = renderer.example(record).prompt + LEAD_IN
         choices = tuple(f" {option}" for option in options)
         questions.append(Question(prompt, choices, options.index(answer), group=name))
@@ -105,14 +105,14 @@ def read_classification(
     """Texts with their class; the choices are the names of all classes in the file.
 
     Args:
-        path: A file, or a folder with a test file; rows have ``text`` and ``label_name``, or ``label``.
-        tokenizer: Its chat template is used if ``chat``.
+        path: A file, or a folder with a test file; rows have `text` and `label_name`, or `label`.
+        tokenizer: Its chat template is used if `chat`.
         chat: Ask in the chat template.
-        limit: Number of texts, chosen at random by ``seed``; default all.
+        limit: Number of texts, chosen at random by `seed`; default all.
         seed: Seeds the choice.
 
     Raises:
-        DataError: A bad row (file and line), or a single class.
+        DataError: A row is bad (file and line), or there is a single class.
     """
     rows = read_rows(str(path), "test")
     records, _ = parse(rows, "classification", {"label": "label_name"} if "label_name" in rows[0].values else None)
@@ -132,14 +132,14 @@ def read_summaries(
     """Dialogues with their summaries, and how many rows were empty and skipped.
 
     Args:
-        path: A file, or a folder with a test file; rows have ``dialogue`` and ``summary``.
-        tokenizer: Its chat template is used if ``chat``.
+        path: A file, or a folder with a test file; rows have `dialogue` and `summary`.
+        tokenizer: Its chat template is used if `chat`.
         chat: Ask in the chat template.
-        limit: Number of dialogues, chosen at random by ``seed``; default all.
+        limit: Number of dialogues, chosen at random by `seed`; default all.
         seed: Seeds the choice.
 
     Raises:
-        DataError: A bad row (file and line).
+        DataError: A row is bad (file and line).
     """
     records, skipped = parse(read_rows(str(path), "test"), "summarisation", drop_empty=True)
     renderer = make_renderer(tokenizer, "summarisation", chat)
@@ -151,7 +151,7 @@ def field_of(row: Row, name: str, kind: type[T]) -> T:
     """A field of the row, checked to be there and of its kind.
 
     Raises:
-        DataError: naming file, line and field.
+        DataError: The field is missing or of another type; the message names file, line and field.
     """
     value = row.values.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):

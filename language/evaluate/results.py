@@ -1,4 +1,4 @@
-"""What an evaluation leaves: a JSON file, written atomically, and a table for people."""
+"""Results of an evaluation: a JSON file, written atomically, and a table to read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def as_plain(value: Any) -> Any:
-    """The value in JSON's own types; estimates become ``{value, stderr, n}``, NaN and infinity null."""
+    """The value in JSON's own types; estimates become `{value, stderr, n}`, NaN and infinity null."""
     if isinstance(value, Estimate):
         return as_plain(asdict(value))
     if isinstance(value, Mapping):
@@ -37,7 +37,7 @@ def as_plain(value: Any) -> Any:
 
 
 def write_json(path: str | Path, result: Mapping[str, Any]) -> None:
-    """Replace ``path`` by the result as JSON, or leave it as it was."""
+    """Write the result as JSON; if that fails, an earlier file at `path` stays as it was."""
     text = json.dumps(as_plain(result), indent=1, allow_nan=False) + "\n"
     write_text_atomically(Path(path), text)
 

@@ -46,7 +46,7 @@ def check_root(names: Sequence[str], root: str | Path | None) -> None:
     """Check that there is a folder for the tasks that need one.
 
     Raises:
-        DataError: There is none.
+        DataError: A task needs the folder and it does not exist.
     """
     ours = [name for name in names if not name.startswith(PREFIX)]
     if ours and (root is None or not Path(root).is_dir()):
@@ -108,7 +108,7 @@ def load(
         model: Name, directory or file, as in `language.models.create_model`; a checkpoint knows its own.
         adapters: Directory that `lit_adapters.save_adapters` wrote.
         ckpt: Checkpoint of `CausalLMTuner`; instead of the others.
-        dtype: Of the weights.
+        dtype: Type of the weights.
         quantization: "nf4" for 4-bit weights.
 
     Raises:

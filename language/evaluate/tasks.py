@@ -71,10 +71,10 @@ Task = Callable[[], dict[str, Any]]
 
 
 def plan(name: str, model: PreTrainedModel, tokenizer: Any, root: Path, s: EvalSettings) -> Task:
-    """Read a task's data from below ``root``; what is returned asks the model and says what came of it.
+    """Read a task's data from below `root`, and return the function that asks the model and gives the task's results.
 
     Raises:
-        DataError: Missing or bad data (file and line).
+        DataError: Data are missing or bad (file and line).
     """
     if name == "perplexity":
         return partial(_perplexity, model, _held_out(root / s.perplexity, model, tokenizer, s))
@@ -91,7 +91,7 @@ def read_questions(name: str, tokenizer: Any, root: Path, s: EvalSettings) -> li
     """The questions of a multiple-choice task: mmlu, classification or a common-sense one.
 
     Raises:
-        DataError: An unknown task, or missing or bad data (file and line).
+        DataError: The task is unknown, or its data are missing or bad (file and line).
     """
     chosen: dict[str, Any] = {"chat": s.chat, "limit": s.limit, "seed": s.seed}
     if name == "mmlu":

@@ -24,15 +24,15 @@ def choice_questions(data: InstructionDataModule, split: SplitName) -> tuple[lis
     A choice is the class and the end token, so that no class is the beginning of another.
 
     Args:
-        data: With format classification.
-        split: Whose rows.
+        data: Data of format classification.
+        split: The split whose rows are asked.
 
     Returns:
         The questions, and the index of each right class in `data.classes`.
 
     Raises:
-        DataError: The data are no classification, a class is longer than an answer may be, or no training row has a
-            row's class.
+        DataError: The data are not classification data, a class is longer than an answer may be, or a row has a class
+            that no training row has.
     """
     classes, encoder = data.classes, data.encoder
     choices = [[*ids, encoder.end_id] for ids in data.tokenizer(classes, add_special_tokens=False)["input_ids"]]
@@ -66,7 +66,7 @@ class ChoiceValidation(Callback):
         seed: Seeds the choice.
 
     Raises:
-        DataError: No root where one is needed; missing or bad data (file and line).
+        DataError: A task needs a root and has none, or data are missing or bad (file and line).
     """
 
     def __init__(

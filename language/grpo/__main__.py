@@ -13,10 +13,10 @@ from lit_adapters.lightning.cli import run
 
 
 class GRPOCLI(LanguageCLI):
-    """What data and model share of a batch is given once."""
+    """LanguageCLI with one option for the iterations of data and model."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link it."""
+        """Link the iterations."""
         super().add_arguments_to_parser(parser)
         parser.link_arguments("model.iterations", "data.iterations")
 

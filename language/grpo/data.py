@@ -31,83 +31,61 @@ def arithmetic(largest: int) -> list[Record]:
 class QuestionDataModule(InstructionDataModule):
     """Prompts as token ids, and the answers to them as text.
 
-    Batches are ``{input_ids, attention_mask, answers}``: int64 (prompts, tokens), padded on the right, and a list of
-    texts. Splits and orders are as in ``language.data.InstructionDataModule``: equal questions stay in one split.
-    Training reads whole batches only, each ``iterations`` times in a row.
+    Batches are `{input_ids, attention_mask, answers}`: int64 (prompts, tokens), padded on the right, and a list of
+    texts. Splits and orders are as in `language.data.InstructionDataModule`: equal questions stay in one split.
+    Training reads whole batches only, each `iterations` times in a row.
 
     Args:
-        path: Rows with the fields question and answer, wherever ``InstructionDataModule`` finds rows; or
-            ``arithmetic:N``, all sums, and differences that are not negative, of whole numbers from 0 to N.
-        tokenizer: Name of a tokenizer as ``language.models.create_tokenizer`` takes it, or a tokenizer.
-        val_path: Validation rows; without them path's own validation files, or val_fraction of the training rows.
-        test_path: Test rows; without them path's own test files, or test_fraction of the training rows.
-        columns: The files' names of ``question`` and ``answer`` where they differ.
+        path: Rows with the fields question and answer, wherever `InstructionDataModule` finds rows; or `arithmetic:N`,
+            all sums, and differences that are not negative, of whole numbers from 0 to N.
+        tokenizer: Name of a tokenizer as `language.models.create_tokenizer` takes it, or a tokenizer.
+        columns: The files' names of `question` and `answer` where they differ.
         max_length: Most tokens of a prompt; a longer one is an error.
         batch_size: Prompts per batch and process.
-        val_fraction: Share of the training rows to hold out for validation where there is no validation data.
-        test_fraction: Share of the training rows to hold out for testing where there is no test data.
-        train_subset: Number of training rows to use, chosen at random; default all.
-        val_subset: Number of validation rows to use; default all.
-        test_subset: Number of test rows to use; default all.
-        prompt_template: Prompt with ``{prompt}`` in the place of the question, instead of the question alone.
+        prompt_template: Prompt with `{prompt}` in the place of the question, instead of the question alone.
         use_chat_template: Write prompts as a user's message, by the tokenizer's chat template.
-        chat_template: Jinja text instead of the tokenizer's own chat template.
         iterations: Optimiser steps on the completions of each batch; that of the model.
-        num_workers: Worker processes per loader; 0 loads in the training process.
-        seed: Seeds splits and subsets.
-        order_seed: Seeds the order of epochs; default seed.
+        settings: The others of `InstructionDataModule`.
 
     Raises:
-        DataError: Settings out of range, or data missing, torn or badly formed; the message names it and the fix.
-        AssetError: A package or tokenizer that cannot be fetched.
+        DataError: A setting is out of range, or data are missing, torn or badly formed; the message names the fix.
+        AssetError: A package or tokenizer cannot be fetched.
     """
 
     def __init__(
         self,
         path: str | list[str],
         tokenizer: str | Any,
-        val_path: str | list[str] | None = None,
-        test_path: str | list[str] | None = None,
         columns: dict[str, str] | None = None,
         max_length: int = 512,
         batch_size: int = 8,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.0,
-        train_subset: int | None = None,
-        val_subset: int | None = None,
-        test_subset: int | None = None,
         prompt_template: str | None = None,
         use_chat_template: bool = False,
-        chat_template: str | None = None,
         iterations: int = 1,
-        num_workers: int = 0,
-        seed: int = 0,
-        order_seed: int | None = None,
+        **settings: Any,
     ) -> None:
         names = {"question": "question", "answer": "answer"}
         if unknown := sorted(set(columns or {}) - set(names)):
             raise DataError(f"columns names unknown fields {unknown}: rows have question and answer")
         names |= columns or {}
+        # Settings with a fixed value here are not options of this class.
         super().__init__(
             path,
             tokenizer,
             format="pairs",
-            val_path=val_path,
-            test_path=test_path,
+            packing="none",
             columns={"prompt": names["question"], "response": names["answer"]},
+            max_answer_length=None,
+            system_in_user=False,
+            mask_prompt=True,
+            end_token=None,
+            drop_empty=False,
+            cache_dir=None,
             max_length=max_length,
             batch_size=batch_size,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            train_subset=train_subset,
-            val_subset=val_subset,
-            test_subset=test_subset,
             prompt_template=prompt_template,
             use_chat_template=use_chat_template,
-            chat_template=chat_template,
-            num_workers=num_workers,
-            seed=seed,
-            order_seed=order_seed,
+            **settings,
         )
         self.iterations = iterations
 
@@ -140,12 +118,13 @@ class QuestionDataModule(InstructionDataModule):
             persistent_workers=self.num_workers > 0,
             collate_fn=_Collator(self.pad_id),
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.order_seed),  # or iterators draw from the global random state
+            # Its own generator: otherwise every new iterator draws from the global random state.
+            generator=torch.Generator().manual_seed(self.order_seed),
         )
 
 
 class RepeatingSampler(EpochSampler):
-    """An ``EpochSampler`` of whole batches, each of which comes several times in a row.
+    """An `EpochSampler` of whole batches, each of which comes several times in a row.
 
     Args:
         dataset: The data set; only its length is used.

@@ -34,9 +34,9 @@ class Objective:
     """Sums over the tokens of a batch.
 
     Attributes:
-        loss: of the negative objective.
-        kl: of e^d - d - 1, an estimate of KL(pi, pi_ref); None without a reference.
-        clipped: tokens whose gradient the clip took away.
+        loss: The negative objective.
+        kl: e^d - d - 1, an estimate of KL(pi, pi_ref); None without a reference.
+        clipped: Number of tokens whose gradient the clip took away.
     """
 
     loss: Tensor
@@ -71,25 +71,25 @@ class GRPOTuner(CausalLMTuner):
     """A causal language model, its adapters, and the GRPO objective on completions that it samples.
 
     A batch holds input_ids and attention_mask, int64 (B, T), of prompts padded on the right, and answers, a list of B
-    texts (`language.questions.QuestionDataModule`). Completions are sampled in eval mode, and their log-probabilities
-    taken there and then: pi_old is the policy that drew them, whatever beta an annealed adapter has later. The
+    texts (`language.grpo.data.QuestionDataModule`). Completions are sampled in eval mode, and their log-probabilities
+    taken at once: pi_old is the policy that drew them, whatever beta an annealed adapter has later. The
     samples of a batch are a function of the weights, init_seed, epoch and batch, and are kept in checkpoints while
     further steps are to use them.
 
     Args:
-        rewards: functions and weights, see `language.rewards`.
-        group_size: completions of each prompt, G.
-        temperature: of sampling; all log-probabilities are those at this temperature.
-        max_new_tokens: of a completion, in training, validation and `predict`.
-        clip_low: how far below 1 the ratio counts.
-        clip_high: how far above.
-        kl_weight: of the distance to the model before training; 0 leaves the reference out.
-        iterations: optimiser steps on each batch of completions; the data's must be the same.
-        kwargs: those of `CausalLMTuner`.
+        rewards: Functions and weights, see `language.grpo.rewards`.
+        group_size: Completions of each prompt, G.
+        temperature: Temperature of sampling; all log-probabilities are those at this temperature.
+        max_new_tokens: Most tokens of a completion, in training, validation and `predict`.
+        clip_low: How far the ratio may fall below 1 before it is clipped.
+        clip_high: How far it may rise above 1.
+        kl_weight: Weight of the distance to the model before training; 0 leaves the reference out.
+        iterations: Optimiser steps on each batch of completions; the data's must be the same.
+        kwargs: Those of `CausalLMTuner`.
 
     Raises:
-        AdapterError: a value is out of range, or a reward function cannot be imported, raises or is not finite.
-        DataError: prompts and completions exceed the model's context, or a batch is not the one that was sampled for.
+        AdapterError: A value is out of range, or a reward function cannot be imported, raises or is not finite.
+        DataError: Prompts and completions exceed the model's context, or a batch is not the one that was sampled for.
     """
 
     logs_perplexity = False

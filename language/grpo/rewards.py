@@ -1,7 +1,7 @@
 """Verifiable rewards: plain functions of a completion and the reference answer, named in YAML.
 
     rewards:
-      - {function: language.rewards.exact_number, weight: 1.0}
+      - {function: language.grpo.rewards.exact_number, weight: 1.0}
       - {function: my_file.my_reward, weight: 0.2}
 
 A function takes `(completion: str, answer: str)`, the text after the prompt without special tokens and the row's
@@ -43,7 +43,7 @@ def exact_number(completion: str, answer: str) -> float:
     """1 if the final number of a completion is that of the answer, else 0; 42, 42.0 and "#### 42" are equal.
 
     Raises:
-        ValueError: the answer has no number.
+        ValueError: The answer has no number.
     """
     expected = final_number(answer)
     if expected is None:
@@ -73,8 +73,8 @@ class Reward:
     """One term of the reward.
 
     Args:
-        function: import path of a function `(completion, answer) -> float`.
-        weight: its factor in the sum.
+        function: Import path of a function `(completion, answer) -> float`.
+        weight: Factor of the term in the sum.
     """
 
     function: str
@@ -85,10 +85,10 @@ class Rewards:
     """The weighted sum of reward functions.
 
     Args:
-        rewards: the terms, or their dictionaries.
+        rewards: The terms, as `Reward` or as dictionaries with its fields.
 
     Raises:
-        AdapterError: there is none, a function cannot be imported, or two metrics would have the same name.
+        AdapterError: The list is empty, a function cannot be imported, or two metrics would have the same name.
     """
 
     def __init__(self, rewards: Sequence[Reward | Mapping[str, Any]]) -> None:
@@ -96,7 +96,9 @@ class Rewards:
         self._functions = {_name(term.function): _imported(term.function) for term in self.terms}
         self.weights = torch.tensor([float(term.weight) for term in self.terms], dtype=torch.float32)
         if not self.terms:
-            raise AdapterError("rewards is empty: name at least one function, such as language.rewards.exact_number")
+            raise AdapterError(
+                "rewards is empty: name at least one function, such as language.grpo.rewards.exact_number"
+            )
         names = [_name(term.function) for term in self.terms]
         for name in names:
             if names.count(name) > 1 or name in _TAKEN:
@@ -111,7 +113,7 @@ class Rewards:
         """What each function says of each completion, float32 (N, functions); `@ weights` is the reward.
 
         Raises:
-            AdapterError: a function raised, or returned what is no finite number.
+            AdapterError: A function raised an error, or did not return a finite number.
         """
         pairs = list(zip(completions, answers, strict=True))
         values = [[self._value(name, *pair) for name in self._functions] for pair in pairs]
@@ -141,8 +143,8 @@ def _imported(path: str) -> Callable[[str, str], float]:
         function = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise AdapterError(
-            f"no reward function {path!r} ({error}): give an import path such as language.rewards.exact_number"
+            f"no reward function {path!r} ({error}): give an import path such as language.grpo.rewards.exact_number"
         ) from error
     if not callable(function):
-        raise AdapterError(f"reward {path!r} is no function; give one that takes (completion, answer)")
+        raise AdapterError(f"reward {path!r} is not a function; give one that takes (completion, answer)")
     return function  # type: ignore[no-any-return]

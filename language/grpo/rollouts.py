@@ -32,7 +32,7 @@ def sample(
     weights, the arguments and the seed; the global random states are as before afterwards.
 
     Raises:
-        AdapterError: prompt and completion do not fit into the model's context.
+        AdapterError: Prompt and completion do not fit into the model's context.
     """
     device = model.device
     with (
@@ -65,9 +65,9 @@ def log_probabilities(forward: Callable[[Batch, Tensor], Tensor], batch: Batch, 
     """log p of each token of the completions, float32 (n,), row by row, with p = softmax(logits / temperature).
 
     Args:
-        forward: makes logits of a batch at some of its positions, as `language.loss.learned_logits` asks for.
-        batch: as `joined` makes it.
-        temperature: of sampling.
+        forward: Makes logits of a batch at some of its positions, as `language.loss.learned_logits` asks for.
+        batch: As `joined` makes it.
+        temperature: Temperature of sampling.
     """
     logits, learned = learned_logits(forward, batch)
     return -F.cross_entropy(logits / temperature, batch["labels"][learned], reduction="none")

@@ -1,5 +1,7 @@
 """What the tests of the application share: a tokenizer of known words, and files of rows."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """`python -m language`: bad input ends with one line that names it, before any training time; `generate` answers."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys
@@ -121,7 +123,7 @@ def test_generate_says_what_is_wrong(checkpoint, tmp_path):
         ([f"--ckpt={path}", "--prompt="], "a prompt has no tokens"),
         (["--ckpt=nowhere.ckpt", "--prompt=x"], "--ckpt 'nowhere.ckpt' does not exist"),
         (["--ckpt=torn.ckpt", "--prompt=x"], "--ckpt 'torn.ckpt' is torn or not a checkpoint"),
-        (["--ckpt=foreign.ckpt", "--prompt=x"], "--ckpt 'foreign.ckpt' is no checkpoint of `python -m language fit`"),
+        (["--ckpt=foreign.ckpt", "--prompt=x"], "--ckpt 'foreign.ckpt' is not a checkpoint of `python -m language"),
     ]:
         line = error_line(["generate", *arguments])
         assert words in line, line

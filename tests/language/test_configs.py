@@ -1,5 +1,7 @@
 """Every recipe runs: the smoke ones as they are, the others with the tiny model, all through the real command line."""
 
+from __future__ import annotations
+
 import functools
 import math
 

@@ -1,5 +1,7 @@
 """Continuations: the cache changes nothing but the cost, and a row does not see its neighbours' padding."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 

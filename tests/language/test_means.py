@@ -1,5 +1,7 @@
 """Means over batches, modes and processes."""
 
+from __future__ import annotations
+
 import math
 
 import pytest

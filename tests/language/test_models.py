@@ -1,5 +1,7 @@
 """Models and tokenizers by name: what is built, and what is said when it cannot be."""
 
+from __future__ import annotations
+
 import importlib.util
 
 import pytest
@@ -144,9 +146,9 @@ def test_torn_files(directory, tmp_path, monkeypatch):
 
 
 def test_values_out_of_range():
-    with pytest.raises(la.AdapterError, match="dtype 'float8' is none of float32"):
+    with pytest.raises(la.AdapterError, match="dtype 'float8' is unknown: use float32"):
         create_model(TINY_LLAMA, dtype="float8")
-    with pytest.raises(la.AdapterError, match="quantization 'int3' is none of 'nf4'"):
+    with pytest.raises(la.AdapterError, match="quantization 'int3' is unknown: use 'nf4'"):
         create_model(TINY_LLAMA, quantization="int3")
 
 

@@ -1,5 +1,7 @@
 """The tuner: its loss, what it reads and refuses, and that what was trained is found again."""
 
+from __future__ import annotations
+
 import copy
 import functools
 import math

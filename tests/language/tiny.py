@@ -1,5 +1,7 @@
 """Small runs of the tuner: rows, batches and trainers for tests, and the real command line in this process."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar

@@ -1,5 +1,7 @@
 """Files to text: every kind of file and format, and every way that a row can be bad."""
 
+from __future__ import annotations
+
 import json
 import sys
 
@@ -86,7 +88,7 @@ def test_list_of_files_and_folder_without_splits(tmp_path, write):
         ("a.jsonl", '{"a": 1}\n[1]\n', r"a\.jsonl line 2: expected an object"),
         ("a.jsonl", "\n", "holds no rows"),
         ("a.json", '[{"a": 1},\n{]', r"a\.json line 2: not valid JSON"),
-        ("a.json", '{"a": 1}', "holds no list"),
+        ("a.json", '{"a": 1}', "does not hold a list"),
         ("a.parquet", "PAR1", r"a\.parquet is truncated or not parquet"),
         ("a.yml", "conversations:\n- - a\n  - 'b\n", r"a\.yml line \d: not valid YAML"),
         ("a.yml", "conversations:\n- - a\n  - b\n- - c\n", r"a\.yml line 4: .* needs a prompt and a response"),

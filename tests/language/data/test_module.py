@@ -1,5 +1,7 @@
 """The data module: which tokens are learned, which rows go where and in which order, and what is refused."""
 
+from __future__ import annotations
+
 import lightning
 import pytest
 import torch
@@ -189,7 +191,7 @@ def test_tokenizer_without_an_end_token(write):
     path = write([{"prompt": "What is it?", "response": "A fox."}])
     with pytest.raises(DataError, match="has no end token: name one of its tokens in end_token"):
         fitted(path, tokenizer, val_fraction=0)
-    with pytest.raises(DataError, match="'<end>' is no token of"):
+    with pytest.raises(DataError, match="'<end>' is not a token of"):
         fitted(path, tokenizer, val_fraction=0, end_token="<end>")
     assert learned(tokenizer, only(fitted(path, tokenizer, val_fraction=0, end_token="<|done|>"))[1]).endswith(
         "<|done|>"

@@ -1,5 +1,7 @@
 """Rows of documents: that packing changes no loss, that padding and buckets lose nothing, and their order."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM

@@ -1,5 +1,7 @@
 """DPO on the tiny model: tuners, pairs, and log-probabilities written out."""
 
+from __future__ import annotations
+
 from functools import partial
 from typing import Any
 

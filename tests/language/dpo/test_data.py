@@ -1,5 +1,7 @@
 """Preference data: what a row may be, what is refused or dropped, what is cut, and the batches."""
 
+from __future__ import annotations
+
 import json
 
 import pytest

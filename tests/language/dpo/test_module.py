@@ -1,5 +1,7 @@
 """Preference tuning: the loss, and what is refused."""
 
+from __future__ import annotations
+
 import copy
 import math
 from collections import defaultdict
@@ -144,7 +146,7 @@ def test_batches_that_hold_no_pairs(tmp_path):
     odd, empty = batch(9, 14, 8), batch(9, 14, 8, 12)
     empty["labels"][2] = -100
     for rows, words in ((odd, "a batch of 3 rows, 3 of them"), (empty, "a batch of 4 rows, 3 of them")):
-        with pytest.raises(la.DataError, match=f"{words} with an answer, is none of pairs"):
+        with pytest.raises(la.DataError, match=f"{words} with an answer, is not made of pairs"):
             trainer(tmp_path).fit(tuner(), loader(rows))
         with pytest.raises(la.DataError, match=words):
             trainer(tmp_path).validate(tuner(), loader(rows), verbose=False)

@@ -1,5 +1,7 @@
 """The reference of preference tuning: the pretrained model, from the same weights."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,5 +1,7 @@
 """Preference tuning to a model that merges, resuming, and the command line."""
 
+from __future__ import annotations
+
 import math
 
 import pytest

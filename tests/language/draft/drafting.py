@@ -1,5 +1,7 @@
 """Drafts of the tiny LLaMA, and a LLaMA whose layers matter."""
 
+from __future__ import annotations
+
 from functools import partial
 
 import torch

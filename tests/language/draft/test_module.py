@@ -1,5 +1,7 @@
 """Drafts: the distillation loss, its measures, and what is refused."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 

@@ -1,5 +1,7 @@
 """The shortened model: the layers that stay, without a copy of any weight."""
 
+from __future__ import annotations
+
 import copy
 
 import pytest

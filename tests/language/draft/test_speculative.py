@@ -1,5 +1,7 @@
 """Speculative decoding: its output is the target's, the counts are right, and the command line measures and writes."""
 
+from __future__ import annotations
+
 import copy
 import itertools
 import json

@@ -1,5 +1,7 @@
 """Training and merging a draft leave the target alone; resuming, and the command line."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 import yaml

@@ -1,5 +1,7 @@
 """Evaluation from files to JSON: every task on a tiny model, the command line, and its errors."""
 
+from __future__ import annotations
+
 import json
 import math
 
@@ -112,7 +114,7 @@ def test_by_generation(root, model, tokenizer):
 
 
 def train_to_say(model, tokenizer, text):
-    """Set the weights by hand: after any token comes ``text``, of one token, and after that the end."""
+    """Set the weights by hand: after any token comes `text`, of one token, and after that the end."""
     (said,) = tokenizer(text, add_special_tokens=False).input_ids
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,5 +1,7 @@
 """lm-evaluation-harness and our scorer agree, question by question."""
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import math

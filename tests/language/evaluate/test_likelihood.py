@@ -1,5 +1,7 @@
 """Log-likelihoods of choices: against plain, uncached, one-row-at-a-time computations."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -21,7 +23,7 @@ MERGES = [("a", "b"), ("c", "d"), ("Ġ", "A"), ("Ġ", "B"), ("ab", "cd"), (":", 
 
 
 def make_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
-    """Bytes with a few merges; puts <s> first, and </s> last, if ``bos``."""
+    """Bytes with a few merges; puts <s> first, and </s> last, if `bos`."""
     alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

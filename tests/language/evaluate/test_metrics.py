@@ -1,5 +1,7 @@
 """Metrics against independent plain computations."""
 
+from __future__ import annotations
+
 import math
 from collections import Counter
 
@@ -28,7 +30,7 @@ def model():
 
 
 def padded(rows: list[list[int]], prompt: int) -> dict[str, torch.Tensor]:
-    """A right-padded batch whose first ``prompt`` tokens are not learned."""
+    """A right-padded batch whose first `prompt` tokens are not learned."""
     length = max(map(len, rows))
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])

@@ -1,5 +1,7 @@
 """Readers: the prompts word for word, choices, subsets, averages, and errors with file and line."""
 
+from __future__ import annotations
+
 import json
 
 import pytest
@@ -150,7 +152,7 @@ def test_commonsense(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (commonsense_row("answer4"), "answer 'answer4' is none of answer1, answer2, answer3"),
+        (commonsense_row("answer4"), "answer 'answer4' is not one of answer1, answer2, answer3"),
         (commonsense_row(end=""), "the instruction must end in 'Answer format"),
         (commonsense_row() | {"output": 3}, "field 'output' must be text"),
     ],
@@ -162,7 +164,7 @@ def test_commonsense_errors(tmp_path, tokenizer, row, message):
 
 
 def test_commonsense_files(tmp_path, tokenizer):
-    with pytest.raises(DataError, match="'squad' is none of boolq"):
+    with pytest.raises(DataError, match="'squad' is unknown: use boolq"):
         read_commonsense(tmp_path, "squad", tokenizer)
     with pytest.raises(DataError, match=r"boolq\.test\.jsonl does not exist"):
         read_commonsense(tmp_path, "boolq", tokenizer)

@@ -1,5 +1,7 @@
 """Choice accuracy while training, against the likelihood of each whole row, and where it is logged."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint

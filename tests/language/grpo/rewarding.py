@@ -1,5 +1,7 @@
 """GRPO on the tiny model: reward functions that random bytes can earn, tuners, data and runs."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

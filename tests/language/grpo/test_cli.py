@@ -1,5 +1,7 @@
 """`python -m language.grpo` and its recipes: they run, what they write is found again, bad input ends with one line."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 

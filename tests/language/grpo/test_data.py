@@ -1,5 +1,7 @@
 """Questions: what is asked, which split has it, and in which order it comes."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 

@@ -1,5 +1,7 @@
 """GRPO: its objective by plain formulas, runs that anneal, merge and resume, and what is refused."""
 
+from __future__ import annotations
+
 import copy
 import math
 

@@ -1,5 +1,7 @@
 """Rewards: what counts as the right number or form, and that a bad function is named."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 
@@ -60,7 +62,7 @@ def test_the_weighted_sum():
     [
         ([], "rewards is empty"),
         (["missing"], r"no reward function 'tests\.language\.grpo\.rewarding\.missing'"),
-        (["NOT_A_FUNCTION"], "is no function"),
+        (["NOT_A_FUNCTION"], "is not a function"),
         (["letters", "letters"], "two metrics would be called 'letters'"),
         (["reward"], "two metrics would be called 'reward'"),
     ],

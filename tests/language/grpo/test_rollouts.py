@@ -1,5 +1,7 @@
 """Completions, their log-probabilities and advantages; and the model before training, found again."""
 
+from __future__ import annotations
+
 import copy
 
 import pytest

@@ -1,5 +1,7 @@
 """Loss and gradient of GRPO against trl's on the same batch; needs trl."""
 
+from __future__ import annotations
+
 import importlib
 from collections import defaultdict
 from types import SimpleNamespace
