@@ -36,13 +36,13 @@ METHODS: dict[str, Callable[[Family], la.Method]] = {
 _INTRODUCTION = """\
 # Which models work
 
-Each family is one small model built from its configuration with random weights; each method is attached to it, has to
-leave its function unchanged, passes `lit_adapters.verify`, and gets a gradient into every adapter from one forward and
-backward pass in training mode. `python -m benchmarks.breadth` writes this page and `benchmarks/results/breadth.json`,
-which has the full error messages.
+This page lists the models that each method was tried on. A row is one small model with random weights, built from its
+configuration. "Works" means: attaching leaves the function unchanged, `lit_adapters.verify` passes, and one forward and
+backward pass in training mode gives every adapter a gradient. `python -m benchmarks.breadth` writes this page and
+`benchmarks/results/breadth.json`, which has the full error messages.
 
-Where a method works, the number is that of its adapters; where it is refused, an `AdapterError` says why. LoRA, AFALoRA
-and LoRAN have `targets="all-linear"`, NoRA has `targets="activations"`, unless the last two columns name others.
+A number counts the adapters. "no (r1)" is an `AdapterError`; the reasons r1, r2, ... stand at the end. LoRA, AFALoRA
+and LoRAN have `targets="all-linear"` and NoRA has `targets="activations"`, unless the last column names others.
 """
 
 
@@ -102,35 +102,48 @@ def outcome(key: str, method: str) -> dict[str, Any]:
         return {"fails": f"{type(error).__name__}: {error}"}
 
 
-def cell(found: dict[str, Any]) -> str:
-    """An outcome in a few words; of a message the first clause."""
+def reason(found: dict[str, Any]) -> str | None:
+    """Why an outcome is none, in a few words: the first clause of the message; None where the method works."""
     if "adapters" in found:
-        return f"works ({found['adapters']})"
+        return None
     if "fails" in found:
         return f"**fails**: {found['fails'].partition('. ')[0]}"
     message = re.sub(rf"^({'|'.join(METHODS)}): ", "", found["refused"])
-    return f"refused: {re.split(r'[.;:] | [(]', message)[0]}"
+    return re.split(r"[.;:] | [(]", message)[0]
 
 
 def page(record: dict[str, Any]) -> str:
     """docs/breadth.md."""
     e = record["environment"]
     versions = ", ".join(f"{name} {e[name]}" for name in ("lit-adapters", "torch", "timm", "transformers"))
-    header = ["family", "model", *METHODS, "linear targets", "activations"]
+    found = [reason(row[method]) for row in record["families"] for method in METHODS]
+    reasons = {text: f"r{i}" for i, text in enumerate(dict.fromkeys(filter(None, found)), 1)}
+
+    def cell(row: dict[str, Any], *methods: str) -> str:
+        texts = {m: str(row[m].get("adapters") or f"no ({reasons[str(reason(row[m]))]})") for m in methods}
+        common = max(texts.values(), key=list(texts.values()).count)
+        return "; ".join([common, *(f"{m}: {text}" for m, text in texts.items() if text != common)])
+
     lines = [_INTRODUCTION, f"{versions}, {e['date']}."]
     for library in ("timm", "transformers"):
-        rows = [r for r in record["families"] if r["library"] == library]
-        lines += [f"\n## {library}\n", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        for row in rows:
-            cells = [row["name"], f"`{row['model']}`", *(cell(row[method]) for method in METHODS)]
-            cells += [_targets(row["linear"], "all-linear"), _targets(row["activations"], "activations")]
-            lines.append(f"| {' | '.join(cells)} |")
+        lines += [f"\n## {library}\n", "| family | model | NoRA | LoRA, AFALoRA, LoRAN | targets |", "|---" * 5 + "|"]
+        for row in record["families"]:
+            if row["library"] == library:
+                cells = [row["name"], f"`{row['model']}`", cell(row, "NoRA"), cell(row, "LoRA", "AFALoRA", "LoRAN")]
+                lines.append(f"| {' | '.join([*cells, _targets(row)])} |")
+    lines += ["\n## Reasons\n", *(f"- {name}: {text}" for text, name in reasons.items())]
     return "\n".join(lines) + "\n"
 
 
-def _targets(given: str | list[str], default: str) -> str:
-    names = [given] if isinstance(given, str) else given
-    return "" if given == default else ", ".join(f"`{name}`" for name in names)
+def _targets(row: dict[str, Any]) -> str:
+    """The targets that are not the default ones."""
+    told = []
+    for kind, default in (("linear", "all-linear"), ("activations", "activations")):
+        given = row[kind]
+        if given != default:
+            names = ", ".join(f"`{name}`" for name in ([given] if isinstance(given, str) else given))
+            told.append(f"{kind}: {names}")
+    return "; ".join(told)
 
 
 def _save(path: Path, text: str) -> None:

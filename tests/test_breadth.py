@@ -1,9 +1,12 @@
 """Every method on one small member of each model family: it works, or says clearly why not."""
 
+import json
+
 import pytest
 
 import lit_adapters as la
-from benchmarks.breadth import METHODS, check
+from benchmarks.breadth import METHODS, PAGE, check, page
+from benchmarks.results_file import RESULTS
 from tests.families import FAMILIES
 
 
@@ -17,3 +20,8 @@ def test_a_method_works_or_is_refused_for_the_known_reason(key, method):
     else:
         with pytest.raises(la.AdapterError, match=refused):
             check(key, method)
+
+
+def test_the_page_shows_the_record():
+    record = json.loads((RESULTS / "breadth.json").read_text(encoding="utf-8"))
+    assert PAGE.read_text(encoding="utf-8") == page(record)
