@@ -1,4 +1,6 @@
-"""Try every method on one small member of each model family; write results/breadth.json and docs/breadth.md.
+"""Try every method on one small member of each model family.
+
+Writes results/breadth.json, results/breadth.md with every model, and the summary docs/breadth.md.
 
 python -m benchmarks.breadth
 """
@@ -9,6 +11,7 @@ import copy
 import functools
 import json
 import re
+import textwrap
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
@@ -27,6 +30,7 @@ from lit_adapters.files.atomic import write_atomically
 from tests.families import FAMILIES, Family
 
 PAGE = Path(__file__).parents[1] / "docs" / "breadth.md"
+MODELS_PAGE = RESULTS / "breadth.md"
 METHODS: dict[str, Callable[[Family], la.Method]] = {
     "NoRA": lambda f: la.NoRA(groups=f.groups, base="anchored", targets=f.activations, channel_dim=f.channel_dim),
     "LoRA": lambda f: la.LoRA(rank=2, alpha=4.0, targets=f.linear),
@@ -36,13 +40,19 @@ METHODS: dict[str, Callable[[Family], la.Method]] = {
 _INTRODUCTION = """\
 # Which models work
 
-This page lists the models that each method was tried on. A row is one small model with random weights, built from its
-configuration. "Works" means: attaching leaves the function unchanged, `lit_adapters.verify` passes, and one forward and
-backward pass in training mode gives every adapter a gradient. `python -m benchmarks.breadth` writes this page and
-`benchmarks/results/breadth.json`, which has the full error messages.
+Each method was tried on one small model of each family, built from its configuration with random weights. "Works"
+means: attaching leaves the function unchanged, `lit_adapters.verify` passes, and one forward and backward pass in
+training mode gives every adapter a gradient. By default NoRA has `targets="activations"`, and LoRA, AFALoRA and LoRAN
+have `targets="all-linear"`.
 
-A number counts the adapters. "no (r1)" is an `AdapterError`; the reasons r1, r2, ... stand at the end. LoRA, AFALoRA
-and LoRAN have `targets="all-linear"` and NoRA has `targets="activations"`, unless the last column names others.
+[Every model](../benchmarks/results/breadth.md) has its name and number of adapters in a table of its own;
+`benchmarks/results/breadth.json` has the full error messages. `python -m benchmarks.breadth` writes all three files.
+"""
+_MODELS_INTRODUCTION = """\
+# Every model that was tried
+
+`python -m benchmarks.breadth` writes this page. A number counts the adapters. "no (r1)" is an `AdapterError`; the
+reasons r1, r2, ... stand at the end. The last column names targets that are not the default ones.
 """
 
 
@@ -113,9 +123,51 @@ def reason(found: dict[str, Any]) -> str | None:
 
 
 def page(record: dict[str, Any]) -> str:
-    """docs/breadth.md."""
+    """docs/breadth.md: what works with the default targets, what needs targets by name, what is refused."""
+    lines = [_INTRODUCTION, _versions(record)]
+    for library in ("timm", "transformers"):
+        rows = [row for row in record["families"] if row["library"] == library]
+        plain = [_family(row) for row in rows if not _targets(row) and not _refusals(row)]
+        works = f"All four methods work with their default targets: {', '.join(plain)}."
+        lines += [f"\n## {library}\n", textwrap.fill(works, 120, break_on_hyphens=False)]
+        if named := [f"| {_family(row)} | {_targets(row)} |" for row in rows if _targets(row)]:
+            lines += ["\nTargets were named for:\n", "| family | targets |", "|---|---|", *named]
+        families: dict[tuple[str, str], list[str]] = {}
+        for row in rows:
+            for refusal in _refusals(row):
+                families.setdefault(refusal, []).append(_family(row))
+        lines += [
+            "\nDoes not work (an `AdapterError`, unless it says **fails**):\n",
+            "| method | family | reason |",
+            "|---|---|---|",
+        ]
+        lines += [f"| {methods} | {', '.join(of)} | {why} |" for (methods, why), of in families.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _versions(record: dict[str, Any]) -> str:
     e = record["environment"]
     versions = ", ".join(f"{name} {e[name]}" for name in ("lit-adapters", "torch", "timm", "transformers"))
+    return f"{versions}, {e['date']}."
+
+
+def _family(row: dict[str, Any]) -> str:
+    """The name of a family, what is special about its model in brackets."""
+    name, _, special = row["name"].partition(", ")
+    return f"{name} ({special})" if special else name
+
+
+def _refusals(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """The methods that a reason excludes, and the reason without the name of one layer or model."""
+    methods: dict[str, list[str]] = {}
+    for method in METHODS:
+        if text := reason(row[method]):
+            methods.setdefault(re.sub(r" of ('[\w.]+'|[A-Z]\w+$)", "", text), []).append(method)
+    return [(", ".join(excluded), text) for text, excluded in methods.items()]
+
+
+def models_page(record: dict[str, Any]) -> str:
+    """benchmarks/results/breadth.md: every model with its number of adapters, or the reason that there are none."""
     found = [reason(row[method]) for row in record["families"] for method in METHODS]
     reasons = {text: f"r{i}" for i, text in enumerate(dict.fromkeys(filter(None, found)), 1)}
 
@@ -124,7 +176,7 @@ def page(record: dict[str, Any]) -> str:
         common = max(texts.values(), key=list(texts.values()).count)
         return "; ".join([common, *(f"{m}: {text}" for m, text in texts.items() if text != common)])
 
-    lines = [_INTRODUCTION, f"{versions}, {e['date']}."]
+    lines = [_MODELS_INTRODUCTION, _versions(record)]
     for library in ("timm", "transformers"):
         lines += [f"\n## {library}\n", "| family | model | NoRA | LoRA, AFALoRA, LoRAN | targets |", "|---" * 5 + "|"]
         for row in record["families"]:
@@ -154,7 +206,7 @@ def _save(path: Path, text: str) -> None:
 
 
 def main() -> None:
-    """Try everything and write both files."""
+    """Try everything and write the three files."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
@@ -165,6 +217,7 @@ def main() -> None:
     record = {"environment": environment() | {"transformers": version("transformers")}, "families": rows}
     _save(RESULTS / "breadth.json", json.dumps(record, indent=1) + "\n")
     _save(PAGE, page(record))
+    _save(MODELS_PAGE, models_page(record))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages at the top of the repository become pages of the site, and links to them follow."""
+"""Hooks of mkdocs: pages outside docs/ become pages of the site, and links to them follow."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-# File at the top of the repository: page of the site.
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+# File outside docs/: page of the site.
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/results/breadth.md": "every-model.md",
+    "benchmarks/results/tables.md": "tables.md",
+}
 _LINK = re.compile(rf"\]\((?:\.\./)?({'|'.join(map(re.escape, PAGES))})(#[\w-]+)?\)")
 # A link to a file that is no page of the site keeps its words alone.
 _OUTSIDE = re.compile(
@@ -20,7 +26,7 @@ _OUTSIDE = re.compile(
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages at the top of the repository."""
+    """Add the pages outside docs/."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     return files
@@ -31,8 +37,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.src_uri in PAGES.values():
         markdown = markdown.replace("](docs/", "](")
     markdown = _indented(markdown)
-    markdown = _OUTSIDE.sub(r"\1", markdown)
-    return _LINK.sub(lambda link: f"]({PAGES[link[1]]}{link[2] or ''})", markdown)
+    markdown = _LINK.sub(lambda link: f"]({PAGES[link[1]]}{link[2] or ''})", markdown)
+    return _OUTSIDE.sub(r"\1", markdown)
 
 
 def _indented(markdown: str) -> str:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import lit_adapters as la
-from benchmarks.breadth import METHODS, PAGE, check, page
+from benchmarks.breadth import METHODS, MODELS_PAGE, PAGE, check, models_page, page
 from benchmarks.results_file import RESULTS
 from tests.families import FAMILIES
 
@@ -22,6 +22,7 @@ def test_a_method_works_or_is_refused_for_the_known_reason(key, method):
             check(key, method)
 
 
-def test_the_page_shows_the_record():
+def test_the_pages_show_the_record():
     record = json.loads((RESULTS / "breadth.json").read_text(encoding="utf-8"))
     assert PAGE.read_text(encoding="utf-8") == page(record)
+    assert MODELS_PAGE.read_text(encoding="utf-8") == models_page(record)
