@@ -6,6 +6,9 @@ Command line: python -m language.dpo fit|validate|test|predict --config FILE.yam
     loss = -(1 - eps) log sigmoid(r(y_w) - r(y_l)) - eps log sigmoid(r(y_l) - r(y_w))
 
 pi is the model with its adapters, pi_ref the model without them. Only the modules of `train` are kept twice.
+
+Our own, and not trl's trainer, so that Lightning and `AdapterCallback` drive it; tests compare loss and gradient with
+trl's.
 """
 
 from __future__ import annotations

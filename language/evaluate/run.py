@@ -1,4 +1,8 @@
-"""Evaluation in one call: load a model, ask it the questions of several tasks, score its answers."""
+"""Evaluation in one call: load a model, ask it the questions of several tasks, score its answers.
+
+Our own tasks stand beside those of lm-evaluation-harness because they read local files, ask in the words of the
+training, and score a prompt's choices on one reading of it.
+"""
 
 from __future__ import annotations
 

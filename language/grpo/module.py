@@ -6,6 +6,9 @@ group's. With rho = pi / pi_old and d = log pi_ref - log pi of a token, and n to
     loss = -1/n sum over tokens [ min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) - kl_weight (e^d - d - 1) ]
 
 Every token counts alike, however long its completion is, and the two clips are apart (arXiv 2503.14476).
+
+Our own, and not trl's trainer, so that Lightning and `AdapterCallback` drive it and a run resumes bit for bit in the
+middle of a batch's iterations; tests compare loss and gradient with trl's.
 """
 
 from __future__ import annotations
