@@ -34,7 +34,16 @@ class PreferenceDataModule(InstructionDataModule):
 
     Batches are `{input_ids, attention_mask, labels}`, each int64 (2 pairs, tokens): first the chosen answer of every
     pair after its prompt, then the rejected ones in the same order, all padded to the longest. Training batches hold
-    pairs of similar length. Rows are read as `language.dpo.formats.read_pairs` says; answers end with the end token.
+    pairs of similar length, by the longer answer. Answers end with the end token. A row is one of:
+
+    - `prompt`, a text, and `chosen` and `rejected`, answers to it.
+    - `prompt`, a dialogue: text of `\n\nHuman: ` and `\n\nAssistant: ` turns, or a list of messages with role and
+      content; `chosen` and `rejected` are answers, or lists of one assistant's message.
+    - `chosen` and `rejected`, whole dialogues that differ in their last message. The shared part is the prompt; a
+      `prompt` of its own is ignored.
+
+    Rows without a preference have equal answers, an empty prompt or answer, two different prompts, or no answer at the
+    end: see `drop_unusable`. Badly formed rows (a missing field, a number for a text) are always errors.
 
     Where prompt and answers do not fit, the prompt keeps its last `max_length - max_answer_length` tokens, equally
     for both answers, and an answer loses its end; both are counted in one line. Pairs that are equal after that are
@@ -52,8 +61,8 @@ class PreferenceDataModule(InstructionDataModule):
         batch_size: Pairs per batch and process; the model reads twice as many rows.
         use_chat_template: Write prompts and answers as messages, by the tokenizer's chat template. Otherwise a plain
             prompt stands as it is, with its answer in a new line, and a dialogue in `\n\nHuman: ` turns.
-        drop_unusable: Drop rows without a preference (an empty or equal answer, different prompts), and say how many;
-            otherwise they are an error.
+        drop_unusable: Drop rows without a preference, and count them by reason; otherwise they are errors that name
+            file and line.
         settings: The others of `InstructionDataModule`.
 
     Raises:

@@ -67,16 +67,30 @@ def wins(margins: Tensor) -> Tensor:
 
 
 class DPOTuner(CausalLMTuner):
-    """A causal language model that learns which of two answers is preferred.
+    """A causal language model that learns which of two answers is preferred (arXiv 2305.18290, equation 7).
+
+    With a prompt x, its preferred answer y_w and its other answer y_l,
+
+        r(y) = beta (log pi(y | x) - log pi_ref(y | x))
+        loss = -(1 - eps) log sigmoid(r(y_w) - r(y_l)) - eps log sigmoid(r(y_l) - r(y_w))
+
+    log pi(y | x) sums over the answer's tokens, its end token included, in float32 whatever the precision. eps is
+    `label_smoothing`: 0 is DPO, above 0 is "conservative" DPO, whose minimum is at the finite margin
+    log((1 - eps) / eps).
 
     A batch holds input_ids, labels and attention_mask, int64 (2B, T): B prompts with their chosen answers, then the
-    same prompts with their rejected ones; only answers are labelled. One forward pass reads them all, and another one,
-    with the adapters disabled, the initial values of what `train` names in place, and dropout off, is the reference.
+    same prompts with their rejected ones; only answers are labelled. One forward pass reads them all; a second one,
+    of `language.reference.Reference`, gives pi_ref. Logits are formed where some row has a token of its answer.
 
-    Logged as `val/...` and `test/...`: `loss`; `reward_accuracy`, the share of pairs with r(y_w) > r(y_l), ties
-    counting half; `reward_margin`, the mean of r(y_w) - r(y_l); `kl`, KL(pi || pi_ref) of the next token in nats, the
-    mean over the tokens of the chosen answers. The answers are those of the data: `kl` does not estimate the
-    divergence over answers that pi itself would give.
+    Logged as `train/...` (of a batch), `val/...` and `test/...` (exact means over all pairs, or tokens, however they
+    fall into batches):
+
+    - `loss`: log 2 = 0.693 where model and reference agree.
+    - `reward_accuracy`: share of pairs with r(y_w) > r(y_l). Ties count half, so an untouched model has 0.5.
+    - `reward_margin`: mean of r(y_w) - r(y_l), in nats times beta.
+    - `kl`, not in training: KL(pi || pi_ref) = sum_v pi(v) log(pi(v) / pi_ref(v)) of the next token over the whole
+      vocabulary, in nats, the mean over the tokens of the chosen answers. The answers are those of the data: `kl` does
+      not estimate the divergence over answers that pi itself would give.
 
     Args:
         beta: How closely the model keeps to the reference: the larger, the less it moves. Not AFA-LoRA's beta.

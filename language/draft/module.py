@@ -26,12 +26,16 @@ class DraftTuner(CausalLMTuner):
 
         KL(p || q) = sum_v p(v) (log p(v) - log q(v)),    p of the target, q of the draft, at temperature 1.
 
+    The sum goes over the whole vocabulary; learned tokens are the answers, or all tokens under `mask_prompt: false`.
+    There is no other term, and the target generates no text to train on. The loss is logged as `train/loss`.
+
     The draft is the pretrained `model`, or some of its decoder layers; it alone has adapters and is in `self.model`, in
     checkpoints and in exports. Without a `target`, the target is the whole of `model`, on the same weights in memory.
     The target is frozen, in eval mode, and not a submodule. Batches are those of `CausalLMTuner`.
 
     Logged as `val/kl`, in nats per token, `val/agreement`, the share of tokens with the same likeliest one, and
-    `val/acceptance`, and the same as `test/...`: see `language.draft.distillation.agreement`.
+    `val/acceptance`, and the same as `test/...`: see `language.draft.distillation.agreement`. They are means over
+    learned tokens, exact over batches, in the contexts of the data's text.
 
     Args:
         keep_layers: Indices of the decoder layers that the draft has, ascending; all by default.

@@ -44,7 +44,8 @@ def measure(
         For each `temperature T`:
 
         - `accepted length`: new tokens for each pass of the target, with the target's own; from 1 to K + 1.
-        - `acceptance`: share of the proposed tokens that were accepted. Tokens after a rejected one count as proposed.
+        - `acceptance`: share of the proposed tokens that were accepted. Tokens after a rejected one count as proposed,
+          and an accepted end token counts as the target's own.
         - `identical` (temperature 0 only): share of prompts whose tokens are those of the target alone. In exact
           arithmetic all are. In floating point the target rounds differently when it reads several tokens at once, and
           near-ties may go the other way: hardly in float32, often in bfloat16.

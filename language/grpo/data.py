@@ -29,7 +29,7 @@ def arithmetic(largest: int) -> list[Record]:
 
 
 class QuestionDataModule(InstructionDataModule):
-    """Prompts as token ids, and the answers to them as text.
+    """Questions as prompts in token ids, and the answers to them as text.
 
     Batches are `{input_ids, attention_mask, answers}`: int64 (prompts, tokens), padded on the right, and a list of
     texts. Splits and orders are as in `language.data.InstructionDataModule`: equal questions stay in one split.

@@ -71,13 +71,44 @@ def clipped_objective(
 
 
 class GRPOTuner(CausalLMTuner):
-    """A causal language model, its adapters, and the GRPO objective on completions that it samples.
+    """A causal language model that learns from the rewards of completions that it samples (GRPO, arXiv 2402.03300).
+
+    Each prompt gets a group of G completions. All tokens of completion i share the advantage
+
+        A_i = (R_i - mean) / (std + 1e-4)        over the group's rewards; section 4.1.2
+
+    It is exactly 0 where all rewards of a group are equal. With rho = pi / pi_old and d = log pi_ref - log pi of a
+    token, and n tokens in all completions of the batch,
+
+        loss = -1/n sum over tokens [ min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) - kl_weight (e^d - d - 1) ]
+
+    This is equation 3 of the paper with two changes from arXiv 2503.14476: tokens count alike however long their
+    completion is, and the two clips may differ. n is the mean over processes; under `accumulate_grad_batches` each
+    micro-batch is divided by its own n.
+
+    - pi_old is the policy that sampled. Its log-probabilities are taken right after sampling, in one pass in eval mode
+      over the finished completions: with the weights and AFA-LoRA's beta of that moment (beta moves with every
+      optimiser step), without dropout, at the sampling temperature. With `iterations: 1` and no dropout, rho is 1 up
+      to rounding.
+    - pi_ref is the model before training, `language.reference.Reference`.
+    - Sampling is that of `language.grpo.rollouts.sample`, by transformers' `generate` with its key-value cache. The end
+      token of a completion is learned. The samples of a batch are a function of the weights, init_seed, epoch and
+      batch.
 
     A batch holds input_ids and attention_mask, int64 (B, T), of prompts padded on the right, and answers, a list of B
-    texts (`language.grpo.data.QuestionDataModule`). Completions are sampled in eval mode, and their log-probabilities
-    taken at once: pi_old is the policy that drew them, whatever beta an annealed adapter has later. The
-    samples of a batch are a function of the weights, init_seed, epoch and batch, and are kept in checkpoints while
-    further steps are to use them.
+    texts (`language.grpo.QuestionDataModule`).
+
+    Logged, `val/...` and `test/...` for the likeliest completions (greedy) of held-out questions:
+
+    - `train/reward`, `train/<function>`, and `val/`, `test/`: means over the completions of the weighted sum and of
+      each function.
+    - `train/reward_std`: standard deviation within a group, averaged over groups.
+    - `train/zero_advantage`: share of groups with equal rewards, which teach nothing.
+    - `train/completion_length`: tokens, the end token included.
+    - `train/kl`: mean of e^d - d - 1 over tokens, an estimate of KL(pi, pi_ref); with `kl_weight` above 0.
+    - `train/clip_fraction`: share of tokens whose gradient the clip removes.
+    - `train/loss`: no measure of progress. In the first step on a sample rho is 1, and it only shows how advantages and
+      lengths go together.
 
     Args:
         rewards: Functions and weights, see `language.grpo.rewards`.
@@ -87,7 +118,9 @@ class GRPOTuner(CausalLMTuner):
         clip_low: How far the ratio may fall below 1 before it is clipped.
         clip_high: How far it may rise above 1.
         kl_weight: Weight of the distance to the model before training; 0 leaves the reference out.
-        iterations: Optimiser steps on each batch of completions; the data's must be the same.
+        iterations: Optimiser steps on each batch of completions, mu in the paper; the data's must be the same. Above 1
+            the completions are kept in checkpoints, so that a run resumed between two steps on them ends with the same
+            bits; it does not combine with `accumulate_grad_batches` above 1.
         kwargs: Those of `CausalLMTuner`.
 
     Raises:

@@ -27,9 +27,10 @@ def sample(
 ) -> list[list[int]]:
     """One completion for each prompt, drawn from softmax(logits / temperature) and from nothing else.
 
-    What the model's own generation settings would do to the distribution (top_k, penalties) is left out. A completion
-    goes up to and including its end token, or to max_new_tokens: it has at least one token. It is a function of the
-    weights, the arguments and the seed; the global random states are as before afterwards.
+    What the model's own generation settings would do to the distribution (top_k, penalties) is left out, as the
+    log-probabilities of the training do not include it. A completion goes up to and including its end token, or to
+    max_new_tokens: it has at least one token. It is a function of the weights, the arguments and the seed; the global
+    random states are as before afterwards.
 
     Raises:
         AdapterError: Prompt and completion do not fit into the model's context.
