@@ -1,4 +1,4 @@
-"""Where files are kept that can be made or fetched again."""
+"""The folder for files that can be made or fetched again."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """The folder `$LIT_ADAPTERS_CACHE`, else `~/.cache/lit_adapters`; it may not exist yet.
+    """The folder `$LIT_ADAPTERS_CACHE`, or `~/.cache/lit_adapters` if that is not set; it may not exist yet.
 
     Raises:
-        RuntimeError: the variable is not set, and there is no home directory.
+        RuntimeError: The variable is not set, and there is no home directory.
     """
     return Path(os.environ.get("LIT_ADAPTERS_CACHE") or "~/.cache/lit_adapters").expanduser()

@@ -134,7 +134,7 @@ def test_other_modules_are_unknown(module):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_presets_serve_the_classes_that_compute_them(form):
+def test_presets_are_used_for_the_classes_that_compute_them(form):
     for module, name in ((nn.GELU(), "gelu"), (GELUActivation(), "gelu"), (ReLUSquaredActivation(), "relu_squared")):
         assert fit_for(module, (-6, 6), [5, 4], form) is PRESETS[name, form]
 

@@ -1,4 +1,4 @@
-"""A rational activation as a plain module: in use its function is formed once, and anew when it has changed."""
+"""A rational activation as a plain module: frozen, its function is prepared once, and again after a change."""
 
 import copy
 import pickle

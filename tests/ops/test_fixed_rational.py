@@ -1,4 +1,4 @@
-"""A rational function of fixed coefficients: the same bits as `rational`, by the short way where that can be gone."""
+"""A rational function of fixed coefficients: the same bits as `rational`, by the prepared kernel where it can run."""
 
 import itertools
 
@@ -11,8 +11,8 @@ from lit_adapters.ops import _rational_native as native
 from tests.ops.test_rational import FORMS, coefficients
 
 
-def short_way(monkeypatch):
-    """What the prepared kernel gave, call by call; None where it could not serve."""
+def prepared_calls(monkeypatch):
+    """The results of the prepared kernel, call by call; None where it cannot compute."""
     given, original = [], native.Prepared.__call__
     monkeypatch.setattr(native.Prepared, "__call__", lambda self, x: (given.append(original(self, x)), given[-1])[1])
     return given
@@ -27,10 +27,10 @@ def fixed(a, b, form="abs-of-sum", channel_dim=-1, base=None):
     ("shape", "form", "anchored"),
     list(itertools.product([(1, 1, 96), (37, 96), (3, 400, 96)], FORMS, [False, True])),
 )
-def test_the_same_bits_the_short_way(shape, form, anchored, dtype, monkeypatch):
+def test_the_prepared_kernel_gives_the_same_bits(shape, form, anchored, dtype, monkeypatch):
     a, b = coefficients(4)
     base = coefficients(4) if anchored else None
-    x, given = (torch.randn(shape) * 4).to(dtype), short_way(monkeypatch)
+    x, given = (torch.randn(shape) * 4).to(dtype), prepared_calls(monkeypatch)
     function = fixed(a, b, form, base=base)
     with torch.no_grad():
         once, again = function(x), function(x)
@@ -52,9 +52,9 @@ def test_the_same_bits_the_short_way(shape, form, anchored, dtype, monkeypatch):
     ],
     ids=["channels in the middle", "not contiguous", "float64", "narrow groups", "empty"],
 )
-def test_the_same_the_long_way(x, channel_dim, monkeypatch):
+def test_the_same_where_the_prepared_kernel_cannot_run(x, channel_dim, monkeypatch):
     a, b = coefficients(4)
-    given = short_way(monkeypatch)
+    given = prepared_calls(monkeypatch)
     with torch.no_grad():
         y = fixed(a, b, channel_dim=channel_dim)(x)
     assert all(value is None for value in given)
@@ -63,7 +63,7 @@ def test_the_same_the_long_way(x, channel_dim, monkeypatch):
 
 def test_another_backend_is_used_from_the_next_call_on(monkeypatch):
     a, b = coefficients(4)
-    x, function, given = torch.randn(3, 96), fixed(a, b), short_way(monkeypatch)
+    x, function, given = torch.randn(3, 96), fixed(a, b), prepared_calls(monkeypatch)
     try:
         with torch.no_grad():
             function(x)
@@ -77,7 +77,7 @@ def test_another_backend_is_used_from_the_next_call_on(monkeypatch):
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(_native, "_broken", {native.NAME})
     a, b = coefficients(4)
-    x, given = torch.randn(3, 96), short_way(monkeypatch)
+    x, given = torch.randn(3, 96), prepared_calls(monkeypatch)
     with torch.no_grad():
         y = fixed(a, b)(x)
     assert given == [None]
@@ -97,7 +97,7 @@ def test_gradients_of_x_are_those_of_the_function():
     assert torch.equal(got, expected)
 
 
-def test_stand_ins_without_values_come_out_as_such():
+def test_fake_tensors_give_fake_tensors():
     with FakeTensorMode() as mode, torch.no_grad():
         a, b = (mode.from_tensor(c) for c in coefficients(4))
         x = torch.randn(3, 96, dtype=torch.bfloat16)

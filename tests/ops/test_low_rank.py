@@ -17,8 +17,8 @@ PHIS = [None, torch.tanh]
 
 
 def plain(x, weight, bias, a, b, phi=None):
-    code = F.linear(x, a)
-    return F.linear(x, weight, bias) + F.linear(code if phi is None else phi(code), b)
+    z = F.linear(x, a)
+    return F.linear(x, weight, bias) + F.linear(z if phi is None else phi(z), b)
 
 
 def inputs(shape, out, rank, dtype, bias=True):
@@ -59,11 +59,11 @@ def test_agrees_with_float64(case, bias, phi, dtype):
 
 @pytest.mark.parametrize("dtype", list(NORMWISE))
 @pytest.mark.parametrize("case", SHAPES)
-def test_a_function_between_costs_no_bit(case, dtype):
+def test_an_identity_activation_changes_no_bit(case, dtype):
     """Else AFA-LoRA at beta = 0 would not be LoRA."""
     tensors, upstream = inputs(*case, dtype)
-    without, between = (run(low_rank_linear, tensors, upstream, phi) for phi in (None, lambda z: 1 * z))
-    assert all(torch.equal(one, two) for one, two in zip(without, between, strict=True))
+    without, identity = (run(low_rank_linear, tensors, upstream, phi) for phi in (None, lambda z: 1 * z))
+    assert all(torch.equal(one, two) for one, two in zip(without, identity, strict=True))
 
 
 @pytest.mark.parametrize("phi", PHIS)
@@ -90,7 +90,7 @@ def test_only_what_asks_for_a_gradient_gets_one():
 @pytest.mark.parametrize("phi", PHIS)
 def test_an_input_without_gradient_costs_no_product_for_one(phi):
     tensors, _ = inputs((7, 12), 9, 3, torch.float32)
-    tensors[3].requires_grad_()  # A, or through it the code
+    tensors[3].requires_grad_()  # A, or through it z
     update = low_rank_linear(*tensors, phi).grad_fn.next_functions[0][0]
     assert update.needs_input_grad == (False, False, False, True, False, False)
 
@@ -111,7 +111,7 @@ def saved_for_backward(network, x):
     return sizes
 
 
-def test_keeps_the_input_the_code_and_the_factors_and_no_output():
+def test_saves_the_input_z_and_the_factors_and_no_output():
     network, x = adapted(), torch.randn(10, 16, requires_grad=True)
     assert sorted(map(tuple, saved_for_backward(network, x))) == sorted([(10, 16), (24, 16), (2, 16), (24, 2), (10, 2)])
 

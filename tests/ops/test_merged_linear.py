@@ -69,7 +69,7 @@ def test_arguments_of_thousands_of_radians_keep_their_phase(function):
         assert abs(by_frequency - expected.sum()) <= 1e-6 * expected.abs().sum()
 
 
-def test_arguments_too_large_to_reduce_and_missing_ones():
+def test_arguments_too_large_to_reduce_and_nan():
     update, w = WeightUpdate("sine", 1.0, 0.0, True), torch.tensor(1.0)
     z = torch.tensor([0.5, 1e8, 3e9, -1e30, float("nan"), 2.0]).repeat(5)
     merged = torch.empty_like(z)
@@ -108,7 +108,7 @@ def test_any_size_and_number_of_threads(size):
     assert normwise(results[0][0], matrix.double() + update.value(z.double(), w.double())) <= 1e-6
 
 
-def test_what_the_kernel_cannot_serve():
+def test_what_the_kernel_cannot_compute():
     z, matrix = torch.randn(6, 8), torch.randn(6, 8)
     with torch.no_grad():
         assert native.can_run(z, matrix, torch.empty_like(z))

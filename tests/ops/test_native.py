@@ -1,4 +1,4 @@
-"""C++ kernels: built once, kept, loaded by others, and done without where they cannot be built."""
+"""C++ kernels: built once, kept, loaded by other processes, and replaced by operations if they cannot be built."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def test_a_change_of_what_is_compiled_makes_another(kernels):
 @pytest.mark.parametrize(
     ("name", "macros"), [("rational", {"M": 3, "N": 2, "ABS_OF_SUM": 1}), ("merged", {}), ("rescaled", {})]
 )
-def test_a_compiler_called_by_its_c_name_serves_too(name, macros, kernels, monkeypatch):
+def test_a_compiler_called_by_its_c_name_works_too(name, macros, kernels, monkeypatch):
     monkeypatch.setenv("CXX", "gcc")
     native.build(name, **macros)
     (built,) = kernels.iterdir()

@@ -169,8 +169,8 @@ def test_zero_input_and_zero_denominator_train(form):
     assert (actual[3] != 0).all()
     # By hand, at b = 0: dR/db_1 = -x P (abs-of-sum) or -|x| P (sum-of-abs), times grad.
     p = sum(a[0, i].double() * x.double() ** i for i in range(6))
-    lever = x.double() if form == "abs-of-sum" else x.double().abs()
-    assert actual[3][0, 0].item() == pytest.approx(-(grad.double() * lever * p).sum().item(), rel=1e-5)
+    power = x.double() if form == "abs-of-sum" else x.double().abs()
+    assert actual[3][0, 0].item() == pytest.approx(-(grad.double() * power * p).sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)

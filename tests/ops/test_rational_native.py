@@ -1,4 +1,4 @@
-"""The C++ kernel of rational functions: the edges of its vectors and chunks, threads, what it cannot serve."""
+"""The C++ kernel of rational functions: the edges of its vectors and chunks, threads, and what it cannot compute."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_bfloat16_is_rounded_once(form):
         assert normwise(value, reference) <= 5e-6
 
 
-def test_a_number_too_large_for_float32_powers_and_a_missing_one_beside_others():
+def test_a_number_too_large_for_float32_powers_and_a_nan_beside_others():
     a, b = coefficients(2)
     x, grad = torch.randn(5, 32), torch.randn(5, 32)
     x[0, 3], x[2, 31], x[4, 0] = 3e8, -1e30, 2e4
@@ -68,7 +68,7 @@ def test_a_number_too_large_for_float32_powers_and_a_missing_one_beside_others()
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_functions_differ_by_exactly_nothing_in_value_and_gradient(form, dtype):
+def test_equal_functions_differ_by_exactly_zero_in_value_and_gradient(form, dtype):
     a, b = coefficients(3)
     x = (torch.randn(200, 3 * 37) * 4).to(dtype).requires_grad_()
     y = rational(x, a.clone().requires_grad_(), b, form=form, base=(a, b))
@@ -77,7 +77,7 @@ def test_equal_functions_differ_by_exactly_nothing_in_value_and_gradient(form, d
     assert not x.grad.any()
 
 
-def test_what_it_cannot_serve_goes_another_way(monkeypatch):
+def test_what_it_cannot_compute_takes_another_path(monkeypatch):
     ran = calls(monkeypatch)
     a, b = coefficients(4)
     for x in (torch.randn(3, 32).double(), torch.randn(3, 32).half(), torch.randn(3, 8)):

@@ -66,7 +66,7 @@ def test_bfloat16_stays_bfloat16_and_is_as_exact_as_its_storage(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_float64_large_and_missing_numbers(form):
+def test_float64_large_and_nan_inputs(form):
     x, a, b, grad = inputs((3, 16), 2)
     for got, expected in zip(
         run(rational, x.double(), a.double(), b.double(), grad.double(), form=form),
