@@ -77,7 +77,7 @@ ARMS = {
         rates=(5e-3, 2e-2),
     ),
     "frozen": Arm(
-        rows={"steps vit": Row(1, "frozen backbone, gradients to the image")},
+        rows={"steps vit": Row(1, "frozen")},
     ),
     "full": Arm(
         rows={
@@ -91,10 +91,10 @@ ARMS = {
     "lora": Arm(
         rows={
             "accuracy": Row(1, "LoRA, r = 8"),
-            "language": Row(1, "LoRA, r = 8 (AFA-LoRA at beta = 0)"),
+            "language": Row(1, "LoRA"),
             "regimes": Row(2, "LoRA"),
-            "steps vit": Row(3, "LoRA, r = 8"),
-            "steps smollm2": Row(3, "LoRA, r = 8"),
+            "steps vit": Row(3, "LoRA"),
+            "steps smollm2": Row(3, "LoRA"),
         },
         name="LoRA",
         method=la.LoRA,
@@ -104,10 +104,10 @@ ARMS = {
     ),
     "dora": Arm(
         rows={
-            "language": Row(4, "DoRA, r = 8"),
+            "language": Row(4, "DoRA"),
             "regimes": Row(4, "DoRA"),
-            "steps vit": Row(5, "DoRA, r = 8"),
-            "steps smollm2": Row(5, "DoRA, r = 8"),
+            "steps vit": Row(5, "DoRA"),
+            "steps smollm2": Row(5, "DoRA"),
         },
         name="DoRA",
         method=la.DoRA,
@@ -139,10 +139,10 @@ ARMS = {
     ),
     "afa": Arm(
         rows={
-            "language": Row(2, "AFA-LoRA, r = 8"),
+            "language": Row(2, "AFA-LoRA"),
             "regimes": Row(3, "AFA-LoRA"),
-            "steps vit": Row(4, "AFA-LoRA, r = 8"),
-            "steps smollm2": Row(4, "AFA-LoRA, r = 8"),
+            "steps vit": Row(4, "AFA-LoRA"),
+            "steps smollm2": Row(4, "AFA-LoRA"),
         },
         name="AFA-LoRA",
         method=la.AFALoRA,
@@ -176,7 +176,7 @@ ARMS = {
     "nora_plus_plus": Arm(
         rows={
             "accuracy": Row(8, "NoRA++, scaled"),
-            "language": Row(3, "NoRA++, anchored, LoRA r = 8"),
+            "language": Row(3, "NoRA++, anchored"),
             "regimes": Row(5, "NoRA++"),
             "steps vit": Row(8, "NoRA++"),
             "steps smollm2": Row(8, "NoRA++"),

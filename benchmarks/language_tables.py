@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from benchmarks.arms import names
 
 NAMES = names("language")
+# Metrics that only the untouched model has, and their names.
+ONLY_UNTOUCHED = {"accuracy by likelihood": "by likelihood"}
 CATEGORIES = ("STEM", "Humanities", "Social Sciences", "Other")
 Record = dict[str, Any]
 
@@ -37,8 +39,12 @@ def paired(record: Record, other: Record, name: str) -> tuple[float, float]:
     return mean, math.sqrt(squares * rows / (rows - 1)) / sum(tokens)
 
 
-def rows_of(records: list[Record], metrics: dict[str, str], difference: str) -> list[list[str]]:
-    """One row for each arm: parameters, rate, metrics, and the paired difference from LoRA in the same precision."""
+def full_table(records: list[Record], task: str) -> tuple[list[str], list[list[str]]]:
+    """Header, and one row for each arm: parameters, rate, metrics, and the paired difference from LoRA.
+
+    LoRA is that of the same precision.
+    """
+    metrics, difference = TASKS[task]
     rows = []
     for arm, name in NAMES.items():
         if not any(r["arm"] == arm for r in records):
@@ -53,7 +59,38 @@ def rows_of(records: list[Record], metrics: dict[str, str], difference: str) -> 
             lora = _full(records, "lora").get(precision)
             known = lora is not None and arm not in ("lora", "untouched")
             rows.append([*row, _difference(record, lora, difference) if known else ""])  # type: ignore[arg-type]
-    return rows
+    return ["arm", "trained", "rate", *metrics.values(), f"{metrics[difference]} minus LoRA's"], rows
+
+
+def page_table(records: list[Record], task: str) -> tuple[list[str], list[list[str]]]:
+    """The columns of `full_table` that tell arms apart; the number of trained parameters in the first table alone."""
+    header, rows = full_table(records, task)
+    left_out = {*CATEGORIES, *ONLY_UNTOUCHED.values()}
+    if len(_rates(records)) < 2:
+        left_out.add("rate")
+    if task != next(iter(TASKS)):
+        left_out.add("trained")
+    kept = [i for i, name in enumerate(header) if name not in left_out]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def notes(records: list[Record], task: str) -> str:
+    """What `page_table` leaves out because it is the same in all rows or stands in one, and Sinter's control."""
+    told = []
+    if len(rates_used := _rates(records)) == 1:
+        told.append(f"Rate {rates_used.pop():g} in every arm.")
+    for record in _full(records, "untouched").values():
+        told += [
+            f"The untouched model, {name}: {_estimate(record['metrics'][key])}."
+            for key, name in ONLY_UNTOUCHED.items()
+            if key in record["metrics"]
+        ]
+    return " ".join([*told, control(records, TASKS[task][1])]).strip()
+
+
+def _rates(records: list[Record]) -> set[float]:
+    """The rates of the runs that were asked, without the untouched model."""
+    return {r["rate"] for r in records if r["protocol"] == "full" and r["steps"]}
 
 
 def _full(records: list[Record], arm: str) -> dict[str, Record]:
@@ -68,21 +105,17 @@ def control(records: list[Record], difference: str) -> str:
     if not both:
         return ""
     shown = _difference(sinter[both[0]], identity[both[0]], difference)
-    return f"LoRAN minus the same with amplitude 0, paired: {shown}."
+    return f"LoRAN minus the same with amplitude 0: {shown}."
 
 
 def _difference(record: Record, other: Record, name: str) -> str:
     mean, error = paired(record, other, name)
-    return f"{mean:+.4f} ± {error:.4f}{'' if abs(mean) > 2 * error else ', within error'}"
+    shown = f"{mean:+.4f} ± {error:.4f}"
+    return f"**{shown}**" if abs(mean) > 2 * error else shown
 
 
 def _estimate(metric: dict[str, Any]) -> str:
     return f"{metric['value']:.4f} ± {metric['stderr']:.4f}"
-
-
-def header(metrics: dict[str, str], difference: str) -> list[str]:
-    """Names of the columns of `rows_of`."""
-    return ["arm", "trained", "rate", *metrics.values(), f"{difference}: minus LoRA, paired"]
 
 
 TASKS: dict[str, tuple[dict[str, str], str]] = {
@@ -90,7 +123,7 @@ TASKS: dict[str, tuple[dict[str, str], str]] = {
         {"loss": "held-out loss", "mmlu": "MMLU", **{f"mmlu {c}": c for c in CATEGORIES}},
         "loss",
     ),
-    "newsgroups": ({"accuracy": "accuracy", "accuracy by likelihood": "by likelihood"}, "accuracy"),
+    "newsgroups": ({"accuracy": "accuracy", **ONLY_UNTOUCHED}, "accuracy"),
     "samsum": ({"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}, "rougeL"),
 }
 

@@ -1,4 +1,4 @@
-"""The tables and the plot of docs/performance.md: what was measured, beside the bound that it is held to."""
+"""The tables on speed and memory, of docs/performance.md and results/tables.md, and the plot of how cost grows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator
 
 from benchmarks.arms import ARMS, STEPS, names
 from benchmarks.bounds import PEFT_STEP, RATIONAL
-from benchmarks.results_file import with_spread
+from benchmarks.results_file import span, with_spread
 
 Record = dict[str, Any]
 
@@ -35,6 +35,17 @@ def rational_rows(records: list[Record]) -> list[list[str]]:
         cells = [with_spread(of[d]["over_gelu"]) if d in of else "not run" for d in ("float32", "bfloat16")]
         rows.append([variant, *cells, _rational_bound(variant)])
     return rows
+
+
+def unbounded_rationals(records: list[Record]) -> str:
+    """The variants that have no bound in one dtype or both, in a sentence."""
+    by_variant = {row[0]: row for row in rational_rows(records)}
+    blocks = by_variant["blocks"]
+    formula = by_variant["eager formula"]
+    return (
+        f"Without a bound: blocks in bfloat16, {blocks[2]}; "
+        f"the eager formula, {formula[1]} in float32 and {formula[2]} in bfloat16."
+    )
 
 
 def _rational_bound(variant: str) -> str:
@@ -61,6 +72,25 @@ def peft_rows(records: list[Record], memory: list[Record]) -> list[list[str]]:
         name = f"{ARMS[either['method']].name}, r = {either['rank']}"
         row = [either["model"], name, f"{either['precision']}{checkpointing}"]
         rows.append([*row, *_peft_times(times.get(key)), *_peft_memory(taken.get(key))])
+    return rows
+
+
+PEFT_PAGE = ("step / frozen", "resident, MiB", "allocated, MiB")
+
+
+def peft_page_rows(records: list[Record], memory: list[Record]) -> list[list[str]]:
+    """One row for each model and method at r = 8: in both precisions the cells of `PEFT_PAGE`."""
+    times = {combination(r): r for r in records}
+    taken = {combination(r): r for r in memory}
+    rows = []
+    for model in dict.fromkeys(r["model"] for r in records):
+        for method in ("lora", "dora"):
+            row = [f"{model}, {ARMS[method].name}"]
+            for precision in ("fp32", "bf16"):
+                key = (model, False, method == "dora", 8, precision)
+                _, _, over_frozen, _, resident = _peft_times(times.get(key))
+                row += [over_frozen, resident, _peft_memory(taken.get(key))[1]]
+            rows.append(row)
     return rows
 
 
@@ -127,8 +157,16 @@ def step_table(records: list[Record], model: str) -> tuple[list[str], list[list[
         r = of[precisions[0]]
         rows.append([*row, f"{r['first_step_seconds']:.1f}", f"{r['trainable']:,}", f"{r['file_bytes'] / 1024:,.0f}"])
     against = "frozen" if model == "vit" else "LoRA"
-    each = [f"{p}: samples/s,time / {against},/ full,peak in MiB".split(",") for p in precisions]
+    each = [[f"{p}: samples/s", f"/ {against}", "/ full", "peak, MiB"] for p in precisions]
     return ["arm", *(name for names in each for name in names), "first step, s", "trained", "file, KiB"], rows
+
+
+def step_page_table(records: list[Record], model: str) -> tuple[list[str], list[list[str]]]:
+    """The columns of `step_table` that a page shows; ratios without their quartiles."""
+    header, rows = step_table(records, model)
+    left_out = [i for i, name in enumerate(header) if name in ("/ full", "first step, s")]
+    kept = [i for i in range(len(header)) if i not in left_out]
+    return [header[i] for i in kept], [[row[i].partition(" (")[0] if i else row[i] for i in kept] for row in rows]
 
 
 def loran_rows(records: list[Record]) -> list[list[str]]:
@@ -161,6 +199,21 @@ def startup_rows(records: list[Record]) -> list[list[str]]:
         extra = r["file_bytes"] - r["value_bytes"]
         rows.append([r["what"], with_spread(r["attach"]), with_spread(r["load"]), f"{r['value_bytes']:,} + {extra:,}"])
     return rows
+
+
+def beginning(records: list[Record]) -> str:
+    """What the start costs, from the fastest method to the slowest, in sentences."""
+    once = {r["what"]: r["seconds"]["median"] for r in records if "seconds" in r}
+    methods = _latest([r for r in records if "attach" in r], lambda r: r["what"])
+    attach = [r["attach"]["median"] for r in methods]
+    load = [r["load"]["median"] for r in methods]
+    rest = [(r["file_bytes"] - r["value_bytes"]) / 1024 for r in methods]
+    return (
+        f"`import lit_adapters` beyond torch takes {once['import']:.2f} s, building the rational kernel "
+        f"{once['build']:.1f} s, once for a form of denominator and its degrees. Attaching to a LLaMA of 8B on meta "
+        f"takes {span(min(attach), max(attach))} s, loading into ViT-S {span(min(load), max(load))} s. An adapter "
+        f"file has {span(min(rest), max(rest), 0)} KiB beyond its values."
+    )
 
 
 def exponent(record: Record) -> float:

@@ -56,4 +56,9 @@ def append(path: Path, record: dict[str, Any]) -> None:
 def with_spread(value: dict[str, Any], digits: int = 2) -> str:
     """Median and quartiles as text."""
     low, high = value["quartiles"]
-    return f"{value['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{value['median']:.{digits}f} ({span(low, high, digits)})"
+
+
+def span(low: float, high: float, digits: int = 2) -> str:
+    """A range as text."""
+    return f"{low:.{digits}f}\N{EN DASH}{high:.{digits}f}"

@@ -31,7 +31,7 @@ def dimension_rows(records: Records) -> list[list[str]]:
         for control in ("random", "random, rank 3"):
             if control in f:
                 shown = [f"{f[control][key][0]:.2f} ± {f[control][key][1]:.2f}" for key in _KEYS]
-                rows.append([f"{name}: {control}, equal norms", "", "", *shown])
+                rows.append([control, "", "", *shown])
     return rows
 
 
@@ -43,7 +43,8 @@ def sinter_rows(records: Records) -> list[list[str]]:
             share = record["share"]
             mean = sum(share) / len(share)
             change = record["logits"]["sinter over update"]
-            row = [record["arm"].removeprefix("smollm2 loran "), f"{mean:.1e} ({min(share):.1e} to {max(share):.1e})"]
+            spread = f"{min(share):.1e}\N{EN DASH}{max(share):.1e}"
+            row = [record["arm"].removeprefix("smollm2 loran "), f"{mean:.1e} ({spread})"]
             rows.append([*row, f"{change:.1e}"])
     return rows
 

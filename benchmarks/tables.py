@@ -1,4 +1,4 @@
-"""Write the tables and figures of README.md and docs/ from benchmarks/results.
+"""Write the tables and figures of README.md, docs/ and benchmarks/results/tables.md from the result files.
 
 python -m benchmarks.tables
 """
@@ -19,6 +19,7 @@ from benchmarks.arms import names
 from benchmarks.results_file import RESULTS, load
 
 ROOT = Path(__file__).parents[1]
+ALL_TABLES = "benchmarks/results/tables.md"  # every row of what the pages show in part
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -28,7 +29,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def accuracy_table(records: list[dict[str, Any]]) -> str:
-    """One row an arm: full protocol with its binomial error, few-shot mean and deviation over the seeds."""
+    """One row for each arm: full protocol with its binomial error, few-shot mean and deviation over the seeds."""
     rows = []
     for arm, name in names("accuracy").items():
         runs = [r for r in records if r["arm"] == arm]
@@ -42,12 +43,10 @@ def accuracy_table(records: list[dict[str, Any]]) -> str:
         row.append(" ".join(f"{r['accuracy']:.3f} ± {_binomial(r):.3f}" for r in full) or "not run")
         values = [r["accuracy"] for r in few]
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        each = ", ".join(f"{v:.3f}" for v in values)
-        row.append(f"{statistics.mean(values):.3f}{spread} ({each})" if values else "not run")
+        row.append(f"{statistics.mean(values):.3f}{spread}" if values else "not run")
         row.append(f"{max(r['peak_memory_mib'] for r in runs):,}")
         rows.append(row)
-    header = ["arm", "trained, without head", "rate", "10,000 images", "500 images (each seed)", "peak memory, MiB"]
-    return table(header, rows)
+    return table(["arm", "trained, without head", "rate", "10,000 images", "500 images", "peak, MiB"], rows)
 
 
 def _binomial(record: dict[str, Any]) -> float:
@@ -55,23 +54,39 @@ def _binomial(record: dict[str, Any]) -> float:
     return math.sqrt(p * (1 - p) / record["n"])
 
 
-def rates_table(records: list[dict[str, Any]]) -> str:
-    """Validation accuracy of every learning rate tried."""
-    tried = [r for r in records if r["protocol"] == "rate"]
-    rows = [
-        [name, ", ".join(f"{r['rate']:g}: {r['accuracy']:.3f}" for r in tried if r["arm"] == arm)]
-        for arm, name in names("accuracy").items()
-        if any(r["arm"] == arm for r in tried)
-    ]
-    return table(["arm", "validation accuracy by rate (n = 1,000)"], rows)
+def every_accuracy_table(records: list[dict[str, Any]]) -> str:
+    """Validation accuracy of every learning rate tried, and test accuracy of every seed of the few-shot runs."""
+    rows = []
+    for arm, name in names("accuracy").items():
+        runs = [r for r in records if r["arm"] == arm]
+        tried = ", ".join(f"{r['rate']:g}: {r['accuracy']:.3f}" for r in runs if r["protocol"] == "rate")
+        seeds = ", ".join(f"{r['accuracy']:.3f}" for r in runs if r["protocol"] == "few")
+        if runs:
+            rows.append([name, tried, seeds])
+    return table(["arm", "validation accuracy by rate (n = 1,000)", "500 images, each seed"], rows)
 
 
 def machine(records: list[dict[str, Any]]) -> str:
-    """Where and with what the latest record was measured."""
+    """Where, with what and when the latest record was measured."""
     e = records[-1]["environment"]
+    return f"{_equipment(e)}, {e['date']}."
+
+
+def machines(tables: list[list[dict[str, Any]]]) -> str:
+    """Where and with what the latest records of several tables were measured: a sentence for each equipment."""
+    dates: dict[str, list[str]] = {}
+    for records in tables:
+        e = records[-1]["environment"]
+        dates.setdefault(_equipment(e), []).append(e["date"])
+    return " ".join(
+        f"{equipment}, {' to '.join(dict.fromkeys((min(days), max(days))))}." for equipment, days in dates.items()
+    )
+
+
+def _equipment(e: dict[str, Any]) -> str:
     computes = {True: ", with bfloat16", False: ", without bfloat16"}.get(e.get("bfloat16"), "")  # type: ignore[arg-type]
     versions = ", ".join(f"{k} {e[k]}" for k in ("torch", "lightning", "timm", "transformers") if k in e)
-    return f"{e['cores']} cores of {e['cpu']}{computes}, {e['threads']} thread(s) a process, {versions}, {e['date']}."
+    return f"{e['cores']} cores of {e['cpu']}{computes}, {e['threads']} thread(s) a process, {versions}"
 
 
 def accuracy_figure(records: list[dict[str, Any]], path: Path) -> None:
@@ -114,7 +129,7 @@ def main() -> None:
     results = ROOT / "docs" / "results.md"
     if accuracy:
         replace_block(results, "accuracy", f"{accuracy_table(accuracy)}\n\n{machine(accuracy)}")
-        replace_block(results, "rates", rates_table(accuracy))
+        replace_block(ROOT / ALL_TABLES, "images", every_accuracy_table(accuracy))
         replace_block(ROOT / "README.md", "results", f"{accuracy_table(accuracy)}\n\n{machine(accuracy)}")
         accuracy_figure(accuracy, ROOT / "docs" / "accuracy.png")
     language()
@@ -126,16 +141,20 @@ def main() -> None:
 def performance() -> None:
     """Fill the blocks on speed and memory."""
     page = ROOT / "docs" / "performance.md"
-    header = ["quantity", "at most", "measured (quartiles)", "met"]
+    every = ROOT / ALL_TABLES
+    header = ["quantity", "at most", "measured (quartiles)"]
     replace_block(page, "bounds", table(header, [bound.row() for bound in bounds.bounds()]))
+    t = performance_tables
     over = "time / compiled GELU's"
-    sections: dict[str, tuple[str, list[str], Callable[[list[dict[str, Any]]], list[list[str]]]]] = {
+    sections: dict[str, tuple[Path, str, list[str], Callable[[list[dict[str, Any]]], list[list[str]]]]] = {
         "rational": (
+            every,
             "rational_speed",
             ["variant", f"float32, {over}", f"bfloat16, {over}", "bound"],
-            performance_tables.rational_rows,
+            t.rational_rows,
         ),
         "peft": (
+            every,
             "against_peft",
             [
                 "model",
@@ -149,51 +168,60 @@ def performance() -> None:
                 "saved (largest), MiB",
                 "allocated, MiB",
             ],
-            lambda records: performance_tables.peft_rows(records, load(RESULTS / "peft_memory.json")),
+            lambda records: t.peft_rows(records, load(RESULTS / "peft_memory.json")),
         ),
-        "shares": (
-            "time_shares",
-            ["step", *(f"{kind}, ms" for kind in performance_tables.KINDS), "time / peft's"],
-            performance_tables.share_rows,
-        ),
+        "shares": (every, "time_shares", ["step", *(f"{kind}, ms" for kind in t.KINDS), "time / peft's"], t.share_rows),
         "loran": (
+            every,
             "loran_speed",
             ["method", "tokens", "seconds", "time / LoRA's", "time / the branch's", "allocated, MiB", "resident, MiB"],
-            performance_tables.loran_rows,
-        ),
-        "inference": (
-            "inference",
-            ["variant", "ViT-S, time / base's", "generation, time / base's", "tokens a second"],
-            performance_tables.inference_rows,
+            t.loran_rows,
         ),
         "startup": (
+            every,
             "startup",
             ["method", "attach to a LLaMA of 8B on meta, s", "load into ViT-S, s", "file, bytes: values + rest"],
-            performance_tables.startup_rows,
+            t.startup_rows,
+        ),
+        "inference": (
+            page,
+            "inference",
+            ["variant", "ViT-S / base", "generation / base", "tokens a second"],
+            t.inference_rows,
         ),
     }
-    for name, (file, header, rows) in sections.items():
+    shown_on_page = []
+    for name, (where, file, header, rows) in sections.items():
         if records := load(RESULTS / f"{file}.json"):
-            replace_block(page, name, f"{table(header, rows(records))}\n\n{machine(records)}")
+            shown = table(header, rows(records))
+            if where == every:
+                shown += f"\n\n{machine(records)}"
+            replace_block(where, name, shown)
+            if name != "shares":
+                shown_on_page.append(records)
+    compared = load(RESULTS / "against_peft.json")
     header = ["step at r = 8", "processor with bfloat16, each run", "without, each run"]
-    repeated = performance_tables.repeated_rows(load(RESULTS / "against_peft.json"))
-    replace_block(page, "repeated", table(header, repeated))
+    replace_block(every, "repeated", table(header, t.repeated_rows(compared)))
+    header = ["ours / peft's", *(f"{precision}: {name}" for precision in ("fp32", "bf16") for name in t.PEFT_PAGE)]
+    replace_block(page, "peft", table(header, t.peft_page_rows(compared, load(RESULTS / "peft_memory.json"))))
+    if records := load(RESULTS / "rational_speed.json"):
+        replace_block(page, "rational", t.unbounded_rationals(records))
     steps = load(RESULTS / "step_time.json")
     for model in dict.fromkeys(r["model"] for r in steps):
-        shown = table(*performance_tables.step_table(steps, model))
         of = {p: [r for r in steps if (r["model"], r["precision"]) == (model, p)] for p in ("fp32", "bf16")}
-        where = "\n\n".join(f"{precision}: {machine(records)}" for precision, records in of.items() if records)
-        replace_block(page, f"steps-{model}", f"{shown}\n\n{where}")
-    once = {r["what"]: r["seconds"]["median"] for r in load(RESULTS / "startup.json") if "seconds" in r}
-    if once:
-        importing = f"`import lit_adapters` beyond torch takes {once['import']:.2f} s (bound {bounds.IMPORT_SECONDS})"
-        building = f"building the rational kernel {once['build']:.1f} s"
-        replace_block(page, "import", f"{importing}, {building}, once for a form of denominator and its degrees.")
+        measured = {precision: records for precision, records in of.items() if records}
+        where_measured = "\n\n".join(f"{precision}: {machine(records)}" for precision, records in measured.items())
+        replace_block(every, f"steps-{model}", f"{table(*t.step_table(steps, model))}\n\n{where_measured}")
+        replace_block(page, f"steps-{model}", table(*t.step_page_table(steps, model)))
+        shown_on_page += measured.values()
+    if records := load(RESULTS / "startup.json"):
+        replace_block(page, "startup", t.beginning(records))
     if records := load(RESULTS / "growth.json"):
         header = ["method", *dict.fromkeys(r["quantity"] for r in records)]
-        shown = table(header, performance_tables.growth_rows(records))
-        replace_block(page, "growth", f"{shown}\n\n![seconds a step](growth.png)\n\n{machine(records)}")
-        performance_tables.growth_figure(records, ROOT / "docs" / "growth.png")
+        replace_block(page, "growth", f"{table(header, t.growth_rows(records))}\n\n![seconds a step](growth.png)")
+        t.growth_figure(records, ROOT / "docs" / "growth.png")
+        shown_on_page.append(records)
+    replace_block(page, "machine", machines(shown_on_page))
 
 
 def subspaces() -> None:
@@ -225,16 +253,18 @@ def subspaces() -> None:
 def language() -> None:
     """Fill the blocks of the language measurements."""
     page = ROOT / "docs" / "results-language.md"
+    every = ROOT / ALL_TABLES
     measured = {task: load(RESULTS / f"language_{task}.json") for task in language_tables.TASKS}
     measured = {task: records for task, records in measured.items() if records}
     for task, records in measured.items():
-        columns = language_tables.TASKS[task]
-        shown = table(language_tables.header(*columns), language_tables.rows_of(records, *columns))
-        notes = f"{language_tables.control(records, columns[1])} {machine(records)}".strip()
-        replace_block(page, task, f"{shown}\n\n{notes}")
+        header, rows = language_tables.full_table(records, task)
+        replace_block(every, task, f"{table(header, rows)}\n\n{machine(records)}")
+        shown = table(*language_tables.page_table(records, task))
+        replace_block(page, task, f"{shown}\n\n{language_tables.notes(records, task)}".strip())
     if measured:
         header = ["arm", *(f"{task}, validation loss by rate" for task in measured)]
-        replace_block(page, "rates", table(header, language_tables.rates(measured)))
+        replace_block(every, "language-rates", table(header, language_tables.rates(measured)))
+        replace_block(page, "machine", machines(list(measured.values())))
         language_tables.figure(measured, ROOT / "docs" / "language.png")
 
 

@@ -29,7 +29,8 @@ def test_a_benchmark_starts(name, monkeypatch, capsys):
 
 def test_the_pages_hold_the_tables_of_the_result_files(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    pages = [ROOT / "README.md", ROOT / tables.ALL_TABLES, *(ROOT / "docs").glob("*.md")]
     for page in pages:
         shutil.copy(page, tmp_path / page.relative_to(ROOT))
     monkeypatch.setattr(tables, "ROOT", tmp_path)
