@@ -4,6 +4,8 @@ Another program on the machine can double a ratio for a second. A loss of speed 
 few counts.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import pytest

@@ -1,5 +1,7 @@
 """What the tests of the application share: finished runs of the smoke recipes."""
 
+from __future__ import annotations
+
 import functools
 from pathlib import Path
 

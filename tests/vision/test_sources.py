@@ -1,5 +1,7 @@
 """The readers: each layout gives the same samples, and bad files raise one error that names them."""
 
+from __future__ import annotations
+
 import base64
 import gzip
 import hashlib
