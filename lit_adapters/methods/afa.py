@@ -48,8 +48,8 @@ class AFALoRA(LowRank):
     """Configuration of AFA-LoRA; rank to rslora are those of `LowRank`.
 
     Args:
-        activation: The name of sigma: relu, silu, gelu, tanh, sigmoid, centered_sigmoid (sigmoid minus 1/2), or
-            rational, which is learned.
+        activation: The name of sigma: relu, silu or gelu, which the paper names; tanh, sigmoid, centered_sigmoid
+            (sigmoid minus 1/2); or rational, which is learned.
         schedule: beta as a function of training progress. `lit_adapters.AdapterCallback` or
             `lit_adapters.set_progress` moves beta.
         groups: How many groups of channels of z have a function of their own; for activation="rational" only.

@@ -7,7 +7,8 @@ The norm counts as a constant in the backward pass (section 4.3 of the paper). I
     ||W0 + s B A||^2 = ||W0||^2 + 2 s <W0 A^T, B> + s^2 <B (A A^T), B>        each summed over a row
 
 so that no d x d matrix is formed, and ||W0||^2 is computed once. At the start m / norm is exactly 1, which gives the
-pretrained layer. Parameters for each layer: r (in + out) + out. Dropout acts on the input of B A only.
+pretrained layer. Parameters for each layer: r (in + out) + out. Dropout acts on the input of B A
+only, where peft also drops the input of W0; without dropout both agree. Weight decay never acts on m.
 """
 
 from __future__ import annotations

@@ -9,7 +9,10 @@ can be merged for every f.
 
 One weight is formed for each forward, in float32, and the input is multiplied by it once. Training with dropout > 0
 takes a second product, as dropout must not act on the path through W0. Parameters for each layer: r (in + out), and one
-more with "sine", whose frequency is learned.
+more with "sine", whose frequency is learned. Backward forms the weight again, so that nothing of its size is kept. The
+phase w z is computed in float32 whatever the dtype of the model, and in float64 by the C++ kernel, which CPUs use.
+
+The released merge adds the transposed update, and so works on square layers only; here any (out, in) merges.
 """
 
 from __future__ import annotations
@@ -41,9 +44,12 @@ class LoRAN(LowRank):
 
     Args:
         function: The name of f: sinter, sine, cos, identity, sigmoid, tanh, relu, silu, swish25 or gaussian.
+            swish25 is our reading of the released code's "swish(25x)" as z sigmoid(25 z).
         amplitude: a of Sinter.
         frequency: w of Sinter and of cos; the starting value for "sine".
-        centered: Whether to use f(z) - f(0), so that B = 0 gives the pretrained layer for every f.
+        centered: Whether to use f(z) - f(0), so that B = 0 gives the pretrained layer for every f (ours); sigmoid(0) =
+            0.5 would otherwise shift every weight at the start. relu is flat at 0 and would hold B there, so its B
+            starts random and small, and the start is not exactly the pretrained layer.
         cache_weight: Whether to keep the formed weight (out * in values for each layer) while A and B stay the same,
             over the micro-batches of an accumulated gradient. In eval mode without gradients it is always kept.
 

@@ -31,9 +31,10 @@ class LowRank(Method):
         rank: r, the rank of the pair; at most the smaller side of every target.
         alpha: the update is multiplied by alpha / rank.
         dropout: probability of zeroing an input of the update while training.
-        targets: "all-linear" (every plain linear layer but the head), a list of name suffixes, or a regular expression
-            for whole names; convolutions and heads are reached by name.
-        exclude: name suffixes of modules to leave alone.
+        targets: "all-linear", a list of name suffixes, or a regular expression for whole names; convolutions and heads
+            are reached by name. "all-linear" takes every plain linear layer but those named in the list `train` and
+            the head, which is what `get_classifier()` (timm) or `get_output_embeddings()` (transformers) returns.
+        exclude: name suffixes of modules to leave alone, with all that is inside them.
         rank_pattern: rank by regular expression on the whole name, where it differs from `rank`.
         rslora: divide alpha by sqrt(rank) instead of rank (arXiv 2312.03732).
 

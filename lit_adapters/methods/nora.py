@@ -9,11 +9,16 @@
 a0, b0 fit the pretrained activation and are frozen. scaling="none" is the published method: c sigma = 1. scaling=
 "density" (ours) divides each direction by what it does to the function on the layer's own inputs x:
 sigma_num,i = 1 / rms(x^i / Q), sigma_den,j = 1 / rms(x^j P / Q^2), so that a unit of each coefficient's update moves
-the function equally; c = `scale`. base="anchored" (ours) keeps act itself and adds only the change of R: the start is
-the pretrained model bit for bit.
+the function equally; c = `scale`. (Under Adam a coefficient moves by about the learning rate a step, whatever its
+effect, and a unit of a5 moves the function by x^5 / Q, 2,500 where |x| reaches 10.) base="anchored" (ours) keeps act
+itself and adds only the change of R: the start is the pretrained model bit for bit.
 
 Parameters for each activation: r (2G + m + 1 + n), 78 by default; G (m + 1 + n) = 80 with rank=None, which trains the
 coefficients directly (without alpha/r). A function of the activations cannot be merged into weights.
+
+Q is 1 + |b_1 x + ... + b_n x^n| ("abs-of-sum") in the paper. The released kernels compute 1 + |b_1 x| + ... + |b_n x^n|
+("sum-of-abs"), with coefficients of GELU that were fitted for the other form. Here each form has its own fit, and a
+preset knows its form, its interval and its largest error.
 """
 
 from __future__ import annotations

@@ -121,7 +121,8 @@ def rational(
     """R(x; numerator, denominator), or with `base` the difference R(x; numerator, denominator) - R(x; *base).
 
     Computes in float32 (float64 for float64 inputs), whatever the dtype of `x`, and saves only `x` for backward, which
-    recomputes the rest.
+    recomputes the rest. Blocks with |x| > 1e4, whose powers may overflow, are computed in float64. The
+    sub-gradient of |z| at 0 is +1, so that coefficients at exactly 0 can train.
 
     Args:
         x: (..., D, ...) with D channels at `channel_dim`; any floating dtype.
