@@ -32,9 +32,14 @@ class AdapterCallback(CallbackOfParts):
 
     Scalars go to every logger: `adapter/<method>/<layer>/<statistic>`, averaged over the layers
     `adapter/summary/<statistic>`, and of all functions together `adapter/subspace/<statistic>`; layers are named as in
-    the report of `attach`, statistics explained in docs/reading-tensorboard.md. TensorBoard also gets a page of charts,
-    the recipe, the final metrics beside the hyperparameters, and figures and histograms: at the end of the training,
-    and of epochs that take fifty times as long as the drawing.
+    the report of `attach`, statistics explained in docs/reading-tensorboard.md. Records are taken at the start, every
+    `log_every_n_steps` optimiser steps, and at ends of epochs. Statistics of inputs (`outside_range`, `nonlinearity`)
+    come from the batches of those steps; histograms of inputs, and the orange lines in figures, add up over the run.
+
+    TensorBoard also gets a page of charts (the first expects that the module logs `train/loss` and `val/loss`), the
+    recipe, and the final metrics in the table of hyperparameters (with `default_hp_metric=False`). It gets figures and
+    histograms at the end of the training, and at the end of an epoch once fifty times the drawing time has passed
+    since the last ones.
 
     Example:
         >>> trainer = Trainer(callbacks=[AdapterCallback(log_every_n_steps=10)])
