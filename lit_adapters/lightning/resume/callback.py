@@ -30,9 +30,13 @@ TERMINATED = 128 + 15  # what shells give a process that SIGTERM has ended
 class Resuming(Callback):
     """Saves and restores what Lightning leaves out, and refuses checkpoints that do not belong to the run.
 
-    A checkpoint also holds the record of what was trained, the random states, gradients that wait for their optimiser
-    step, and the loops' state with the batch completed. Each process has random states and gradients of its own: a
-    checkpoint holds those of all, in the order of their ranks.
+    A checkpoint also holds the record of what was trained, the random states of torch, numpy and Python, gradients that
+    wait for their optimiser step, and the loops' state with the batch completed. Each process has random states and
+    gradients of its own: a checkpoint holds those of all, in the order of their ranks.
+
+    Lightning's own loops leave out the validation that is due after the checkpoint, never load a loader's state where a
+    schedule has asked for the number of steps, and count steps twice; this is put right. Files are written beside their
+    place and renamed, so that a kill while saving leaves the last good one.
 
     Raises:
         AdapterError: A checkpoint file is torn, or does not belong to the run; see `check_model`.
