@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import tables
 from benchmarks.arms import ARMS, STEPS, names, recipe_of
+from benchmarks.bounds import Bound
 from benchmarks.results_file import load
 from benchmarks.runner import Runner
 
@@ -37,6 +38,21 @@ def test_the_pages_hold_the_tables_of_the_result_files(tmp_path, monkeypatch):
     tables.main()
     for page in pages:
         assert (tmp_path / page.relative_to(ROOT)).read_text() == page.read_text(), "run python -m benchmarks.tables"
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([], "not run"),
+        ([0.9, 1.004], "a 0.90; b 1.00"),
+        ([1.2, 0.9], "**a 1.20**; b 0.90"),
+        ([0.1, 0.5, 0.2, 0.3, 0.4], "largest of 5: b 0.50"),
+        ([0.1, 1.5, 0.2, 1.3, 0.4], "missed of 5: **b 1.50**; **d 1.30**"),
+    ],
+)
+def test_the_row_of_a_bound_shows_what_misses_it(values, shown):
+    measured = [(name, value, f"{value:.2f}") for name, value in zip("abcde", values, strict=False)]
+    assert Bound("quantity", 1.0, measured).row() == ["quantity", "1.00", shown]
 
 
 @pytest.mark.parametrize("table", ["accuracy", "language", "regimes", *STEPS.values()])
