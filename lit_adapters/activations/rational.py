@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.ops import Denominator, fixed_rational, rational
-from lit_adapters.ops._transforms import transformed
+from lit_adapters.ops._context import transformed
 from lit_adapters.ops.cache import Cache
 
 

@@ -17,7 +17,7 @@ from lit_adapters.methods.description import Describing
 from lit_adapters.methods.merging import Merging
 from lit_adapters.methods.placeholder import plain_layers
 from lit_adapters.methods.targets import Target, find_targets
-from lit_adapters.ops._transforms import transformed
+from lit_adapters.ops._context import transformed
 from lit_adapters.ops.cache import Cache
 from lit_adapters.schedules import Schedule
 

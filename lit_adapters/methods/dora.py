@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.description import AdapterSummary
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
-from lit_adapters.ops._autocast import without_autocast
-from lit_adapters.ops._transforms import transformed
+from lit_adapters.ops._context import transformed, without_autocast
 from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.rescaled import scale_without_bias
 

@@ -30,8 +30,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.description import AdapterSummary, each_layer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.matrix_layers import ConvolutionLayer
-from lit_adapters.ops._autocast import without_autocast
-from lit_adapters.ops._transforms import transformed
+from lit_adapters.ops._context import transformed, without_autocast
 from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.merged_linear import merged_linear, merged_weight
 

@@ -17,8 +17,7 @@ from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.description import LowRankUpdate, each_layer, mean_over_layers
 from lit_adapters.methods.matrix_layers import LinearLayer
 from lit_adapters.methods.weight_adapter import WeightAdapter
-from lit_adapters.ops._autocast import autocast_dtype
-from lit_adapters.ops._transforms import transformed
+from lit_adapters.ops._context import autocast_dtype, transformed
 from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.low_rank import low_rank_linear
 

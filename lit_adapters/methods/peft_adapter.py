@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
-from lit_adapters.ops._autocast import autocast_dtype
+from lit_adapters.ops._context import autocast_dtype
 
 
 class PeftAdapter(AdapterModule):

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_adapters.ops._autocast import without_autocast
+from lit_adapters.ops._context import without_autocast
 
 
 def _down(x: Tensor, a: Tensor) -> Tensor:

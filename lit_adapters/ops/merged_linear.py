@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_adapters.ops import _merged_native as native
-from lit_adapters.ops._autocast import without_autocast
-from lit_adapters.ops._transforms import transformed
+from lit_adapters.ops._context import transformed, without_autocast
 
 _BLOCK = 1 << 19  # elements of the weight at a time, so that temporaries stay in the cache
 

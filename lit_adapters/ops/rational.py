@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from lit_adapters.ops import _rational_blocks, _rational_native
+from lit_adapters.ops._context import transformed
 from lit_adapters.ops._groups import as_groups, dense, grouped_shape
 from lit_adapters.ops._native import in_memory
 from lit_adapters.ops._rational_math import MAX_DEGREE, sign
-from lit_adapters.ops._transforms import transformed
 
 Denominator = Literal["abs-of-sum", "sum-of-abs"]
 __all__ = [

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[2]
 CACHE = "lit_adapters/ops/cache.py"
-TRANSFORMS = "lit_adapters/ops/_transforms.py"
+TRANSFORMS = "lit_adapters/ops/_context.py"
 NATIVE = "lit_adapters/ops/_native.py"
 
 
