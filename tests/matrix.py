@@ -31,6 +31,7 @@ METHODS: dict[str, la.Method] = {
     "afa": la.AFALoRA(rank=2, alpha=4.0, activation="silu"),
     "nora": la.NoRA(groups=4),
     "nora++": la.NoRAPlusPlus(nora=la.NoRA(groups=4), lora=la.LoRA(rank=2)),
+    "bitfit": la.BitFit(add_missing=True),
 }
 VARIANTS: dict[str, la.Method] = {
     "rslora": la.LoRA(rank=3, alpha=4.0, rslora=True),

@@ -2,6 +2,7 @@
 
 from lit_adapters.methods.afa import AFALoRA
 from lit_adapters.methods.base import AdapterModule, Method
+from lit_adapters.methods.bitfit import BitFit
 from lit_adapters.methods.dora import DoRA
 from lit_adapters.methods.lora import LoRA
 from lit_adapters.methods.loran import LoRAN
@@ -13,6 +14,7 @@ from lit_adapters.methods.weight_adapter import WeightAdapter
 __all__ = [
     "AFALoRA",
     "AdapterModule",
+    "BitFit",
     "DoRA",
     "LoRA",
     "LoRAN",

@@ -69,6 +69,17 @@ class Method:
         """
         raise AdapterError(f"{type(self).__name__} is a composition of methods; attach it to a model instead")
 
+    def check_merge(self, model: nn.Module, merged: Sequence[str]) -> None:
+        """Called by `lit_adapters.merge` before a final merge changes anything; most methods need nothing.
+
+        Args:
+            model: With its adapters.
+            merged: Names of all layers that will be merged, of this method and of others.
+
+        Raises:
+            AdapterError: The merged model could not be saved and loaded again.
+        """
+
     def finish_merge(self, model: nn.Module, merged: Sequence[str]) -> None:
         """Called by `lit_adapters.merge` when the layers named `merged` hold the effect; most methods need nothing.
 

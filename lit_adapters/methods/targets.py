@@ -130,21 +130,28 @@ def _activations(model: nn.Module) -> Callable[[Target], bool]:
 KEYWORDS = {"all-linear": _all_linear, "activations": _activations}
 
 
-def find_targets(model: nn.Module, method: Selection, train: str | Sequence[str] = ()) -> list[Target]:
+def find_targets(
+    model: nn.Module,
+    method: Selection,
+    train: str | Sequence[str] = (),
+    wanted: Callable[[Target], bool] | None = None,
+) -> list[Target]:
     """The places of `model` that `method` adapts.
 
     Args:
         model: The model.
         method: What to adapt; modules in its `exclude` are left out.
         train: As for `lit_adapters.attach`; where `targets` is a keyword, modules in this list are left out.
+        wanted: Whether a place is selected, where `targets` is a keyword that this method alone has.
 
     Raises:
         TargetsNotFound: `targets`, a suffix in `exclude` or a pattern in `rank_pattern` matches nothing. The message
             lists the nearest names and, for activations, the MLPs that call a function instead of a module.
     """
     spec = method.targets
-    if isinstance(spec, str) and spec in KEYWORDS:
+    if wanted is None and isinstance(spec, str) and spec in KEYWORDS:
         wanted = KEYWORDS[spec](model)
+    if wanted is not None:
         # A list names particular modules, such as a head of an unknown kind; a regular expression may match all.
         named = () if isinstance(train, str) else tuple(train)
         trained = [t.name for t in places(model) if matches(t.name, named)]

@@ -85,7 +85,8 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
     Raises:
         AdapterError: The model has no adapters or is merged already, an adapter is nonlinear at present (AFA-LoRA
             before beta = 0), or a weight is on the meta device, sharded, tied to another layer, or, with unload=True,
-            shared with another model (marked `shared_with`). The model is then as before.
+            shared with another model (marked `shared_with`) or unknown to the model's configuration. The
+            model is then as before.
     """
     state = attachment(model)
     refuse_sharded(model, "merging")
@@ -95,14 +96,21 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
         raise AdapterError(f"{done[0]!r} is merged already; call lit_adapters.unmerge(model) first")
     merging = {name: adapter for name, adapter in found if adapter.merges_into}
     _check(model, merging, unload)
-    dequantised = [name for name, adapter in merging.items() if is_quantised(adapter.base)]
+    methods = [part for method in to_methods(state.methods) for part in method.parts()]
+    if unload:
+        for method in methods:
+            method.check_merge(model, list(merging))
+    dequantised = [
+        n for n, adapter in merging.items() if is_quantised(adapter.base) and "weight" in adapter.merges_into
+    ]
     errors = [(0.0, 0.0), *(adapter.absorb() if unload else adapter.merge() for adapter in merging.values())]
     kept = [name for name, _ in found if name not in merging]
     if unload:
         remove_adapters(model, _successor)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(state.required_grad.get(name, False))
-        for method in to_methods(state.methods):
+            weight = f"{name.rpartition('.')[0]}.weight"  # a parameter that merging has added does as this
+            parameter.requires_grad_(state.required_grad.get(name, state.required_grad.get(weight, False)))
+        for method in methods:
             method.finish_merge(model, list(merging))
     if dequantised and unload and not any(hasattr(p, "quant_state") for p in model.parameters()):
         forget_quantisation(model)

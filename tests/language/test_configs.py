@@ -14,7 +14,6 @@ import lit_adapters as la
 from language.models import SMOLLM2
 from language.module import CausalLMTuner
 from lit_adapters.methods.base import to_methods
-from lit_adapters.methods.targets import find_targets
 from tests.language.tiny import CONFIGS, batch, command, events, log_dir
 
 REGIMES = {"dpo", "grpo", "draft"}  # recipes of other entry points, which have tests of their own
@@ -23,7 +22,7 @@ RECIPES = sorted(
 )
 SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
 REAL = [name for name in RECIPES if name not in SMOKE]
-ARMS = {"lora", "dora", "loran", "afa", "nora", "nora_plus_plus", "qlora"}
+ARMS = {"lora", "dora", "loran", "afa", "nora", "nora_plus_plus", "bitfit", "qlora"}
 OVERRIDES = [
     "--model.model=tiny_llama",
     "--data.format=alpaca",
@@ -147,7 +146,7 @@ def test_other_recipes_fit_their_own_model(name):
     arm = name.split("/")[1].removeprefix("openorca_").removeprefix("samsum_").removeprefix("newsgroups_")
     for method in to_methods(section["adapters"]):
         for part in method.parts():
-            found = find_targets(model, part, section.get("train", ()))
+            found = [target for target, _ in part.find(model, section.get("train", ()))]
             places = {t.name.split(".layers.")[1].partition(".")[2] for t in found}
             assert len(found) == blocks * len(places)
             if part.name == "nora":

