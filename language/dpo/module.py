@@ -92,6 +92,12 @@ class DPOTuner(CausalLMTuner):
       vocabulary, in nats, the mean over the tokens of the chosen answers. The answers are those of the data: `kl` does
       not estimate the divergence over answers that pi itself would give.
 
+    Example, with `data` a `PreferenceDataModule` after `data.setup("fit")`:
+
+        tuner = DPOTuner(model="smollm2-135m-instruct", adapters=la.AFALoRA(rank=8), beta=0.1)
+        tuner.configure_model()  # a Trainer does this
+        tuner.compare(next(iter(data.train_dataloader())))
+
     Args:
         beta: How closely the model keeps to the reference: the larger, the less it moves. Not AFA-LoRA's beta.
         label_smoothing: Probability that the answers of a pair are labelled the wrong way round, in [0, 0.5).

@@ -123,7 +123,14 @@ class DraftTuner(CausalLMTuner):
 def merged_draft(tuner: DraftTuner) -> tuple[Any, la.MergeReport]:
     """The trained draft as a model of its own, adapters merged, for `save_pretrained` and `generate`; and the report.
 
-    The weights are copies: neither the tuner nor the target changes.
+    The weights are copies: neither the tuner nor the target changes. AFA-LoRA merges once beta is exactly 0. NoRA++ keeps
+    functions that transformers cannot load again.
+
+    Example:
+        >>> tuner = DraftTuner.load_from_checkpoint("runs/.../last.ckpt")
+        >>> draft, report = merged_draft(tuner)
+        >>> draft.save_pretrained("draft")
+        >>> tuner.target.generate(**inputs, assistant_model=draft)
 
     Raises:
         AdapterError: As `lit_adapters.merge`.
