@@ -123,8 +123,8 @@ class DraftTuner(CausalLMTuner):
 def merged_draft(tuner: DraftTuner) -> tuple[Any, la.MergeReport]:
     """The trained draft as a model of its own, adapters merged, for `save_pretrained` and `generate`; and the report.
 
-    The weights are copies: neither the tuner nor the target changes. AFA-LoRA merges once beta is exactly 0. NoRA++ keeps
-    functions that transformers cannot load again.
+    The weights are copies: neither the tuner nor the target changes. AFA-LoRA merges once beta is exactly 0. NoRA++
+    keeps functions that transformers cannot load again.
 
     Example:
         >>> tuner = DraftTuner.load_from_checkpoint("runs/.../last.ckpt")

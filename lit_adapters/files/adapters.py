@@ -83,8 +83,8 @@ def read_checkpoint_file(path: str | Path) -> dict[str, Any]:
 def save_adapters(model: nn.Module, directory: str | Path) -> None:
     """Write the adapters of `model`, and its modules of `train`, to `directory`; each file is replaced atomically.
 
-    The base's persistent buffers are written too: running statistics move while the model trains, frozen or not. If
-    the model is sharded, every process must call this, and the first one writes.
+    The files are safetensors and JSON. The base's persistent buffers are written too: running statistics move while the
+    model trains, frozen or not. If the model is sharded, every process must call this, and the first one writes.
 
     Args:
         model: The module given to `attach`.

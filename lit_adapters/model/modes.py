@@ -30,6 +30,8 @@ def _require_adapters(model: nn.Module) -> list[tuple[str, AdapterModule]]:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block, the model computes the pretrained function bit for bit, except for modules of `train`.
 
+    Running statistics of the base, which training moves, stay as they are.
+
     Raises:
         AdapterError: The model has no adapters, or they are merged.
     """
