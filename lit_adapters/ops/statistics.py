@@ -78,7 +78,7 @@ def product_spectrum(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """
     q, r = torch.linalg.qr(b.double())
     s = torch.linalg.qr(a.double().T, mode="r").R
-    u, values, _ = torch.linalg.svd(r @ s.T)
+    u, values, _ = torch.linalg.svd(r @ s.T, full_matrices=False)
     return q @ u, values
 
 
