@@ -48,7 +48,8 @@ def overview_layout(layers: Mapping[str, AdapterModule], subspace: bool) -> dict
         charts |= _ANNEALED
     for adapter in weights:
         charts |= adapter.charts()
-    if subspace and any(adapter.low_rank_update() is not None for adapter in weights):
+    # The class tells: computing the factors may need parameters that are sharded here.
+    if subspace and any(type(adapter).low_rank_update is not AdapterModule.low_rank_update for adapter in weights):
         charts |= _RANKS
     for adapter in functions:
         charts |= adapter.charts()
