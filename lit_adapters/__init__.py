@@ -13,7 +13,19 @@ from lit_adapters.activations import RationalActivation
 from lit_adapters.errors import AdapterError, AssetError, DataError, TargetsNotFound
 from lit_adapters.files.adapters import load_adapters, save_adapters
 from lit_adapters.files.peft import export_peft, import_peft
-from lit_adapters.methods import AdapterModule, AFALoRA, BitFit, DoRA, LoRA, LoRAN, Method, NoRA, NoRAPlusPlus, Peft
+from lit_adapters.methods import (
+    AdapterModule,
+    AFALoRA,
+    BitFit,
+    DoRA,
+    LoRA,
+    LoRAN,
+    Method,
+    NoRA,
+    NoRAPlusPlus,
+    Peft,
+    VeRA,
+)
 from lit_adapters.model.attach import adapters, attach, detach
 from lit_adapters.model.merge import MergeReport, merge, unmerge
 from lit_adapters.model.modes import calibrate, disabled, set_progress, verify
@@ -42,6 +54,7 @@ __all__ = [
     "RationalActivation",
     "ResumableLoader",
     "TargetsNotFound",
+    "VeRA",
     "adapters",
     "attach",
     "calibrate",

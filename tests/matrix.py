@@ -29,6 +29,7 @@ METHODS: dict[str, la.Method] = {
     "dora": la.DoRA(rank=2, alpha=4.0),
     "loran": la.LoRAN(rank=2, alpha=4.0),
     "afa": la.AFALoRA(rank=2, alpha=4.0, activation="silu"),
+    "vera": la.VeRA(rank=6),
     "nora": la.NoRA(groups=4),
     "nora++": la.NoRAPlusPlus(nora=la.NoRA(groups=4), lora=la.LoRA(rank=2)),
     "bitfit": la.BitFit(add_missing=True),

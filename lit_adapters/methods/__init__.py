@@ -9,6 +9,7 @@ from lit_adapters.methods.loran import LoRAN
 from lit_adapters.methods.nora import NoRA
 from lit_adapters.methods.nora_plus_plus import NoRAPlusPlus
 from lit_adapters.methods.peft import Peft
+from lit_adapters.methods.vera import VeRA
 from lit_adapters.methods.weight_adapter import WeightAdapter
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "NoRA",
     "NoRAPlusPlus",
     "Peft",
+    "VeRA",
     "WeightAdapter",
 ]

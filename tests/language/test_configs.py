@@ -22,7 +22,7 @@ RECIPES = sorted(
 )
 SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
 REAL = [name for name in RECIPES if name not in SMOKE]
-ARMS = {"lora", "dora", "loran", "afa", "nora", "nora_plus_plus", "bitfit", "qlora"}
+ARMS = {"lora", "dora", "vera", "loran", "afa", "nora", "nora_plus_plus", "bitfit", "qlora"}
 OVERRIDES = [
     "--model.model=tiny_llama",
     "--data.format=alpaca",

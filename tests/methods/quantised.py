@@ -13,6 +13,7 @@ METHODS = {
     "dora": la.DoRA(rank=4, alpha=8.0),
     "afa": la.AFALoRA(rank=4, alpha=8.0, activation="silu"),
     "loran": la.LoRAN(rank=4, alpha=8.0, amplitude=0.5, frequency=20.0),
+    "vera": la.VeRA(rank=4),
 }
 WIDE, HALF = torch.float32, torch.bfloat16
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -69,8 +69,11 @@ def test_the_start_where_the_layer_computes_in_a_dtype_of_its_own(method, stored
 
 def reference(adapter: nn.Module, weight: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
     """The method by its formula, float64."""
-    s, product = 2.0, p["lora_B"] @ p["lora_A"]
     bias = adapter.bias.detach().double()
+    if adapter.method == "vera":
+        a, b = adapter.vera_A.double(), adapter.vera_B.double()
+        return x @ weight.T + bias + p["vera_lambda_b"] * (p["vera_lambda_d"] * (x @ a.T) @ b.T)
+    s, product = 2.0, p["lora_B"] @ p["lora_A"]
     if adapter.method == "afa":
         code, beta = x @ p["lora_A"].T, adapter.beta.double()
         return x @ weight.T + bias + s * (beta * F.silu(code) + (1 - beta) * code) @ p["lora_B"].T

@@ -22,7 +22,9 @@ ADAPTIVE = la.AFALoRA(rank=2, activation="silu", schedule=la.schedules.Adaptive(
 CALIBRATED = la.NoRA(groups=4, fit_range="calibrate")
 METHODS: dict[str, la.Method] = ALL | {"adaptive": ADAPTIVE, "calibrated": CALIBRATED}
 # Encoder for all methods and variants, decoder for one of each.
-CASES = [("vit", name) for name in METHODS] + [("llama", name) for name in ("lora", "dora", "loran", "afa", "nora++")]
+CASES = [("vit", name) for name in METHODS] + [
+    ("llama", name) for name in ("lora", "dora", "vera", "loran", "afa", "nora++")
+]
 
 
 def rows(name: str) -> tuple[Tensor, Tensor]:
