@@ -64,7 +64,7 @@ def generate_command(
     tuner = load_tuner(ckpt, CausalLMTuner, "language").to(device or default_device()).eval()
     room = context_length(tuner.model)  # type: ignore[arg-type]
     row = prompt_tokens(tuner.tokenizer, prompt, format, use_chat_template, room or sys.maxsize)
-    streamer = TextStreamer(tuner.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+    streamer = TextStreamer(tuner.tokenizer, skip_prompt=True, skip_special_tokens=True)
     torch.manual_seed(seed)
     return generate(tuner.model, tuner.tokenizer, [row], max_new_tokens, temperature, streamer)[0]
 

@@ -70,11 +70,17 @@ def continuations(
     ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
     drawing = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    with evaluating(model), plain_settings(model, tokenizer.eos_token_id):  # type: ignore[arg-type]
+    with evaluating(model), plain_settings(model, tokenizer.eos_token_id):
         tokens: Tensor = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer,
-            do_sample=temperature > 0, use_cache=True, **drawing,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            streamer=streamer,
+            do_sample=temperature > 0,
+            use_cache=True,
+            **drawing,
+        )
     return tokens[:, longest:]
 
 

@@ -27,7 +27,7 @@ def prompt_tokens(
         DataError: The prompt has more tokens, or a chat template is needed and missing.
     """
     if name is None and not chat:
-        return list(tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]
+        return list(tokenizer(prompt)["input_ids"])
     end: Any = tokenizer.eos_token
     renderer = Renderer(tokenizer, end, name or "chat", chat=chat)
     if name in FORMATS:

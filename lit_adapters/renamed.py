@@ -71,7 +71,7 @@ class _Alias(Loader):
         module.__spec__ = self._real  # importlib has put the one of the old name there
 
     def get_code(self, fullname: str) -> CodeType | None:
-        return self._real.loader.get_code(self._real.name)  # type: ignore[union-attr, no-any-return]
+        return self._real.loader.get_code(self._real.name)  # type: ignore[union-attr]
 
 
 if not any(isinstance(finder, _Finder) for finder in sys.meta_path):

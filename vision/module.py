@@ -113,7 +113,7 @@ class ViTClassifier(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) to logits (B, num_classes)."""
         assert self.model is not None, "configure_model has not run"
-        return self.model(images)  # type: ignore[no-any-return]
+        return self.model(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch

@@ -141,7 +141,7 @@ class BucketSampler(EpochSampler):
     """
 
     def __init__(self, lengths: Tensor, batch_size: int, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(lengths, seed, num_replicas, rank)  # type: ignore[arg-type]
+        super().__init__(lengths, seed, num_replicas, rank)
         self.lengths = lengths
         self.group = batch_size * num_replicas
 

@@ -113,10 +113,15 @@ def continued(
         torch.manual_seed(settings.seed if seed is None else seed)
         start = time.perf_counter()
         tokens = target.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_new_tokens,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=settings.max_new_tokens,
             pad_token_id=0,  # a single row has no padding
-            do_sample=temperature > 0, use_cache=True, **drawing, **assistant,
-        )  # fmt: skip
+            do_sample=temperature > 0,
+            use_cache=True,
+            **drawing,
+            **assistant,
+        )
         new = tokens[0, len(prompt) :].tolist()
         seconds = time.perf_counter() - start
     # Every pass reads one token whose keys are not cached yet, the first one the prompt, and what is proposed.

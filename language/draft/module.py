@@ -90,7 +90,7 @@ class DraftTuner(CausalLMTuner):
             )
         draft = source if h["keep_layers"] is None else shortened(source, h["keep_layers"])
         self._target = (target.requires_grad_(False),)
-        return draft  # type: ignore[no-any-return]
+        return draft
 
     def _build(self) -> nn.Module:
         draft = super()._build()

@@ -147,4 +147,4 @@ def _imported(path: str) -> Callable[[str, str], float]:
         ) from error
     if not callable(function):
         raise AdapterError(f"reward {path!r} is not a function; give one that takes (completion, answer)")
-    return function  # type: ignore[no-any-return]
+    return function

@@ -147,16 +147,21 @@ def _parser() -> argparse.ArgumentParser:
 
     def base(sub: argparse.ArgumentParser, required: bool) -> None:
         sub.add_argument(
-            "--base", required=required, metavar="PATH", help="what makes the base model, anything Python can import "
+            "--base",
+            required=required,
+            metavar="PATH",
+            help="what makes the base model, anything Python can import "
             "and call: timm.create_model, transformers.AutoModelForCausalLM.from_pretrained, my_file.build",
-        )  # fmt: skip
+        )
         sub.add_argument("--base-args", metavar="JSON", help='its arguments: {"name": value, ...} or ["DIR"]')
 
     command("methods", list_methods, "list the adapter methods: what each is, whether it merges into weights", "")
     sub = command(
-        "inspect", inspect, "show what adapters have learned, layer by layer; no base model",
+        "inspect",
+        inspect,
+        "show what adapters have learned, layer by layer; no base model",
         "out/ --plot learned.png",
-    )  # fmt: skip
+    )
     sub.add_argument("path", type=Path, metavar="DIR|CKPT", help=_SAVED)
     sub.add_argument("--plot", type=Path, metavar="FILE", help="also draw it, as .png, .pdf or .svg")
     sub = command(
@@ -171,19 +176,27 @@ def _parser() -> argparse.ArgumentParser:
         ("merge", merge_command, "write the model with its updates added to the weights, free of adapters"),
         ("export-peft", export_command, "write LoRA, DoRA or annealed AFA-LoRA in the format of the peft library"),
     ):
-        sub = command(name, run, what, f"out/ --out result --base {_BASE}\n"
-                      f"          lit-adapters {name} runs/version_0/checkpoints/last.ckpt --out result")  # fmt: skip
+        sub = command(
+            name,
+            run,
+            what,
+            f"out/ --out result --base {_BASE}\n"
+            f"          lit-adapters {name} runs/version_0/checkpoints/last.ckpt --out result",
+        )
         sub.add_argument("path", type=Path, metavar="DIR|CKPT", help=_SAVED)
         output(sub)
         base(sub, required=False)
         sub.add_argument(
-            "--module", metavar="CLASS",
+            "--module",
+            metavar="CLASS",
             help="LightningModule of a checkpoint, as vision.module.ViTClassifier; default: the one that wrote it",
-        )  # fmt: skip
+        )
     sub = command(
-        "import-peft", import_command, "write a LoRA or DoRA of the peft library as an adapter directory",
+        "import-peft",
+        import_command,
+        "write a LoRA or DoRA of the peft library as an adapter directory",
         f"peft_dir --out adapter --base {_BASE}",
-    )  # fmt: skip
+    )
     sub.add_argument("path", type=Path, metavar="DIR", help="what peft's save_pretrained wrote")
     output(sub)
     base(sub, required=True)

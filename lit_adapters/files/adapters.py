@@ -73,7 +73,7 @@ def read_checkpoint_file(path: str | Path) -> dict[str, Any]:
     """
     check_whole(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise AdapterError(
             f"{str(path)!r} cannot be read as a checkpoint of tensors and plain values: {error}"

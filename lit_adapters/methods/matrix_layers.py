@@ -152,7 +152,7 @@ class QuantisedLayer(LinearLayer):
 
         state = copy.copy(getattr(weight, "quant_state", None))
         if state is None:  # not quantised yet: that happens when the layer moves to a device
-            return weight  # type: ignore[no-any-return]
+            return weight
         state.dtype = base.compute_dtype or torch.float32
         matrix: Tensor = dequantize_4bit(weight.data, state)
         return matrix

@@ -288,7 +288,7 @@ class NoRAActivation(AdapterModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.in_effect:
-            return self.unadapted(x)  # type: ignore[no-any-return]
+            return self.unadapted(x)
         self._check_input(x)
         if self.may_cache():
             change = self._cached_function()(x)

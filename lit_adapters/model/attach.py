@@ -57,7 +57,7 @@ def attachment(model: nn.Module) -> Attachment:
         inside = next((name for name, m in model.named_modules() if _STATE in m.__dict__), None)
         fix = f"give its part {inside!r}, which has them" if inside else "call lit_adapters.attach(model, ...) first"
         raise AdapterError(f"{type(model).__name__} has no adapters of its own; {fix}")
-    return state  # type: ignore[no-any-return]
+    return state
 
 
 def attach(

@@ -179,7 +179,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(d_pointer + offsets, d, mask=mask)
 
 
-def _launch(x: Tensor, coefficients: Coefficients, base: Coefficients | None, form: str) -> tuple[int, tuple, dict]:  # type: ignore[type-arg]
+def _launch(x: Tensor, coefficients: Coefficients, base: Coefficients | None, form: str) -> tuple[int, tuple, dict]:
     """The number of programs along the first axis, the arguments after the tensors of x's size, and the options."""
     outer, groups, length = x.shape
     columns = min(_TILE, triton.next_power_of_2(length))

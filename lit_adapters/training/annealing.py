@@ -95,7 +95,7 @@ class Annealer:
             )
         self._step, self._total = step, int(total_steps)
         if len(self._betas) != len(self.layers):
-            self._betas = [adapter.beta.item() for adapter, _ in self.layers]  # type: ignore[operator, union-attr]
+            self._betas = [adapter.beta.item() for adapter, _ in self.layers]  # type: ignore[operator]
         self._move(0.0)
 
     def linear_from(self) -> int:

@@ -43,14 +43,14 @@ class ResumableLoader(DataLoader):
             )
         if isinstance(self.dataset, IterableDataset):
             raise AdapterError("ResumableLoader needs a dataset with indices; an IterableDataset cannot skip batches")
-        self._remaining = _Remaining(super()._index_sampler)  # type: ignore[misc]
+        self._remaining = _Remaining(super()._index_sampler)
         self._skip = 0
         self._position = (0, 0)  # epoch, batches taken
 
     @property
     def _index_sampler(self) -> Any:
         """Where torch's iterators, and `len`, look for the indices of batches."""
-        return self.__dict__.get("_remaining") or super()._index_sampler  # type: ignore[misc]
+        return self.__dict__.get("_remaining") or super()._index_sampler
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         skip, self._skip = self._skip, 0
