@@ -30,7 +30,7 @@ class _Reader(nn.Module):
 class Reference(nn.Module):
     """An adapted model as it was before training: adapters off, modules of `train` at their first values, no dropout.
 
-    It is equal to the pretrained model bit for bit.
+    It is equal to the pretrained model bit for bit, which tests check for every method.
 
     `lit_adapters.disabled` restores the pretrained function of adapted layers alone; parameters that train besides the
     adapters would keep what they have learned. This module keeps their first values, in buffers that move with it and

@@ -4,6 +4,16 @@
 
 b0 is the pretrained bias and stays frozen; d, of its shape, trains and starts at zero: the start is the pretrained
 layer. Where a linear layer has no bias, as in LLaMA, `add_missing` gives it one: h = W0 x + d.
+
+Every module outside the head with a parameter named `bias` has one: linear layers, convolutions, LayerNorm, BatchNorm,
+and so on. Other names stay frozen. `nn.MultiheadAttention` reads its biases without calling a layer and is refused; so
+is a bias that two modules share. d stays in float32, so in a bfloat16 model steps that are small against b0 add up.
+Weight decay draws d to zero, the pretrained bias.
+
+In a merge an added bias becomes a bias of the layer. In a model of transformers the final merge turns on the switches
+of its configuration (`attention_bias`, `mlp_bias`, `use_bias`, ...), so that `save_pretrained` and `from_pretrained`
+keep it; other layers that a switch gives a bias get zeros. The switches are found by building the model on the meta
+device.
 """
 
 from __future__ import annotations
