@@ -9,6 +9,9 @@
 A and B are frozen and Kaiming-uniform. They are drawn once, from the seed, for the largest layer: A (r, largest in),
 B (largest out, r); each layer takes the leading columns of A and rows of B. d starts from `d_initial`, b from zero: the
 start is the pretrained layer. r + out parameters a layer.
+
+The pair is in no file, as it follows from the seed and the sizes of the largest layer, which files hold; it is the same
+on every machine. With the same seed and the same layers it is that of peft up to one rounding.
 """
 
 from __future__ import annotations
