@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = nbformat.read(EXAMPLES / "functions.ipynb", as_version=4)
 
 
+@pytest.mark.slow
 def test_the_plain_loop_learns_and_what_it_saved_loads(tmp_path):
     line = [sys.executable, EXAMPLES / "plain_pytorch.py", "--out", tmp_path / "out"]
     environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}

@@ -26,6 +26,7 @@ def section(title):
     return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
+@pytest.mark.slow
 def test_the_first_program_trains_and_saves(tmp_path):
     code = re.search(r"```python\n(.*?)```", section("Train and save"), re.DOTALL)[1]
     assert len(code.splitlines()) <= 25

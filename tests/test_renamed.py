@@ -28,6 +28,7 @@ def test_a_class_of_a_moved_module():
     assert current("vision.module.ViTClassifier") == "vision.module.ViTClassifier"
 
 
+@pytest.mark.slow
 def test_a_command_runs_under_its_old_name():
     line = [sys.executable, "-m", "language.speculative", "--help"]
     shown = subprocess.run(line, capture_output=True, text=True, check=True).stdout

@@ -121,6 +121,7 @@ def test_pretrained_weights_come_from_their_file_and_not_from_the_checkpoint(tmp
         ViTClassifier.load_from_checkpoint(tmp_path / "last.ckpt")
 
 
+@pytest.mark.slow
 def test_testing_in_another_process_gives_the_same_numbers(smoke_run, tmp_path):
     fitted, tested = smoke_run("nora")
     arguments = [f"--config={CONFIGS / 'smoke/nora.yaml'}", f"--ckpt_path={checkpoint(fitted)}"]
