@@ -35,12 +35,12 @@ def call(function: Callable[..., T], args: Sequence[str] | None, prog: str) -> T
     is required. Where the function passes `**kwargs` on to another one, the other one's parameters are options too.
 
     Args:
-        function: what to call; its docstring is also the description of the command.
-        args: the arguments; `sys.argv[1:]` by default.
-        prog: how the command is called, such as "python -m language.evaluate".
+        function: What to call; its docstring is also the description of the command.
+        args: The arguments; `sys.argv[1:]` by default.
+        prog: How the command is called, such as "python -m language.evaluate".
 
     Raises:
-        AdapterError: an argument is unknown, missing or not of its type.
+        AdapterError: An argument is unknown, missing or not of its type.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 

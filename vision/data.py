@@ -37,14 +37,14 @@ class CIFARDataModule(lightning.LightningDataModule):
         root: Folder of the data, or a `package://` address. With source=package and the default root, the known
             CIFAR-10 test images of BIG-bench (358 MB download, once).
         dataset: Which CIFAR: what torchvision downloads, and which label column parquet files have.
-        source: torchvision downloads into root. folder reads root/train/<class>/* and root/test/<class>/*, or
+        source: Torchvision downloads into root. folder reads root/train/<class>/* and root/test/<class>/*, or
             root/train.tar.gz and root/test.tar.gz. parquet reads Hugging Face's train-*.parquet and test-*.parquet.
             package reads 10,000 CIFAR-10 test images split 8,000/2,000, whose accuracies are not comparable with
             published ones. random makes 200 training and 100 test images of noise, for smoke tests; root is not used.
         image_size: Side S of the square images, pixels.
         mean: Per-channel mean for normalisation, in [0, 1] units; the default is ImageNet's.
         std: Per-channel standard deviation for normalisation; the default is ImageNet's.
-        interpolation: nearest, bilinear, bicubic, box, hamming or lanczos.
+        interpolation: Nearest, bilinear, bicubic, box, hamming or lanczos.
         batch_size: Images per batch and process.
         num_workers: Worker processes per loader; 0 loads in the training process.
         val_fraction: Share of each class held out of the training images for validation.

@@ -99,7 +99,7 @@ class ImageDataset(Dataset):
     random when `flip_seed` is given.
 
     Args:
-        images: uint8 array (n, height, width, 3), or n encoded images.
+        images: A uint8 array (n, height, width, 3), or n encoded images.
         labels: Class indices, int64, shape (n,).
         image_size: Side S of the square output, pixels.
         mean: Per-channel mean, in [0, 1] units.

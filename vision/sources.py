@@ -53,7 +53,7 @@ class Split:
     """One split of a data set, not decoded yet.
 
     Attributes:
-        images: uint8 array (n, height, width, 3), or n encoded images.
+        images: A uint8 array (n, height, width, 3), or n encoded images.
         labels: Class indices, int64, shape (n,).
         classes: Class names; a label is an index into it.
         origin: File or folder it came from, for messages.

@@ -34,7 +34,7 @@ class ChoiceScores:
     """Scores of `score_choices`; one entry for each prompt.
 
     Attributes:
-        log_likelihoods: log p(choice | prompt) in nats, one value for each choice.
+        log_likelihoods: Log p(choice | prompt) in nats, one value for each choice.
         num_bytes: Length of each choice in UTF-8 bytes.
         truncated: Number of prompts that lost tokens on the left.
     """

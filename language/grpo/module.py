@@ -38,7 +38,7 @@ class Objective:
 
     Attributes:
         loss: The negative objective.
-        kl: e^d - d - 1, an estimate of KL(pi, pi_ref); None without a reference.
+        kl: e^d - d - 1, the estimate of KL(pi, pi_ref); None without a reference.
         clipped: Number of tokens whose gradient the clip took away.
     """
 

@@ -38,7 +38,7 @@ class RationalFit:
         denominator: The coefficients b_1..b_n.
         form: The form of Q that the coefficients were fitted for and must be evaluated with.
         interval: The interval of the fit.
-        max_error: max |R - f| over 20,001 points of the interval.
+        max_error: Max |R - f| over 20,001 points of the interval.
     """
 
     numerator: tuple[float, ...]

@@ -99,8 +99,8 @@ class WeightUpdate:
 
     Attributes:
         function: The name of f.
-        scaling: s.
-        amplitude: a.
+        scaling: The factor s.
+        amplitude: The constant a.
         centered: Whether f(z) - f(0) takes the place of f(z).
     """
 

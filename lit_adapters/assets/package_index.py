@@ -90,7 +90,7 @@ def resolve(address: str, *, cache_dir: Path | None = None) -> Path:
     The call may be interrupted, and several processes may make it at once: one fetches, the others wait for it.
 
     Raises:
-        AssetError: the address is malformed, pip is missing or cannot fetch the archive, the archive's hash differs,
+        AssetError: The address is malformed, pip is missing or cannot fetch the archive, the archive's hash differs,
             or the archive has no such member.
     """
     if not is_package_address(address):

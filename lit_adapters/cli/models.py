@@ -31,7 +31,7 @@ def find_callable(path: str, option: str) -> Any:
         option: The name of the command-line option, for errors.
 
     Raises:
-        AdapterError: nothing has this path, its module does not import, or what it names cannot be called.
+        AdapterError: Nothing has this path, its module does not import, or what it names cannot be called.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -64,7 +64,7 @@ def build_base(path: str, arguments: str | None) -> nn.Module:
         arguments: JSON: a list of positional arguments, or an object of keyword arguments.
 
     Raises:
-        AdapterError: the JSON is not valid, nothing has this path, the call fails, or it does not return a model.
+        AdapterError: The JSON is not valid, nothing has this path, the call fails, or it does not return a model.
     """
     try:
         values = json.loads(arguments) if arguments else {}
@@ -94,7 +94,7 @@ def adapted_model(path: Path, base: str | None, arguments: str | None, module: s
         module: The class path of the LightningModule; by default the one that wrote the checkpoint.
 
     Raises:
-        AdapterError: an option is missing or does not go with `path`, or reading or building fails.
+        AdapterError: An option is missing or does not go with `path`, or reading or building fails.
     """
     if is_directory(path):
         if base is None or module is not None:

@@ -59,7 +59,7 @@ def check_whole(path: str | Path, option: str = "") -> None:
         option: Where the path came from, for the message; ends in a space.
 
     Raises:
-        AdapterError: the file is torn, or is not a checkpoint.
+        AdapterError: The file is torn, or is not a checkpoint.
     """
     if not zipfile.is_zipfile(path):
         raise AdapterError(f"{option}{str(path)!r} is torn or not a checkpoint; give another one")
@@ -69,7 +69,7 @@ def read_checkpoint_file(path: str | Path) -> dict[str, Any]:
     """A local Lightning checkpoint; its tensors are mapped into memory, and read when they are used.
 
     Raises:
-        AdapterError: the file is torn, or holds more than tensors and plain values.
+        AdapterError: The file is torn, or holds more than tensors and plain values.
     """
     check_whole(path)
     try:
@@ -91,7 +91,7 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
         directory: Where to; created if missing.
 
     Raises:
-        AdapterError: the model has no adapters, or a value to be saved is not finite.
+        AdapterError: The model has no adapters, or a value to be saved is not finite.
     """
     directory = Path(directory)
     tensors = {n: whole(t).cpu().contiguous() for n, t in adapter_state(model).items()}
@@ -122,7 +122,7 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
         directory: What `save_adapters` wrote.
 
     Raises:
-        AdapterError: the file is missing, torn, not ours or of a newer format; the base has other layers or shapes; or
+        AdapterError: The file is missing, torn, not ours or of a newer format; the base has other layers or shapes; or
             keys are missing or unexpected. The model is then as before.
     """
     directory = Path(directory)
@@ -159,7 +159,7 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and the tensors of an adapter directory; no model is needed.
 
     Raises:
-        AdapterError: the file is missing, torn, not ours or of a newer format, or its header and the readable copy
+        AdapterError: The file is missing, torn, not ours or of a newer format, or its header and the readable copy
             differ.
     """
     path = directory / TENSORS

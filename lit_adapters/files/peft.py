@@ -45,7 +45,7 @@ def export_peft(model: nn.Module, directory: str | Path) -> None:
         directory: Where to; created if missing.
 
     Raises:
-        AdapterError: peft is missing, or its format cannot express the model: another method, LoRA beside DoRA, AFA
+        AdapterError: Peft is missing, or its format cannot express the model: another method, LoRA beside DoRA, AFA
             before beta = 0, a merged adapter, a layer that stands at several places, names that peft would confuse, or
             a sharded model. Nothing is written then.
     """
@@ -103,7 +103,7 @@ def check_expressible(name: str, adapter: Any) -> LowRankAdapter:
     """The adapter, if peft has a layer of the same function.
 
     Raises:
-        AdapterError: peft has no layer with this adapter's function, or the adapter is nonlinear or merged now.
+        AdapterError: Peft has no layer with this adapter's function, or the adapter is nonlinear or merged now.
     """
     if not isinstance(adapter, (LoRAAdapter, DoRAAdapter, AFAAdapter)):
         raise AdapterError(f"{name!r} has {adapter.method}, which the LoRA format of peft cannot express")
@@ -206,7 +206,7 @@ def import_peft(model: nn.Module, directory: str | Path) -> AdapterReport:
         directory: Holds `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-        AdapterError: peft is missing; a file is missing or torn; a setting has no counterpart here; tensors are
+        AdapterError: Peft is missing; a file is missing or torn; a setting has no counterpart here; tensors are
             missing, unexpected or of another shape. The model is then as before.
     """
     directory = Path(directory)

@@ -57,7 +57,7 @@ def read_lora(directory: Path) -> tuple[Any, dict[str, Tensor]]:
     """The LoraConfig of a directory, and its tensors by their names without the prefix.
 
     Raises:
-        AdapterError: peft or a file is missing, a file is torn, or a setting or a tensor has no counterpart here.
+        AdapterError: Peft or a file is missing, a file is torn, or a setting or a tensor has no counterpart here.
     """
     peft = require_peft()
     for path in (directory / CONFIG, directory / TENSORS):

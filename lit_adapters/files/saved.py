@@ -70,7 +70,7 @@ def is_directory(path: Path) -> bool:
     """Whether `path` is an adapter directory (or its tensor file), and not a checkpoint.
 
     Raises:
-        AdapterError: the path does not exist, or is a directory that `save_adapters` did not write.
+        AdapterError: The path does not exist, or is a directory that `save_adapters` did not write.
     """
     if path.is_file() and path.name != TENSORS:
         return False
@@ -90,7 +90,7 @@ def read_saved(path: Path) -> SavedAdapters:
     In a checkpoint of several adapted models, layer names begin at the LightningModule; otherwise at the model.
 
     Raises:
-        AdapterError: the file is missing, torn, not ours, of a newer format or without adapters, or its tensors do not
+        AdapterError: The file is missing, torn, not ours, of a newer format or without adapters, or its tensors do not
             fit its description.
     """
     if is_directory(path):
@@ -118,7 +118,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The record of AdapterCallback in a checkpoint, and the state dict.
 
     Raises:
-        AdapterError: the file is torn, not a Lightning checkpoint, of a newer format or without adapters.
+        AdapterError: The file is torn, not a Lightning checkpoint, of a newer format or without adapters.
     """
     content = read_checkpoint_file(path)
     if not isinstance(content, Mapping) or "state_dict" not in content:

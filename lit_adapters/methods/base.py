@@ -48,11 +48,11 @@ class Method:
         The model stays as it is: `attach` puts the adapters in.
 
         Args:
-            model: without adapters.
-            train: as given to `attach`; a keyword in `targets` leaves modules of a `train` list out.
+            model: Without adapters.
+            train: As given to `attach`; a keyword in `targets` leaves modules of a `train` list out.
 
         Raises:
-            TargetsNotFound: nothing matches.
+            TargetsNotFound: Nothing matches.
         """
         return [(t, partial(self.wrap, t.module, t.name, t.parent)) for t in find_targets(model, self, train)]
 
@@ -60,12 +60,12 @@ class Method:
         """The adapter around one layer.
 
         Args:
-            base: the layer.
-            qualified_name: its name in the model.
-            parent: the module that holds it.
+            base: The layer.
+            qualified_name: Its name in the model.
+            parent: The module that holds it.
 
         Raises:
-            AdapterError: this layer cannot carry the method; the message names the layer and the fix.
+            AdapterError: This layer cannot carry the method; the message names the layer and the fix.
         """
         raise AdapterError(f"{type(self).__name__} is a composition of methods; attach it to a model instead")
 
@@ -148,7 +148,7 @@ def to_methods(methods: Method | Config | Iterable[Method | Config] | None) -> l
     """Methods from objects, their `{class_path, init_args}` forms, or a list of either.
 
     Raises:
-        AdapterError: something else was given, or a class path that is not a method.
+        AdapterError: Something else was given, or a class path that is not a method.
     """
     if methods is None:
         return []
@@ -187,17 +187,17 @@ class AdapterModule(Merging, Describing):
     model is cast to, and are what `adapter_parameters` and the adapter files hold.
 
     Args:
-        base: the layer that is adapted.
-        qualified_name: its name in the model, for messages and reports.
+        base: The layer that is adapted.
+        qualified_name: Its name in the model, for messages and reports.
 
     Attributes:
-        method: name of the method, as in reports, tags and `lr_scale`.
-        decays: whether weight decay makes sense for the parameters.
-        schedule: of what is annealed while training; None if nothing is.
-        cache_while_training: whether `Cache` members may also be used in training; by default in eval mode alone.
-        sharded: whether the parameters are spread over processes, and whole only while the layer runs.
-        read_as_weight: whether the parent multiplies by this layer's `weight` itself and never calls the layer.
-        on_read: called at every such reading, if it is set.
+        method: Name of the method, as in reports, tags and `lr_scale`.
+        decays: Whether weight decay makes sense for the parameters.
+        schedule: Of what is annealed while training; None if nothing is.
+        cache_while_training: Whether `Cache` members may also be used in training; by default in eval mode alone.
+        sharded: Whether the parameters are spread over processes, and whole only while the layer runs.
+        read_as_weight: Whether the parent multiplies by this layer's `weight` itself and never calls the layer.
+        on_read: Called at every such reading, if it is set.
         enabled: False makes `forward` return what the pretrained layer returns.
     """
 
@@ -315,7 +315,7 @@ class AdapterModule(Merging, Describing):
         """Fit to a sample (N,) of this layer's own inputs, before training. Most methods need nothing.
 
         Raises:
-            AdapterError: training has begun, so that calibrating would change the function.
+            AdapterError: Training has begun, so that calibrating would change the function.
         """
 
     # ---- the base by itself

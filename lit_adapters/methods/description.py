@@ -44,7 +44,7 @@ class LowRankUpdate:
     Attributes:
         b: B (out, r).
         a: A (r, in).
-        scale: s.
+        scale: The factor s.
     """
 
     b: Tensor

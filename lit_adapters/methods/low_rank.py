@@ -28,14 +28,14 @@ class LowRank(Method):
 
     Args:
         rank: r, the rank of the pair; at most the smaller side of every target.
-        alpha: the update is multiplied by alpha / rank.
-        dropout: probability of zeroing an input of the update while training.
+        alpha: The update is multiplied by alpha / rank.
+        dropout: Probability of zeroing an input of the update while training.
         targets: "all-linear", a list of name suffixes, or a regular expression for whole names; convolutions and heads
             are reached by name. "all-linear" takes every plain linear layer but those named in the list `train` and
             the head, which is what `get_classifier()` (timm) or `get_output_embeddings()` (transformers) returns.
-        exclude: name suffixes of modules to leave alone, with all that is inside them.
-        rank_pattern: rank by regular expression on the whole name, where it differs from `rank`.
-        rslora: divide alpha by sqrt(rank) instead of rank (arXiv 2312.03732).
+        exclude: Name suffixes of modules to leave alone, with all that is inside them.
+        rank_pattern: Rank by regular expression on the whole name, where it differs from `rank`.
+        rslora: Divide alpha by sqrt(rank) instead of rank (arXiv 2312.03732).
 
     Raises:
         AdapterError: a value is out of range.
@@ -86,7 +86,7 @@ class LowRank(Method):
         """As for any method; of the sizes that the pair in the file has.
 
         Raises:
-            AdapterError: one of the pair is missing.
+            AdapterError: One of the pair is missing.
         """
         pair = {"lora_A", "lora_B"}
         if not pair & tensors.keys():
@@ -109,7 +109,7 @@ class LowRankAdapter(WeightAdapter):
     """A pair A (r, in), B (out, r) beside a weight matrix W0 (out, in), and the factor s on their product.
 
     Raises:
-        AdapterError: the layer has no weight matrix, is a convolution in groups, or is smaller than the rank.
+        AdapterError: The layer has no weight matrix, is a convolution in groups, or is smaller than the rank.
     """
 
     lora_A: nn.Parameter
@@ -203,7 +203,7 @@ class LowRankAdapter(WeightAdapter):
         """As for any weight adapter.
 
         Raises:
-            AdapterError: there is dropout, which needs the input.
+            AdapterError: There is dropout, which needs the input.
         """
         if self.dropout > 0 and self.training:
             raise AdapterError(

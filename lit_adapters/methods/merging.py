@@ -19,7 +19,7 @@ class Merging(nn.Module):
     """The part of `AdapterModule` that merges.
 
     Attributes:
-        merges_into: names of the base's parameters that merging changes, such as "weight" or "bias". Empty if no
+        merges_into: Names of the base's parameters that merging changes, such as "weight" or "bias". Empty if no
             parameter can hold this adapter's effect; `folded` then says what merging leaves.
     """
 
@@ -33,10 +33,10 @@ class Merging(nn.Module):
         """The base's parameters with this adapter's effect in them, for the names in `merges_into`.
 
         Args:
-            dtype: what to compute in; the results have it too.
+            dtype: What to compute in; the results have it too.
 
         Raises:
-            AdapterError: no parameters can hold the effect, or not at present.
+            AdapterError: No parameters can hold the effect, or not at present.
         """
         raise AdapterError(f"{type(self).__name__} ({self.qualified_name!r}) cannot be merged; detach or keep it")
 
@@ -49,7 +49,7 @@ class Merging(nn.Module):
         """Raise if no parameters could hold this adapter's effect, whatever the base; most methods always pass.
 
         Raises:
-            AdapterError: the adapter is nonlinear at present.
+            AdapterError: The adapter is nonlinear at present.
         """
 
     def merge_obstacle(self) -> str:
@@ -66,7 +66,7 @@ class Merging(nn.Module):
         """Raise if the effect cannot be merged into the base's parameters.
 
         Raises:
-            AdapterError: the adapter is nonlinear at present, or a parameter is on the meta device or not floating.
+            AdapterError: The adapter is nonlinear at present, or a parameter is on the meta device or not floating.
         """
         self.check_linear()
         for name in self.merges_into:

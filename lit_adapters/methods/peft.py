@@ -54,7 +54,7 @@ def require_peft() -> Any:
     """The peft library.
 
     Raises:
-        AdapterError: peft is not installed.
+        AdapterError: Peft is not installed.
     """
     try:
         import peft
@@ -73,7 +73,7 @@ class Peft(Method):
         config: A `peft.PeftConfig`, or its dictionary with `peft_type`; kept as a dictionary of plain values.
 
     Raises:
-        AdapterError: peft is not installed or refuses the values, the method learns prompts, or a setting needs peft's
+        AdapterError: Peft is not installed or refuses the values, the method learns prompts, or a setting needs peft's
             own model.
     """
 
@@ -124,7 +124,7 @@ class Peft(Method):
         """Let peft inject its layers into `model`, take them out again, and make an adapter of each.
 
         Raises:
-            TargetsNotFound: peft finds no layer to adapt.
+            TargetsNotFound: Peft finds no layer to adapt.
             AdapterError: The model has layers of peft already, or peft cannot inject the method, or changes the inside
                 of an adapted layer.
         """

@@ -86,7 +86,7 @@ class PeftAdapter(AdapterModule):
         """The base's parameters after peft's own merge in `dtype`, which runs on a copy.
 
         Raises:
-            AdapterError: peft cannot merge this method.
+            AdapterError: Peft cannot merge this method.
         """
         try:
             tuner = copy.deepcopy(self.tuner).to(dtype)

@@ -20,7 +20,7 @@ class WeightAdapter(AdapterModule):
     `layer` knows how the base stores its matrix and applies one: see `lit_adapters.methods.matrix_layers`.
 
     Raises:
-        AdapterError: the base holds no weight matrix, or does not multiply by it as a plain layer does.
+        AdapterError: The base holds no weight matrix, or does not multiply by it as a plain layer does.
     """
 
     merges_into = ("weight",)
@@ -92,7 +92,7 @@ class WeightAdapter(AdapterModule):
         """Raise if there is no weight that holds this adapter's effect.
 
         Raises:
-            AdapterError: the adapter is nonlinear at present, or the base has no weight to merge into.
+            AdapterError: The adapter is nonlinear at present, or the base has no weight to merge into.
         """
         self.check_linear()
         if self.base.weight.is_meta:

@@ -46,7 +46,7 @@ def merge(z: Tensor, matrix: Tensor | None, merged: Tensor, sinusoid: Sinusoid, 
         matrix: W0 (rows, in), float32 or bfloat16; None for zero.
         merged: Where the result goes (rows, in), float32 or bfloat16.
         sinusoid: The constants of s f.
-        frequency: w.
+        frequency: The frequency w.
 
     Returns:
         False if the kernel cannot be built; nothing is written then.
@@ -75,7 +75,7 @@ def backward(
         matrix: W0 (rows, in), float32 or bfloat16; None for zero.
         merged: W0 + s f(z) is written here if it is given.
         sinusoid: The constants of s f.
-        frequency: w.
+        frequency: The frequency w.
         by_frequency: Whether the gradient of w is wanted.
 
     Returns:

@@ -137,7 +137,7 @@ def low_rank_linear(
         b: B (out, r), in any floating dtype.
         activation: phi, a function of z = x A^T (N, r), where N is the number of rows of x. Autograd differentiates
             it. None is the identity.
-        scale: s.
+        scale: The factor s.
 
     Returns:
         y (..., out) in the dtype of x.

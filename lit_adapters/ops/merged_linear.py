@@ -52,7 +52,7 @@ def merged_weight(
         matrix: W0 (out, in), in any floating dtype; None for zero.
         a: A (r, in), float32 or wider.
         b: B (out, r), in the dtype of A.
-        frequency: w, a tensor of no dimension in the dtype of A.
+        frequency: The frequency w, a tensor of no dimension in the dtype of A.
         update: s f.
         dtype: The dtype of the result. The sum is computed in the dtype of A and cast once.
 
@@ -188,7 +188,7 @@ def merged_linear(
         bias: (out,) in any floating dtype, or None.
         a: A (r, in), float32 or wider, as the argument of f needs the precision.
         b: B (out, r), in the dtype of A.
-        frequency: w, a tensor of no dimension in the dtype of A; it may require a gradient.
+        frequency: The frequency w, a tensor of no dimension in the dtype of A; it may require a gradient.
         update: s f and its derivatives.
         to_matrix: Returns W0 (out, in) for `weight`.
         merged: W0 + s f(B A) (out, in) in the dtype of x, if it was computed before.

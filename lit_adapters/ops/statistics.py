@@ -20,8 +20,8 @@ class Drift:
 
     Attributes:
         l2: sqrt(E (phi - phi0)^2) for each function, with the expectation over the density (...,).
-        relative: l2 / sqrt(E phi0^2) (...,).
-        sup: max |phi - phi0| over the grid (...,).
+        relative: L2 / sqrt(E phi0^2) (...,).
+        sup: Max |phi - phi0| over the grid (...,).
     """
 
     l2: Tensor
@@ -148,7 +148,7 @@ def functional_subspace(changes: Tensor, densities: Tensor, grid: Tensor, k: int
     """The principal components of functions, in float64; not centred, as zero is where all functions started.
 
     Args:
-        changes: phi - phi0 for N functions on a common grid (N, D).
+        changes: Phi - phi0 for N functions on a common grid (N, D).
         densities: The density of the inputs of each function on that grid (N, D); each row is normalised to sum 1.
         grid: The points (D,).
         k: How many directions to keep.

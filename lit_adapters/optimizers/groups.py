@@ -30,7 +30,7 @@ def parameter_groups(
             adapter.
 
     Raises:
-        AdapterError: nothing trains, or `lr_scale` names a group that does not exist.
+        AdapterError: Nothing trains, or `lr_scale` names a group that does not exist.
     """
     rational = (p for m in model.modules() if isinstance(m, RationalActivation) for p in m.parameters())
     undecayed = {id(p) for p in rational}
