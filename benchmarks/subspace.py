@@ -190,7 +190,7 @@ def run(arm: str, root: Path) -> dict[str, Any]:
     if "loran" in arm:
         batch = next(iter(cli.datamodule.train_dataloader()))
         record["share"] = [a.statistics()["nonlinearity"] for a in layers.values()]
-        record["logits"] = sinter_in_logits(cli.model.model, layers, batch)  # puts the identity in the place of f
+        record["logits"] = sinter_in_logits(cli.model.model, layers, batch)  # puts the identity in place of f
     return record
 
 

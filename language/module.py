@@ -36,7 +36,7 @@ class CausalLMTuner(LightningModule):
     """A transformers causal language model, its adapters, and the next-token loss on the tokens with a label.
 
     A batch holds input_ids and labels, int64 (B, T), and attention_mask (B, T); a packed one holds position_ids (B, T),
-    which begin anew with each document, in the place of attention_mask. Labels stand at the places of their own tokens.
+    which begin anew with each document, in place of attention_mask. Labels stand at the places of their own tokens.
 
     Optimiser and schedule come from the YAML of `python -m language`. In Python give the model a
     `configure_optimizers`; `lit_adapters.lightning.build_optimizers` makes what it returns from the same sections.

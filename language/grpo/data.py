@@ -42,7 +42,7 @@ class QuestionDataModule(InstructionDataModule):
         columns: The files' names of `question` and `answer` where they differ.
         max_length: Most tokens of a prompt; a longer one is an error.
         batch_size: Prompts per batch and process.
-        prompt_template: Prompt with `{prompt}` in the place of the question, instead of the question alone.
+        prompt_template: Prompt with `{prompt}` in place of the question, instead of the question alone.
         use_chat_template: Write prompts as a user's message, by the tokenizer's chat template.
         iterations: Optimiser steps on the completions of each batch; that of the model.
         settings: The others of `InstructionDataModule`.

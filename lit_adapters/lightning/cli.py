@@ -30,7 +30,7 @@ class AdapterCLI(LightningCLI):
     """LightningCLI with `optimizer`, `lr_scheduler` and `lr_scale` sections; see `build_optimizers`.
 
     Raises:
-        AdapterError: The arguments or the YAML are not valid (in the place of a usage text and `SystemExit`), or a
+        AdapterError: The arguments or the YAML are not valid (in place of a usage text and `SystemExit`), or a
             checkpoint file is missing, torn, or of another run.
     """
 

@@ -49,7 +49,7 @@ class LinearLayer:
         return matrix
 
     def apply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """The output of the layer with `weight` (in the layer's layout) in the place of its own, bias included."""
+        """The output of the layer with `weight` (in the layer's layout) in place of its own, bias included."""
         return F.linear(x, weight, base.bias)
 
     def multiply(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""NoRA: learned group-wise rational functions in the place of fixed activations (arXiv 2509.13240).
+"""NoRA: learned group-wise rational functions in place of fixed activations (arXiv 2509.13240).
 
     h ── act (frozen) ──►            becomes         h ── R(h; a, b) ──►     (or act(h) + R(h; a, b) - R(h; a0, b0))
 

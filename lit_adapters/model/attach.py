@@ -233,7 +233,7 @@ def detach(model: nn.Module) -> None:
 
 
 def remove_adapters(model: nn.Module, successor: Any) -> None:
-    """Put `successor(adapter)` in the place of every adapter, and delete the record of `attach`."""
+    """Put `successor(adapter)` in place of every adapter, and delete the record of `attach`."""
     successors: dict[int, nn.Module] = {}
     for target in list(places(model)):
         if isinstance(target.module, AdapterModule):
