@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lit_adapters as la
-from lit_adapters.optim import parameter_groups
+from lit_adapters.optimizers import parameter_groups
 
 EPOCHS = 5
 

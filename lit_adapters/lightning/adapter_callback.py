@@ -26,15 +26,17 @@ class AdapterCallback(CallbackOfParts):
 
     Each of these is a part, a callback of its own; `_new_parts` lists them in the order in which their hooks run.
 
-    Annealed adapters move with every optimiser step, by the share of all steps that are done; the largest beta is in
-    the progress bar and logged as `adapter/beta`. An adaptive schedule looks at the loss, or at a logged value that it
-    names: `Adaptive(monitor="train/reward")`.
+    Annealed adapters have a factor beta that falls from 1 (nonlinear) to 0 (linear). It moves after every optimiser
+    step, as a function of the share of steps done; the largest beta is in the progress bar and logged as
+    `adapter/beta`. An adaptive schedule looks at the loss, or at a logged value that it names:
+    `Adaptive(monitor="train/reward")`.
 
-    Scalars go to every logger: `adapter/<method>/<layer>/<statistic>`, averaged over the layers
-    `adapter/summary/<statistic>`, and of all functions together `adapter/subspace/<statistic>`; layers are named as in
-    the report of `attach`, statistics explained in docs/reading-tensorboard.md. Records are taken at the start, every
-    `log_every_n_steps` optimiser steps, and at ends of epochs. Statistics of inputs (`outside_range`, `nonlinearity`)
-    come from the batches of those steps; histograms of inputs, and the orange lines in figures, add up over the run.
+    Every logger gets these scalars: `adapter/<method>/<layer>/<statistic>` for each layer,
+    `adapter/summary/<statistic>`, its mean over the layers, and `adapter/subspace/<statistic>`, one value for all
+    learned functions together. Layers are named as in the report of `attach`; docs/reading-tensorboard.md explains the
+    statistics. Records are taken at the start, every `log_every_n_steps` optimiser steps, and at ends of epochs.
+    Statistics of inputs (`outside_range`, `nonlinearity`) come from the batches of those steps; histograms of inputs,
+    and the curves "inputs seen in training" in figures, add up over the run.
 
     TensorBoard also gets a page of charts (the first expects that the module logs `train/loss` and `val/loss`), the
     recipe, and the final metrics in the table of hyperparameters (with `default_hp_metric=False`). It gets figures and
@@ -50,16 +52,18 @@ class AdapterCallback(CallbackOfParts):
         statistics: "functions" (drift and slope of NoRA's activations, their inputs), "weights" (size and nonlinearity
             of weight updates), "subspace" (ranks and spectra of what these learned).
         figures: Draw functions, spectra and maps of the layers, and histograms.
-        save_adapters_only: Leave frozen base parameters out of checkpoints; loading takes them from the base model.
+        save_adapters_only: Save what training changes: adapters, modules of `train`, and buffers such as running
+            statistics. Frozen base parameters are left out; loading takes them from the base model.
         calibration_batches: Training batches shown to the adapters before the first step, where a method asks for it.
             They pass through the module's `forward_batch(batch)`, if it defines this hook, else through `predict_step`.
         allow_unused: Regular expressions of trainable parameters that may receive no gradient.
-        finalize: Put an early stop (`EarlyStopping`, `Timer`) off until annealing has ended and a twentieth of the
-            training has been linear; otherwise stopping early only warns that the adapters are still nonlinear.
+        finalize: If True, `EarlyStopping` and `Timer` cannot end the training before all annealing has reached 0 and a
+            further twentieth of the steps has run. If False they can, and a warning says that adapters are nonlinear.
 
     Raises:
         AdapterError: An argument is out of range; no module of the tree was prepared by `lit_adapters.attach`; or a
-            part stops the run, see there.
+            check of a part fails (`Annealing`, `Calibration`, `Participation`, `Finiteness`, `Resuming`,
+            `AdaptersOnly`).
     """
 
     def __init__(
@@ -107,7 +111,7 @@ class AdapterCallback(CallbackOfParts):
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Require an attached model."""
+        """Raise if no model was given to `attach`, or if an adapter is merged."""
         if not attached_models(pl_module):
             raise AdapterError(
                 f"{type(pl_module).__name__} has no adapters: call lit_adapters.attach in configure_model, "
@@ -123,6 +127,6 @@ class AdapterCallback(CallbackOfParts):
         return {"annealing": self._annealing.state_dict(), "recorded": self._recording.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hand out what `state_dict` returned."""
+        """Give each part its saved state."""
         self._annealing.load_state_dict(state_dict["annealing"])
         self._recording.load_state_dict(state_dict["recorded"])

@@ -32,7 +32,7 @@ class Method:
     """
 
     name: ClassVar[str]  # in reports, tags and lr_scale
-    kind: ClassVar[str]  # "linear" or "activation": what "targets" selects among
+    kind: ClassVar[str]  # what it adapts: "linear", "activation", or "composition" of other methods
     merges: ClassVar[str] = "yes"  # whether `merge` folds it into weights, in a few words
     exports: ClassVar[str] = "no"  # whether `export_peft` can write it
     targets: str | Sequence[str]
@@ -194,7 +194,8 @@ class AdapterModule(Merging, Describing):
         method: Name of the method, as in reports, tags and `lr_scale`.
         decays: Whether weight decay makes sense for the parameters.
         schedule: Of what is annealed while training; None if nothing is.
-        cache_while_training: Whether `Cache` members may also be used in training; by default in eval mode alone.
+        cache_while_training: Whether `may_cache` also allows caching in training. Values of frozen tensors alone, such
+            as a cast W0, are cached without asking.
         sharded: Whether the parameters are spread over processes, and whole only while the layer runs.
         read_as_weight: Whether the parent multiplies by this layer's `weight` itself and never calls the layer.
         on_read: Called at every such reading, if it is set.
@@ -290,13 +291,19 @@ class AdapterModule(Merging, Describing):
     # ---- values that are computed once
 
     def may_cache(self) -> bool:
-        """Whether `Cache` members may be used now: in eval mode without gradients, or in training on request."""
+        """Whether a value computed from trained tensors may be cached now.
+
+        Never under torch.compile or torch.func; in training with `cache_while_training` alone; in eval mode if there
+        are no gradients and the parameters are not sharded.
+        """
         if torch.compiler.is_compiling() or transformed():
             return False
-        return self.cache_while_training if self.training else not (torch.is_grad_enabled() or self.sharded)
+        if self.training:
+            return self.cache_while_training
+        return not torch.is_grad_enabled() and not self.sharded
 
     def clear_caches(self) -> None:
-        """Drop every cached value; needed where a tensor changes without a counted write."""
+        """Drop every cached value; needed after a change that does not raise `tensor._version`, such as by `.data`."""
         for value in vars(self).values():
             if isinstance(value, Cache):
                 value.clear()
@@ -377,7 +384,10 @@ class AdapterModule(Merging, Describing):
             self.recompute_buffers()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """As the base layer does it, which knows what else a quantised weight needs; it shares these tables."""
+        """Let the base layer save the tensors, as a quantised one also saves its scales.
+
+        Base and adapter share their tables, so the tensors of the adapter are among them.
+        """
         if self.base._parameters is self._parameters:
             self.base._save_to_state_dict(destination, prefix, keep_vars)
             for name in self._non_persistent_buffers_set:

@@ -1,12 +1,12 @@
 """LoRA: low-rank adaptation of linear layers (Hu et al., arXiv 2106.09685), the linear baseline.
 
-         x ──── W0 (frozen) ────┐
-         │                      + ── h
-         └── A (r, in) ── B (out, r) ── s
+    x ──┬── W0 (out, in), frozen ───────────────────────+── h
+        └── dropout ── A (r, in) ── B (out, r) ── * s ──┘
 
-    h = W0 x + s B A x        s = alpha / r, or alpha / sqrt(r) with rslora (arXiv 2312.03732)
+    h = W0 x + bias + s B A x        s = alpha / r, or alpha / sqrt(r) with rslora (arXiv 2312.03732)
 
-A is Kaiming-uniform(a = sqrt 5), B zero: the start is the pretrained layer. r (in + out) parameters a layer.
+A starts Kaiming-uniform(a = sqrt 5), B at zero, so the layer starts as the pretrained one. It has r * (in + out)
+trained parameters.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LoRAAdapter(LowRankAdapter):
     def forward(self, x: Tensor) -> Tensor:
         if not self.in_effect:
             return self.unadapted(x)
-        if self.can_fuse(x):
+        if self.can_fuse(x):  # the usual path: the same formula in fewer operations, see ops/low_rank.py
             return self.fused(x)
         y = self.base(x)  # W0 x + bias
         update = self.scaling * self.up(self.down(x))  # s B A x

@@ -57,7 +57,7 @@ class LoRAN(LowRank):
     """
 
     name: ClassVar[str] = "loran"
-    branch: ClassVar[bool] = False
+    multiplies_in_turn: ClassVar[bool] = False
 
     function: str = "sinter"
     amplitude: float = 5e-5

@@ -42,7 +42,9 @@ class LowRank(Method):
     """
 
     kind: ClassVar[str] = "linear"
-    branch: ClassVar[bool] = True  # whether the input passes through A and B, one after the other
+    multiplies_in_turn: ClassVar[bool] = (
+        True  # B (A x); False if the matrix is formed first, as for grouped convolutions
+    )
 
     rank: int = 8
     alpha: float = 16.0
@@ -83,7 +85,7 @@ class LowRank(Method):
     def placeholder(
         self, qualified_name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
     ) -> AdapterModule | None:
-        """As for any method; of the sizes that the pair in the file has.
+        """See `Method.placeholder`. The saved pair tells the sizes: lora_A is (r, in), lora_B (out, r).
 
         Raises:
             AdapterError: One of the pair is missing.
@@ -117,7 +119,7 @@ class LowRankAdapter(WeightAdapter):
 
     def __init__(self, base: nn.Module, qualified_name: str, config: LowRank) -> None:
         super().__init__(base, qualified_name)
-        if config.branch and not self.layer.low_rank:
+        if config.multiplies_in_turn and not self.layer.low_rank:
             raise AdapterError(
                 f"{qualified_name!r} is a convolution in groups, which no pair of convolutions of rank r can follow; "
                 f"use LoRAN, which works on the weight, or set exclude=[{qualified_name!r}]"
@@ -134,7 +136,9 @@ class LowRankAdapter(WeightAdapter):
         device = self.base.weight.device
         self.add_parameter("lora_A", torch.empty(rank, inputs, device=device))
         self.add_parameter("lora_B", torch.empty(outputs, rank, device=device))
-        self._cast_weight: Cache[Tensor] = Cache()  # W0 in the dtype of the products
+        self._cast_weight: Cache[Tensor] = Cache()  # W0 in the dtype in which W0 x is computed
+
+    # lora_A and lora_B are uninitialised here: subclasses end their `__init__` with `self.reset_parameters()`.
 
     def reset_parameters(self) -> None:
         """A Kaiming-uniform(a = sqrt 5), B zero: the start is the pretrained layer."""
@@ -158,10 +162,12 @@ class LowRankAdapter(WeightAdapter):
     # ---- the fast path
 
     def can_fuse(self, x: Tensor) -> bool:
-        """Whether `fused` may take the place of the formula: for a plain linear layer that nothing hooks into.
+        """Whether `fused` may take the place of the formula.
 
-        Compilers fuse by themselves, the transforms of torch.func need plain operations, and dropout belongs to the
-        input of A alone.
+        False if the layer is not a plain nn.Linear, or its forward is replaced or hooked; under torch.compile, which
+        fuses by itself; under torch.func, which needs plain operations; if x is not contiguous; with active dropout,
+        which acts on the input of A but not on that of W0; if W0 or the bias trains; or if x has another dtype than W0
+        and there is no autocast.
         """
         base = self.base
         if type(self.layer) is not LinearLayer or type(base).forward is not nn.Linear.forward:
@@ -178,7 +184,10 @@ class LowRankAdapter(WeightAdapter):
         return x.dtype == weight.dtype or autocast_dtype(x) is not None
 
     def fused(self, x: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """W0 x + bias + s B phi(A x), phi = `activation` or the identity, in one pass each way where `can_fuse`."""
+        """W0 x + bias + s B phi(A x) in fused operations; (..., in) -> (..., out). Only if `can_fuse(x)`.
+
+        phi is `activation`, or the identity.
+        """
         dtype, base = self._compute_dtype(x), self.base
         weight, bias = self._weight_in(dtype), None if base.bias is None else base.bias.to(dtype)
         return low_rank_linear(x.to(dtype), weight, bias, self.lora_A, self.lora_B, activation, self.scaling)
@@ -186,12 +195,12 @@ class LowRankAdapter(WeightAdapter):
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         """What the base layer computes in, for this input."""
         dtype = autocast_dtype(x)
-        if dtype is not None and x.dtype != torch.float64:  # which autocast leaves alone
+        if dtype is not None and x.dtype != torch.float64:  # autocast does not change float64
             return dtype
         return self.layer.compute_dtype(self.base, x)
 
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
-        """W0 in the dtype of the products; under autocast it is cast once and kept."""
+        """W0 in the dtype in which W0 x is computed; under autocast it is cast once and kept."""
         weight: Tensor = self.base.weight
         if weight.dtype == dtype or self.sharded:
             return weight.to(dtype)

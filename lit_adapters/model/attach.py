@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,8 @@ class Attachment:
         trained_parameters: The names of the base parameters that train.
         buffers: The names of the base's persistent buffers, such as running statistics, which training changes.
         required_grad: `requires_grad` of each base parameter before `attach`.
-        prefix: While a state dict is loaded, the name of this model inside the one that loads it.
+        prefix: The key prefix of this model in the state dict loaded last, such as "model."; empty for the model
+            itself.
     """
 
     methods: list[dict[str, Any]]
@@ -90,7 +91,7 @@ def attach(
             f"{type(model).__name__} already has adapters (merged ones count while their wrappers stay); "
             "call lit_adapters.detach or lit_adapters.merge first, or give all methods to one attach"
         )
-    leaves = [part for method in to_methods(methods) for part in method.parts()]
+    single_methods = [part for method in to_methods(methods) for part in method.parts()]
     trained = _find_trained(model, train)
     head = {id(p) for h in head_modules(model) for p in h.parameters()}
 
@@ -98,7 +99,7 @@ def attach(
     # Every adapter is built before the model is changed.
     wrapped: list[tuple[Target, AdapterModule]] = []
     shared: dict[int, AdapterModule] = {}
-    for target, build in _assign(model, leaves, train):
+    for target, build in _assign(model, single_methods, train):
         adapter = shared.get(id(target.module)) or build()
         adapter.read_as_weight = adapter.read_as_weight or reads_weight(target.parent, target.attribute)
         if isinstance(target.parent, nn.TransformerEncoderLayer):
@@ -128,12 +129,12 @@ def attach(
     model.register_load_state_dict_post_hook(_forgive_frozen)
 
     sizes = {n: named[n].numel() for n in state.trained_parameters}
-    # If the head is not known, what `train` names counts as the head.
-    own = {n for n in sizes if id(named[n]) in head} if head else set(sizes)
+    # Without a known head, everything in `train` counts as the head.
+    of_head = {n for n in sizes if id(named[n]) in head} if head else set(sizes)
     return AdapterReport(
         adapters=[(n, a.method, sum(p.numel() for p in a.adapter_parameters().values())) for n, a in adapters(model)],
-        trained={n: size for n, size in sizes.items() if n not in own},
-        head={n: size for n, size in sizes.items() if n in own},
+        trained={n: size for n, size in sizes.items() if n not in of_head},
+        head={n: size for n, size in sizes.items() if n in of_head},
         total=sum(_logical_size(p) for p in model.parameters()),
     )
 
@@ -216,9 +217,9 @@ def _find_trained(model: nn.Module, train: str | Sequence[str]) -> set[str]:
 
 
 def detach(model: nn.Module) -> None:
-    """Remove all adapters; the base has its own modules, values and `requires_grad` again.
+    """Remove all adapters; the base has its own modules and `requires_grad` again.
 
-    Modules of `train` keep what they have learned.
+    Modules of `train` and buffers keep their trained values; frozen parameters never changed.
 
     Raises:
         AdapterError: The model has no adapters, or they are merged.
@@ -232,15 +233,15 @@ def detach(model: nn.Module) -> None:
         parameter.requires_grad_(state.required_grad.get(name, True))
 
 
-def remove_adapters(model: nn.Module, successor: Any) -> None:
-    """Put `successor(adapter)` in place of every adapter, and delete the record of `attach`."""
-    successors: dict[int, nn.Module] = {}
+def remove_adapters(model: nn.Module, replacement: Callable[[AdapterModule], nn.Module]) -> None:
+    """Replace every adapter by `replacement(adapter)`, and delete the record and the hooks of `attach`."""
+    replacements: dict[int, nn.Module] = {}
     for target in list(places(model)):
         if isinstance(target.module, AdapterModule):
             key = id(target.module)
-            if key not in successors:
-                successors[key] = successor(target.module)
-            setattr(target.parent, target.attribute, successors[key])
+            if key not in replacements:
+                replacements[key] = replacement(target.module)
+            setattr(target.parent, target.attribute, replacements[key])
     del model.__dict__[_STATE]
     for hooks in (model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks):
         for key, hook in list(hooks.items()):
@@ -250,9 +251,9 @@ def remove_adapters(model: nn.Module, successor: Any) -> None:
 
 def frozen_keys(model: nn.Module) -> set[str]:
     """The state dict keys of base parameters that do not train, with the keys of the scales of quantised ones."""
-    own = {id(p) for _, adapter in adapters(model) for p in adapter.adapter_parameters().values()}
+    adapter_ids = {id(p) for _, adapter in adapters(model) for p in adapter.adapter_parameters().values()}
     named = model.named_parameters(remove_duplicate=False)
-    frozen = {n: getattr(p, "quant_state", None) for n, p in named if id(p) not in own and not p.requires_grad}
+    frozen = {n: getattr(p, "quant_state", None) for n, p in named if id(p) not in adapter_ids and not p.requires_grad}
     scales = {f"{n}.{key}" for n, state in frozen.items() if state is not None for key in state.as_dict(packed=True)}
     return set(frozen) | scales
 

@@ -77,7 +77,7 @@ class Annealer:
             averages.load(other["sum"], other["means"])
 
     def start(self, step: int, total_steps: float) -> None:
-        """Put the adapters where `step` has them.
+        """Set beta of every adapter to its value at `step`.
 
         Args:
             step: Optimiser steps that are done.
@@ -99,7 +99,10 @@ class Annealer:
         self._move(0.0)
 
     def linear_from(self) -> int:
-        """The step before which a run may not end early: all that anneals to 0 is there, and linear steps followed."""
+        """The first step at which a run may stop early.
+
+        All schedules that end at 0 have reached it by then, and a twentieth of all steps has followed.
+        """
         schedules = [schedule for _, schedule in self.layers if schedule(1.0) == 0.0]
         if not schedules:
             return 0
@@ -156,7 +159,7 @@ class _Averages:
     """The sum of a value over the batches since the last step, and its running means over steps.
 
     Attributes:
-        means: By window, over a fifth of it and over all of it.
+        means: For each window, in steps: the running mean over a fifth of the window, and over the window.
     """
 
     def __init__(self) -> None:
@@ -174,7 +177,7 @@ class _Averages:
         self.sum += value
 
     def update(self, windows: set[int]) -> None:
-        """A step is done."""
+        """Take the sum into the running means at the end of an optimiser step, and begin a new one."""
         for window in windows:
             fast, slow = self.means.get(window, (self.sum, self.sum))
             fast += (self.sum - fast) * min(1.0, 5 / window)

@@ -95,9 +95,10 @@ class ParticipationCheck:
     def before_step(self, optimizer: Optimizer, optimizers: Sequence[Optimizer]) -> None:
         """Look at the gradients that `optimizer` is about to use.
 
-        Before the first step a gradient of zero is right: A of a low-rank pair waits for its B to move, and B for a
-        head that starts at zero. So a zero counts once a step has passed that moved something and gave no further
-        parameter a gradient. A loss without any gradient says nothing of a single parameter, unless it stays so.
+        Zero gradients are normal at first: A of a low-rank pair gets none until B has moved, and B none behind a head
+        that starts at zero. So this raises only if the step before changed parameters, and no further parameter has its
+        first gradient now. Steps in which all gradients are zero (all rewards equal, say) are passed over, up to 100 in
+        a row.
 
         Args:
             optimizer: The one that steps.
