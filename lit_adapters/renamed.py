@@ -28,7 +28,7 @@ MODULES = {
     "language.speculative": "language.draft.speculative",
     "language.validation": "language.evaluate.validation",
 }
-# Classes that checkpoints record, where the module of the old name is still there.
+# Classes that checkpoints record under the path on the left; their package exports them there.
 CLASSES = {
     "language.data.InstructionDataModule": "language.data.module.InstructionDataModule",
     "language.dpo.DPOTuner": "language.dpo.module.DPOTuner",
@@ -43,6 +43,11 @@ def current(path: str) -> str:
         return CLASSES[path]
     module, _, name = path.rpartition(".")
     return f"{MODULES[module]}.{name}" if module in MODULES else path
+
+
+def recorded(path: str) -> str:
+    """The import path that files hold for a class, given the one that it has now."""
+    return next((old for old, new in CLASSES.items() if new == path), path)
 
 
 class _Finder(MetaPathFinder):

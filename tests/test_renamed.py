@@ -7,7 +7,7 @@ import sys
 import pytest
 from jsonargparse._util import import_object
 
-from lit_adapters.renamed import CLASSES, MODULES, current
+from lit_adapters.renamed import CLASSES, MODULES, current, recorded
 
 
 @pytest.mark.parametrize(("old", "new"), MODULES.items())
@@ -20,7 +20,7 @@ def test_the_old_name_is_the_new_module(old, new):
 @pytest.mark.parametrize(("old", "new"), CLASSES.items())
 def test_the_old_path_leads_to_the_new_class(old, new):
     assert import_object(old) is import_object(new)
-    assert current(old) == new
+    assert (current(old), recorded(new)) == (new, old)
 
 
 def test_a_class_of_a_moved_module():

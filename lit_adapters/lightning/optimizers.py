@@ -32,9 +32,9 @@ def build_optimizers(
 ) -> Any:
     """Build what `configure_optimizers` returns.
 
-    The optimiser gets trainable parameters only, grouped by `lit_adapters.optim.parameter_groups`. The schedule steps
-    once per optimiser step, over `trainer.estimated_stepping_batches`; ReduceLROnPlateau, which waits for a metric,
-    once an epoch.
+    The optimiser gets trainable parameters only, grouped by `lit_adapters.optimizers.parameter_groups`. The schedule
+    steps once per optimiser step, over `trainer.estimated_stepping_batches`; ReduceLROnPlateau, which waits for a
+    metric, once an epoch.
 
     Args:
         module: Holds the trainable parameters; it belongs to a trainer.

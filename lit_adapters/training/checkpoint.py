@@ -13,7 +13,7 @@ from torch import nn
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import RECORD, RECORD_FORMAT, describe
 from lit_adapters.model.attach import attachment, frozen_keys
-from lit_adapters.renamed import current
+from lit_adapters.renamed import current, recorded
 from lit_adapters.training.attached import attached_models
 
 
@@ -33,7 +33,7 @@ def record(module: nn.Module) -> dict[str, Any]:
     return {
         "format": RECORD_FORMAT,
         "version": version("lit-adapters"),
-        "module": class_path(type(module)),
+        "module": recorded(class_path(type(module))),
         "models": _models(module),
     }
 
