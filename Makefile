@@ -15,7 +15,7 @@ demo-language: $(ENVIRONMENT)  ## fine-tune a language model with AFA-LoRA, merg
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 test: $(ENVIRONMENT)  ## fast tests: no network, under five minutes
-	$(PYTEST)
+	OMP_NUM_THREADS=1 $(PYTEST)  # one thread a process, as the processes share the cores
 
 slow: $(ENVIRONMENT)  ## real weights, compiled kernels, several processes
 	$(PYTEST) -m slow --ignore=tests/test_speed.py
