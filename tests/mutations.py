@@ -39,7 +39,7 @@ def json_edits(document: Any, count: int, seed: int = 0) -> Iterator[tuple[str, 
     """Yield edited copies of a JSON document, with a description of each edit.
 
     An edit removes an entry, puts a strange value in its place, wraps it in a list, doubles it, renames its key, adds
-    an unknown key, or nests it 5,000 lists deep. A document that is no list and no dict is replaced as a whole.
+    an unknown key, or nests a value 300 lists deep. A document that is no list and no dict is replaced as a whole.
 
     Args:
         document: Any value that JSON can hold; it is left as it is.
@@ -115,7 +115,7 @@ def _edit(document: Any, path: tuple[Any, ...], generator: random.Random) -> tup
         value["unknown_key"] = generator.choice(STRANGE)
     elif kind == "nest":
         nested: Any = []
-        for _ in range(5_000):
+        for _ in range(300):
             nested = [nested]
         parent[key] = nested
     else:
