@@ -1,5 +1,8 @@
 """Kernels in C++ for the CPU, compiled at first use and kept in the folder `kernels` of the cache folder.
 
+A library runs as code, so one from the cache is loaded only if it is a file of this user (or of root) that nobody else
+can write to, and matches its checksum. Any other is compiled anew.
+
 This takes the place of torch.utils.cpp_extension.load, which needs ninja and does not rebuild a kernel for another
 processor. A kernel here includes no header of PyTorch or Python: it compiles in 2 s, where one that does takes 20.
 
@@ -16,6 +19,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 import warnings
@@ -25,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_adapters.ops.folders import cache_folder
+from lit_adapters.ops.folders import cache_folder, is_private_file, private_folder
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +37,9 @@ FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-
 FLAGS += ["-fno-exceptions", "-fno-rtti", "-fopenmp", "-fPIC", "-w"]
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _SERIAL = 1 << 14  # up to so many elements, one thread is faster than several
+
+COMPILER_SECONDS = 60  # it takes two, on a busy machine twenty
+_DIGEST = hashlib.sha256().digest_size
 
 _broken: set[str] = set()  # kernels that could not be built or loaded
 
@@ -71,28 +78,104 @@ def build(name: str, **macros: int) -> ctypes.CDLL:
 
     Raises:
         OSError: The file cannot be compiled, written or loaded.
-        RuntimeError: There is no home directory, and $LIT_ADAPTERS_CACHE is not set.
     """
     source, header = (Path(__file__).with_name(file) for file in (f"{name}.cpp", "vectors.h"))
     command = [compiler(), *FLAGS, *(f"-D{macro}={value}" for macro, value in macros.items())]
     key = "\n".join([*command, source.read_text(), header.read_text(), platform.platform(), _processor()])
-    folder = cache_folder() / "kernels"
-    path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
-    if not path.exists():
+    file = f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    path = _folder() / file
+    if not _intact(path):
         log.info("compiling %s.cpp %s, about two seconds", name, macros or "")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            steps = [
-                [*command, "-c", str(source), "-o", f"{scratch}/kernel.o"],
-                # Without -fopenmp, so that no OpenMP runtime is linked: PyTorch has loaded one.
-                [command[0], "-shared", f"{scratch}/kernel.o", "-lm", "-o", f"{scratch}/kernel.so"],
-            ]
-            for step in steps:
-                done = subprocess.run(step, capture_output=True, text=True)
-                if done.returncode:
-                    raise OSError(f"{step[0]} failed: {done.stderr.strip()[:300]}")
-            os.replace(f"{scratch}/kernel.so", path)
+        library = _compile(command, source)
+        try:
+            _write(path, library)
+        except OSError as error:
+            path = _own_folder(error) / file
+            _write(path, library)
     return ctypes.CDLL(str(path))
+
+
+def _folder() -> Path:
+    """The folder for kernels in the cache, or one of this process where that cannot be made or trusted."""
+    try:
+        return private_folder(cache_folder() / "kernels")
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        return _own_folder(error)
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="lit_adapters_kernels_")
+
+
+def _own_folder(reason: Exception) -> Path:
+    """A folder that is removed when this process ends; the first call warns with the `reason` for it."""
+    if not _scratch.cache_info().currsize:
+        warnings.warn(
+            f"compiled kernels cannot be kept ({reason}), so each process compiles them anew, about two seconds for "
+            "each. To fix it, set LIT_ADAPTERS_CACHE to a folder of your own that can be written to.",
+            stacklevel=2,
+        )
+    return Path(_scratch().name)
+
+
+def _intact(path: Path) -> bool:
+    """Whether a library is a private file that ends in the SHA-256 of what stands before.
+
+    The loader of the system ignores what stands behind the library. One file for both is always replaced as a whole.
+    """
+    if not is_private_file(path):
+        return False
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
+
+
+def _compile(command: list[str], source: Path) -> bytes:
+    """The library that a C++ file compiles to.
+
+    Raises:
+        OSError: The compiler fails, or does not end in time.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        steps = [
+            [*command, "-c", str(source), "-o", f"{scratch}/kernel.o"],
+            # Without -fopenmp, so that no OpenMP runtime is linked: PyTorch has loaded one.
+            [command[0], "-shared", f"{scratch}/kernel.o", "-lm", "-o", f"{scratch}/kernel.so"],
+        ]
+        for step in steps:
+            _run(step)
+        return Path(scratch, "kernel.so").read_bytes()
+
+
+def _run(step: list[str]) -> None:
+    # In a session of its own, so that what the compiler has started ends with it.
+    none = subprocess.DEVNULL
+    with subprocess.Popen(
+        step, stdin=none, stdout=none, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+    ) as process:
+        try:
+            _, complaint = process.communicate(timeout=COMPILER_SECONDS)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise OSError(f"{step[0]} did not end within {COMPILER_SECONDS} s") from None
+            raise
+    if process.returncode:
+        raise OSError(f"{step[0]} failed: {complaint.strip()[:300]}")
+
+
+def _write(path: Path, library: bytes) -> None:
+    """Put a library and its checksum in the cache, for this user alone, in one step."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(library + hashlib.sha256(library).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def usable(name: str) -> bool:
@@ -110,11 +193,11 @@ def library(name: str, what: str, **macros: int) -> ctypes.CDLL | None:
     """
     try:
         return build(name, **macros)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+    except OSError as error:
         _broken.add(name)
         warnings.warn(
             f"the fast {what} cannot be built here ({error}); it runs in plain PyTorch operations, several times "
-            "slower. To fix it, put g++ on the PATH (with CXX unset) and set LIT_ADAPTERS_CACHE to a writable folder.",
+            "slower. To fix it, put g++ on the PATH, with CXX unset.",
             stacklevel=2,
         )
         return None

@@ -1,7 +1,11 @@
-"""C++ kernels: built once, kept, loaded by other processes, and replaced by operations if they cannot be built."""
+"""C++ kernels: built once, kept, loaded by other processes, and loaded only if nobody else can have written them."""
 
+import os
+import stat
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from lit_adapters.ops import _native as native
 from lit_adapters.ops import rational, rational_reference
 from lit_adapters.ops.merged_linear import merged_weight
 from lit_adapters.ops.rescaled import scale_without_bias as rescaled
+from tests.mutations import byte_edits
 from tests.ops.test_rational import coefficients, normwise
 
 
@@ -22,6 +27,25 @@ def kernels(tmp_path, monkeypatch):
     native.build.cache_clear()
     yield tmp_path / "kernels"
     native.build.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What the compiler makes of one kernel."""
+    return native._compile([native.compiler(), *native.FLAGS], Path(native.__file__).with_name("rescaled.cpp"))
+
+
+@pytest.fixture
+def compilations(compiled, monkeypatch):
+    """A list that grows with each compilation, which takes no time."""
+    found = []
+
+    def at_once(command, source):
+        found.append(source.stem)
+        return compiled
+
+    monkeypatch.setattr(native, "_compile", at_once)
+    return found
 
 
 def test_it_is_built_once_for_all_processes(kernels):
@@ -40,6 +64,7 @@ def test_a_change_of_what_is_compiled_makes_another(kernels):
     assert len(list(kernels.iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "macros"), [("rational", {"M": 3, "N": 2, "ABS_OF_SUM": 1}), ("merged", {}), ("rescaled", {})]
 )
@@ -82,24 +107,117 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("name", list(KERNELS))
-@pytest.mark.parametrize("fault", ["no compiler", "compiler fails", "no place", "torn file"])
+@pytest.mark.parametrize("fault", ["no compiler", "compiler fails"])
 def test_without_the_kernel_it_warns_once_and_goes_on(fault, name, kernels, tmp_path, monkeypatch):
-    twice, macros = KERNELS[name]
+    twice, _ = KERNELS[name]
     if fault == "no compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
-    elif fault == "compiler fails":
-        monkeypatch.setenv("CXX", "false")
-    elif fault == "no place":
-        kernels.write_text("a file where the folder should be")
     else:
-        with monkeypatch.context() as building:
-            building.setattr(native.ctypes, "CDLL", lambda path: None)  # a loaded file would be used as it was
-            native.build(name, **macros)
-        (built,) = kernels.iterdir()
-        built.write_bytes(b"torn")
-        native.build.cache_clear()
+        monkeypatch.setenv("CXX", "false")
     with pytest.warns(UserWarning, match="cannot be built here") as caught:
         errors = twice()
     assert len(caught) == 1
     assert max(errors) <= 1e-6
+
+
+def test_a_compiler_that_does_not_end_is_stopped_with_what_it_started(kernels, tmp_path, monkeypatch):
+    stuck = tmp_path / "stuck"
+    stuck.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {tmp_path}/child\nwait\n")
+    stuck.chmod(0o755)
+    monkeypatch.setenv("CXX", str(stuck))
+    monkeypatch.setattr(native, "COMPILER_SECONDS", 0.5)
+    with pytest.warns(UserWarning, match="stuck did not end within 0.5 s"):
+        assert max(rescaled_twice()) <= 1e-6
+    stat = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def build_without_loading(monkeypatch):
+    """Build one kernel, as a process that has loaded a file goes on with its content."""
+    with monkeypatch.context() as building:
+        building.setattr(native.ctypes, "CDLL", lambda path: None)
+        native.build("rescaled")
+    native.build.cache_clear()
+
+
+def test_a_damaged_library_is_compiled_anew(kernels, compilations, monkeypatch):
+    build_without_loading(monkeypatch)
+    (built,) = kernels.iterdir()
+    sound = built.read_bytes()
+    damages = [b"", b"torn", sound[:4096], sound[:-1], *(damaged for _, damaged in byte_edits(sound, 100))]
+    for damaged in damages:
+        built.write_bytes(damaged)
+        assert native._intact(built) == (damaged == sound)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert max(rescaled_twice()) <= 1e-6
+    assert built.read_bytes() == sound
+    assert len(compilations) == 2
+
+
+@pytest.mark.parametrize("plant", ["a link", "writable by others", "of another user", "without a checksum"])
+def test_a_library_that_may_come_from_others_is_compiled_anew(plant, kernels, compilations, tmp_path, monkeypatch):
+    build_without_loading(monkeypatch)
+    (built,) = kernels.iterdir()
+    sound = built.read_bytes()
+    if plant == "a link":
+        built.rename(tmp_path / "elsewhere")
+        built.symlink_to(tmp_path / "elsewhere")
+    elif plant == "writable by others":
+        built.chmod(0o666)
+    elif plant == "of another user":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a file away")
+        os.chown(built, 12345, 12345)
+    else:
+        built.write_bytes(sound[:-32])
+    assert not native._intact(built)
+    assert max(rescaled_twice()) <= 1e-6
+    assert built.read_bytes() == sound
+    assert len(compilations) == 2
+    assert stat.S_IMODE(built.lstat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("place", ["a file", "a link", "of another user", "full", "no home"])
+def test_without_a_place_that_can_be_trusted_a_process_keeps_kernels_for_itself(
+    place, kernels, compilations, tmp_path, monkeypatch
+):
+    if place == "a file":
+        kernels.write_text("a file where the folder should be")
+    elif place == "a link":
+        kernels.symlink_to(tmp_path)
+    elif place == "of another user":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a folder away")
+        kernels.mkdir()
+        os.chown(kernels, 12345, 12345)
+    elif place == "full":
+        write = native._write
+
+        def full(path, library):
+            if path.parent == kernels:
+                raise OSError(28, "No space left on device")
+            write(path, library)
+
+        monkeypatch.setattr(native, "_write", full)
+    else:
+        monkeypatch.setenv("LIT_ADAPTERS_CACHE", "")
+        monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+    native._scratch.cache_clear()
+    with pytest.warns(UserWarning, match="compiled kernels cannot be kept") as caught:
+        errors = rescaled_twice()
+    assert len(caught) == 1
+    assert max(errors) <= 1e-6
+    assert not kernels.is_dir() or not list(kernels.glob("*.so"))
+
+
+def test_others_can_neither_read_nor_write_what_is_kept(kernels, compilations):
+    before = os.umask(0)
+    try:
+        kernels.mkdir(mode=0o777)
+        native.build("rescaled")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(kernels.stat().st_mode) == 0o700
+    assert [stat.S_IMODE(file.stat().st_mode) for file in kernels.iterdir()] == [0o600]
