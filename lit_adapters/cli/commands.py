@@ -22,6 +22,7 @@ from lit_adapters.cli.models import adapted_model, build_base
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import HEADER, TENSORS, save_adapters
 from lit_adapters.files.atomic import check_output, write_directory
+from lit_adapters.files.meaning import write_meaning
 from lit_adapters.files.peft import check_expressible, export_peft, import_peft
 from lit_adapters.files.peft_lora import CONFIG
 from lit_adapters.files.saved import read_saved
@@ -87,6 +88,7 @@ def merge_command(args: argparse.Namespace) -> None:
                 tokenizer.save_pretrained(directory)
         else:
             save_model(model, str(directory / _WEIGHTS))
+        write_meaning(model, directory)
 
     write_directory(args.out, write)
     print(merged)

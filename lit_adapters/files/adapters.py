@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.atomic import write_atomically, write_text_atomically
+from lit_adapters.files.meaning import HEADER_KEY, adopt_meaning, check_same, checked, meaning_of
 from lit_adapters.model.attach import adapters, attach, attachment, detach
 from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import is_sharded, whole
@@ -104,6 +105,8 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
         **describe(model),
         "base": {"shapes": _base_shapes(model), "weights": _fingerprint(model, tensors)},
     }
+    if meaning := meaning_of(model):
+        header[HEADER_KEY] = meaning
     text = json.dumps(header, indent=1)
     together = is_sharded(model)
     if not together or torch.distributed.get_rank() == 0:
@@ -122,8 +125,9 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
         directory: What `save_adapters` wrote.
 
     Raises:
-        AdapterError: The file is missing, torn, not ours or of a newer format; the base has other layers or shapes; or
-            keys are missing or unexpected. The model is then as before.
+        AdapterError: The file is missing, torn, not ours or of a newer format; the base has other layers or shapes;
+            keys are missing or unexpected; or the file's meaning (`lit_adapters.files.meaning`) contradicts the
+            model's. The model is then as before.
     """
     directory = Path(directory)
     header, tensors = read_directory(directory)
@@ -136,6 +140,8 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
             f"{mine.get(key, 'absent')} here ({len(different)} parameters differ). Build the model that the adapters "
             "were trained on: same architecture, same number of classes"
         )
+    meaning = checked(header.get(HEADER_KEY, {}), str(directory))
+    check_same(meaning, meaning_of(model), str(directory))
     report = attach(model, header["methods"], header["train"])
     expected = adapter_state(model)
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -152,6 +158,7 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
             f"{directory} was trained on other weights of this architecture; results will differ", stacklevel=2
         )
     model.load_state_dict(tensors, strict=False, assign=any(t.is_meta for t in expected.values()))
+    adopt_meaning(model, meaning, str(directory))
     return report
 
 
