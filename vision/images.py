@@ -7,14 +7,17 @@ epoch, index), so that any number of workers and a resumed run give the same bat
 from __future__ import annotations
 
 import io
-import struct
+import os
+import stat
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image, ImageOps
 from timm.data.transforms import str_to_pil_interp
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -25,6 +28,8 @@ from vision.sampling import flips
 
 # Images of one size are kept decoded up to this many bytes; CIFAR's 50,000 take 150 MB.
 MAX_DECODED_BYTES = 1 << 30
+# Not all that Pillow knows: its EPS reader starts Ghostscript.
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class EncodedImage(NamedTuple):
@@ -40,21 +45,82 @@ class EncodedImage(NamedTuple):
 
 
 def open_image(image: EncodedImage) -> Image.Image:
-    """Decode to RGB.
+    """Decode to RGB, as a viewer shows the image: the first frame, turned as its EXIF data say, over white.
+
+    Grey values of 16 bits keep their order: the whole range becomes 0 to 255. Floating-point values must lie between 0
+    and 1.
 
     Raises:
-        DataError: The image is missing or corrupt.
+        DataError: The image is missing, corrupt, no regular file, larger than Pillow's bound of 179 million pixels, or
+            has values whose range is not known.
+    """
+    return _read(image)[0]
+
+
+def _read(image: EncodedImage, check_only: bool = False) -> tuple[Image.Image, bool]:
+    """The decoded image, and whether it has further frames.
+
+    With `check_only` a JPEG is decoded at an eighth of its size. This reads all its bytes and takes half the time.
     """
     try:
-        data = Path(image.name).read_bytes() if image.data is None else image.data
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    # Pillow reports damaged files with all of these.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        if image.data is None:
+            _check_regular(image.name)
+        with open(image.name, "rb") if image.data is None else io.BytesIO(image.data) as file:
+            opened = Image.open(file, formats=FORMATS)
+            if check_only:
+                opened.draft("RGB", (1, 1))
+            frames = bool(getattr(opened, "is_animated", False)) and opened.format != "MPO"  # a photo with previews
+            return _to_rgb(opened), frames
+    except DataError:
+        raise
+    except Exception as error:  # Pillow reports damage with nearly every kind of exception
         raise DataError(f"cannot decode image {image.name}: {error}; replace or remove it") from error
 
 
+def _check_regular(name: str) -> None:
+    """Refuse a pipe or a device, which might never end."""
+    if not stat.S_ISREG(Path(name).stat().st_mode):
+        raise DataError(f"image {name} is no regular file (a folder, a pipe or a device): remove it")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_grey_values(image)).convert("RGB")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _grey_values(image: Image.Image) -> np.ndarray:
+    """Grey values of 16 bits, or floating-point ones in [0, 1], as uint8.
+
+    Pillow's own `convert` cuts them off at 255.
+
+    Raises:
+        ValueError: The range of the values is not known.
+    """
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})  # of TIFF: 258 is the number of bits, 262 is 0 where white is 0
+    if image.mode == "F":
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise ValueError(
+                f"its floating-point values go from {values.min():g} to {values.max():g}, and must lie in [0, 1]"
+            )
+        grey = np.rint(values * 255)
+    elif image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
+        largest = 4095 if tags.get(258) == (12,) else 65535
+        grey = np.rint(np.clip(values, 0, largest) * (255 / largest))
+    else:
+        raise ValueError(
+            "it has integers of 32 bits or with a sign, whose range is not known: save it with 8 or 16 bits"
+        )
+    return (255 - grey if tags.get(262) == 0 else grey).astype(np.uint8)
+
+
 def decode(images: Sequence[EncodedImage], description: str) -> np.ndarray | list[EncodedImage]:
-    """Decode all images of one size into memory; leave others encoded, to be decoded when used.
+    """Decode all images once, so that a bad one is found before training, and keep them if they have one size.
 
     Args:
         images: The images, at least one.
@@ -62,30 +128,45 @@ def decode(images: Sequence[EncodedImage], description: str) -> np.ndarray | lis
 
     Returns:
         uint8 array (n, height, width, 3) if all images have the same size and fit in `MAX_DECODED_BYTES`, else the
-        images as they came, after a check of every header.
+        images as they came, to be decoded when used.
 
     Raises:
         DataError: An image is corrupt.
     """
     width, height = open_image(images[0]).size
-    if len(images) * height * width * 3 > MAX_DECODED_BYTES:
-        return _check_headers(images, description)
-    pixels = np.empty((len(images), height, width, 3), dtype=np.uint8)
-    for i, image in enumerate(tqdm(images, desc=description, unit="image", delay=1.0)):
-        decoded = open_image(image)
+    pixels: np.ndarray | None = None
+    if len(images) * height * width * 3 <= MAX_DECODED_BYTES:
+        pixels = np.empty((len(images), height, width, 3), dtype=np.uint8)
+    with_frames = []
+    checked = 0
+    for image in tqdm(images if pixels is not None else (), desc=description, unit="image", delay=1.0):
+        decoded, frames = _read(image)
         if decoded.size != (width, height):
-            return _check_headers(images, description)
-        pixels[i] = np.asarray(decoded)
-    return pixels
+            pixels = None
+            break
+        assert pixels is not None
+        pixels[checked] = np.asarray(decoded)
+        checked += 1
+        with_frames += [image.name] if frames else []
+    if checked < len(images):
+        with_frames += _check(images[checked:], f"{description} once, to check them")
+    if with_frames:
+        rank_zero_warn(
+            f"{len(with_frames)} images have several frames or pages, of which the first is used: "
+            f"{', '.join(with_frames[:3])}{', ...' if len(with_frames) > 3 else ''}"
+        )
+    return list(images) if pixels is None else pixels
 
 
-def _check_headers(images: Sequence[EncodedImage], description: str) -> list[EncodedImage]:
-    for image in tqdm(images, desc=f"{description} (headers)", unit="image", delay=1.0):
+def _check(images: Sequence[EncodedImage], description: str) -> list[str]:
+    """Decode images in threads, without keeping them; return the names of those with several frames."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
         try:
-            Image.open(image.name if image.data is None else io.BytesIO(image.data)).close()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"cannot decode image {image.name}: {error}; replace or remove it") from error
-    return list(images)
+            found = threads.map(lambda image: _read(image, check_only=True)[1], images)
+            progress = tqdm(found, desc=description, total=len(images), unit="image", delay=1.0)
+            return [image.name for image, frames in zip(images, progress, strict=True) if frames]
+        finally:
+            threads.shutdown(cancel_futures=True)  # the first bad image ends it
 
 
 class ImageDataset(Dataset):
