@@ -1,5 +1,9 @@
 """The exceptions of the library. Each message names the offending value and the fix."""
 
+from __future__ import annotations
+
+import reprlib
+
 
 class AdapterError(RuntimeError):
     """Something about adapters is wrong: configuration, targets, state or files."""
@@ -15,3 +19,11 @@ class AssetError(AdapterError):
 
 class DataError(AdapterError):
     """A data file or folder is missing, torn or badly formed. The message names the file and the row."""
+
+
+def shown(value: object, width: int = 100) -> str:
+    """The `repr` of a value for a message, cut to `width` characters: a value from a file may be huge."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = width
+    text = short.repr(value)
+    return text if len(text) <= width else f"{text[: width - 3]}..."

@@ -19,10 +19,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pkgutil import resolve_name
 from typing import Any, Literal
 
-from lit_adapters.errors import AdapterError
+from lit_adapters.class_paths import build
+from lit_adapters.errors import AdapterError, shown
 
 
 class Schedule(ABC):
@@ -256,14 +256,5 @@ def to_schedule(schedule: Any) -> Schedule:
     if isinstance(schedule, Schedule):
         return schedule
     if isinstance(schedule, Mapping) and "class_path" in schedule:
-        path = str(schedule["class_path"])
-        try:
-            kind = resolve_name(path if "." in path else f"{__name__}.{path}")
-        except (ImportError, AttributeError, ValueError) as error:
-            raise AdapterError(f"no schedule {path!r}: {error}") from error
-        if isinstance(kind, type) and issubclass(kind, Schedule):
-            try:
-                return kind(**dict(schedule.get("init_args") or {}))
-            except TypeError as error:
-                raise AdapterError(f"{path}: {error}") from error
-    raise AdapterError(f"{schedule!r} is no schedule; give one such as lit_adapters.schedules.Linear(end=0.3)")
+        return build(schedule, Schedule, __name__, "schedule")  # type: ignore[type-abstract]
+    raise AdapterError(f"{shown(schedule)} is no schedule; give one such as lit_adapters.schedules.Linear(end=0.3)")

@@ -18,7 +18,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 from lit_adapters import console, methods
-from lit_adapters.cli.models import adapted_model, build_base
+from lit_adapters.cli.models import adapted_model, build_base, import_modules
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import HEADER, TENSORS, save_adapters
 from lit_adapters.files.atomic import check_output, write_directory
@@ -157,6 +157,16 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--base-args", metavar="JSON", help='its arguments: {"name": value, ...} or ["DIR"]')
 
+    def imports(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--import",
+            dest="imports",
+            action="append",
+            default=[],
+            metavar="MODULE",
+            help="import a module of yours first, whose methods the files name; files never import by themselves",
+        )
+
     command("methods", list_methods, "list the adapter methods: what each is, whether it merges into weights", "")
     sub = command(
         "inspect",
@@ -165,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         "out/ --plot learned.png",
     )
     sub.add_argument("path", type=Path, metavar="DIR|CKPT", help=_SAVED)
+    imports(sub)
     sub.add_argument("--plot", type=Path, metavar="FILE", help="also draw it, as .png, .pdf or .svg")
     sub = command(
         "diff",
@@ -174,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("first", type=Path, metavar="A", help=_SAVED)
     sub.add_argument("second", type=Path, metavar="B", help="the same")
+    imports(sub)
     for name, run, what in (
         ("merge", merge_command, "write the model with its updates added to the weights, free of adapters"),
         ("export-peft", export_command, "write LoRA, DoRA or annealed AFA-LoRA in the format of the peft library"),
@@ -188,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("path", type=Path, metavar="DIR|CKPT", help=_SAVED)
         output(sub)
         base(sub, required=False)
+        imports(sub)
         sub.add_argument(
             "--module",
             metavar="CLASS",
@@ -215,6 +228,7 @@ def main(args: Sequence[str] | None = None) -> None:
     def command() -> None:
         parsed = _parser().parse_args(args)
         try:
+            import_modules(getattr(parsed, "imports", ()))
             parsed.run(parsed)
             sys.stdout.flush()
         except BrokenPipeError:  # somebody reads the first lines only; the rest must not fail at exit either

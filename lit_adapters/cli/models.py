@@ -1,5 +1,8 @@
 """Build models for the command line: a base model from a dotted path, an adapted one from its files.
 
+What the user typed may be imported from anywhere. The LightningModule that a checkpoint names must be one of ours, or
+have been imported already.
+
 Dotted paths are resolved here and not by `pkgutil.resolve_name`, which passes over a submodule that fails to import
 and then reports a missing attribute.
 """
@@ -7,24 +10,51 @@ and then reports a missing attribute.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lit_adapters.class_paths import find_imported
 from lit_adapters.console import one_line
-from lit_adapters.errors import AdapterError
+from lit_adapters.errors import AdapterError, shown
 from lit_adapters.files.adapters import load_adapters
 from lit_adapters.files.saved import is_directory, read_checkpoint
+from lit_adapters.renamed import CLASSES, current
+
+# Classes that write checkpoints, in the applications beside the library.
+_OURS = {"vision.module.ViTClassifier", "language.module.CausalLMTuner"} | {
+    path for path in CLASSES.values() if path.endswith("Tuner")
+}
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import modules of the user's own, so that files may name their methods and LightningModules.
+
+    Args:
+        names: The values of the option --import.
+
+    Raises:
+        AdapterError: A module does not exist, or importing it fails.
+    """
+    for name in names:
+        _look_here_for(name)
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever a user's module may raise
+            raise AdapterError(f"--import {name!r} failed: {error!r}; give a module that can be imported") from error
 
 
 def find_callable(path: str, option: str) -> Any:
     """The function or class that a dotted path names, such as `timm.create_model`.
 
-    Modules are looked for where Python looks, and then in the working directory.
+    Modules are looked for where Python looks, and then in the working directory. The path must be one that the user
+    typed, and none from a file: what it names is imported.
 
     Args:
         path: Modules, then attributes, as in `transformers.AutoModel.from_pretrained`.
@@ -33,8 +63,7 @@ def find_callable(path: str, option: str) -> Any:
     Raises:
         AdapterError: Nothing has this path, its module does not import, or what it names cannot be called.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    _look_here_for(path)
     parts = path.split(".")
     for length in range(len(parts) - 1, 0, -1):
         module = ".".join(parts[:length])
@@ -54,6 +83,63 @@ def find_callable(path: str, option: str) -> Any:
     raise AdapterError(
         f"{option} {path!r} does not exist: give the whole path of something importable, as timm.create_model"
     )
+
+
+def _look_here_for(path: str) -> None:
+    """Let Python find a module that the user typed in the working directory, if it is nowhere else."""
+    top = path.split(".")[0]
+    try:
+        known = top in sys.modules or importlib.util.find_spec(top) is not None
+    except (ImportError, ValueError):  # no name of a module; importing it says so
+        return
+    if not known and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+        importlib.invalidate_caches()
+
+
+def recorded_module(path: str, file: Path) -> Any:
+    """The class that a checkpoint names as the one that wrote it.
+
+    Args:
+        path: The class path that the checkpoint holds.
+        file: The checkpoint, for errors.
+
+    Raises:
+        AdapterError: It is none of our applications' classes, and its module has not been imported.
+    """
+    if current(path) in _OURS:
+        package = path.split(".")[0]
+        _import_application(package, path, file)
+        module, _, name = current(path).rpartition(".")
+        return getattr(importlib.import_module(module), name)
+    found = find_imported(path)
+    if found is None:
+        raise AdapterError(
+            f"{str(file)!r} was written by {shown(path)}, which has not been imported: if you trust it, give "
+            "--module with its class path, or --import with its module"
+        )
+    return found
+
+
+def _import_application(name: str, path: str, file: Path) -> None:
+    """Import `vision` or `language` from beside this library, and never from the working directory.
+
+    Raises:
+        AdapterError: It is not there.
+    """
+    if name in sys.modules:
+        return
+    folder = Path(__file__).resolve().parents[2] / name
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    if spec is None or spec.loader is None or not (folder / "__init__.py").is_file():
+        raise AdapterError(
+            f"{str(file)!r} was written by {path}, and {name!r} is not installed beside lit_adapters: if the one in "
+            f"the working directory is yours, give --import {name}"
+        )
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 
 def build_base(path: str, arguments: str | None) -> nn.Module:
@@ -110,7 +196,7 @@ def adapted_model(path: Path, base: str | None, arguments: str | None, module: s
     if len(record["models"]) > 1:
         names = ", ".join(map(repr, record["models"]))
         raise AdapterError(f"{str(path)!r} has several adapted models ({names}); load it in Python and give the one")
-    kind = find_callable(module or record["module"], "--module")
+    kind = find_callable(module, "--module") if module else recorded_module(record["module"], path)
     if not hasattr(kind, "load_from_checkpoint"):
         raise AdapterError(f"--module {module or record['module']!r} is not a LightningModule")
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -12,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lit_adapters.errors import AdapterError
+from lit_adapters.class_paths import build
+from lit_adapters.errors import AdapterError, shown
 from lit_adapters.methods.description import Describing
 from lit_adapters.methods.merging import Merging
 from lit_adapters.methods.placeholder import plain_layers
@@ -148,31 +148,15 @@ def to_methods(methods: Method | Config | Iterable[Method | Config] | None) -> l
     """Methods from objects, their `{class_path, init_args}` forms, or a list of either.
 
     Raises:
-        AdapterError: Something else was given, or a class path that is not a method.
+        AdapterError: Something else was given, or a class path that is not a method of a module that has been imported.
     """
     if methods is None:
         return []
     if isinstance(methods, (Method, Mapping)):
         methods = [methods]
     if isinstance(methods, str) or not isinstance(methods, Iterable):
-        raise AdapterError(f"adapters must be a Method, its {{class_path, init_args}} or a list, not {methods!r}")
-    return [m if isinstance(m, Method) else _from_config(m) for m in methods]
-
-
-def _from_config(config: Any) -> Method:
-    if not isinstance(config, Mapping) or "class_path" not in config:
-        raise AdapterError(f"an adapter configuration needs 'class_path' (and 'init_args'), got {config!r}")
-    path = str(config["class_path"])
-    try:
-        cls = pkgutil.resolve_name(path if "." in path else f"lit_adapters.{path}")
-    except (ImportError, AttributeError, ValueError) as error:
-        raise AdapterError(f"no adapter method {path!r}: {error}") from error
-    if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise AdapterError(f"{path!r} is not an adapter method; use one such as 'lit_adapters.NoRA'")
-    try:
-        return cls(**dict(config.get("init_args") or {}))
-    except TypeError as error:
-        raise AdapterError(f"{path}: {error}") from error
+        raise AdapterError(f"adapters must be a Method, its {{class_path, init_args}} or a list, not {shown(methods)}")
+    return [m if isinstance(m, Method) else build(m, Method, "lit_adapters", "adapter method") for m in methods]
 
 
 class AdapterModule(Merging, Describing):

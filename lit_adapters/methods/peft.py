@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lit_adapters.errors import AdapterError, TargetsNotFound
+from lit_adapters.errors import AdapterError, TargetsNotFound, shown
 from lit_adapters.methods.base import Factory, Method
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
 from lit_adapters.methods.peft_adapter import PeftAdapter
@@ -42,6 +42,7 @@ _REFUSED_SETTINGS = {
     "alora_invocation_tokens": "only peft's own model can find the tokens",
     "arrow_config": "it routes between saved adapters inside peft's own model",
     "kasa_config": "it changes the pretrained weights",
+    "megatron_config": "it imports modules by the names in megatron_core; build Megatron's layers and use peft itself",
     "monteclora_config": "its loss term needs peft's own trainer",
 }
 _PER_STEP = {
@@ -110,15 +111,16 @@ class Peft(Method):
             return self.config
         if not isinstance(self.config, Mapping) or "peft_type" not in self.config:
             raise AdapterError(
-                f"config must be a peft.PeftConfig or its dictionary with peft_type, not {self.config!r}"
+                f"config must be a peft.PeftConfig or its dictionary with peft_type, not {shown(self.config)}"
             )
-        if self.config["peft_type"] not in peft.PeftType.__members__:
+        kind = self.config["peft_type"]
+        if not isinstance(kind, str) or kind not in peft.PeftType.__members__:
             known = ", ".join(peft.PeftType.__members__)
-            raise AdapterError(f"peft {peft.__version__} has no peft_type {self.config['peft_type']!r}, only {known}")
+            raise AdapterError(f"peft {peft.__version__} has no peft_type {shown(kind)}, only {known}")
         try:
             return peft.PeftConfig.from_peft_type(**copy.deepcopy(dict(self.config)))
         except Exception as error:  # configurations of peft raise many kinds
-            raise AdapterError(f"peft refuses this {self.config['peft_type']} configuration: {error}") from error
+            raise AdapterError(f"peft refuses this {kind} configuration: {str(error)[:300]}") from error
 
     def find(self, model: nn.Module, train: str | Sequence[str] = ()) -> list[tuple[Target, Factory]]:
         """Let peft inject its layers into `model`, take them out again, and make an adapter of each.

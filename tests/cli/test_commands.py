@@ -233,7 +233,7 @@ def test_modules_that_do_not_fit(tmp_path):
     )
     content = torch.load(path, weights_only=True)
     torch.save(content | {"lit_adapters": content["lit_adapters"] | {"module": "__gone__.Task"}}, path)
-    assert "--module '__gone__.Task' does not exist" in refuses(*command)
+    assert "written by '__gone__.Task', which has not been imported" in refuses(*command)
 
 
 def test_what_cannot_be_merged_or_exported_is_refused_before_a_model_is_built(tmp_path):

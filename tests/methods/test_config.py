@@ -70,7 +70,7 @@ def test_forms_that_to_methods_takes():
         ({"class_path": ""}, "no adapter method ''"),
         ({"class_path": "lit_adapters.LoRA", "init_args": {"rank": 0}}, "rank 0 must be a whole number"),
         ({"class_path": "lit_adapters.NoRA", "init_args": {"groups": "8"}}, r"lit_adapters\.NoRA: "),
-        ({"class_path": "torch.nn.Linear"}, "'torch.nn.Linear' is not an adapter method"),
+        ({"class_path": "torch.nn.Linear"}, "'torch.nn.Linear' is no adapter method"),
         ({"class_path": "lit_adapters.LoRA", "init_args": {"rnak": 3}}, "rnak"),
     ],
 )
