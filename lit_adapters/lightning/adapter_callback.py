@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.lightning.annealing import Annealing
+from lit_adapters.lightning.averaging import Averaging
 from lit_adapters.lightning.calibration import Calibration
 from lit_adapters.lightning.checks import Finiteness, Participation
 from lit_adapters.lightning.parts import CallbackOfParts
@@ -97,6 +98,7 @@ class AdapterCallback(CallbackOfParts):
         return [
             Calibration(self.calibration_batches),
             self._annealing,
+            Averaging(),
             Participation(self.allow_unused),
             Finiteness(),
             self._recording,

@@ -31,11 +31,16 @@ class Annealing(Callback):
         self._finalize = finalize
         self._annealer: Annealer | None = None
         self._state: dict[str, Any] | None = None  # of the run being resumed
+        self._max_epochs: int | None = None
 
     @property
     def beta(self) -> float | None:
         """The largest coefficient of all layers; None where nothing is annealed."""
         return None if self._annealer is None else self._annealer.beta
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note the epochs before StochasticWeightAveraging adds one, which takes no optimiser steps."""
+        self._max_epochs = trainer.max_epochs
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the adapters where this step has them."""
@@ -43,13 +48,21 @@ class Annealing(Callback):
         if not self._annealer.layers:
             return
         # Lightning counts the steps of every optimiser, of which manual optimisation may have several; max_steps too.
-        total = trainer.estimated_stepping_batches * max(1, len(trainer.optimizers))
+        total = self._estimated_steps(trainer) * max(1, len(trainer.optimizers))
         if trainer.max_steps != -1:
             total = min(total, trainer.max_steps)
         self._annealer.start(trainer.global_step, total)
         if self._finalize:
             epoch_loop = trainer.fit_loop.epoch_loop
             epoch_loop.min_steps = max(self._annealer.linear_from(), trainer.fit_loop.min_steps or 0)
+
+    def _estimated_steps(self, trainer: Trainer) -> float:
+        epochs = trainer.fit_loop.max_epochs
+        trainer.fit_loop.max_epochs = self._max_epochs
+        try:
+            return trainer.estimated_stepping_batches
+        finally:
+            trainer.fit_loop.max_epochs = epochs
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -89,7 +89,6 @@ class AFAAdapter(LowRankAdapter):
 
     method = "afa"
     schedule: Schedule
-    beta: Tensor
     sigma_numerator: nn.Parameter
     sigma_denominator: nn.Parameter
     sigma_numerator_scale: Tensor
@@ -104,7 +103,9 @@ class AFAAdapter(LowRankAdapter):
         self.schedule = config.schedule
         self.activation = config.activation
         device = self.lora_A.device
-        self.add_buffer("beta", torch.empty((), device=device))
+        # `add_buffer` would refuse a name that is a property.
+        self._adapter_buffers.append("beta")
+        self._buffers["beta"] = torch.empty((), dtype=torch.float32, device=device)
         if self.activation == RATIONAL:
             self.fit = fit_for(nn.SiLU(), _RANGE, (5, 4), "abs-of-sum")
             for part, width in zip(PARTS, (6, 4), strict=True):
@@ -130,6 +131,15 @@ class AFAAdapter(LowRankAdapter):
         """The coefficients of a learned sigma."""
         return [p for name, p in self.adapter_parameters().items() if name.startswith("sigma")]
 
+    @property
+    def beta(self) -> Tensor:
+        """The share of the activation, a scalar in [0, 1]; in an average of models that of the model itself."""
+        if self._original is not None:
+            self.restore_averaged()
+        beta = self._buffers["beta"]
+        assert beta is not None
+        return beta
+
     def set_progress(self, progress: float) -> None:
         """Set beta to its value in the schedule at `progress` in [0, 1]."""
         self.set_beta(self.schedule(progress))
@@ -137,6 +147,7 @@ class AFAAdapter(LowRankAdapter):
     @torch.no_grad()
     def set_beta(self, beta: float) -> None:
         """Set beta."""
+        self.stand_alone()
         self.beta.fill_(beta)
         self._idle_steps = None
 
@@ -166,7 +177,8 @@ class AFAAdapter(LowRankAdapter):
 
     def phi(self, z: Tensor) -> Tensor:
         """beta sigma(z) + (1 - beta) z; exactly z at beta = 0 and exactly sigma(z) at beta = 1."""
-        return self.beta * self.sigma(z) + (1 - self.beta) * z
+        beta = self.beta
+        return beta * self.sigma(z) + (1 - beta) * z
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.in_effect:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_adapters.class_paths import build
 from lit_adapters.errors import AdapterError, shown
+from lit_adapters.methods.copies import CopiedBuffers
 from lit_adapters.methods.description import Describing
 from lit_adapters.methods.merging import Merging
 from lit_adapters.methods.placeholder import plain_layers
@@ -159,7 +160,7 @@ def to_methods(methods: Method | Config | Iterable[Method | Config] | None) -> l
     return [m if isinstance(m, Method) else build(m, Method, "lit_adapters", "adapter method") for m in methods]
 
 
-class AdapterModule(Merging, Describing):
+class AdapterModule(CopiedBuffers, Merging, Describing):
     """A layer with an adapter: the base layer's parameters under their own names, the adapter's beside them.
 
     The base module stands outside the module tree. Once adopted it shares this module's tables of parameters, buffers
@@ -241,7 +242,13 @@ class AdapterModule(Merging, Describing):
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of this adapter, by local name: what an adapter file keeps."""
+        self.restore_averaged()
         return {name: getattr(self, name) for name in (*self._adapter_parameters, *self._adapter_buffers)}
+
+    def adapter_buffers(self) -> dict[str, Tensor]:
+        """All buffers of this adapter, by local name; those that no file holds, too."""
+        names = (*self._adapter_buffers, *self._recomputed_buffers)
+        return {name: buffer for name in names if (buffer := self._buffers[name]) is not None}
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """The parameters for which weight decay makes no sense."""
@@ -263,6 +270,8 @@ class AdapterModule(Merging, Describing):
     @property
     def in_effect(self) -> bool:
         """Whether `forward` must apply the adapter: it is enabled, and not merged into the base's parameters."""
+        if self._original is not None:
+            self.begin_forward()
         return self.enabled and not self.merged
 
     def unadapted(self, *args: Any, **kwargs: Any) -> Any:
@@ -329,6 +338,7 @@ class AdapterModule(Merging, Describing):
     # ---- what nn.Module does with modules
 
     def train(self, mode: bool = True) -> AdapterModule:
+        self.restore_averaged()
         self.clear_caches()
         self.base.training = mode
         return super().train(mode)
@@ -351,6 +361,7 @@ class AdapterModule(Merging, Describing):
         super()._apply(keep_dtype, recurse)
         if were_meta and not self._meta_buffers():
             self.recompute_buffers()
+        self.note_tensors()
         return self
 
     def _meta_buffers(self) -> list[str]:
@@ -366,12 +377,14 @@ class AdapterModule(Merging, Describing):
             for name in self._meta_buffers():
                 self._buffers[name] = torch.empty_like(self._buffers[name], device=device)  # type: ignore[arg-type]
             self.recompute_buffers()
+        self.note_tensors()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Let the base layer save the tensors, as a quantised one also saves its scales.
 
         Base and adapter share their tables, so the tensors of the adapter are among them.
         """
+        self.restore_averaged()
         if self.base._parameters is self._parameters:
             self.base._save_to_state_dict(destination, prefix, keep_vars)
             for name in self._non_persistent_buffers_set:

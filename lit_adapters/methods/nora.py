@@ -27,7 +27,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -186,7 +186,8 @@ class NoRAActivation(AdapterModule):
         self.add_buffer("fit_range", torch.zeros(2, device=device))
         self.add_buffer("grid_range", torch.zeros(2, device=device))
         self.add_buffer("density", torch.zeros(_GRID, device=device))
-        self.add_buffer("calibrated", torch.tensor(False, device=device))
+        # A whole number, as averages of weights cannot subtract booleans; files hold a boolean.
+        self.add_buffer("calibrated", torch.tensor(0, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -200,7 +201,7 @@ class NoRAActivation(AdapterModule):
         interval = PRESET_RANGE if isinstance(self.config.fit_range, str) else self.config.fit_range
         self._fit(interval, x, weights, (x[0].item(), x[-1].item()), None)
         with torch.no_grad():
-            self.calibrated.fill_(False)
+            self.calibrated.fill_(0)
         self._awaits_calibration = self.config.fit_range == "calibrate"
 
     @property
@@ -234,7 +235,7 @@ class NoRAActivation(AdapterModule):
             self._fit(span, values, torch.ones_like(values), span, histogram, histogram)
         else:
             self._fit(self.config.fit_range, values, torch.ones_like(values), span, None, histogram)
-        self.calibrated.fill_(True)
+        self.calibrated.fill_(1)
         self._awaits_calibration = False
 
     def _fit(
@@ -247,6 +248,7 @@ class NoRAActivation(AdapterModule):
         density: Tensor | None = None,
     ) -> None:
         """Set the base coefficients for `interval`, and the scales for inputs x (N,) with `weights` (N,)."""
+        self.stand_alone()
         config = self.config
         fit = fit_for(self.base_copy(), interval, config.degrees, config.denominator, density=fit_density)
         grid = torch.linspace(*grid_range, _GRID, dtype=torch.float64, device="cpu")
@@ -417,7 +419,15 @@ class NoRAActivation(AdapterModule):
     def _load_from_state_dict(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(*args, **kwargs)
         if self.config.fit_range == "calibrate" and not self.calibrated.is_meta:
-            self._awaits_calibration = not self.calibrated.item()
+            self._awaits_calibration = not bool(self.calibrated.item())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}calibrated"] = self.calibrated.bool()
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """As for every adapter; `calibrated` is a boolean."""
+        return super().adapter_tensors() | {"calibrated": self.calibrated.bool()}
 
     def extra_repr(self) -> str:
         c = self.config

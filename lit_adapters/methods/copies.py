@@ -1,0 +1,100 @@
+"""Buffers of a copied adapter that something averages: they take the values of the original, not a mean.
+
+Averages of weights (torch's `AveragedModel`, timm's `ModelEmaV3`, Lightning's callbacks) copy a model and write means
+of everything into the copy. The buffers of an adapter are constants or the state of annealing. A mean of beta never
+reaches 0, and a mean of a constant differs from it by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Original:
+    """The table of buffers of one adapter. Copies of the adapter share this object; a file does not hold it."""
+
+    def __init__(self, buffers: Mapping[str, Tensor | None] | None = None) -> None:
+        self.buffers = {} if buffers is None else buffers
+
+    def __deepcopy__(self, memo: Any) -> Original:
+        return self
+
+    def __reduce__(self) -> tuple[type[Original], tuple[()]]:
+        return Original, ()
+
+
+class CopiedBuffers(nn.Module):
+    """The part of `AdapterModule` that keeps averages out of the buffers of a copy.
+
+    A copy is taken for an average if something wrote to its parameters, and if that was neither loading nor moving. Its
+    buffers then take the present values of the original. This ends when the copy is annealed, calibrated or trained
+    itself.
+    """
+
+    _adapter_parameters: list[str]
+    _adapter_buffers: list[str]
+    _recomputed_buffers: list[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own = Original(self._buffers)
+        self._original: Original | None = None  # of a copy
+        self._noted: dict[str, tuple[Tensor, int]] = {}
+
+    def note_tensors(self) -> None:
+        """Remember how often the tensors of a copy were written to; needed after writing or replacing them."""
+        if self._original is not None:
+            names = (*self._adapter_parameters[:1], *self._adapter_buffers, *self._recomputed_buffers)
+            tensors = {n: t for n in names if (t := self._tensor(n)) is not None and not t.is_inference()}
+            self._noted = {n: (t, t._version) for n, t in tensors.items()}
+
+    def stand_alone(self) -> None:
+        """Follow the original no longer."""
+        self._original = None
+        self._noted = {}
+
+    def begin_forward(self) -> None:
+        """Stand alone from the first training pass on; until then, restore what was averaged."""
+        if self._original is None or torch.compiler.is_compiling():
+            return
+        if self.training and torch.is_grad_enabled():
+            self.stand_alone()
+        else:
+            self.restore_averaged()
+
+    def restore_averaged(self) -> None:
+        """Give averaged buffers the present values of the original; costs nothing where this is no copy."""
+        if self._original is None or torch.compiler.is_compiling():
+            return
+        written = {n for n, (t, version) in self._noted.items() if t is self._tensor(n) and t._version != version}
+        if written.isdisjoint(self._adapter_parameters):
+            return
+        with torch.no_grad():
+            for name in written - {*self._adapter_parameters}:
+                value = self._original.buffers.get(name)
+                if value is not None and not value.is_meta:
+                    self._buffers[name].copy_(value)  # type: ignore[union-attr]
+        self.clear_caches()
+        self.note_tensors()
+
+    def clear_caches(self) -> None:
+        """Drop values that were computed from the tensors."""
+
+    def _tensor(self, name: str) -> Tensor | None:
+        return self._parameters.get(name, self._buffers.get(name))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.restore_averaged()  # before a copy or a file is made of it
+        return super().__reduce_ex__(protocol)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        original = state.get("_own")
+        copied = original is not None and original.buffers and original.buffers is not self._buffers
+        self._original = original if copied else None
+        self._own = Original(self._buffers)
+        self.note_tensors()
