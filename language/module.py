@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -28,11 +27,12 @@ from language.models import (
 )
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import check_whole
+from lit_adapters.lightning.step_mean import StepMeanModule
 from lit_adapters.methods.base import to_methods
 from lit_adapters.model.sharding import refuse_sharded, shard
 
 
-class CausalLMTuner(LightningModule):
+class CausalLMTuner(StepMeanModule):
     """A transformers causal language model, its adapters, and the next-token loss on the tokens with a label.
 
     A batch holds input_ids and labels, int64 (B, T), and attention_mask (B, T); a packed one holds position_ids (B, T),
@@ -159,9 +159,9 @@ class CausalLMTuner(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self._losses(batch)
-        loss = self._mean_over_processes(losses.sum(), len(losses))
+        loss, mean = self.mean_over_step(losses.sum(), len(losses), batch_idx)
         self.learned_tokens += len(losses)
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("train/loss", mean, prog_bar=True, sync_dist=True)
         self.log("train/learned_tokens", float(self.learned_tokens), sync_dist=True, reduce_fx="sum")
         return loss
 
@@ -190,10 +190,12 @@ class CausalLMTuner(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the count of learned tokens, of all processes together."""
-        checkpoint["learned_tokens"] = int(self._over_processes(self.learned_tokens, "sum"))
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["learned_tokens"] = int(self.over_processes(self.learned_tokens, "sum"))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the count up again, in one process: what is logged is the sum, however many there are by now."""
+        super().on_load_checkpoint(checkpoint)
         self.learned_tokens = checkpoint["learned_tokens"] if self.global_rank == 0 else 0
 
     def measure(self, *names: str) -> None:
@@ -207,20 +209,6 @@ class CausalLMTuner(LightningModule):
     def _measured(self, batch: Batch) -> dict[str, Tensor]:
         """What validation and tests average over a batch, (n,) by name."""
         return {"loss": self._losses(batch)}
-
-    def _mean_over_processes(self, total: Tensor, number: int) -> Tensor:
-        """This process's part of the mean loss, of the sum of its own `number` terms.
-
-        Processes average their gradients. All divide by the mean number of terms, so that each term counts the same.
-        """
-        return total / self._over_processes(number, "mean")
-
-    def _over_processes(self, number: int, operation: str) -> float:
-        """The sum or mean of a number over all processes; without a trainer there is one."""
-        if self._trainer is None or self._trainer.world_size == 1:
-            return number
-        counted = torch.tensor(number, dtype=torch.float64, device=self.device)
-        return float(self._trainer.strategy.reduce(counted, reduce_op=operation))
 
     def _log_means(self, split: str, means: Means) -> None:
         found = means.compute()

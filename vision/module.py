@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -15,13 +14,14 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
 import lit_adapters as la
+from lit_adapters.lightning.step_mean import StepMeanModule
 from lit_adapters.methods.base import to_methods
 from lit_adapters.model.sharding import shard
 from vision.backbones import create_backbone
 from vision.figures import confusion_figure
 
 
-class ViTClassifier(LightningModule):
+class ViTClassifier(StepMeanModule):
     """A timm backbone, its adapters, cross-entropy and the usual metrics.
 
     Optimiser and schedule come from the YAML of `python -m vision`. In Python give the model a `configure_optimizers`;
@@ -117,8 +117,9 @@ class ViTClassifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = F.cross_entropy(self(images).float(), labels)
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        total = F.cross_entropy(self(images).float(), labels, reduction="sum")
+        loss, mean = self.mean_over_step(total, len(labels), batch_idx)
+        self.log("train/loss", mean, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

@@ -83,8 +83,8 @@ class GRPOTuner(CausalLMTuner):
         loss = -1/n sum over tokens [ min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) - kl_weight (e^d - d - 1) ]
 
     This is equation 3 of the paper with two changes from arXiv 2503.14476: tokens count alike however long their
-    completion is, and the two clips may differ. n is the mean over processes; under `accumulate_grad_batches` each
-    micro-batch is divided by its own n.
+    completion is, and the two clips may differ. n counts the tokens of an optimiser step: of all its
+    micro-batches (`accumulate_grad_batches`) and processes.
 
     - pi_old is the policy that sampled. Its log-probabilities are taken right after sampling, in one pass in eval mode
       over the finished completions: with the weights and AFA-LoRA's beta of that moment (beta moves with every
@@ -216,8 +216,8 @@ class GRPOTuner(CausalLMTuner):
             h["kl_weight"],
         )
         tokens = len(new)
-        loss = self._mean_over_processes(terms.loss, tokens)
-        logged = {"train/loss": loss, "train/clip_fraction": terms.clipped / tokens}
+        loss, mean = self.mean_over_step(terms.loss, tokens, batch_idx)
+        logged = {"train/loss": mean, "train/clip_fraction": terms.clipped / tokens}
         if terms.kl is not None:
             logged["train/kl"] = terms.kl / tokens
         size = len(batch["input_ids"])

@@ -232,3 +232,28 @@ def test_metrics_are_those_of_the_predictions(tmp_path):
 def test_few_classes_have_no_top_five():
     assert set(classifier(num_classes=5).val_metrics.keys()) == {"val/acc1"}
     assert set(classifier(num_classes=6).val_metrics.keys()) == {"val/acc1", "val/acc5"}
+
+
+def test_an_image_counts_once_however_a_step_is_split(tmp_path):
+    """Eleven images: steps of eight and of three, whole or in micro-batches of two, the last of which holds one."""
+    draw = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(11, 3, 32, 32, generator=draw), torch.randint(10, (11,), generator=draw)
+    found = []
+    for size, accumulate in ((8, 1), (2, 4)):
+        model = classifier(init_seed=1, adapters=la.LoRA(rank=2))
+        model.configure_optimizers = lambda model=model: torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], lr=0.1
+        )
+        torch.manual_seed(1)
+        model.configure_model()
+        start = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+        settings = {"accumulate_grad_batches": accumulate, "enable_checkpointing": False, "callbacks": []}
+        running = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, **settings)
+        data = torch.utils.data.TensorDataset(images, labels)
+        running.fit(model, torch.utils.data.DataLoader(data, batch_size=size))
+        assert running.global_step == 2
+        end = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+        found.append((end - start, running.callback_metrics["train/loss"].item()))
+    (whole, loss), (split, split_loss) = found
+    assert (split - whole).norm() / whole.norm() < 1e-6
+    assert split_loss == pytest.approx(loss, rel=1e-5)
