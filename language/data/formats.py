@@ -6,18 +6,19 @@ writes their text for a tokenizer.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any, Literal
 
-from language.data.sources import Row
+from lightning.pytorch.utilities import rank_zero_info
+
+from language.data.messages import EmptyFieldError, Message, read_messages, says_unlearned
+from language.data.rows import Row, check_characters, clean, names_of, shown
 from lit_adapters.errors import DataError
 
 FormatName = Literal["alpaca", "openorca", "chat", "summarisation", "classification", "pairs"]
-Message = tuple[str, str]  # role and content
-
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,20 @@ FORMATS: dict[str, Format] = {
 
 @dataclass(frozen=True)
 class Record:
-    """One checked row: named fields with an answer, or the messages of a conversation (then `fields` is empty)."""
+    """One checked row: named fields with an answer, or the messages of a conversation (then `fields` is empty).
+
+    Attributes:
+        fields: The fields of the prompt by name.
+        answer: The field to be learned.
+        messages: Role and content of each message.
+        unlearned: Places of the assistant's messages that are not learned.
+        origin: File and line.
+    """
 
     fields: dict[str, str] = field(default_factory=dict)
     answer: str = ""
     messages: tuple[Message, ...] = ()
+    unlearned: tuple[int, ...] = ()
     origin: str = ""
 
     @property
@@ -106,36 +116,83 @@ class Record:
 
 
 def parse(
-    rows: Sequence[Row], name: FormatName, columns: Mapping[str, str] | None = None, drop_empty: bool = False
+    rows: Sequence[Row],
+    name: FormatName,
+    columns: Mapping[str, str] | None = None,
+    drop_empty: bool = False,
+    strip_answers: bool = False,
 ) -> tuple[list[Record], int]:
     r"""Check rows and turn them into records; line ends become `\n`.
+
+    Prompts and classes lose the white space that surrounds them, answers keep it. Rows that say so (`weight: 0`,
+    `train: false`, `mask: true`) are not learned: they are left out, and counted in one line.
 
     Args:
         rows: The rows.
         name: Their format.
         columns: The file's name of a field where it differs: `{"label": "label_name"}`.
         drop_empty: Drop rows whose prompt or answer is empty instead of raising.
+        strip_answers: Remove the white space that surrounds answers.
 
     Returns:
-        The records, and how many rows were dropped.
+        The records, and how many rows were dropped because they are empty.
 
     Raises:
-        DataError: A field is missing or not text, a role is unknown, or a prompt or answer is empty; the message names
-            file, line and field.
+        DataError: A field is missing or not text, a role or a field of a message is unknown, or a prompt or answer is
+            empty; the message names file, line and field.
     """
-    read = _read_messages if name == "chat" else _read_fields
+    columns = columns or {}
     records = []
+    empty = unlearned = 0
     for row in rows:
         try:
-            records.append(read(row, name, columns or {}))
-        except _EmptyFieldError as error:
+            if name == "chat":
+                records.append(_read_messages(row, columns, strip_answers))
+            elif says_unlearned(row.values, set(columns.values())):
+                unlearned += 1
+            else:
+                records.append(_read_fields(row, name, columns, strip_answers))
+        except EmptyFieldError as error:
             if not drop_empty:
                 raise DataError(
                     f"{row.origin}: {error}; correct the row, or set drop_empty to drop such rows"
                 ) from None
+            empty += 1
+    if unlearned:
+        rank_zero_info(f"Data: {unlearned} of {len(rows)} rows say that they are not to be learned; left out.")
     if not records:
-        raise DataError(f"all {len(rows)} rows of {rows[0].origin} and after are empty: check format={name}")
-    return records, len(rows) - len(records)
+        raise DataError(
+            f"all {len(rows)} rows of {rows[0].origin} and after are empty or not to be learned: check format={name}"
+        )
+    return records, empty
+
+
+def field_names(name: FormatName) -> tuple[str, ...]:
+    """The fields of a format's rows."""
+    return ("messages",) if name == "chat" else (*FORMATS[name].names, FORMATS[name].answer)
+
+
+def check_columns(columns: Mapping[str, str], names: Sequence[str], name: str) -> None:
+    """Check the setting `columns`.
+
+    Args:
+        columns: The file's name of a field where it differs.
+        names: The fields that there are.
+        name: What has these fields, for messages.
+
+    Raises:
+        DataError: A field is unknown, or the name of a column is empty or stands for two fields.
+    """
+    if unknown := sorted(set(map(str, columns)) - set(names)):
+        near = difflib.get_close_matches(unknown[0], names, 1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise DataError(f"columns names unknown fields {unknown}: {meant}{name} has {', '.join(names)}")
+    for field_name, column in columns.items():
+        if not isinstance(column, str) or not column:
+            raise DataError(f"columns gives field {field_name!r} the name {shown(column)}: give a column of the file")
+    used = [columns.get(field_name, field_name) for field_name in names]
+    if twice := sorted({column for column in used if used.count(column) > 1}):
+        raise DataError(f"columns gives two fields the column {twice[0]!r}: each field needs a column of its own")
 
 
 def check_template(template: str, form: Format, name: str) -> None:
@@ -144,6 +201,7 @@ def check_template(template: str, form: Format, name: str) -> None:
     Raises:
         DataError: A required field is missing in it, a field is unknown, or the braces do not match.
     """
+    check_characters(template, "prompt_template")
     try:
         used = {part[1] for part in Formatter().parse(template) if part[1] is not None}
     except ValueError as error:
@@ -154,59 +212,39 @@ def check_template(template: str, form: Format, name: str) -> None:
         raise DataError(f"prompt_template {template!r} leaves out {missing}: put {{{missing[0]}}} into it")
 
 
-class _EmptyFieldError(Exception):
-    """A row has an empty prompt or answer."""
-
-
-def _read_fields(row: Row, name: str, columns: Mapping[str, str]) -> Record:
+def _read_fields(row: Row, name: str, columns: Mapping[str, str], strip_answers: bool) -> Record:
     form = FORMATS[name]
-    fields = {key: _text(row, columns.get(key, key), name) for key in form.fields}
+    fields = {key: _text(row, columns.get(key, key), name).strip() for key in form.fields}
     if form.optional:
-        fields[form.optional] = _text(row, columns.get(form.optional, form.optional), name, optional=True)
-    answer = _text(row, columns.get(form.answer, form.answer), name, number=name == "classification")
-    return Record(fields=fields, answer=answer, origin=row.origin)
+        optional = columns.get(form.optional, form.optional)
+        fields[form.optional] = _text(row, optional, name, optional=True).strip()
+    is_class = name == "classification"
+    answer = _text(row, columns.get(form.answer, form.answer), name, number=is_class)
+    return Record(fields=fields, answer=answer.strip() if strip_answers or is_class else answer, origin=row.origin)
 
 
 def _text(row: Row, column: str, name: str, optional: bool = False, number: bool = False) -> str:
-    """The text of a column, without surrounding white space; integers count where `number` says so."""
+    """The text of a column; integers count where `number` says so."""
     value: Any = row.values.get(column)
     if value is None and optional:
         return ""
     if column not in row.values:
         raise DataError(
-            f"{row.origin}: field {column!r} is missing (the row has {', '.join(map(str, row.values)) or 'none'}); "
+            f"{row.origin}: field {column!r} is missing (the row has {names_of(row.values)}); "
             f"check format={name}, or name the file's column in `columns`"
         )
     if number and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{row.origin}: field {column!r} must be text, got {str(value)[:60]!r}; correct the row")
-    text = (value or "").replace("\r\n", "\n").strip()
-    if not text and not optional:
-        raise _EmptyFieldError(f"field {column!r} is empty")
+        raise DataError(f"{row.origin}: field {column!r} must be text, got {shown(value)}; correct the row")
+    text = clean(value or "", f"{row.origin}: field {column!r}")
+    if not text.strip() and not optional:
+        raise EmptyFieldError(f"field {column!r} is empty")
     return text
 
 
-def _read_messages(row: Row, name: str, columns: Mapping[str, str]) -> Record:
-    column = columns.get("messages", "messages")
-    turns = row.values.get(column)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(
-            f"{row.origin}: field {column!r} must be a list of messages with role and content "
-            f"(the row has {', '.join(map(str, row.values)) or 'none'}); check format={name}"
-        )
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        at = Row(turn, f"{row.origin}, message {number}")
-        role = _text(at, "role", name)
-        if role not in ROLES:
-            raise DataError(f"{at.origin}: role {role!r} is unknown; use {', '.join(ROLES)}")
-        if role == "system" and number > 1:
-            raise DataError(f"{at.origin}: a system message must come first; move it")
-        messages.append((role, _text(at, "content", name)))
-    roles = [role for role, _ in messages]
-    if not roles or roles[-1] != "assistant":
-        raise _EmptyFieldError("the conversation does not end with an assistant's message, so there is no answer")
-    if "user" not in roles[: roles.index("assistant")]:
-        raise DataError(f"{row.origin}: the assistant speaks before any user; put a user message first")
-    return Record(messages=tuple(messages), origin=row.origin)
+def _read_messages(row: Row, columns: Mapping[str, str], strip_answers: bool) -> Record:
+    messages, unlearned = read_messages(row, columns.get("messages", "messages"))
+    if strip_answers:
+        messages = tuple((role, content.strip()) for role, content in messages)
+    return Record(messages=messages, unlearned=unlearned, origin=row.origin)

@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Sampler
 
-from language.data.formats import FORMATS, FormatName, Record, check_template, parse
+from language.data.formats import FORMATS, FormatName, Record, check_columns, check_template, field_names, parse
 from language.data.packing import BucketSampler, PackedCollator, PaddedCollator, TokenDataset, pack
+from language.data.rows import check_characters, shown
 from language.data.sources import SplitName, has_split, read_rows
 from language.data.splits import hold_out, subset
 from language.data.templates import Example, Renderer
@@ -39,11 +40,13 @@ class InstructionDataModule(lightning.LightningDataModule):
     Under distributed training each process takes its share of the same order.
 
     Args:
-        path: A file (jsonl, json, parquet, or YAML with `conversations`), a folder with files named after splits
-            (train.jsonl, val-00000-of-00001.parquet, ...), a `package://` address, `hub:NAME`, or a list of these.
+        path: A file (jsonl, json, parquet, or YAML with `conversations`), a folder, a `package://` address, `hub:NAME`,
+            or a list of these. Files of a folder belong to the split whose exact name they have (train.jsonl,
+            val-00000-of-00001.parquet); other files are counted and named.
         tokenizer: Name of a tokenizer as `language.models.create_tokenizer` takes it, or a tokenizer.
         format: Fields of a row. alpaca: instruction, input, output. openorca: system_prompt, question, response. chat:
-            messages, each with role and content. summarisation: dialogue, summary. classification: text, label. pairs:
+            messages, each with role and content; an answer with `weight: 0`, `train: false` or `mask: true` is not
+            learned. summarisation: dialogue, summary. classification: text, label. pairs:
             prompt, response.
         val_path: Validation data; without it path's own validation files, or val_fraction of the training rows.
         test_path: Test data; without it path's own test files, or test_fraction of the training rows.
@@ -67,6 +70,8 @@ class InstructionDataModule(lightning.LightningDataModule):
         mask_prompt: Learn answers only; otherwise prompts as well.
         end_token: Token that ends an answer; default the tokenizer's end token.
         drop_empty: Drop rows with an empty prompt or answer, and say how many; otherwise they are an error.
+        strip_answers: Remove the white space that surrounds answers; otherwise it is learned. Prompts and classes
+            always lose it.
         cache_dir: Folder that keeps tokenised data for the next run; by default they are not kept.
         num_workers: Worker processes per loader; 0 loads in the training process.
         seed: Seeds splits, subsets and packing.
@@ -101,6 +106,7 @@ class InstructionDataModule(lightning.LightningDataModule):
         mask_prompt: bool = True,
         end_token: str | None = None,
         drop_empty: bool = False,
+        strip_answers: bool = False,
         cache_dir: str | None = None,
         num_workers: int = 0,
         seed: int = 0,
@@ -125,6 +131,7 @@ class InstructionDataModule(lightning.LightningDataModule):
         self.mask_prompt = mask_prompt
         self.end_token = end_token
         self.drop_empty = drop_empty
+        self.strip_answers = strip_answers
         self.cache_dir = cache_dir
         self.num_workers = num_workers
         self.seed = seed
@@ -257,7 +264,8 @@ class InstructionDataModule(lightning.LightningDataModule):
         return self._parse(self.path, "train")
 
     def _parse(self, path: str | list[str], split: SplitName) -> list[Record]:
-        records, dropped = parse(read_rows(path, split), self.format, self.columns, self.drop_empty)
+        rows = read_rows(path, split)
+        records, dropped = parse(rows, self.format, self.columns, self.drop_empty, self.strip_answers)
         if dropped:
             rank_zero_info(f"Data: {dropped} empty rows of {path} dropped.")
         return records
@@ -324,7 +332,31 @@ def check_settings(data: InstructionDataModule) -> None:
     for name in ("val_fraction", "test_fraction"):
         if not 0 <= getattr(data, name) < 1:
             raise DataError(f"{name}={getattr(data, name)} must be at least 0 and below 1")
+    for name, seed in {"seed": data.seed, "order_seed": data.order_seed}.items():
+        if abs(seed) >= 2**63:
+            raise DataError(f"{name}={shown(seed)} must be below 2^63")
+    _check_texts(data)
+
+
+def _check_texts(data: InstructionDataModule) -> None:
+    """Check the settings that are text: paths, names of columns, templates.
+
+    Raises:
+        DataError: As `check_settings`.
+    """
+    texts = {"end_token": data.end_token, "chat_template": data.chat_template, "cache_dir": data.cache_dir}
+    paths = {"path": data.path, "val_path": data.paths["val"], "test_path": data.paths["test"]}
+    for name, value in {**texts, **paths}.items():
+        for text in value if isinstance(value, list) else [value]:
+            if text is not None and not text:
+                raise DataError(f"{name} is empty: give it a value, or leave it out")
+            check_characters(text or "", name)
+    check_columns(data.columns or {}, field_names(data.format), f"format {data.format}")
     if data.format == "chat" and data.prompt_template is not None:
         raise DataError("prompt_template has no meaning for format=chat: set chat_template")
     if data.prompt_template is not None:
         check_template(data.prompt_template, FORMATS[data.format], data.format)
+    if data.format != "chat" and not data.use_chat_template:
+        given = {"chat_template": data.chat_template is not None, "system_in_user": data.system_in_user}
+        for name in (name for name, is_given in given.items() if is_given):
+            raise DataError(f"{name} has no meaning for format={data.format} in plain prompts: set use_chat_template")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from language.data.formats import FORMATS, FormatName, Message, Record, check_template
+from language.data.formats import FORMATS, FormatName, Record, check_template
+from language.data.messages import Message
 from lit_adapters.errors import DataError
 
 Piece = tuple[str, bool]  # a stretch of text, and whether it is learned
@@ -110,7 +111,7 @@ class Renderer:
             answer = through[len(before) :]
             if self.end_token in answer:  # what follows it, a line break mostly, belongs to the next turn
                 answer = answer[: answer.rindex(self.end_token) + len(self.end_token)]
-            pieces += [(before[len(done) :], False), (answer, True)]
+            pieces += [(before[len(done) :], False), (answer, i not in record.unlearned)]
             done = before + answer
         return pieces
 

@@ -110,7 +110,7 @@ class PreferenceDataModule(InstructionDataModule):
         return f"{pair.plain_prompt}\n", pair.answer, pair.rejected
 
     def _parse(self, path: str | list[str], split: SplitName) -> list[Record]:
-        pairs, dropped = read_pairs(read_rows(path, split), self.drop_unusable)
+        pairs, dropped = read_pairs(read_rows(path, split), self.drop_unusable, self.strip_answers)
         for reason, count in dropped.items():
             rank_zero_info(f"Data: {count} pairs of {path} dropped: {reason}.")
         return list(pairs)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from language.data.formats import ROLES, Message, Record
-from language.data.sources import Row
+from language.data.formats import Record
+from language.data.messages import Message, read_message, says_unlearned
+from language.data.rows import Row, clean, names_of, shown
 from lit_adapters.errors import DataError
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -42,7 +43,9 @@ class _UnusableError(Exception):
     """A well-formed row that holds no preference."""
 
 
-def read_pairs(rows: Sequence[Row], drop_unusable: bool = False) -> tuple[list[Pair], Counter[str]]:
+def read_pairs(
+    rows: Sequence[Row], drop_unusable: bool = False, strip_answers: bool = False
+) -> tuple[list[Pair], Counter[str]]:
     r"""Check rows and turn them into pairs.
 
     `chosen` and `rejected` are answers to `prompt`, or whole dialogues whose shared beginning is the prompt.
@@ -53,6 +56,7 @@ def read_pairs(rows: Sequence[Row], drop_unusable: bool = False) -> tuple[list[P
         rows: The rows.
         drop_unusable: Drop rows without a preference instead of raising: an empty prompt or answer, equal answers, no
             shared prompt, a dialogue that does not end with an answer.
+        strip_answers: Remove the white space that surrounds answers.
 
     Returns:
         The pairs, and how many rows were dropped for which reason.
@@ -64,8 +68,12 @@ def read_pairs(rows: Sequence[Row], drop_unusable: bool = False) -> tuple[list[P
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
     for row in rows:
+        if says_unlearned(row.values, set()):
+            dropped["the row says that it is not to be learned"] += 1
+            continue
         try:
-            pairs.append(_read(row))
+            pair = _read(row)
+            pairs.append(_stripped(pair) if strip_answers else pair)
         except _UnusableError as reason:
             if not drop_unusable:
                 raise DataError(
@@ -75,6 +83,13 @@ def read_pairs(rows: Sequence[Row], drop_unusable: bool = False) -> tuple[list[P
     if not pairs:
         raise DataError(f"none of {len(rows)} rows of {rows[0].origin} and after holds a preference: {_words(dropped)}")
     return pairs, dropped
+
+
+def _stripped(pair: Pair) -> Pair:
+    """The pair without the white space that surrounds its answers."""
+    answer = pair.answer.strip()
+    messages = (*pair.messages[:-1], ("assistant", answer)) if pair.messages else ()
+    return replace(pair, answer=answer, messages=messages, rejected=pair.rejected.strip())
 
 
 def _words(dropped: Counter[str]) -> str:
@@ -95,7 +110,7 @@ def _read(row: Row) -> Pair:
     for name, text in (("chosen", pair.answer), ("rejected", pair.rejected)):
         if not text:
             raise _UnusableError(f"field {name!r} has no answer")
-    if pair.answer == pair.rejected:
+    if pair.answer.strip() == pair.rejected.strip():
         raise _UnusableError("chosen and rejected are equal")
     return pair
 
@@ -135,32 +150,38 @@ def _side(row: Row, name: str) -> str | tuple[Message, ...]:
     """A field as text, or as the messages of a dialogue."""
     if name not in row.values:
         raise DataError(
-            f"{row.origin}: field {name!r} is missing (the row has {', '.join(map(str, row.values)) or 'none'}); rows "
+            f"{row.origin}: field {name!r} is missing (the row has {names_of(row.values)}); rows "
             "of preferences hold prompt, chosen and rejected"
         )
     value: Any = row.values[name]
     if value is None:
         return ""
     if isinstance(value, str):
-        text = value.replace("\r\n", "\n")
+        text = clean(value, f"{row.origin}: field {name!r}")
         if not _TURN.match(text):
-            return text.strip()
+            return text if name != "prompt" and text.strip() else text.strip()
         parts = _TURN.split(text)[1:]
-        return tuple((_ROLES[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True))
+        turns = [(_ROLES[who], said) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+        # The space after the colon belongs to the form of the dialogue; that at the end of the last turn to its text.
+        (role, said) = turns[-1]
+        return (*((who, words.strip()) for who, words in turns[:-1]), (role, _answer(said)))
     if not isinstance(value, list):
         raise DataError(
-            f"{row.origin}: field {name!r} must be text or a list of messages, got {str(value)[:60]!r}; correct the row"
+            f"{row.origin}: field {name!r} must be text or a list of messages, got {shown(value)}; correct the row"
         )
-    messages = tuple(_message(turn, f"{row.origin}, {name}, message {i}") for i, turn in enumerate(value, 1))
-    if not messages:
+    turns_read = [read_message(turn, f"{row.origin}, {name}, message {i}") for i, turn in enumerate(value, 1)]
+    if not turns_read:
         return ""
-    return messages[0][1] if len(messages) == 1 and messages[0][0] == "assistant" else messages
+    if name != "prompt" and not turns_read[-1][2]:
+        raise _UnusableError(f"the answer in field {name!r} is not to be learned")
+    last = len(turns_read) - 1
+    messages = tuple(
+        (role, content if i == last and role == "assistant" and content.strip() else content.strip())
+        for i, (role, content, _) in enumerate(turns_read)
+    )
+    return messages[0][1] if last == 0 and messages[0][0] == "assistant" else messages
 
 
-def _message(turn: Any, origin: str) -> Message:
-    role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
-    if role not in ROLES or not isinstance(content, str):
-        raise DataError(
-            f"{origin}: expected a role ({', '.join(ROLES)}) and a content, got {str(turn)[:60]!r}; correct the row"
-        )
-    return role, content.replace("\r\n", "\n").strip()
+def _answer(text: str) -> str:
+    """The text of a dialogue's last turn; "" where it is nothing but white space."""
+    return text.removeprefix(" ") if text.strip() else ""

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from language.data.sources import Row, read_rows
+from language.data.rows import Row, clean, shown
+from language.data.sources import read_dev_rows, read_rows
 from language.data.splits import subset
 from language.evaluate.metrics import Estimate, mean_of_groups, proportion
 from language.evaluate.questions import Question, field_of
@@ -51,7 +52,7 @@ def read_mmlu(root: str | Path, shots: int = 5, per_subject: int | None = None, 
         DataError: A row is bad (file and line), or a subject has too few dev questions.
     """
     tests = _by_subject(read_rows(str(root), "test"))
-    examples = _by_subject(read_rows(str(root), "val")) if shots else {}
+    examples = _by_subject(read_dev_rows(str(root))) if shots else {}
     questions = []
     for subject, rows in tests.items():
         shown = examples.get(subject, [])[:shots]
@@ -106,7 +107,9 @@ def _by_subject(rows: list[Row]) -> dict[str, list[Row]]:
 def _text(row: Row) -> str:
     choices = field_of(row, "choices", list)
     if len(choices) != len(LETTERS) or not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"{row.origin}: choices must be {len(LETTERS)} texts, got {choices!r}; correct the row")
+        raise DataError(f"{row.origin}: choices must be {len(LETTERS)} texts, got {shown(choices)}; correct the row")
+    for choice in choices:
+        clean(choice, f"{row.origin}: field 'choices'")
     lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True)]
     return "\n".join([field_of(row, "question", str).strip(), *lines, "Answer:"])
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from language.data.formats import FormatName, parse
-from language.data.sources import Row, read_rows
+from language.data.rows import Row, clean, names_of, shown
+from language.data.sources import read_rows
 from language.data.splits import subset
 from language.data.templates import Renderer
 from lit_adapters.errors import DataError
@@ -156,7 +157,9 @@ def field_of(row: Row, name: str, kind: type[T]) -> T:
     value = row.values.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise DataError(
-            f"{row.origin}: field {name!r} must be of type {kind.__name__}, got {str(value)[:60]!r} "
-            f"(the row has {', '.join(map(str, row.values))}); correct the row"
+            f"{row.origin}: field {name!r} must be of type {kind.__name__}, got {shown(value)} "
+            f"(the row has {names_of(row.values)}); correct the row"
         )
+    if isinstance(value, str):
+        clean(value, f"{row.origin}: field {name!r}")
     return value

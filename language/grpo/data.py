@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from language.data.formats import Record
+from language.data.formats import Record, check_columns
 from language.data.module import InstructionDataModule
 from language.data.sources import SplitName
 from lit_adapters.errors import DataError
@@ -65,8 +65,7 @@ class QuestionDataModule(InstructionDataModule):
         **settings: Any,
     ) -> None:
         names = {"question": "question", "answer": "answer"}
-        if unknown := sorted(set(columns or {}) - set(names)):
-            raise DataError(f"columns names unknown fields {unknown}: rows have question and answer")
+        check_columns(columns or {}, list(names), "a row of questions")
         names |= columns or {}
         # Settings with a fixed value here are not options of this class.
         super().__init__(
@@ -80,6 +79,7 @@ class QuestionDataModule(InstructionDataModule):
             mask_prompt=True,
             end_token=None,
             drop_empty=False,
+            strip_answers=True,
             cache_dir=None,
             max_length=max_length,
             batch_size=batch_size,

@@ -13,7 +13,7 @@ from language.data.formats import parse
 from language.data.module import InstructionDataModule
 from language.data.sources import Row, has_split, read_rows
 from lit_adapters.errors import DataError
-from tests.language.conftest import make_tokenizer
+from tests.language.conftest import CHAT, make_tokenizer
 
 ALPACA = {"instruction": "Name a capital.", "input": "", "output": "Paris."}
 ORCA = {"system_prompt": "Be brief.", "question": "What is it?", "response": "A fox."}
@@ -275,3 +275,100 @@ def test_template_that_rewrites_earlier_turns(write, tokenizer):
     )
     with pytest.raises(DataError, match="line 1: the chat template writes message 2 differently"):
         data.setup("fit")
+
+
+# White space and what is not learned
+
+SPACED = "\n    return x\n\n"
+
+
+@pytest.mark.parametrize("name", ["alpaca", "openorca", "pairs", "summarisation", "chat"])
+def test_answers_keep_their_white_space_unless_asked(write, tokenizer, name):
+    rows = {
+        "alpaca": ALPACA | {"output": SPACED},
+        "openorca": ORCA | {"response": SPACED},
+        "pairs": {"prompt": " a ", "response": SPACED},
+        "summarisation": SUMMARY | {"summary": SPACED},
+        "chat": {"messages": [*TALK[:4], {"role": "assistant", "content": SPACED}]},
+    }
+    path = write([rows[name]])
+    (kept,) = examples(path, tokenizer, format=name)
+    assert kept.response == SPACED
+    (stripped,) = examples(path, tokenizer, format=name, strip_answers=True)
+    assert stripped.response == SPACED.strip()
+    assert kept.prompt == stripped.prompt
+
+
+def flagged(**fields):
+    return {"messages": [*TALK[:2], TALK[2] | fields, *TALK[3:]]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "unlearned"),
+    [
+        ({"weight": 0}, (2,)),
+        ({"weight": 0.0}, (2,)),
+        ({"weight": 1}, ()),
+        ({"weight": None}, ()),
+        ({"train": False}, (2,)),
+        ({"train": True}, ()),
+        ({"loss": False}, (2,)),
+        ({"mask": True}, (2,)),
+        ({"masked": 1}, (2,)),
+        ({"mask": False}, ()),
+        ({"weight": 1, "train": False}, (2,)),
+        ({"name": "Ann", "id": 3, "tool_calls": None, "refusal": "", "annotations": []}, ()),
+    ],
+)
+def test_fields_that_say_whether_a_message_is_learned(fields, unlearned):
+    ((record,), _) = parse([Row(flagged(**fields), "line 1")], "chat")
+    assert record.unlearned == unlearned
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (flagged(weight=0.5), "message 3: field 'weight' must be true, false, 0 or 1, got '0.5'"),
+        (flagged(train="no"), "message 3: field 'train' must be true, false, 0 or 1"),
+        (flagged(wieght=0), "message 3: field 'wieght' of a message is unknown"),
+        (flagged(tool_calls=[{"name": "f"}]), "message 3: field 'tool_calls' of a message is unknown"),
+        (flagged(reasoning_content="Hm."), "message 3: field 'reasoning_content' of a message is unknown"),
+        ({"messages": [TALK[1] | {"weight": 1}, TALK[2]]}, "message 1: field 'weight' asks to learn a message of role"),
+        ({"messages": [TALK[1], TALK[2] | {"weight": 0}]}, "no message of the assistant is to be learned"),
+        ({"messages": TALK, "tools": [{"name": "f"}]}, "field 'tools' beside the messages would be lost"),
+        ({"messages": TALK, "system": "Be rude."}, "field 'system' beside the messages would be lost"),
+    ],
+)
+def test_fields_of_messages_that_cannot_be_honoured_are_named(row, message):
+    with pytest.raises(DataError, match=f"^line 1(, |: ){message}"):
+        parse([Row(row, "line 1")], "chat")
+
+
+def test_rows_that_say_so_are_not_learned(caplog):
+    rows = [Row(ALPACA | more, "x") for more in ({}, {"weight": 0}, {"train": False}, {"mask": True}, {"weight": 3.5})]
+    with caplog.at_level("INFO"):
+        records, dropped = parse(rows, "alpaca")
+    assert (len(records), dropped) == (2, 0)
+    assert "3 of 5 rows say that they are not to be learned" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"columns": {"outptu": "x"}}, r"unknown fields \['outptu'\]: did you mean 'output'"),
+        ({"columns": {"messages": "x"}}, r"unknown fields \['messages'\]"),
+        ({"columns": {"output": ""}}, "gives field 'output' the name ''"),
+        ({"columns": {"output": "input"}}, "gives two fields the column 'input'"),
+        ({"columns": {"prompt": "x"}, "format": "chat"}, r"unknown fields \['prompt'\]: format chat has messages"),
+        ({"end_token": ""}, "end_token is empty"),
+        ({"val_path": ""}, "val_path is empty"),
+        ({"path": ["x", ""]}, "path is empty"),
+        ({"chat_template": CHAT}, "chat_template has no meaning for format=alpaca"),
+        ({"system_in_user": True}, "system_in_user has no meaning for format=alpaca"),
+        ({"val_fraction": float("nan")}, "val_fraction=nan"),
+        ({"seed": 10**30}, "seed=.* must be below"),
+    ],
+)
+def test_settings_that_no_one_can_mean(tokenizer, setting, message):
+    with pytest.raises(DataError, match=message):
+        InstructionDataModule(**{"path": "x", "tokenizer": tokenizer} | setting)

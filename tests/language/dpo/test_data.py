@@ -50,7 +50,7 @@ DIALOGUES = {
     "message prompt and answers": {
         "prompt": messages(*TURNS),
         "chosen": messages(("assistant", "Me.")),
-        "rejected": messages(("assistant", " You.\r\n")),
+        "rejected": messages(("assistant", "You.")),
     },
     "messages": {
         "prompt": "Who?",  # as some data sets repeat it
@@ -113,7 +113,7 @@ def test_rows_without_a_preference(row, words):
         ({"chosen": "a", "rejected": "b"}, "field 'prompt' is missing, and chosen and rejected are no dialogues"),
         (PLAIN | {"chosen": 3}, "field 'chosen' must be text or a list of messages, got '3'"),
         (PLAIN | {"chosen": f"{HUMAN} Me."}, "one of 'chosen' and 'rejected' is a whole dialogue"),
-        (PLAIN | {"chosen": messages(("robot", "b"))}, r"line 1, chosen, message 1: expected a role \(system, user"),
+        (PLAIN | {"chosen": messages(("robot", "b"))}, "line 1, chosen, message 1: role 'robot' is unknown"),
         (PLAIN | {"chosen": ["b"]}, "expected a role"),
     ],
 )
@@ -240,3 +240,31 @@ def test_the_rows_of_the_smoke_recipe_hold_every_kind():
     pairs, dropped = read_pairs([Row(json.loads(line), f"line {i}") for i, line in enumerate(lines, 1)])
     assert not dropped
     assert {bool(pair.messages) for pair in pairs} == {False, True}
+
+
+def test_answers_keep_their_white_space_unless_asked(write):
+    code = "\n    return x\n"
+    rows = [
+        PLAIN | {"chosen": code},
+        {
+            "prompt": messages(*TURNS[:-1], ("user", " Who? ")),
+            "chosen": messages(("assistant", code)),
+            "rejected": "You.",
+        },
+    ]
+    for row in rows:
+        (pair,), _ = read_pairs([Row(row, "row")])
+        (stripped,), _ = read_pairs([Row(row, "row")], strip_answers=True)
+        assert (pair.answer, stripped.answer) == (code, code.strip())
+        assert pair.prompt_key == stripped.prompt_key
+    dialogue = {"chosen": f"{HUMAN} {code}", "rejected": f"{HUMAN} You."}
+    assert first(write([dialogue]))[0][1] == f" {code}</s>"
+
+
+def test_answers_that_are_not_to_be_learned():
+    row = PLAIN | {"chosen": [{"role": "assistant", "content": "Me.", "weight": 0}]}
+    with pytest.raises(DataError, match="the answer in field 'chosen' is not to be learned"):
+        read_pairs([Row(row, "row")])
+    pairs, dropped = read_pairs([Row(PLAIN | {"weight": 0}, "row"), Row(PLAIN, "row")])
+    assert len(pairs) == 1
+    assert list(dropped) == ["the row says that it is not to be learned"]

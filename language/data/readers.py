@@ -1,0 +1,213 @@
+"""Files to rows: jsonl, json, parquet and YAML. Each row carries its file and line, or row.
+
+Our own readers, not those of `datasets`, because those do not tell lines.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from language.data.rows import Row, shown
+from lit_adapters.errors import DataError
+
+_LONGEST_LINE = 1 << 28  # characters of a line of jsonl; a file of one endless line would fill the memory
+_LARGEST = {".json": 1 << 32, ".yml": 1 << 28, ".yaml": 1 << 28}  # bytes of files that are read whole
+_UNPACKED = 1 << 30  # bytes of a parquet file's content, above which it may not be more than so many times its size:
+_RATIO = 1000
+
+
+def read_file(file: Path) -> Iterator[Row]:
+    """Read the rows of a file, by its suffix.
+
+    Raises:
+        DataError: The file is missing, no regular file, of an unknown kind, too large, torn or badly formed; the
+            message names the file and, where it can, the line.
+    """
+    suffix = file.suffix.lower()
+    try:
+        check_regular(file)
+        if suffix not in READERS:
+            raise DataError(f"{file} is of an unknown kind: use {', '.join(READERS)}")
+        size = file.stat().st_size
+        if size > _LARGEST.get(suffix, size):
+            raise DataError(f"{file} has {size:,} bytes, too many to read at once: write its rows as jsonl or parquet")
+        yield from READERS[suffix](file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {file}: {error}. Copy it again, as UTF-8 text") from error
+
+
+def check_regular(file: Path) -> None:
+    """Check that a path is a regular file, or a link to one.
+
+    Raises:
+        DataError: It is a folder, pipe, socket or device: reading it might never end.
+        OSError: It does not exist or may not be looked at.
+    """
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise DataError(f"{file} is a folder, pipe, socket or device, not a regular file: give a file with rows")
+
+
+def as_row(value: object, origin: str) -> Row:
+    """A row of a parsed value.
+
+    Raises:
+        DataError: The value is not an object with named fields.
+    """
+    if not isinstance(value, dict):
+        raise DataError(f"{origin}: expected an object with named fields, got {shown(value)}; correct the row")
+    return Row(value, origin)
+
+
+def named(values: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
+    """The row with the names of its integer classes; a number without a name, such as -1, means no class: None."""
+    if not names:
+        return values
+    found = {c: values[c] for c in names if isinstance(values.get(c), int)}
+    classes = {c: names[c][v] if 0 <= v < len(names[c]) else None for c, v in found.items()}
+    return {**values, **classes}
+
+
+class _TwiceError(ValueError):
+    """An object has two fields of one name."""
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _TwiceError(f"field {twice[:60]!r} stands twice")
+    return values
+
+
+def _parsed(text: str, origin: str) -> Any:
+    """A JSON value; its errors name the origin."""
+    try:
+        return json.loads(text, object_pairs_hook=_fields)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{origin}: not valid JSON ({error}); correct or remove the line") from error
+    except ValueError as error:  # a field that stands twice, an integer of too many digits
+        raise DataError(f"{origin}: {error}; correct the row") from error
+    except RecursionError:
+        raise DataError(f"{origin}: lists or objects lie too deep within each other; correct the row") from None
+
+
+def _read_jsonl(file: Path) -> Iterator[Row]:
+    with file.open(encoding="utf-8-sig") as lines:
+        number = 0
+        while line := lines.readline(_LONGEST_LINE):
+            number += 1
+            origin = f"{file} line {number}"
+            if len(line) == _LONGEST_LINE:
+                raise DataError(f"{origin} has more than {_LONGEST_LINE:,} characters: put one row in each line")
+            if line.strip():
+                yield as_row(_parsed(line, origin), origin)
+
+
+def _read_json(file: Path) -> Iterator[Row]:
+    text = file.read_text(encoding="utf-8-sig")
+    try:
+        values = json.loads(text, object_pairs_hook=_fields)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file} line {error.lineno}: not valid JSON ({error.msg}); correct it") from error
+    except ValueError as error:
+        raise DataError(f"{file}: {error}; correct it") from error
+    except RecursionError:
+        raise DataError(f"{file}: lists or objects lie too deep within each other; correct it") from None
+    if not isinstance(values, list):
+        raise DataError(f"{file} does not hold a list of rows; if it has one object a line, name it .jsonl")
+    for number, value in enumerate(values, 1):
+        yield as_row(value, f"{file} row {number}")
+
+
+def _read_parquet(file: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        opened = parquet.ParquetFile(file)
+        _check_unpacked(file, opened.metadata)
+        table = opened.read()
+        rows = table.to_pylist()
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise DataError(f"{file} is truncated or not parquet ({reason}): copy or download it again") from error
+    if len(set(table.column_names)) < len(table.column_names):
+        raise DataError(f"{file} has two columns of one name among {', '.join(table.column_names)}: rename one")
+    names = _class_names(file, (table.schema.metadata or {}).get(b"huggingface"))
+    for number, values in enumerate(rows, 1):
+        yield as_row(named(values, names), f"{file} row {number}")
+
+
+def _check_unpacked(file: Path, metadata: Any) -> None:
+    unpacked = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    if unpacked > max(_UNPACKED, _RATIO * file.stat().st_size):
+        raise DataError(f"{file} would unpack to {unpacked:,} bytes, more than {_RATIO} times its size: check the file")
+
+
+def _class_names(file: Path, described: bytes | None) -> dict[str, list[str]]:
+    """The names of integer classes, which Hugging Face's writer leaves in a file's metadata.
+
+    Raises:
+        DataError: The metadata are not such a description, so that classes would be numbers.
+    """
+    if described is None:
+        return {}
+    try:
+        features = json.loads(described).get("info", {}).get("features", {})
+        found = {column: f["names"] for column, f in features.items() if isinstance(f, dict) and "names" in f}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{file}: its metadata 'huggingface' do not describe features, so that the names of classes cannot be "
+            "read: write the file again"
+        ) from error
+    # A column with fields of its own may have one that is called `names`.
+    return {c: n for c, n in found.items() if isinstance(n, list) and all(isinstance(name, str) for name in n)}
+
+
+def _read_yaml(file: Path) -> Iterator[Row]:
+    """Read `conversations`, lists of turns: each turn is the prompt of the next one, its response."""
+    import yaml
+
+    try:
+        # Node by node, because these know their lines and because plain scalars such as `Yes` must stay text.
+        root = yaml.compose(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        reason = str(getattr(error, "problem", error)).split("\n")[0]
+        raise DataError(f"{file}{line}: not valid YAML ({reason}); correct it") from error
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError) as error:  # an escape for a character that does not exist
+        raise DataError(f"{file}: not valid YAML ({error}); correct it") from error
+    except RecursionError:
+        raise DataError(f"{file}: lists lie too deep within each other; correct it") from None
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    conversations = next((value for key, value in pairs if key.value == "conversations"), None)
+    if not isinstance(conversations, yaml.SequenceNode):
+        raise DataError(f"{file} has no list `conversations` of lists of strings, the only YAML form that is read")
+    for conversation in conversations.value:
+        turns = conversation.value
+        line = conversation.start_mark.line + 1
+        if not isinstance(turns, list) or not all(isinstance(turn, yaml.ScalarNode) for turn in turns):
+            raise DataError(f"{file} line {line}: a conversation must be a list of strings; correct it")
+        if len(turns) < 2:
+            raise DataError(f"{file} line {line}: a conversation needs a prompt and a response; remove or complete it")
+        for prompt, response in pairwise(turns):
+            origin = f"{file} line {response.start_mark.line + 1}"
+            yield Row({"prompt": prompt.value, "response": response.value}, origin)
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".yml": _read_yaml,
+    ".yaml": _read_yaml,
+}
