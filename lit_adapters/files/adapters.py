@@ -25,6 +25,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.files.atomic import write_atomically, write_text_atomically
 from lit_adapters.files.meaning import HEADER_KEY, adopt_meaning, check_same, checked, meaning_of
 from lit_adapters.model.attach import adapters, attach, attachment, detach
+from lit_adapters.model.meta import refuse_meta
 from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import is_sharded, whole
 
@@ -92,10 +93,12 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
         directory: Where to; created if missing.
 
     Raises:
-        AdapterError: The model has no adapters, or a value to be saved is not finite.
+        AdapterError: The model has no adapters, or a value to be saved is on the meta device or not finite.
     """
     directory = Path(directory)
-    tensors = {n: whole(t).cpu().contiguous() for n, t in adapter_state(model).items()}
+    state = adapter_state(model)
+    refuse_meta(state, "save_adapters")
+    tensors = {n: whole(t).cpu().contiguous() for n, t in state.items()}
     broken = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:
         raise AdapterError(f"{broken[0]!r} is not finite; nothing was written to {directory}")

@@ -30,6 +30,7 @@ from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.peft import require_peft
 from lit_adapters.methods.targets import matches, places
 from lit_adapters.model.attach import adapters, attach, attachment, detach
+from lit_adapters.model.meta import require_loaded
 from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import refuse_sharded
 
@@ -51,6 +52,7 @@ def export_peft(model: nn.Module, directory: str | Path) -> None:
     """
     peft, state = require_peft(), attachment(model)
     refuse_sharded(model, "export_peft")
+    require_loaded(model, "export_peft")
     found = {name: check_expressible(name, adapter) for name, adapter in adapters(model)}
     if not found:
         raise AdapterError("the model has no adapters: peft has no format for modules of `train` alone")

@@ -15,6 +15,7 @@ from lit_adapters.class_paths import build
 from lit_adapters.errors import AdapterError, shown
 from lit_adapters.methods.copies import CopiedBuffers
 from lit_adapters.methods.description import Describing
+from lit_adapters.methods.hooks import copy_hooks, move_hooks
 from lit_adapters.methods.merging import Merging
 from lit_adapters.methods.placeholder import plain_layers
 from lit_adapters.methods.targets import Target, find_targets
@@ -219,9 +220,10 @@ class AdapterModule(CopiedBuffers, Merging, Describing):
     # ---- tensors
 
     def adopt(self) -> None:
-        """Let the base share this module's tables from now on."""
+        """Let the base share this module's tables from now on, and take over its hooks."""
         base = self.base
         base._parameters, base._buffers, base._modules = self._parameters, self._buffers, self._modules
+        move_hooks(base, self)
 
     def add_parameter(self, name: str, value: Tensor) -> None:
         """Register an adapter parameter; float32."""
@@ -321,12 +323,15 @@ class AdapterModule(CopiedBuffers, Merging, Describing):
     # ---- the base by itself
 
     def unwrapped(self) -> nn.Module:
-        """The base module, with its own parameter tables again."""
+        """The base module, with its own parameter tables and hooks again."""
+        move_hooks(self, self.base)
         return self._own_tables(self.base)
 
     def base_copy(self) -> nn.Module:
         """A second module that computes what the base does, on the same parameters, free of the adapter."""
-        return self._own_tables(copy.copy(self.base))
+        base = copy.copy(self.base)
+        copy_hooks(self.base, base)  # `copy.copy` shares the tables
+        return self._own_tables(base)
 
     def _own_tables(self, base: nn.Module) -> nn.Module:
         base._parameters = {n: self._parameters[n] for n in self._base_parameters}

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lit_adapters.activations.weight_functions import WEIGHT_FUNCTIONS, WeightUpdate
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.description import AdapterSummary, each_layer
+from lit_adapters.methods.hooks import has_own_forward
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.matrix_layers import ConvolutionLayer
 from lit_adapters.ops._context import transformed, without_autocast
@@ -90,6 +91,7 @@ class LoRANAdapter(LowRankAdapter):
         self.update = WeightUpdate(config.function, self.scaling, config.amplitude, config.centered)
         self.cache_while_training = config.cache_weight
         self.initial_frequency = config.frequency
+        self.calls_base = has_own_forward(base)  # a replaced `forward` may do more than multiply
         self._formed_weight: Cache[Tensor] = Cache()  # W0 + s f(B A) in the dtype of the products
         add = self.add_parameter if self.update.learns_frequency else self.add_buffer
         add("frequency", torch.empty((), device=self.lora_A.device))
@@ -121,19 +123,20 @@ class LoRANAdapter(LowRankAdapter):
             wide = torch.promote_types(dtype, torch.float32)
             update = self.delta_weight(wide)  # s f(B A), (out, in)
             weight = self.base_matrix().to(wide) + update  # W0 + s f(B A)
-        if self.dropout > 0 and self.training:  # it must not act on the path through W0
+        # Dropout must not act on the path through W0, and a replaced `forward` of the base is to be called.
+        if (self.dropout > 0 and self.training) or self.calls_base:
             y = self.base(x)
             update = self.layer.stored(self.base, update.to(dtype))
-            return y + self.layer.multiply(self.base, F.dropout(x, self.dropout, True), update).to(y.dtype)
+            return y + self.layer.multiply(self.base, F.dropout(x, self.dropout, self.training), update).to(y.dtype)
         return self.layer.apply(self.base, x, self.layer.stored(self.base, weight.to(dtype)))
 
     def can_stream(self) -> bool:
         """Whether `streamed` may take the place of the formula.
 
-        False for a convolution, whose weight is small compared to its input, and under the transforms of torch.func,
-        which need plain operations.
+        False for a convolution, whose weight is small compared to its input, under the transforms of torch.func,
+        which need plain operations, and where the base has a `forward` of its own.
         """
-        return not isinstance(self.layer, ConvolutionLayer) and not transformed()
+        return not isinstance(self.layer, ConvolutionLayer) and not transformed() and not self.calls_base
 
     def streamed(self, x: Tensor) -> Tensor:
         """(W0 + s f(B A)) x + bias with the weight formed block by block, and again in the backward pass.

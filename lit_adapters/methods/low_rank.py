@@ -175,7 +175,7 @@ class LowRankAdapter(WeightAdapter):
         if torch.compiler.is_compiling() or transformed() or not x.is_contiguous() or (self.dropout and self.training):
             return False
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
-            return False
+            return False  # of whoever reached the base itself; `adopt` took over those it had
         if "forward" in vars(base):  # accelerate puts one there
             return False
         weight, bias = base.weight, base.bias

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.methods.hooks import has_own_forward
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 _QUANTISED = {"Linear4bit", "Linear8bitLt", "QuantLinear"}  # recognised by name, as their libraries are optional
@@ -204,7 +205,9 @@ def is_plain(module: nn.Module) -> bool:
     A layer with a forward of its own is run once to find out. Some compute something else: routers of experts,
     convolutions that standardise their weight or pad their input, and the like.
     """
-    if type(module).forward in _PLAIN_FORWARDS or not isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+    if not isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+        return True
+    if type(module).forward in _PLAIN_FORWARDS and not has_own_forward(module):
         return True
     if {kind.__name__ for kind in type(module).__mro__} & _QUANTISED:  # `matrix_layer` accepts or refuses them
         return True
@@ -267,14 +270,15 @@ def matrix_layer(base: nn.Module, qualified_name: str, method: str) -> LinearLay
         raise AdapterError(
             f"{method} adapts linear layers and convolutions, and {qualified_name!r} is neither: {why}; {leave_out}"
         )
-    if "weight" not in base._parameters:
+    if "weight" not in base._parameters or isinstance(vars(base).get("bias"), Tensor):
         raise AdapterError(
-            f"the weight of {qualified_name!r} is computed by a parametrisation; remove that "
-            f"(torch.nn.utils.parametrize.remove_parametrizations), or {leave_out}"
+            f"the weight or bias of {qualified_name!r} is computed by a parametrisation; remove that with "
+            "parametrize.remove_parametrizations, remove_weight_norm, remove_spectral_norm or prune.remove of "
+            f"torch.nn.utils, or {leave_out}"
         )
     if not is_plain(base):
+        what = "has a `forward` of its own" if has_own_forward(base) else f"is a {type(base).__name__}"
         raise AdapterError(
-            f"{qualified_name!r} is a {type(base).__name__}, which does not do what a plain layer with its weight "
-            f"does; {leave_out}"
+            f"{qualified_name!r} {what}, which does not do what a plain layer with its weight does; {leave_out}"
         )
     return kind

@@ -38,6 +38,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.channels import channel_layout
 from lit_adapters.methods.description import AdapterSummary, LearnedFunctions, each_layer
+from lit_adapters.methods.hooks import copy_hooks, has_own_forward, move_hooks
 from lit_adapters.ops import Denominator, fixed_rational, rational
 from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.rational import MAX_DEGREE
@@ -119,6 +120,11 @@ class NoRA(Method):
                 f"NoRA adapts pointwise activations; {qualified_name!r} is a {type(base).__name__}. "
                 f"Leave it out with exclude=[{qualified_name!r}]"
             )
+        if has_own_forward(base):
+            raise AdapterError(
+                f"the `forward` of {qualified_name!r} was replaced on this one {type(base).__name__}, so that its "
+                f"class does not tell its function; put the class's own back, or set exclude=[{qualified_name!r}]"
+            )
         layout = channel_layout(parent, qualified_name.rpartition(".")[2])
         channel_dim = layout.channel_dim if self.channel_dim == "auto" else self.channel_dim
         if channel_dim is None:
@@ -154,6 +160,7 @@ class NoRAActivation(AdapterModule):
 
     method = "nora"
     decays = False
+    _has_handles = False  # whether the handles of the original's hooks act on the hooks here
     base_numerator: Tensor
     base_denominator: Tensor
     numerator_scale: Tensor
@@ -169,6 +176,7 @@ class NoRAActivation(AdapterModule):
         # A copy, because several layers may share one activation object.
         super().__init__(copy.copy(base), qualified_name)
         self.__dict__["original"] = base
+        copy_hooks(nn.Module(), self.base)  # `adopt` takes those of the original
         if getattr(base, "inplace", False):  # it would overwrite the input that backward needs
             self.base.inplace = False
         self.config = config
@@ -410,11 +418,26 @@ class NoRAActivation(AdapterModule):
                 anchor=self.base_copy() if anchored else None,
                 base=self.base_coefficients() if anchored else None,
             )
+        move_hooks(self, activation)
         return activation.requires_grad_(False).train(self.training)
 
     def unwrapped(self) -> nn.Module:
         original: nn.Module = self.__dict__["original"]
+        vars(original).pop("_first_adapter", None)
+        if self._has_handles:
+            copy_hooks(nn.Module(), original)
+            move_hooks(self, original)
         return original.train(self.training)
+
+    def adopt(self) -> None:
+        """As for every adapter. Of layers that share the activation object, the first gets the hooks, others copies."""
+        super().adopt()
+        original = self.__dict__["original"]
+        first, hooked = vars(original).setdefault("_first_adapter", self.qualified_name), nn.Module()
+        self._has_handles = first == self.qualified_name
+        copy_hooks(original, hooked)
+        move_hooks(original if self._has_handles else hooked, self)
+        copy_hooks(hooked, original)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(*args, **kwargs)

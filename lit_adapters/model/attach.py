@@ -13,6 +13,13 @@ from lit_adapters.methods.base import AdapterModule, Config, Factory, Method, to
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
 from lit_adapters.methods.read_weights import reads_weight
 from lit_adapters.methods.targets import Target, head_modules, matches, near_misses, places
+from lit_adapters.model.meta import (
+    expect_values,
+    forget_expectation,
+    refuse_offloaded,
+    refuse_partly_loaded,
+    require_placed,
+)
 from lit_adapters.model.report import AdapterReport
 
 _STATE = "_lit_adapters"
@@ -82,15 +89,16 @@ def attach(
 
     Raises:
         TargetsNotFound: A method or `train` matches nothing.
-        AdapterError: The model has adapters already, two methods want the same layer, a layer at two places is chosen
-            at one of them only, a method cannot adapt a layer, or `train` names a parameter that is tied to a frozen
-            one or cannot train.
+        AdapterError: The model has adapters already, weights are offloaded or only partly loaded, two methods want the
+            same layer, a layer at two places is chosen at one of them only, a method cannot adapt a layer, or `train`
+            names a parameter that is tied to a frozen one or cannot train.
     """
     if _STATE in model.__dict__ or any(True for _ in adapters(model)):
         raise AdapterError(
             f"{type(model).__name__} already has adapters (merged ones count while their wrappers stay); "
             "call lit_adapters.detach or lit_adapters.merge first, or give all methods to one attach"
         )
+    refuse_offloaded(model)
     single_methods = [part for method in to_methods(methods) for part in method.parts()]
     trained = _find_trained(model, train)
     head = {id(p) for h in head_modules(model) for p in h.parameters()}
@@ -104,6 +112,7 @@ def attach(
         adapter.read_as_weight = adapter.read_as_weight or reads_weight(target.parent, target.attribute)
         if isinstance(target.parent, nn.TransformerEncoderLayer):
             adapter.register_forward_hook(_keep_unfused)
+        refuse_partly_loaded(model, adapter)
         if _has_parameters(target.module):
             shared[id(target.module)] = adapter
         wrapped.append((target, adapter))
@@ -122,8 +131,13 @@ def attach(
         if is_quantised(module):
             stop_repacking(module)
     for target, adapter in wrapped:
-        adapter.adopt()
         setattr(target.parent, target.attribute, adapter)
+    for adapter in {id(adapter): adapter for _, adapter in wrapped}.values():  # one may stand at several places
+        adapter.adopt()
+        if any(t.is_meta for t in adapter.adapter_tensors().values()):
+            adapter.register_forward_pre_hook(expect_values, with_kwargs=True)
+            if expect_values not in model._forward_pre_hooks.values():  # layers without an adapter may run first
+                model.register_forward_pre_hook(expect_values, prepend=True, with_kwargs=True)
     model.__dict__[_STATE] = state
     model.register_load_state_dict_pre_hook(_note_prefix)
     model.register_load_state_dict_post_hook(_forgive_frozen)
@@ -222,15 +236,26 @@ def detach(model: nn.Module) -> None:
     Modules of `train` and buffers keep their trained values; frozen parameters never changed.
 
     Raises:
-        AdapterError: The model has no adapters, or they are merged.
+        AdapterError: The model has no adapters, or they are merged or offloaded.
     """
     state = attachment(model)
     merged = [name for name, adapter in adapters(model) if adapter.merged]
     if merged:
         raise AdapterError(f"{merged[0]!r} is merged; call lit_adapters.unmerge(model) before detaching")
-    remove_adapters(model, lambda adapter: adapter.unwrapped())
+    require_placed(model, "detaching")
+    remove_adapters(model, released)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.required_grad.get(name, True))
+
+
+def released(adapter: AdapterModule) -> nn.Module:
+    """The base of an adapter, without hooks of `attach`."""
+    base = adapter.unwrapped()
+    for key, hook in list(base._forward_hooks.items()):
+        if hook is _keep_unfused:
+            del base._forward_hooks[key]
+    forget_expectation(base)
+    return base
 
 
 def remove_adapters(model: nn.Module, replacement: Callable[[AdapterModule], nn.Module]) -> None:
@@ -243,6 +268,7 @@ def remove_adapters(model: nn.Module, replacement: Callable[[AdapterModule], nn.
                 replacements[key] = replacement(target.module)
             setattr(target.parent, target.attribute, replacements[key])
     del model.__dict__[_STATE]
+    forget_expectation(model)
     for hooks in (model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks):
         for key, hook in list(hooks.items()):
             if getattr(hook, "hook", hook) in (_note_prefix, _forgive_frozen):

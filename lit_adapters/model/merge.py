@@ -9,7 +9,8 @@ from torch import nn
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule, to_methods
 from lit_adapters.methods.matrix_layers import is_quantised
-from lit_adapters.model.attach import adapters, attachment, remove_adapters
+from lit_adapters.model.attach import adapters, attachment, released, remove_adapters
+from lit_adapters.model.meta import require_loaded
 from lit_adapters.model.sharding import refuse_sharded
 
 SHARED = "shared_with"  # attribute of a parameter that another model also has: the name of that model
@@ -90,6 +91,7 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
     """
     state = attachment(model)
     refuse_sharded(model, "merging")
+    require_loaded(model, "merging")
     found = list(adapters(model))
     done = [name for name, adapter in found if adapter.merged]
     if done:
@@ -126,7 +128,7 @@ def forget_quantisation(model: nn.Module) -> None:
 
 
 def _successor(adapter: AdapterModule) -> nn.Module:
-    return adapter.unwrapped() if adapter.merges_into else adapter.folded()
+    return released(adapter) if adapter.merges_into else adapter.folded()
 
 
 def unmerge(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.model.attach import adapters
+from lit_adapters.model.meta import require_loaded
 from lit_adapters.ops.statistics import regular_sample
 
 _VALUES_PER_CALL = 1 << 14  # inputs of an adapter that `calibrate` keeps from one call
@@ -141,12 +142,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
             moved to the device, and `model` is called with it.
 
     Raises:
-        AdapterError: There are no batches or no adapters, training has begun, or a layer's inputs are constant or not
-            finite.
+        AdapterError: There are no batches or no adapters, a weight is on the meta device, training has begun, or a
+            layer's inputs are constant or not finite.
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise AdapterError("calibrate takes an iterable of batches; put a single batch into a list: [batch]")
     found = [(n, a) for n, a in _require_adapters(model) if type(a).calibrate is not AdapterModule.calibrate]
+    require_loaded(model, "calibrating")
     samples: dict[str, list[Tensor]] = {name: [] for name, _ in found}
 
     def observe(name: str, x: Tensor) -> None:
