@@ -65,8 +65,8 @@ def build(config: Any, base: type[T], package: str, what: str) -> T:
         raise AdapterError(f"{shown(path)} is no {what}; give one of {package}")
     try:
         return cls(**(arguments or {}))
-    except AdapterError:
-        raise
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
     except RecursionError as error:
         raise AdapterError(f"{path}: the arguments are nested too deeply; give those of one {what}") from error
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:

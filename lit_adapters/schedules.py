@@ -23,6 +23,9 @@ from typing import Any, Literal
 
 from lit_adapters.class_paths import build
 from lit_adapters.errors import AdapterError, shown
+from lit_adapters.values import check_choice, check_number, check_whole
+
+_STEEPEST = 1000.0  # power of a polynomial
 
 
 class Schedule(ABC):
@@ -54,6 +57,8 @@ class Ramp(Schedule):
     end: float = 0.3
 
     def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            check_number(f"{type(self).__name__}: {name}", getattr(self, name))
         if not 0.0 <= self.start < self.end <= 1.0:
             raise AdapterError(
                 f"{type(self).__name__}: start {self.start} and end {self.end} must be 0 <= start < end <= 1"
@@ -97,6 +102,7 @@ class Exponential(Ramp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_number("Exponential: rate", self.rate)
         if not 0.01 <= self.rate <= 100:
             raise AdapterError(f"Exponential: rate {self.rate} must lie in [0.01, 100]; Linear is the limit at 0")
 
@@ -117,6 +123,7 @@ class Polynomial(Ramp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_number("Polynomial: power", self.power, high=_STEEPEST)
         if not self.power > 0:
             raise AdapterError(f"Polynomial: power {self.power} must be positive")
 
@@ -136,8 +143,7 @@ class Step(Ramp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1 or self.steps != int(self.steps):
-            raise AdapterError(f"Step: steps {self.steps} must be a whole number, at least 1")
+        check_whole("Step: steps", self.steps)
 
     def shape(self, t: float) -> float:
         return 1.0 - math.floor(t * self.steps + 1e-9) / self.steps  # t is a rounded quotient
@@ -154,6 +160,7 @@ class Hold(Schedule):
     value: float = 1.0
 
     def __post_init__(self) -> None:
+        check_number("Hold: value", self.value)
         if not 0.0 <= self.value <= 1.0:
             raise AdapterError(f"Hold: value {self.value} must lie in [0, 1]")
 
@@ -193,6 +200,8 @@ class Adaptive(Schedule):
     mode: Literal["min", "max"] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("start", "duration", "end"):
+            check_number(f"Adaptive: {name}", getattr(self, name))
         if not (
             self.start >= 0.0 and self.duration > 0.0 and self.start + self.duration <= self.end + 1e-9 <= 1.0 + 1e-9
         ):
@@ -200,14 +209,17 @@ class Adaptive(Schedule):
                 f"Adaptive: start {self.start}, duration {self.duration} and end {self.end} must be "
                 "0 <= start < start + duration <= end <= 1"
             )
-        if self.window < 5:
-            raise AdapterError(f"Adaptive: window {self.window} must be at least 5 steps")
-        if self.mode not in (None, "min", "max"):
-            raise AdapterError(f"Adaptive: mode {self.mode!r} must be 'min' or 'max'")
+        check_whole("Adaptive: window", self.window, low=5)
+        if self.mode is not None:
+            check_choice("Adaptive: mode", self.mode, ("min", "max"))
+        if not isinstance(self.monitor, (str, type(None))):
+            raise AdapterError(f"Adaptive: monitor {shown(self.monitor)} must be the name of a logged value")
         if self.monitor is not None:
             monitor_mode(self.monitor, self.mode)
         elif self.mode is not None:
-            raise AdapterError(f"Adaptive: mode {self.mode!r} belongs to a monitor; set one, or leave the mode out")
+            raise AdapterError(
+                f"Adaptive: mode {shown(self.mode)} belongs to a monitor; set one, or leave the mode out"
+            )
 
     def __call__(self, progress: float) -> float:
         return min(1.0, max(0.0, (self.end - progress) / self.duration))
@@ -242,7 +254,7 @@ def monitor_mode(monitor: str, mode: Literal["min", "max"] | None = None) -> Lit
     if "reward" in monitor or "accuracy" in monitor:
         return "max"
     raise AdapterError(
-        f"Adaptive: the name of monitor {monitor!r} does not tell whether low or high values are good; "
+        f"Adaptive: the name of monitor {shown(monitor)} does not tell whether low or high values are good; "
         "set mode to 'min' or 'max'"
     )
 

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(p for package in ("lit_adapters", "vision", "language") for p in (ROOT / package).rglob("*.py"))
 
 # The layers of a package: each may import itself and those before it.
-LIBRARY = ["errors", "renamed", "class_paths", "console", "ops", "activations", "schedules", "methods", "model"]
-LIBRARY += ["optimizers", "files", "learned", "assets", "training", "lightning", "cli"]
+LIBRARY = ["errors", "renamed", "class_paths", "console", "values", "ops", "activations", "schedules", "methods"]
+LIBRARY += ["model", "optimizers", "files", "learned", "assets", "training", "lightning", "cli"]
 LANGUAGE = ["gguf_files", "models", "loss", "means", "generate", "reference", "module", "data", "prompt", "cli"]
 LANGUAGE += ["evaluate", "dpo", "grpo", "draft", "__main__", "demo"]
 LAYERS = {"lit_adapters": LIBRARY, "language": LANGUAGE}

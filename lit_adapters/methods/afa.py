@@ -26,6 +26,7 @@ from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.ops import rational
 from lit_adapters.ops.statistics import regular_sample
 from lit_adapters.schedules import Linear, Schedule, to_schedule
+from lit_adapters.values import check_choice, check_whole
 
 SIGMAS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -69,12 +70,10 @@ class AFALoRA(LowRank):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.schedule = to_schedule(self.schedule)
-        if self.activation not in (*SIGMAS, RATIONAL):
-            raise AdapterError(f"activation {self.activation!r} must be one of {', '.join((*SIGMAS, RATIONAL))}")
-        if self.groups < 1 or (self.groups > 1 and self.activation != RATIONAL):
-            raise AdapterError(
-                f"groups {self.groups} must be at least 1, and exactly 1 unless activation is {RATIONAL!r}"
-            )
+        check_choice("activation", self.activation, (*SIGMAS, RATIONAL))
+        check_whole("groups", self.groups)
+        if self.groups > 1 and self.activation != RATIONAL:
+            raise AdapterError(f"groups {self.groups} must be exactly 1 unless activation is {RATIONAL!r}")
 
     def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> "AFAAdapter":
         return AFAAdapter(base, qualified_name, self)

@@ -22,6 +22,7 @@ from lit_adapters.methods.targets import Target, find_targets
 from lit_adapters.ops._context import transformed
 from lit_adapters.ops.cache import Cache
 from lit_adapters.schedules import Schedule
+from lit_adapters.values import list_of_names
 
 Config = Mapping[str, Any]
 Factory = Callable[[], "AdapterModule"]
@@ -90,15 +91,22 @@ class Method:
         """
 
     def normalise_targets(self) -> None:
-        """Give `targets` and `exclude` one form, so that a method equals its round trip through YAML or JSON."""
+        """Give `targets` and `exclude` one form, so that a method equals its round trip through YAML or JSON.
+
+        Raises:
+            AdapterError: `targets` is neither a text nor a list of names, or `exclude` is no list of names.
+        """
+        if isinstance(self.exclude, str):
+            raise AdapterError(
+                f"exclude {shown(self.exclude)} must be a list of name suffixes: [{shown(self.exclude)}]"
+            )
         if not isinstance(self.targets, (str, Iterable)):
             raise AdapterError(
-                f"targets {self.targets!r} must be a keyword, a regular expression or a list of suffixes"
+                f"targets {shown(self.targets)} must be a keyword, a regular expression or a list of suffixes"
             )
-        if isinstance(self.exclude, str):
-            raise AdapterError(f"exclude {self.exclude!r} must be a list of name suffixes: [{self.exclude!r}]")
-        self.targets = self.targets if isinstance(self.targets, str) else list(self.targets)
-        self.exclude = list(self.exclude)
+        if not isinstance(self.targets, str):
+            self.targets = list_of_names("targets", self.targets)
+        self.exclude = list_of_names("exclude", self.exclude)
 
     def to_config(self) -> dict[str, Any]:
         """The `{class_path, init_args}` form: plain values, as YAML, JSON and hparams hold it."""

@@ -36,6 +36,7 @@ from lit_adapters.methods.description import each_layer, mean_over_layers
 from lit_adapters.methods.matrix_layers import LinearLayer, is_quantised, matrix_layer
 from lit_adapters.methods.read_weights import reads_weight
 from lit_adapters.methods.targets import KEYWORDS, Target, find_targets, head_modules, places
+from lit_adapters.values import check_flag
 
 
 @dataclass
@@ -65,8 +66,7 @@ class BitFit(Method):
             raise AdapterError(
                 f"targets {self.targets!r} selects weights; BitFit takes 'all-biases' or names of modules"
             )
-        if not isinstance(self.add_missing, bool):
-            raise AdapterError(f"add_missing {self.add_missing!r} must be True or False")
+        check_flag("add_missing", self.add_missing)
 
     def find(self, model: nn.Module, train: str | Sequence[str] = ()) -> list[tuple[Target, Factory]]:
         """The modules whose bias trains.

@@ -34,6 +34,7 @@ from lit_adapters.methods.matrix_layers import ConvolutionLayer
 from lit_adapters.ops._context import transformed, without_autocast
 from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.merged_linear import merged_linear, merged_weight
+from lit_adapters.values import check_choice, check_flag, check_number
 
 _NUDGE = 1e-3  # size of B A at the start where f is flat at 0, as a share of a freshly initialised weight
 
@@ -68,11 +69,11 @@ class LoRAN(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.function not in WEIGHT_FUNCTIONS:
-            raise AdapterError(f"function {self.function!r} must be one of {', '.join(WEIGHT_FUNCTIONS)}")
-        for name in ("amplitude", "frequency"):
-            if not isinstance(getattr(self, name), (int, float)) or not math.isfinite(getattr(self, name)):
-                raise AdapterError(f"{name} {getattr(self, name)!r} must be a finite number")
+        check_choice("function", self.function, WEIGHT_FUNCTIONS)
+        check_number("amplitude", self.amplitude)
+        check_number("frequency", self.frequency)
+        check_flag("centered", self.centered)
+        check_flag("cache_weight", self.cache_weight)
         if self.function == "sine" and self.frequency == 0:
             raise AdapterError("frequency 0 makes sine zero everywhere, and it would never learn; try 10 to 200")
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_adapters.errors import AdapterError
+from lit_adapters.errors import AdapterError, shown
 from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.description import LowRankUpdate, each_layer, mean_over_layers
 from lit_adapters.methods.matrix_layers import LinearLayer
@@ -20,6 +20,7 @@ from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops._context import autocast_dtype, transformed
 from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.low_rank import low_rank_linear
+from lit_adapters.values import check_factor, check_flag, check_pattern, check_probability, check_whole
 
 
 @dataclass
@@ -56,20 +57,15 @@ class LowRank(Method):
 
     def __post_init__(self) -> None:
         self.normalise_targets()
-        if not isinstance(self.rank_pattern or {}, Mapping):
-            raise AdapterError(f"rank_pattern {self.rank_pattern!r} must map regular expressions to ranks")
+        if not isinstance(self.rank_pattern, (Mapping, type(None))):
+            raise AdapterError(f"rank_pattern {shown(self.rank_pattern)} must map regular expressions to ranks")
         for rank in (self.rank, *(self.rank_pattern or {}).values()):
-            if not isinstance(rank, int) or rank < 1:
-                raise AdapterError(f"rank {rank!r} must be a whole number, at least 1")
+            check_whole("rank", rank)
         for pattern in self.rank_pattern or {}:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise AdapterError(f"rank_pattern {pattern!r} is not a regular expression: {error}") from error
-        if not _is_number(self.alpha) or self.alpha == 0:
-            raise AdapterError(f"alpha {self.alpha!r} must be a finite number other than 0")
-        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
-            raise AdapterError(f"dropout {self.dropout!r} must lie in [0, 1)")
+            check_pattern("rank_pattern", pattern)
+        check_factor("alpha", self.alpha)
+        check_probability("dropout", self.dropout)
+        check_flag("rslora", self.rslora)
 
     def rank_for(self, qualified_name: str) -> int:
         """The rank of one target."""
@@ -95,16 +91,15 @@ class LowRank(Method):
             return super().placeholder(qualified_name, tensors, shapes)
         if not pair <= tensors.keys():
             raise AdapterError(f"{qualified_name!r} lacks lora_A or lora_B")
+        for name in sorted(pair):
+            if tensors[name].dim() != 2 or not tensors[name].numel():
+                raise AdapterError(f"{qualified_name}.{name} is {tuple(tensors[name].shape)}, and must be a matrix")
         layer = nn.Linear(tensors["lora_A"].shape[1], tensors["lora_B"].shape[0], bias=False, device="meta")
         return self.wrap(layer, qualified_name, nn.Module())
 
 
 def _is_constant(tensor: Tensor) -> bool:
     return type(tensor) in (nn.Parameter, Tensor) and not tensor.requires_grad
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 class LowRankAdapter(WeightAdapter):

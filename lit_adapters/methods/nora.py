@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from lit_adapters.activations import RationalActivation, fit_for, is_known_activation
 from lit_adapters.activations.coefficients import PARTS, normal_density, normal_inputs, set_base, set_scale
-from lit_adapters.errors import AdapterError
+from lit_adapters.errors import AdapterError, shown
 from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.channels import channel_layout
 from lit_adapters.methods.description import AdapterSummary, LearnedFunctions, each_layer
@@ -43,12 +43,17 @@ from lit_adapters.ops import Denominator, fixed_rational, rational
 from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.rational import MAX_DEGREE
 from lit_adapters.ops.statistics import drift, histogram, regular_sample, slope_bound
+from lit_adapters.values import LARGEST, check_choice, check_factor, check_number, check_whole
 
 PRESET_RANGE = (-6.0, 6.0)
 _GRID = 256  # points on which functions and densities are kept
 _SAMPLE = 1 << 14  # inputs that `observe` and `input_histogram` take
 _ASSUMED_STD = 2.0  # of the inputs before any were seen; normal with mean 0
-_LEAST_SPREAD = 1e-3  # width of the range of inputs; calibration refuses narrower ones
+_LEAST_SPREAD = 1e-3  # width of the range of inputs; narrower ones are refused
+_FARTHEST = 1e4  # end of a range that a function can be fitted on
+_MOST_GROUPS = 1 << 16
+_MOST_RANK = 1 << 10  # a coefficient update has at most MAX_DEGREE + 1 columns
+_MOST_DIMS = 8
 
 
 @dataclass
@@ -92,27 +97,23 @@ class NoRA(Method):
 
     def __post_init__(self) -> None:
         self.normalise_targets()
-        if len(self.degrees) != 2 or not all(1 <= d <= MAX_DEGREE for d in self.degrees):
-            raise AdapterError(f"degrees {self.degrees!r} must be two numbers between 1 and {MAX_DEGREE}, as in (5, 4)")
-        self.degrees = (int(self.degrees[0]), int(self.degrees[1]))
+        self.degrees = _degrees(self.degrees)
         if self.fit_range != "calibrate":
             self.fit_range = _interval(self.fit_range)
-        if self.groups < 1:
-            raise AdapterError(f"groups {self.groups} must be at least 1")
-        if self.rank is not None and self.rank < 1:
-            raise AdapterError(f"rank {self.rank} must be at least 1, or None to train coefficients directly")
+        check_whole("groups", self.groups, high=_MOST_GROUPS)
+        if self.rank is not None:
+            check_whole("rank", self.rank, 1, _MOST_RANK, "or None to train the coefficients directly")
+        check_factor("alpha", self.alpha)
         choices = {
             "denominator": get_args(Denominator),
             "base": ("rational", "anchored"),
             "scaling": ("density", "none"),
         }
         for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise AdapterError(f"{field} {getattr(self, field)!r} must be one of {', '.join(map(repr, allowed))}")
-        if not isinstance(self.channel_dim, int) and self.channel_dim != "auto":
-            raise AdapterError(f"channel_dim {self.channel_dim!r} must be a dimension such as 1 or -1, or 'auto'")
-        if not self.scale > 0:
-            raise AdapterError(f"scale {self.scale} must be positive")
+            check_choice(field, getattr(self, field), allowed)
+        if self.channel_dim != "auto":
+            check_whole("channel_dim", self.channel_dim, -_MOST_DIMS, _MOST_DIMS, "or 'auto'")
+        check_number("scale", self.scale, low=1 / LARGEST)
 
     def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> AdapterModule:
         if not is_known_activation(base):
@@ -147,12 +148,25 @@ class NoRA(Method):
         return NoRAActivation(nn.GELU(), qualified_name, self, -1, torch.device("meta"))
 
 
-def _interval(ends: object) -> tuple[float, float]:
-    if isinstance(ends, Sequence) and not isinstance(ends, str) and len(ends) == 2:
-        low, high = float(ends[0]), float(ends[1])
-        if -math.inf < low < high < math.inf:
-            return low, high
-    raise AdapterError(f"fit_range {ends!r} must be an interval (low, high) or 'calibrate'")
+def _interval(ends: Any) -> tuple[float, float]:
+    if not isinstance(ends, (list, tuple)) or len(ends) != 2:
+        raise AdapterError(f"fit_range {shown(ends)} must be an interval (low, high) or 'calibrate'")
+    for end in ends:
+        check_number("fit_range: the end", end, -_FARTHEST, _FARTHEST)
+    if not ends[1] - ends[0] >= _LEAST_SPREAD:
+        raise AdapterError(
+            f"fit_range {tuple(ends)} must be an interval (low, high), {_LEAST_SPREAD} wide or more, or 'calibrate'"
+        )
+    return float(ends[0]), float(ends[1])
+
+
+def _degrees(degrees: Any) -> tuple[int, int]:
+    valid = isinstance(degrees, (list, tuple)) and len(degrees) == 2
+    if not valid or not all(type(d) is int and 1 <= d <= MAX_DEGREE for d in degrees):
+        raise AdapterError(
+            f"degrees {shown(degrees)} must be two whole numbers between 1 and {MAX_DEGREE}, as in (5, 4)"
+        )
+    return degrees[0], degrees[1]
 
 
 class NoRAActivation(AdapterModule):

@@ -26,13 +26,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_adapters.errors import AdapterError
+from lit_adapters.errors import AdapterError, shown
 from lit_adapters.methods.base import AdapterModule, Factory, Method
 from lit_adapters.methods.description import LowRankUpdate, each_layer, mean_over_layers
 from lit_adapters.methods.matrix_layers import matrix_layer
 from lit_adapters.methods.targets import Target, find_targets
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops._context import autocast_dtype, transformed
+from lit_adapters.values import check_factor, check_probability, check_whole
+
+_MOST_RANK = 1 << 16
+_MOST_SIDE = 1 << 20  # of a weight
 
 
 @dataclass
@@ -64,16 +68,11 @@ class VeRA(Method):
 
     def __post_init__(self) -> None:
         self.normalise_targets()
-        if not _is_whole(self.rank) or self.rank < 1:
-            raise AdapterError(f"rank {self.rank!r} must be a whole number, at least 1")
-        if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
-            raise AdapterError(f"seed {self.seed!r} must be a whole number, at least 0 and below 2^63")
-        if not _is_number(self.d_initial) or self.d_initial == 0:
-            raise AdapterError(
-                f"d_initial {self.d_initial!r} must be a finite number other than 0, with which nothing would train"
-            )
-        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
-            raise AdapterError(f"dropout {self.dropout!r} must lie in [0, 1)")
+        check_whole("rank", self.rank, high=_MOST_RANK)
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise AdapterError(f"seed {shown(self.seed)} must be a whole number, at least 0 and below 2^63")
+        check_factor("d_initial", self.d_initial)
+        check_probability("dropout", self.dropout)
 
     def find(self, model: nn.Module, train: str | Sequence[str] = ()) -> list[tuple[Target, Factory]]:
         """As for any method; the pair is drawn for the largest of the layers found.
@@ -101,17 +100,12 @@ class VeRA(Method):
         """
         if "vera_sizes" not in tensors:
             raise AdapterError(f"{qualified_name!r} lacks vera_sizes")
-        outputs, inputs = tensors["vera_sizes"][1].tolist()
+        sizes = tensors["vera_sizes"]
+        if sizes.shape != (2, 2) or sizes.dtype != torch.int64 or not ((sizes > 0) & (sizes <= _MOST_SIDE)).all():
+            raise AdapterError(f"{qualified_name}.vera_sizes must hold two pairs of sizes of weights")
+        outputs, inputs = sizes[1].tolist()
         layer = nn.Linear(inputs, outputs, bias=False, device="meta")
         return self.wrap(layer, qualified_name, nn.Module())
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class FrozenPair:
