@@ -6,12 +6,11 @@ for people and must agree. Never pickle, never a name that peft or transformers 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,27 +20,41 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lit_adapters.errors import AdapterError
-from lit_adapters.files.atomic import write_atomically, write_text_atomically
+from lit_adapters.errors import AdapterError, shown
+from lit_adapters.files.atomic import write_together
+from lit_adapters.files.fingerprint import differing, fingerprint, old_fingerprint
+from lit_adapters.files.header import (
+    FORMAT,
+    check_tensors,
+    check_text,
+    has_checksums,
+    header_text,
+    is_intact_copy,
+    parse_header,
+)
 from lit_adapters.files.meaning import HEADER_KEY, adopt_meaning, check_same, checked, meaning_of
-from lit_adapters.model.attach import adapters, attach, attachment, detach
+from lit_adapters.methods.base import to_methods
+from lit_adapters.model.attach import adapters, attach, attachment, base_parameters, detach, unfrozen
 from lit_adapters.model.meta import refuse_meta
 from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import is_sharded, whole
 
 TENSORS, HEADER = "lit_adapter.safetensors", "lit_adapter.json"
-_FORMAT = 1
 _KEY = "lit_adapter"
-_SAMPLES = 16
 RECORD, RECORD_FORMAT = "lit_adapters", 1  # of the entry that Lightning checkpoints have
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The content of an adapter file: the adapters' tensors, parameters of modules of `train`, the base's buffers."""
+def adapter_state(model: nn.Module, besides: Iterable[str] = ()) -> dict[str, Tensor]:
+    """The content of an adapter file: the adapters' tensors, parameters of modules of `train`, the base's buffers.
+
+    Args:
+        model: The module given to `attach`.
+        besides: Names of further base parameters.
+    """
     state = attachment(model)
     tensors = {f"{name}.{key}": t for name, a in adapters(model) for key, t in a.adapter_tensors().items()}
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    tensors |= {n: parameters[n] for n in state.trained_parameters}
+    tensors |= {n: parameters[n] for n in (*state.trained_parameters, *besides)}
     tensors |= {n: buffers[n] for n in state.buffers}
     return {n: t.detach() for n, t in tensors.items()}
 
@@ -83,38 +96,55 @@ def read_checkpoint_file(path: str | Path) -> dict[str, Any]:
 
 
 def save_adapters(model: nn.Module, directory: str | Path) -> None:
-    """Write the adapters of `model`, and its modules of `train`, to `directory`; each file is replaced atomically.
+    """Write the adapters of `model`, and whatever else of it trains, to `directory`.
 
-    The files are safetensors and JSON. The base's persistent buffers are written too: running statistics move while the
-    model trains, frozen or not. If the model is sharded, every process must call this, and the first one writes.
+    The files are safetensors and JSON. Besides the adapters they hold the modules of `train`, base parameters that
+    were unfrozen after `attach`, and the base's persistent buffers: running statistics move while the model trains,
+    frozen or not. The tensor file is complete in itself, so that the one rename that puts it in place replaces the
+    whole. If the model is sharded, every process must call this, and the first one writes.
 
     Args:
         model: The module given to `attach`.
         directory: Where to; created if missing.
 
     Raises:
-        AdapterError: The model has no adapters, or a value to be saved is on the meta device or not finite.
+        AdapterError: The model has no adapters, a value to be saved is not finite or has no values yet, or the files
+            cannot be written. Earlier files in `directory` are then as before.
     """
     directory = Path(directory)
-    state = adapter_state(model)
+    besides = unfrozen(model)
+    state = adapter_state(model, besides)
     refuse_meta(state, "save_adapters")
     tensors = {n: whole(t).cpu().contiguous() for n, t in state.items()}
     broken = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:
         raise AdapterError(f"{broken[0]!r} is not finite; nothing was written to {directory}")
+    frozen = _frozen(model, tensors)
     header = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "lit_adapters": version("lit-adapters"),
         **describe(model),
-        "base": {"shapes": _base_shapes(model), "weights": _fingerprint(model, tensors)},
+        "base": {
+            "shapes": _base_shapes(model),
+            "weights": old_fingerprint(frozen),
+            "fingerprint": fingerprint(frozen),
+        },
     }
+    if besides:
+        header["unfrozen"] = besides
     if meaning := meaning_of(model):
         header[HEADER_KEY] = meaning
-    text = json.dumps(header, indent=1)
+    text = header_text(header, tensors)
     together = is_sharded(model)
     if not together or torch.distributed.get_rank() == 0:
-        write_atomically(directory / TENSORS, lambda path: save_file(tensors, path, metadata={_KEY: text}))
-        write_text_atomically(directory / HEADER, text + "\n")
+        # The copy comes first: a reader takes the tensor file's word, and accepts a copy from another save.
+        write_together(
+            directory,
+            {
+                HEADER: lambda path: path.write_text(text + "\n", encoding="utf-8"),
+                TENSORS: lambda path: save_file(tensors, path, metadata={_KEY: text}),
+            },
+        )
     if together:
         torch.distributed.barrier()  # whoever goes on finds the files
 
@@ -123,14 +153,14 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
     """Attach the saved methods to a fresh base model and load their tensors; strict.
 
     Args:
-        model: The base model, without adapters. If its sampled weights differ from those the adapters were trained
-            on, it is accepted with a warning.
+        model: The base model, without adapters. If its weights differ from those the adapters were trained on, it is
+            accepted with a warning.
         directory: What `save_adapters` wrote.
 
     Raises:
-        AdapterError: The file is missing, torn, not ours or of a newer format; the base has other layers or shapes;
-            keys are missing or unexpected; or the file's meaning (`lit_adapters.files.meaning`) contradicts the
-            model's. The model is then as before.
+        AdapterError: The file is missing, torn, damaged, not ours or of a newer format; the base has other layers or
+            shapes; tensors are missing, unexpected or of another kind; or the file's meaning
+            (`lit_adapters.files.meaning`) contradicts the model's. The model is then as before.
     """
     directory = Path(directory)
     header, tensors = read_directory(directory)
@@ -145,32 +175,88 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
         )
     meaning = checked(header.get(HEADER_KEY, {}), str(directory))
     check_same(meaning, meaning_of(model), str(directory))
-    report = attach(model, header["methods"], header["train"])
-    expected = adapter_state(model)
-    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    wrong = [n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape]
-    if missing or unexpected or wrong:
+    besides: dict[str, bool] = header.get("unfrozen", {})
+    report = attach(model, to_methods(header["methods"]), header["train"])
+    try:
+        expected = adapter_state(model, besides)
+        _check_fit(model, header, expected, tensors, directory)
+    except BaseException:
         detach(model)
-        raise AdapterError(
-            f"{directory} does not fit what its own header describes: missing {missing[:3]}, unexpected "
-            f"{unexpected[:3]}, other shapes {wrong[:3]}"
-        )
-    fingerprint = _fingerprint(model, tensors)
-    if None not in (fingerprint, header["base"]["weights"]) and fingerprint != header["base"]["weights"]:
+        raise
+    state, parameters = attachment(model), base_parameters(model)
+    state.unfrozen = list(besides)
+    for name, trains in besides.items():
+        parameters[name].requires_grad_(trains)
+        report.trained[name] = parameters[name].numel()
+    if others := _other_weights(model, header, tensors):
         warnings.warn(
-            f"{directory} was trained on other weights of this architecture; results will differ", stacklevel=2
+            f"{directory} was trained on other weights of this architecture{others}; results will differ", stacklevel=2
         )
+    if not has_checksums(header):
+        _note_without_checksums()
     model.load_state_dict(tensors, strict=False, assign=any(t.is_meta for t in expected.values()))
     adopt_meaning(model, meaning, str(directory))
     return report
 
 
-def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors of an adapter directory; no model is needed.
+def _check_fit(
+    model: nn.Module, header: dict[str, Any], expected: dict[str, Tensor], tensors: dict[str, Tensor], directory: Path
+) -> None:
+    """Check that the tensors of a file are those that the attached model needs.
 
     Raises:
-        AdapterError: The file is missing, torn, not ours or of a newer format, or its header and the readable copy
-            differ.
+        AdapterError: Tensors are missing, unexpected, or of another shape or dtype; or a layer has another method than
+            the header says.
+    """
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    wrong = [n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape]
+    if missing or unexpected or wrong:
+        raise AdapterError(
+            f"{directory} does not fit what its own header describes: missing {missing[:3]}, unexpected "
+            f"{unexpected[:3]}, other shapes {wrong[:3]}"
+        )
+    own = {f"{name}.{key}" for name, a in adapters(model) for key in a.adapter_tensors()}
+    for name, tensor in expected.items():
+        found = tensors[name].dtype
+        # What the base stores may have been cast; an adapter keeps its own dtype.
+        if found != tensor.dtype and not (found.is_floating_point and tensor.is_floating_point() and name not in own):
+            raise AdapterError(f"{directory}: {name!r} is {found}, and must be {tensor.dtype}; take an undamaged copy")
+    described = describe(model)["adapters"]
+    if other := [n for n in described if described[n] != header["adapters"].get(n)]:
+        listed = shown(header["adapters"].get(other[0]))
+        raise AdapterError(
+            f"{directory} does not fit what its own header describes: {other[0]!r} has {listed} in its list of "
+            f"adapters, and {described[other[0]]!r} by its methods"
+        )
+
+
+def _other_weights(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """In a few words, which frozen weights of `model` differ from those the adapters were trained on; empty if none."""
+    base, frozen = header["base"], _frozen(model, tensors)
+    if "fingerprint" in base:
+        names = differing(base["fingerprint"], frozen)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f" ({names[0]!r}{more})" if names else ""
+    present = old_fingerprint(frozen)
+    return " (some of them)" if None not in (present, base["weights"]) and present != base["weights"] else ""
+
+
+@cache
+def _note_without_checksums() -> None:
+    """Say once that a file is of an earlier version."""
+    warnings.warn(
+        "this adapter directory was written without checksums, by lit_adapters 0.1: damage to its values would not be "
+        "noticed. Saving it again adds them",
+        stacklevel=3,
+    )
+
+
+def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of an adapter directory, both checked; no model is needed.
+
+    Raises:
+        AdapterError: The file is missing, torn, damaged, not ours or of a newer format; or the readable copy of its
+            header was edited.
     """
     path = directory / TENSORS
     if not path.is_file():
@@ -178,58 +264,39 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
+            if text is None:
+                raise AdapterError(f"{path} was not written by lit_adapters: it has no {_KEY!r} header")
+            header = parse_header(text, path)
+            check_text(text, header, path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path} is torn or not a safetensors file ({error})") from error
-    if text is None:
-        raise AdapterError(f"{path} was not written by lit_adapters: it has no {_KEY!r} header")
-    try:
-        header = json.loads(text)
-        form, writer = header["format"], header["lit_adapters"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise AdapterError(f"{path} was not written by lit_adapters: its {_KEY!r} header is unreadable") from error
-    if form != _FORMAT:
-        raise AdapterError(
-            f"{path} has format {form!r}, this version reads {_FORMAT}; it was written by lit_adapters {writer}, "
-            "install that version or a later one"
-        )
+    check_tensors(header, tensors, path)
     readable = directory / HEADER
-    if readable.is_file():
-        try:
-            agrees = json.loads(readable.read_text(encoding="utf-8")) == header
-        except ValueError:
-            agrees = False
-        if not agrees:
-            raise AdapterError(
-                f"{readable} and {path} do not belong together (edited, or a write was interrupted); "
-                f"delete {readable.name} to load what the tensor file holds"
-            )
+    if readable.is_file() and not _is_copy(readable, header, len(text)):
+        raise AdapterError(
+            f"{readable} and {path} do not belong together (edited, or a write was interrupted); "
+            f"delete {readable.name} to load what the tensor file holds"
+        )
     return header, tensors
 
 
-def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The base model's parameters by name."""
-    own = {id(p) for _, adapter in adapters(model) for p in adapter.adapter_parameters().values()}
-    return {n: p for n, p in model.named_parameters() if id(p) not in own}
+def _is_copy(readable: Path, header: dict[str, Any], length: int) -> bool:
+    if readable.stat().st_size > 8 * length + (1 << 20):  # not read: it may be of any size
+        return False
+    try:
+        return is_intact_copy(readable.read_text(encoding="utf-8"), header)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _frozen(model: nn.Module, saved: Collection[str]) -> dict[str, Tensor]:
+    """The base model's parameters that a file with the tensors `saved` does not hold."""
+    return {n: p for n, p in base_parameters(model).items() if n not in saved}
 
 
 def _base_shapes(model: nn.Module) -> dict[str, str]:
     """Shapes by name, such as "64x32"; a weight quantised by bitsandbytes counts with its shape before that."""
-    parameters = _base_parameters(model)
+    parameters = base_parameters(model)
     shapes = {n: getattr(getattr(p, "quant_state", None), "shape", p.shape) for n, p in parameters.items()}
     return {n: "x".join(map(str, shape)) for n, shape in shapes.items()}
-
-
-def _fingerprint(model: nn.Module, trained: Iterable[str]) -> str | None:
-    """Hash of a few values of every frozen parameter, rounded to bfloat16 so that the storage dtype does not matter."""
-    digest = hashlib.sha256()
-    skip = set(trained)
-    for name, parameter in sorted(_base_parameters(model).items()):
-        if name in skip:
-            continue
-        if parameter.is_meta:
-            return None
-        flat = whole(parameter.detach()).reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16).float().cpu()
-        digest.update(name.encode() + sample.numpy().tobytes())
-    return digest.hexdigest()

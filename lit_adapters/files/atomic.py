@@ -2,28 +2,84 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from lit_adapters.errors import AdapterError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, quota, or largest size of a file reached
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, force it to disk, and rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    temporary = Path(name)
+    """Let `write` fill a temporary file beside `path`, force it to disk, and rename it into place.
+
+    Raises:
+        AdapterError: The file cannot be written, as on a full disk; an earlier one at `path` is then as before.
+    """
+    write_together(path.parent, {path.name: write})
+
+
+def write_together(directory: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write several files of one directory: all are complete on disk before the first is renamed into its place.
+
+    Args:
+        directory: Where to; created if missing.
+        files: What fills each file, by name; they are renamed in this order.
+
+    Raises:
+        AdapterError: A file cannot be written, as on a full disk; earlier files are then as before.
+    """
+    temporary: dict[Path, Path] = {}
     try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~umask())
-        os.replace(temporary, path)
+        for name, write in files.items():
+            path = directory / name
+            with _explained(path):
+                directory.mkdir(parents=True, exist_ok=True)
+                descriptor, place = tempfile.mkstemp(dir=directory, prefix=f".{name}.")
+                os.close(descriptor)
+                temporary[path] = Path(place)
+                write(temporary[path])
+                _force_to_disk(temporary[path])
+                temporary[path].chmod(0o666 & ~umask())
+        for path, place_now in temporary.items():
+            with _explained(path):
+                os.replace(place_now, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for left in temporary.values():
+            left.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Raise what goes wrong in writing `path` as one error that says so.
+
+    Raises:
+        AdapterError: The system refused to write.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error)
+        torn_archive = "unexpected pos" in reason or "file write failed" in reason  # torch.save, on a full disk
+        if isinstance(error, AdapterError) or (isinstance(error, RuntimeError) and not torn_archive):
+            raise
+        full = torn_archive or getattr(error, "errno", None) in _FULL or any(f"os error {n}" in reason for n in _FULL)
+        fix = f"free space on the disk of {path.parent}" if full else f"see that {path.parent} can be written to"
+        raise AdapterError(
+            f"{path} could not be written ({'the disk is full: ' * full}{reason}); nothing was lost, and an earlier "
+            f"one is as it was: {fix}, or give another place"
+        ) from error
+
+
+def _force_to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -71,23 +127,27 @@ def check_output(out: Path, overwrite: bool, known: Collection[str]) -> None:
 
 
 def write_directory(out: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary directory beside `out`, force it to disk, and replace `out` with it."""
+    """Let `write` fill a temporary directory beside `out`, force it to disk, and replace `out` with it.
+
+    Raises:
+        AdapterError: It cannot be written, as on a full disk; an earlier `out` is then as before.
+    """
     out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
-        new, old = Path(work) / "new", Path(work) / "old"
-        new.mkdir()
-        write(new)
-        for path in new.rglob("*"):
-            if path.is_file():
-                path.chmod(0o666 & ~umask())  # some libraries write for the owner alone
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        if out.exists():
-            os.replace(out, old)
-        try:
-            os.replace(new, out)
-        except OSError:
-            if old.exists():
-                os.replace(old, out)
-            raise
+    with _explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
+            new, old = Path(work) / "new", Path(work) / "old"
+            new.mkdir()
+            write(new)
+            for path in new.rglob("*"):
+                if path.is_file():
+                    path.chmod(0o666 & ~umask())  # some libraries write for the owner alone
+                    _force_to_disk(path)
+            if out.exists():
+                os.replace(out, old)
+            try:
+                os.replace(new, out)
+            except OSError:
+                if old.exists():
+                    os.replace(old, out)
+                raise

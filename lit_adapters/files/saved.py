@@ -160,17 +160,22 @@ def _layers(
             layers[name] = SavedLayer(kind, own, None, merges)
             continue
         expected = adapter.adapter_tensors()
-        wrong = [k for k in expected if k not in local or local[k].shape != expected[k].shape]
+        wrong = [k for k in expected if k not in local or _kind(local[k]) != _kind(expected[k])]
         if wrong:
-            found = tuple(local[wrong[0]].shape) if wrong[0] in local else "missing"
+            found = _kind(local[wrong[0]]) if wrong[0] in local else "missing"
             raise AdapterError(
                 f"{str(path)!r} does not fit its own description: {name}.{wrong[0]} is {found}, and should be "
-                f"{tuple(expected[wrong[0]].shape)}"
+                f"{_kind(expected[wrong[0]])}"
             )
         own = {k: local[k] for k in expected}
         adapter.load_state_dict({k: t.clone() for k, t in own.items()}, strict=False, assign=True)
         layers[name] = SavedLayer(kind, own, adapter.eval(), merges)
     return layers
+
+
+def _kind(tensor: Tensor) -> str:
+    """Shape and dtype of a tensor, such as "(2, 4) torch.float32"."""
+    return f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
 def _base_shapes(name: str, tensors: Mapping[str, Tensor], recorded: Mapping[str, str]) -> dict[str, list[int]]:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError, TargetsNotFound
 from lit_adapters.methods.base import AdapterModule, Config, Factory, Method, to_methods
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
 from lit_adapters.methods.read_weights import reads_weight
 from lit_adapters.methods.targets import Target, head_modules, matches, near_misses, places
+from lit_adapters.model.changes import has_changed, samples
 from lit_adapters.model.meta import (
     expect_values,
     forget_expectation,
@@ -37,6 +38,8 @@ class Attachment:
         required_grad: `requires_grad` of each base parameter before `attach`.
         prefix: The key prefix of this model in the state dict loaded last, such as "model."; empty for the model
             itself.
+        samples: Some values of each frozen base parameter, as they were when they were last loaded or attached.
+        unfrozen: Names of frozen base parameters that a loaded adapter file holds, as they trained all the same.
     """
 
     methods: list[dict[str, Any]]
@@ -45,6 +48,8 @@ class Attachment:
     buffers: list[str]
     required_grad: dict[str, bool] = field(default_factory=dict)
     prefix: str = ""
+    samples: dict[str, Tensor] = field(default_factory=dict)
+    unfrozen: list[str] = field(default_factory=list)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
@@ -124,6 +129,7 @@ def attach(
         trained_parameters=[n for n in named if n in trained],
         buffers=[n for n, _ in model.named_buffers() if n in persistent],
         required_grad={name: p.requires_grad for name, p in named.items()},
+        samples=samples({name: p for name, p in named.items() if name not in trained}),
     )
     for name, parameter in named.items():
         parameter.requires_grad_(name in trained)
@@ -284,6 +290,34 @@ def frozen_keys(model: nn.Module) -> set[str]:
     return set(frozen) | scales
 
 
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base model's parameters by name, trained ones included; a tied parameter has the first of its names."""
+    own = {id(p) for _, adapter in adapters(model) for p in adapter.adapter_parameters().values()}
+    return {n: p for n, p in model.named_parameters() if id(p) not in own}
+
+
+def unfrozen(model: nn.Module) -> dict[str, bool]:
+    """Names of base parameters outside `train` that train all the same, or have trained since `attach`.
+
+    Code of the user, or a callback such as Lightning's `BaseFinetuning`, may have unfrozen them. Every process has to
+    call this if the model is sharded.
+
+    Returns:
+        Whether each of them trains at present.
+    """
+    state = attachment(model)
+    known = set(state.trained_parameters)
+    found = {}
+    for name, parameter in base_parameters(model).items():
+        if name in known:
+            continue
+        before = state.samples.get(name)
+        moved = before is not None and has_changed(parameter, before)
+        if moved or parameter.requires_grad or name in state.unfrozen:
+            found[name] = parameter.requires_grad
+    return found
+
+
 def _keep_unfused(module: nn.Module, args: Any, output: Any) -> None:
     """No-op. Its presence turns off the fused eval path of nn.TransformerEncoderLayer, which calls no layer."""
 
@@ -294,6 +328,9 @@ def _note_prefix(model: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> 
 
 def _forgive_frozen(model: nn.Module, incompatible: Any) -> None:
     """Let frozen base parameters be absent from a state dict, as checkpoints hold only what training changed."""
-    prefix = attachment(model).prefix
+    state = attachment(model)
+    prefix = state.prefix
+    if state.samples:  # what was loaded, and not trained, is no change
+        state.samples |= samples({n: p for n, p in base_parameters(model).items() if n in state.samples})
     forgiven = {prefix + key for key in frozen_keys(model)}
     incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in forgiven]

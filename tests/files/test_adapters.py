@@ -86,10 +86,12 @@ def test_foreign(tmp_path, metadata):
 
 
 def rewrite(directory, change=lambda header: None, tensors=lambda tensors: None):
-    """Save the directory anew with a changed header or changed tensors."""
+    """Save the directory anew with a changed header or changed tensors, without checksums as in version 0.1."""
     with safe_open(directory / TENSORS, framework="pt") as file:
         header = json.loads(file.metadata()["lit_adapter"])
         content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    header.pop("checksums", None)
+    header["base"].pop("fingerprint", None)
     change(header)
     tensors(content)
     save_file(content, directory / TENSORS, metadata={"lit_adapter": json.dumps(header)})
@@ -190,7 +192,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_files(saved, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(la.AdapterError, match="no space left"):
         la.save_adapters(model, directory)
     assert {name: (directory / name).read_bytes() for name in os.listdir(directory)} == before
 
