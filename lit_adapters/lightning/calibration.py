@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.lightning.forward import forward_batch
+from lit_adapters.lightning.resume.plain_loader import FollowedLoader, follow
 from lit_adapters.training.calibration import awaits_calibration, calibrate_together
 
 
@@ -58,6 +59,8 @@ class Calibration(Callback):
 
 
 def _without_iterator(loader: Any) -> Any:
+    if isinstance(loader, FollowedLoader):  # what it has noted belongs to the training
+        loader = follow(copy.copy(loader))
     if getattr(loader, "_iterator", None) is None:
         return loader
     loader = copy.copy(loader)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from lit_adapters.files.adapters import RECORD
 from lit_adapters.lightning.resume import loop_state
 from lit_adapters.lightning.resume.checkpoint_io import SafeCheckpointIO
+from lit_adapters.lightning.resume.plain_loader import FollowedLoader, FollowingLoaders
 from lit_adapters.lightning.resume.random_state import random_states, set_random_states
 from lit_adapters.training.checkpoint import check_model, record
 from lit_adapters.training.processes import gather_objects
@@ -30,9 +31,10 @@ TERMINATED = 128 + 15  # what shells give a process that SIGTERM has ended
 class Resuming(Callback):
     """Saves and restores what Lightning leaves out, and refuses checkpoints that do not belong to the run.
 
-    A checkpoint also holds the record of what was trained, the random states of torch, numpy and Python, gradients that
-    wait for their optimiser step, and the loops' state with the batch completed. Each process has random states and
-    gradients of its own: a checkpoint holds those of all, in the order of their ranks.
+    A checkpoint also holds the record of what was trained, the random states of torch, numpy and Python, what the order
+    of plain loaders comes from, gradients that wait for their optimiser step, and the loops' state with the batch
+    completed. Each process has random states and gradients of its own: a checkpoint holds those of all, in the order of
+    their ranks.
 
     Lightning's own loops leave out the validation that is due after the checkpoint, never load a loader's state where a
     schedule has asked for the number of steps, and count steps twice; this is put right. Files are written beside their
@@ -53,6 +55,9 @@ class Resuming(Callback):
         """Read, check and write checkpoint files safely, unless the trainer has an interface of its own for it."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpointIO(partial(_check, trainer))
+        if stage == "fit" and not isinstance(trainer.strategy.process_dataloader, FollowingLoaders):
+            process = trainer.strategy.process_dataloader
+            trainer.strategy.process_dataloader = FollowingLoaders(process)  # type: ignore[method-assign, assignment]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the record, the random states and open gradients; complete the state of the loops; flush the loggers."""
@@ -60,6 +65,10 @@ class Resuming(Callback):
         own = {
             "random": random_states(pl_module.device),
             "gradients": _gradients(pl_module) if open_step else {},
+            "loaders": [
+                loader.followed.state_dict() if isinstance(loader, FollowedLoader) else None
+                for loader in tree_leaves(trainer.train_dataloader)
+            ],
         }
         checkpoint[RECORD] = {**record(pl_module), "processes": gather_objects(own)}
         if trainer.state.fn == "fit":
@@ -95,21 +104,17 @@ class Resuming(Callback):
         restored, self._restored = self._restored, None
         if restored is None:
             return
-        if loop_state.in_mid_epoch(trainer) and not all(map(_is_stateful, tree_leaves(trainer.train_dataloader))):
-            warnings.warn(
-                "resuming in mid-epoch with a training loader that cannot tell what it has read: batches of this epoch "
-                "will be repeated and others left out. Give the module a lit_adapters.ResumableLoader whose sampler is "
-                "torch's DistributedSampler(dataset, trainer.world_size, trainer.global_rank, seed=0), or resume from "
-                "the end of an epoch",
-                stacklevel=2,
-            )
-        loop_state.repair_resumed_loop(trainer)
+        followed = _restore_loaders(trainer, restored.get("loaders", []))
+        loop_state.repair_resumed_loop(trainer, followed)
         self._gradients = restored["gradients"]
         if restored["random"] is not None:
             set_random_states(restored["random"], pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Put open gradients back before the first batch."""
+        if self._step == -1:
+            for loader in _followed(trainer):
+                loader.followed.start_anew()
         self._step, self._validated = trainer.global_step, False
         if self._gradients:
             for name, parameter in pl_module.named_parameters():
@@ -137,6 +142,50 @@ def _check(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
     """Refuse a checkpoint that does not belong to the run; evaluation also reads one without a record."""
     if RECORD in checkpoint or trainer.state.fn == "fit":
         check_model(checkpoint, trainer.lightning_module, path)
+
+
+def _restore_loaders(trainer: Trainer, states: list[dict[str, Any] | None]) -> bool:
+    """Let the training loaders go on where they were, or warn.
+
+    Returns:
+        Whether a plain loader has to make a new iterator for this, in mid-epoch.
+
+    Raises:
+        AdapterError: An epoch that was broken off has another number of batches now.
+    """
+    loaders = tree_leaves(trainer.train_dataloader)
+    states = states if len(states) == len(loaders) else [None] * len(loaders)
+    pairs = list(zip(loaders, states, strict=True))
+    if not loop_state.between_epochs(trainer):
+        for loader, state in pairs:
+            if isinstance(loader, FollowedLoader) and state is not None:
+                loader.followed.check_length(state)
+    if not loop_state.in_mid_epoch(trainer):
+        for loader, state in pairs:
+            if isinstance(loader, FollowedLoader) and state is not None:
+                loader.followed.set_generators(state)
+        return False
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+    known = []
+    for loader, state in pairs:
+        if isinstance(loader, FollowedLoader) and state is not None and state["start"] is not None:
+            loader.followed.go_on(state, batches, trainer.current_epoch)
+            known.append(loader)
+    # Lightning's own warning takes every loader without a state for one that cannot go on.
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+    if any(loader not in known and not _is_stateful(loader) for loader in loaders):
+        warnings.warn(
+            "resuming in mid-epoch with a training loader whose order is not known: batches of this epoch will be "
+            "repeated and others left out. Give the module a lit_adapters.ResumableLoader whose sampler is torch's "
+            "DistributedSampler(dataset, trainer.world_size, trainer.global_rank, seed=0), or resume from the end of "
+            "an epoch",
+            stacklevel=3,
+        )
+    return bool(known)
+
+
+def _followed(trainer: Trainer) -> list[FollowedLoader]:
+    return [loader for loader in tree_leaves(trainer.train_dataloader) if isinstance(loader, FollowedLoader)]
 
 
 def _is_stateful(loader: Any) -> bool:

@@ -62,10 +62,15 @@ def between_epochs(trainer: Trainer) -> bool:
     return bool(current.ready == current.started == current.processed)
 
 
-def repair_resumed_loop(trainer: Trainer) -> None:
-    """Correct the loop counters that Lightning restores wrongly, before the first batch of a resumed fit."""
+def repair_resumed_loop(trainer: Trainer, new_iterator: bool = False) -> None:
+    """Correct the loop counters that Lightning restores wrongly, before the first batch of a resumed fit.
+
+    Args:
+        trainer: The one that resumes.
+        new_iterator: Whether the loaders have learned where to go on after their iterators were made.
+    """
     fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
-    if in_mid_epoch(trainer) and fit._combined_loader_states_to_load:
+    if in_mid_epoch(trainer) and (fit._combined_loader_states_to_load or new_iterator):
         # Whoever asks for the number of steps (schedules do) makes Lightning build the loaders before their states are
         # there, and it never loads them then.
         fit._load_combined_loader_states()

@@ -1,7 +1,5 @@
 """A run resumed from any of its checkpoints does what the uninterrupted one did from there on, bit for bit."""
 
-import warnings
-
 import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -100,17 +98,6 @@ def test_a_plain_dataset_in_mid_epoch(tmp_path):
         return la.ResumableLoader(dataset, batch_size=4, sampler=sampler)
 
     compare(tmp_path, data, {"every_n_train_steps": 4})
-
-
-def test_a_plain_loader_in_mid_epoch_is_warned_of(tmp_path):
-    plain = DataLoader(rows(), batch_size=4, shuffle=True)
-    *_, checkpoints = run(tmp_path, plain, {"every_n_train_steps": 3}, max_epochs=2)
-    middle, end, *_ = checkpoints.moments
-    with pytest.warns(UserWarning, match=r"cannot tell what it has read.*ResumableLoader.*end of an epoch"):
-        run(tmp_path / "resumed", plain, {}, ckpt=middle, max_epochs=2)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="resuming in mid-epoch")
-        run(tmp_path / "again", plain, {}, ckpt=end, max_epochs=2)
 
 
 def test_open_gradients_are_kept(tmp_path):
