@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lit_adapters.class_paths import build
 from lit_adapters.errors import AdapterError, shown
@@ -288,8 +289,20 @@ class AdapterModule(CopiedBuffers, Merging, Describing):
         """What the layer returns while the adapter is not `in_effect`: with the pretrained or the merged parameters."""
         if not self.merged:
             return self.base(*args, **kwargs)
-        merged = {name: self._buffers[f"merged_{name}"] for name in self._merged_names}
-        return torch.func.functional_call(self.base, merged, args, kwargs)  # type: ignore[arg-type]
+        return self.call_base_with({name: getattr(self, f"merged_{name}") for name in self._merged_names}, args, kwargs)
+
+    def call_base_with(self, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the base returns with other values of some of its own parameters, by local name."""
+        if not torch.jit.is_tracing():
+            return functional_call(self.base, dict(parameters), args, kwargs)
+        # PyTorch refuses functional_call while it traces. An attribute of an instance hides a parameter of its name.
+        attributes = self.base.__dict__
+        attributes.update(parameters)
+        try:
+            return self.base(*args, **kwargs)
+        finally:
+            for name in parameters:
+                del attributes[name]
 
     # ---- values that are computed once
 

@@ -26,7 +26,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lit_adapters.errors import AdapterError, TargetsNotFound
 from lit_adapters.methods.base import AdapterModule, Factory, Method
@@ -218,7 +217,7 @@ class BitFitAdapter(AdapterModule):
             return y + self.delta_bias.to(y.dtype)
         b0: Tensor = self.base.bias
         bias = self.adapted_bias(torch.promote_types(b0.dtype, torch.float32)).to(b0.dtype)  # b0 + d
-        return functional_call(self.base, {"bias": bias}, args, kwargs)
+        return self.call_base_with({"bias": bias}, args, kwargs)
 
     def adds_to_output(self) -> bool:
         """Whether d is added to the output (..., out) of a linear layer, and not to its bias.

@@ -97,8 +97,10 @@ class DoRAAdapter(LowRankAdapter):
     def base_norm_square(self) -> Tensor:
         """||W0||^2 of every row (out,), float32; measured again if the weight was replaced or written to.
 
-        A compiled graph assumes that the pretrained weight does not change.
+        A graph of torch.compile assumes that the pretrained weight does not change.
         """
+        if transformed():
+            return self.base_matrix().float().square().sum(1)
         if torch.compiler.is_compiling():
             return self.base_square
         return self._measured.get([self.base.weight], self._measure_base)

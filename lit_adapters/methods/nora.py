@@ -40,6 +40,7 @@ from lit_adapters.methods.channels import channel_layout
 from lit_adapters.methods.description import AdapterSummary, LearnedFunctions, each_layer
 from lit_adapters.methods.hooks import copy_hooks, has_own_forward, move_hooks
 from lit_adapters.ops import Denominator, fixed_rational, rational
+from lit_adapters.ops._context import has_sizes
 from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.rational import MAX_DEGREE
 from lit_adapters.ops.statistics import drift, histogram, regular_sample, slope_bound
@@ -336,7 +337,7 @@ class NoRAActivation(AdapterModule):
                 f"{self.qualified_name!r} has fit_range='calibrate' and was not calibrated; call "
                 "lit_adapters.calibrate(model, batches) before training, or train with AdapterCallback, which does"
             )
-        if x.shape[self.channel_dim] % self.config.groups:
+        if has_sizes(x) and x.shape[self.channel_dim] % self.config.groups:
             raise AdapterError(
                 f"{self.config.groups} groups do not divide the {x.shape[self.channel_dim]} channels of "
                 f"{self.qualified_name!r} (input {tuple(x.shape)}, channel_dim {self.channel_dim})"

@@ -1,12 +1,17 @@
-"""What is active around an operation: autocast, and the transforms of torch.func."""
+"""What is active around an operation: autocast, the transforms of torch.func, and tracers."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
+
+# Newer versions of torch have names that leave torch.export and torch.compile out.
+_fx_is_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)
+_plain_call = nn.Module.__call__  # torch.fx puts another one in its place while it traces
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -25,11 +30,32 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if autocast_dtype(tensor) is None else torch.autocast(tensor.device.type, enabled=False)
 
 
-def transformed() -> bool:
-    """Whether a transform (grad, vmap, jvp ...) or forward mode is active and needs the plain formula.
+def exporting() -> bool:
+    """Whether torch.export records the operations now, for itself, for ONNX or for AOTInductor."""
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    # torch 2.6 tells only of an export that is not strict.
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling() and _fx_is_tracing()
 
-    False under torch.compile, which traces the custom operators itself.
+
+def transformed() -> bool:
+    """Whether the plain formula in PyTorch's own operators must run, as something records or transforms operations.
+
+    True under the transforms of torch.func and in forward mode, under torch.export, torch.jit.trace, both ONNX
+    exporters and the tracers of torch.fx: what they record has to run where this package is not there, for values that
+    change. False under torch.compile, which traces the custom operators itself.
     """
     if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        return exporting()
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return True
+    # The second question of torch.fx is slow, and the first answers it almost always.
+    return torch._C._is_tracing() or (nn.Module.__call__ is not _plain_call and _fx_is_tracing())
+
+
+def has_sizes(x: Tensor) -> bool:
+    """Whether the sizes of x are numbers: torch.jit.trace gives tensors for them, and torch.fx stands in for x itself.
+
+    To check them there would write a warning, or fail.
+    """
+    return isinstance(x, Tensor) and not torch.jit.is_tracing()

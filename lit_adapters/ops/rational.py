@@ -10,7 +10,8 @@ that a coefficient that starts at exactly 0 can train.
 
 `rational` takes one of four paths, which agree to rounding:
 
-    reference  `rational_reference` below          under the transforms of torch.func and in forward-mode derivatives
+    formula    `_by_formula` below                 under the transforms of torch.func, in forward-mode and second
+                                                   derivatives, and in what a tracer or an exporter records
     C++        _rational_native.py, rational.cpp   on the CPU, float32 and bfloat16, if a C++ compiler is there
     blocks     _rational_blocks.py                 everywhere else (PyTorch operations of _rational_math.py)
     Triton     _rational_triton.py                 on a GPU with triton; tested under the interpreter, not measured
@@ -20,14 +21,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lit_adapters.ops import _rational_blocks, _rational_native
-from lit_adapters.ops._context import transformed
+from lit_adapters.ops._context import has_sizes, transformed
 from lit_adapters.ops._groups import as_groups, dense, grouped_shape
 from lit_adapters.ops._native import in_memory
 from lit_adapters.ops._rational_math import MAX_DEGREE, sign
@@ -139,19 +140,8 @@ def rational(
     Raises:
         ValueError: The groups do not divide the channels, or the shapes of the coefficients disagree.
     """
-    channels, groups = x.shape[channel_dim], numerator.shape[0]
-    if channels % groups:
-        raise ValueError(
-            f"{groups} groups do not divide the {channels} channels of dimension {channel_dim} of an input of shape "
-            f"{tuple(x.shape)}; choose groups among the divisors of {channels}, or another channel_dim"
-        )
-    if denominator.shape[0] != groups:
-        raise ValueError(f"numerator has {groups} groups and denominator {denominator.shape[0]}; they must agree")
-    if base is not None and (base[0].shape != numerator.shape or base[1].shape != denominator.shape):
-        raise ValueError(
-            f"base has shapes {tuple(base[0].shape)}, {tuple(base[1].shape)}; "
-            f"expected {tuple(numerator.shape)}, {tuple(denominator.shape)}"
-        )
+    if has_sizes(x):
+        _check_sizes(x, numerator, denominator, channel_dim, base)
     if transformed():
         return _by_formula(x, (numerator, denominator), base, form, channel_dim)
     base_numerator, base_denominator = base if base is not None else (None, None)
@@ -191,16 +181,67 @@ def fixed_rational(
     return evaluate
 
 
-def _by_formula(x: Tensor, coefficients: _Pair, base: _Pair | None, form: Denominator, channel_dim: int) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+def _check_sizes(x: Tensor, numerator: Tensor, denominator: Tensor, channel_dim: int, base: _Pair | None) -> None:
+    channels, groups = x.shape[channel_dim], numerator.shape[0]
+    if channels % groups:
+        raise ValueError(
+            f"{groups} groups do not divide the {channels} channels of dimension {channel_dim} of an input of shape "
+            f"{tuple(x.shape)}; choose groups among the divisors of {channels}, or another channel_dim"
+        )
+    if denominator.shape[0] != groups:
+        raise ValueError(f"numerator has {groups} groups and denominator {denominator.shape[0]}; they must agree")
+    if base is not None and (base[0].shape != numerator.shape or base[1].shape != denominator.shape):
+        raise ValueError(
+            f"base has shapes {tuple(base[0].shape)}, {tuple(base[1].shape)}; "
+            f"expected {tuple(numerator.shape)}, {tuple(denominator.shape)}"
+        )
 
-    def evaluate(a: Tensor, b: Tensor) -> Tensor:
-        return rational_reference(wide, a.to(wide.dtype), b.to(wide.dtype), form, channel_dim)
+
+def _by_formula(x: Tensor, coefficients: _Pair, base: _Pair | None, form: Denominator, channel_dim: int) -> Tensor:
+    """`rational` in plain operators, differentiable any number of times; does not overflow where R(x) does not.
+
+    With s = max(1, |x|), u = x / s and v = 1 / s,
+
+        R(x) = s^(m-n) (a_0 v^m + a_1 u v^(m-1) + ... + a_m u^m) / (v^n + |b_1 u v^(n-1) + ... + b_n u^n|)
+
+    and no power of u or v is larger than 1. R does not depend on s, which therefore counts as a constant in
+    derivatives.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(channel_dim, -1)
+    grouped = wide.unflatten(-1, (coefficients[0].shape[0], -1))
+    s = grouped.detach().abs().clamp(min=1)
+    u, v = grouped / s, 1 / s
+
+    def evaluate(numerator: Tensor, denominator: Tensor) -> Tensor:
+        a, b = (c.to(wide.dtype).unsqueeze(-1).unbind(1) for c in (numerator, denominator))
+        m, n = len(a) - 1, len(b)
+        if form == "abs-of-sum":
+            q = _magnitude(u * _homogeneous(b, u, v))
+        else:
+            q = _magnitude(u) * _homogeneous([_magnitude(column) for column in b], _magnitude(u), v)
+        ratio = _homogeneous(a, u, v) / (v**n + q)
+        return ratio * (s ** (m - n) if m >= n else v ** (n - m))
 
     y = evaluate(*coefficients)
     if base is not None:
         y = y - evaluate(base[0].detach(), base[1].detach())
-    return y.to(x.dtype)
+    return y.flatten(-2).movedim(-1, channel_dim).to(x.dtype)
+
+
+def _homogeneous(columns: Sequence[Tensor], u: Tensor, v: Tensor) -> Tensor:
+    """c_0 v^k + c_1 u v^(k-1) + ... + c_k u^k by Horner's rule.
+
+    Args:
+        columns: The coefficients c_0..c_k, (G, 1) each.
+        u: (..., G, K).
+        v: (..., G, K).
+    """
+    *lower, total = columns
+    power = v
+    for column in reversed(lower):
+        total = total * u + column * power
+        power = power * v
+    return total
 
 
 def _is_plain_call(x: Tensor, *coefficients: Tensor) -> bool:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx.experimental import proxy_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +67,20 @@ def test_a_write_raises_the_version():
     assert versions[0] < versions[1] < versions[2], (
         f"_version does not count writes to a tensor; {CACHE} and lit_adapters/methods/afa.py compare it"
     )
+
+
+def test_torch_fx_replaces_the_call_of_modules_while_it_traces():
+    plain, seen = nn.Module.__call__, []
+
+    class Asking(nn.Module):
+        def forward(self, x):
+            seen.append(nn.Module.__call__ is not plain)
+            return x
+
+    torch.fx.symbolic_trace(Asking())
+    proxy_tensor.make_fx(Asking())(torch.zeros(2))
+    assert seen == [True, True], f"torch.fx leaves nn.Module.__call__ alone; {TRANSFORMS} tells it by that"
+    assert nn.Module.__call__ is plain
 
 
 # The private names of a module of torch.nn, and our file that uses each.

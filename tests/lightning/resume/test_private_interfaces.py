@@ -145,6 +145,8 @@ def test_the_command_line_knows_its_model_class():
 OF_TORCH = {
     "_C._has_storage": "lit_adapters/ops/_native.py",
     "_C._len_torch_dispatch_stack": "lit_adapters/ops/",
+    "_C._is_tracing": "lit_adapters/ops/_context.py",
+    "fx._symbolic_trace.is_fx_tracing": "lit_adapters/ops/_context.py",
     "_C._functorch.peek_interpreter_stack": "lit_adapters/ops/_context.py",
     "autograd.forward_ad._current_level": "lit_adapters/ops/_context.py",
     "utils._pytree.tree_leaves": "lit_adapters/training/nonfinite.py",
