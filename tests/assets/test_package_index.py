@@ -95,6 +95,7 @@ def test_torn_files_and_what_a_killed_process_left_are_replaced(wheel_address, c
     assert not leftover.parent.exists()
 
 
+@pytest.mark.slow
 def test_processes_asking_at_once_all_get_the_whole_file(wheel_address, cache):
     call = f"resolve({wheel_address!r}, cache_dir=Path({str(cache)!r}))"
     code = f"from pathlib import Path; from lit_adapters.assets import resolve; {call}"

@@ -260,6 +260,7 @@ def test_help(capsys, command):
     assert f"example:  lit-adapters {command}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_as_a_program(tmp_path):
     """Quick to start, one line and status 1 for an error, quiet when nobody reads on."""
     heavy = ["lightning", "timm", "transformers", "matplotlib", "peft"]

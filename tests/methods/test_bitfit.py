@@ -149,6 +149,7 @@ def test_changes_below_the_resolution_of_bfloat16_add_up():
     assert (network[0].bias == 1.0078125).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["norms", "convnext"])
 def test_compiles_to_one_graph(name):
     torch._dynamo.reset()

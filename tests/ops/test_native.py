@@ -48,6 +48,7 @@ def compilations(compiled, monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_it_is_built_once_for_all_processes(kernels):
     native.build("merged")
     (built,) = kernels.iterdir()
@@ -57,6 +58,7 @@ def test_it_is_built_once_for_all_processes(kernels):
     assert [f.stat().st_mtime_ns for f in kernels.iterdir()] == [written]
 
 
+@pytest.mark.slow
 def test_a_change_of_what_is_compiled_makes_another(kernels):
     native.build("rational", M=2, N=2, ABS_OF_SUM=1)
     native.build("rational", M=2, N=2, ABS_OF_SUM=0)

@@ -12,7 +12,8 @@ from tests.ops.test_rational import FORMS, SHAPES, absolute_terms, coefficients,
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MORE_SHAPES = [((37, 3, 11), 11, -1), ((3, 2, 1100), 1, -1), ((0, 8), 2, -1)]
+WIDE = pytest.param((3, 2, 1100), 1, -1, marks=pytest.mark.slow)  # the interpreter takes 10 s
+MORE_SHAPES = [((37, 3, 11), 11, -1), WIDE, ((0, 8), 2, -1)]
 
 
 @pytest.fixture(autouse=True)

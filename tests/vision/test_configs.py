@@ -37,7 +37,13 @@ def test_the_recipes_are_complete():
         assert {name.split("/")[1] for name in RECIPES if name.startswith(f"{group}/")} >= ARMS, group
 
 
-@pytest.mark.parametrize("name", SMOKE)
+# The others run in the slow tier; each method also runs in the test below.
+FAST_SMOKE = {"smoke/afa", "smoke/head", "smoke/nora_plus_plus"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST_SMOKE else pytest.param(name, marks=pytest.mark.slow) for name in SMOKE]
+)
 def test_smoke_recipes_fit_and_test(smoke_run, name):
     fitted, tested = smoke_run(name.removeprefix("smoke/"))
     assert fitted.trainer.global_step == 5

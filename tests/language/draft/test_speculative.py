@@ -89,6 +89,7 @@ def test_an_annealing_draft_proposes():
     )
 
 
+@pytest.mark.slow
 def test_drawn_tokens_have_the_targets_distribution():
     """Chi-square of the transitions in a sequence: 30 degrees of freedom, standard deviation 8."""
     target, draft = markov(0), markov(1)
@@ -103,6 +104,7 @@ def test_drawn_tokens_have_the_targets_distribution():
     assert chi_square([0, *found.tokens], q) > 200  # what accepting everything would have looked like
 
 
+@pytest.mark.slow
 def test_the_share_of_accepted_tokens_is_the_expected_one():
     """sum_v min(p, q), with one token proposed at a time, over the tokens after which proposals are made."""
     target, draft = markov(0), markov(1)
