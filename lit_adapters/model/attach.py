@@ -22,6 +22,7 @@ from lit_adapters.model.meta import (
     require_placed,
 )
 from lit_adapters.model.report import AdapterReport
+from lit_adapters.model.watch import forget, watch
 
 _STATE = "_lit_adapters"
 
@@ -148,6 +149,7 @@ def attach(
     model.register_load_state_dict_pre_hook(_note_prefix)
     model.register_load_state_dict_post_hook(_forgive_frozen)
 
+    watch(model, dict(adapters(model)))
     sizes = {n: named[n].numel() for n in state.trained_parameters}
     # Without a known head, everything in `train` counts as the head.
     of_head = {n for n in sizes if id(named[n]) in head} if head else set(sizes)
@@ -274,6 +276,7 @@ def remove_adapters(model: nn.Module, replacement: Callable[[AdapterModule], nn.
                 replacements[key] = replacement(target.module)
             setattr(target.parent, target.attribute, replacements[key])
     del model.__dict__[_STATE]
+    forget(model)
     forget_expectation(model)
     for hooks in (model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks):
         for key, hook in list(hooks.items()):

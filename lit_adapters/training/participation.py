@@ -15,7 +15,8 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.model.attach import adapters
 from lit_adapters.model.sharding import whole
-from lit_adapters.training.attached import adapter_layers
+from lit_adapters.model.watch import leave_gradients_to_others
+from lit_adapters.training.attached import adapter_layers, attached_models
 
 _PATIENCE = 100  # steps in a row without any gradient, as where all rewards are equal, before they count
 
@@ -37,6 +38,8 @@ class ParticipationCheck:
             allowed = [re.compile(pattern) for pattern in allow_unused]
         except re.error as error:
             raise AdapterError(f"allow_unused {error.pattern!r} is not a regular expression: {error}") from error
+        for attached in attached_models(model).values():
+            leave_gradients_to_others(attached)  # raised here, and `allow_unused` is known
         self._required = {
             name: parameter
             for name, parameter in model.named_parameters()

@@ -162,3 +162,14 @@ def test_an_activation_with_a_forward_of_its_own_is_refused_by_name():
     doubled(model[1])
     with pytest.raises(la.AdapterError, match="the `forward` of '1' was replaced on this one GELU"):
         la.attach(model, la.NoRA(groups=4))
+
+
+def test_merged_activations_of_an_encoder_layer_stay_unfused():
+    model = nn.TransformerEncoderLayer(8, 2, 16, 0.0, activation=nn.GELU(), batch_first=True).eval()
+    x = X.view(2, 2, 8)
+    la.attach(model, la.NoRA(groups=4, targets=["activation"]))
+    trained(model)
+    with torch.no_grad():
+        adapted = model(x)
+        la.merge(model)
+        assert_close(model(x), adapted)
