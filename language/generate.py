@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from language.loss import IGNORED, Batch
+from language.measured import ignores_left_padding
 from language.models import context_length
 from lit_adapters.errors import AdapterError, DataError
 from lit_adapters.model.modes import evaluating
@@ -46,7 +47,8 @@ def continuations(
     Args:
         model: A transformers causal language model.
         tokenizer: The model's own.
-        prompts: Token ids, at least one each; shorter rows are padded on the left.
+        prompts: Token ids, at least one each; shorter rows are padded on the left. A model that reads the padding
+            (RWKV) continues rows of one length at a time.
         max_new_tokens: Most tokens of a continuation.
         temperature: 0 takes the likeliest token each time; else tokens are drawn from softmax(logits / temperature).
         streamer: A transformers streamer that receives each token; for a single prompt.
@@ -67,6 +69,15 @@ def continuations(
             "shorten the prompt or lower max_new_tokens"
         )
     pad: Any = tokenizer.pad_token_id
+    if min(map(len, prompts)) < longest and not ignores_left_padding(model):
+        lengths = sorted(set(map(len, prompts)))
+        alike = [[row for row, prompt in enumerate(prompts) if len(prompt) == length] for length in lengths]
+        groups = [[prompts[row] for row in rows] for rows in alike]
+        parts = [continuations(model, tokenizer, group, max_new_tokens, temperature) for group in groups]
+        whole = torch.full((len(prompts), max(part.shape[1] for part in parts)), pad, device=model.device)
+        for rows, part in zip(alike, parts, strict=True):
+            whole[rows, : part.shape[1]] = part
+        return whole
     ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
     drawing = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}

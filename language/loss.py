@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from language.measured import check_packing
 from language.models import context_length, vocabulary_size
 from lit_adapters.errors import DataError
 
@@ -29,8 +31,11 @@ def read(model: nn.Module, batch: Batch, positions: Tensor | None = None) -> Ten
 
     Raises:
         DataError: The model does not have a token id, or a sequence is longer than it was made for.
+        AdapterError: The batch is packed, and documents of a row see each other in this model.
     """
     check_tokens(batch, vocabulary_size(model), context_length(model))
+    if "position_ids" in batch and "attention_mask" not in batch and not torch.compiler.is_compiling():
+        check_packing(model)
     fewer = positions is not None and "logits_to_keep" in inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"logits_to_keep": positions} if fewer else {}
     # Without a mask and without a cache transformers tells packed documents apart by their positions.

@@ -16,6 +16,7 @@ import lit_adapters as la
 from language.generate import generate, prompt_rows
 from language.loss import Batch, read, token_losses
 from language.means import Means
+from language.measured import check_causal, check_packing
 from language.models import (
     SMOLLM2,
     Dtype,
@@ -133,6 +134,13 @@ class CausalLMTuner(StepMeanModule):
             self.report = la.attach(model, self.methods, train=self.train_modules)
         rank_zero_info(str(self.report))
         return model
+
+    def on_fit_start(self) -> None:
+        """Measure, where the model is going to train, whether it does what the loss relies on."""
+        check_causal(self._built)
+        data = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "packing", None) == "packed":
+            check_packing(self._built)
 
     def _check_data(self, data: Any) -> None:
         """Compare a data module's tokenizer and length with the model before any time is spent."""

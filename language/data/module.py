@@ -56,7 +56,7 @@ class InstructionDataModule(lightning.LightningDataModule):
             texts lose their beginning; default a quarter.
         batch_size: Rows per batch and process.
         packing: `none` pads documents side by side; `buckets` does so with documents of similar length; `packed` puts
-            as many documents into a row as fit.
+            as many documents into a row as fit, for models that keep them apart (`language.measured.check_packing`).
         val_fraction: Share of the training rows to hold out for validation where there is no validation data.
         test_fraction: Share of the training rows to hold out for testing where there is no test data.
         train_subset: Number of training rows to use, chosen at random; default all.

@@ -80,8 +80,9 @@ class PackedCollator:
     """Batches `{input_ids, labels, position_ids}`, each int64 (rows, longest row).
 
     Documents of a row stand end to end, each with positions from 0. With such positions, no attention mask and no cache
-    (`use_cache=False`), transformers lets a token attend to its own document only; an attention mask, even of ones,
-    would let documents see each other. The first label of a document is -100, so that no loss crosses documents.
+    (`use_cache=False`), many models of transformers let a token attend to its own document only; an attention mask,
+    even of ones, would let documents see each other. `language.measured.check_packing` refuses models that do not keep
+    them apart. The first label of a document is -100, so that no loss crosses documents.
     Padding is one more document without labels.
 
     Args:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from language.measured import alike, documents, ignores_left_padding, left_padded, measured
 from language.models import context_length
 from lit_adapters.errors import AdapterError, DataError
 from lit_adapters.model.modes import evaluating
@@ -105,7 +106,7 @@ def score_tokens(
         AdapterError: The model's output is not a number.
     """
     scores: list[list[float]] = [[]] * len(questions)
-    reader = _Reader(model)
+    reader = _measured_reader(model)
     with evaluating(model), tqdm(total=len(questions), desc=description, leave=False) as bar:
         for batch in _batches(_grouped([q.context for q in questions]), batch_size):
             for index, row in zip(batch, _score(reader, [questions[i] for i in batch]), strict=True):
@@ -226,15 +227,20 @@ def _score(reader: _Reader, batch: list[TokenQuestion]) -> list[list[float]]:
 
 
 class _Reader:
-    """Feeds rows of tokens to a model, one pass after another, and keeps its cache and what of it is padding."""
+    """Feeds rows of tokens to a model, one pass after another, and keeps its cache and what of it is padding.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        model: The model.
+        pads_left: Whether the model ignores padding on the left.
+        can_share: Whether its cache serves several rows that go on from one.
+    """
+
+    def __init__(self, model: PreTrainedModel, pads_left: bool = True, can_share: bool = True) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         self.accepted = set(inspect.signature(model.forward).parameters)
-        layers = DynamicCache(config=model.config).layers
-        # Later passes leave padding between real tokens, which only full attention with explicit positions ignores.
-        self.can_share = "position_ids" in self.accepted and all(type(layer) is DynamicLayer for layer in layers)
+        self.pads_left = pads_left
+        self.can_share = can_share
 
     def begin(self, cached: bool) -> None:
         """Forget what was read; keep a cache from now on if asked to."""
@@ -255,17 +261,52 @@ class _Reader:
 
     def feed(self, rows: list[list[int]], keep: int) -> Tensor:
         """Log-probabilities (rows, keep, vocabulary) in fp32 after each of the last `keep` tokens of the rows."""
+        if not self.pads_left:
+            return self._feed_padded_right(rows, keep)
         length = max(map(len, rows))
         tokens = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=self.device)
         real = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
         self.mask = real if self.mask is None else torch.cat([self.mask, real], dim=1)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
-        optional = {"position_ids": positions, "logits_to_keep": keep}
         output = self.model(
             input_ids=tokens,
-            attention_mask=self.mask,
             use_cache=self.cache is not None,
+            **left_padded(self.model, self.mask, length),
             **({"past_key_values": self.cache} if self.cache is not None else {}),
-            **{name: value for name, value in optional.items() if name in self.accepted},
+            **({"logits_to_keep": keep} if "logits_to_keep" in self.accepted else {}),
         )
         return output.logits[:, -keep:].float().log_softmax(-1)
+
+    def _feed_padded_right(self, rows: list[list[int]], keep: int) -> Tensor:
+        """As `feed`, without a cache: what comes after a token changes nothing before it in any causal model."""
+        length = max(map(len, rows))
+        tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=self.device)
+        real = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self.device)
+        logits = self.model(input_ids=tokens, attention_mask=real, use_cache=False).logits
+        ends = torch.tensor([[len(row)] for row in rows], device=self.device)
+        places = (ends + torch.arange(-keep, 0, device=self.device)).clamp(min=0)
+        kept = logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1]))
+        return kept.float().log_softmax(-1)
+
+
+def _measured_reader(model: PreTrainedModel) -> _Reader:
+    pads_left = ignores_left_padding(model)
+    return _Reader(model, pads_left, pads_left and measured(model, _shares_cache))
+
+
+def _shares_cache(model: Any) -> bool:
+    """Whether the cache of a row serves several rows that go on from it, with padding between their tokens."""
+    layers = DynamicCache(config=model.config).layers
+    # Only full attention with explicit positions ignores padding between tokens.
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    if not takes_positions or not all(type(layer) is DynamicLayer for layer in layers):
+        return False
+    start, one, other = (row[0].tolist() for row in documents(model, 4, 3, 1))
+    reader = _Reader(model)
+    reader.begin(cached=True)
+    reader.feed([start], 1)
+    reader = reader.branch([0, 0])
+    reader.feed([one, other], 1)
+    found = reader.feed([one[:1], other], 1)[:, -1]
+    whole = [[*start, *one, one[0]], [*start, *other, *other]]
+    alone = [model(input_ids=torch.tensor([row], device=reader.device), use_cache=False).logits[:, -1] for row in whole]
+    return alike(found.to(alone[0].dtype), torch.cat(alone).float().log_softmax(-1))

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import lit_adapters as la
-from language.evaluate.likelihood import ChoiceScores, score_choices
+from language.evaluate.likelihood import ChoiceScores, _measured_reader, score_choices
 from lit_adapters.errors import AdapterError, DataError
 
 MERGES = [("a", "b"), ("c", "d"), ("Ġ", "A"), ("Ġ", "B"), ("ab", "cd"), (":", "x")]
@@ -108,6 +108,7 @@ def test_adapted_model():
 def test_reads_each_prompt_once():
     """Work, counted in tokens: examples once, each question once, and each choice's tokens but the last."""
     model, tokenizer = llama(), make_tokenizer(bos=False)
+    _measured_reader(model)  # of each model once
     fed = []
     model.model.embed_tokens.register_forward_hook(lambda module, args, output: fed.append(tuple(args[0].shape)))
     examples, questions = EXAMPLES, ["Q: three\nA:", "Q: fives\nA:"]
