@@ -29,7 +29,7 @@ from lit_adapters.methods.lora import LoRA, LoRAAdapter
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.peft import require_peft
 from lit_adapters.methods.targets import matches, places
-from lit_adapters.model.attach import adapters, attach, attachment, detach
+from lit_adapters.model.attach import adapters, attach, attachment, detach, unfrozen
 from lit_adapters.model.meta import require_loaded
 from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import refuse_sharded
@@ -38,8 +38,9 @@ from lit_adapters.model.sharding import refuse_sharded
 def export_peft(model: nn.Module, directory: str | Path) -> None:
     """Write LoRA, DoRA or AFA-LoRA at beta = 0 for `peft.PeftModel.from_pretrained(base_model, directory)` to load.
 
-    Modules of `train` are written as modules_to_save, and so are normalisations with running statistics, which move
-    while the model trains. Each file is replaced atomically.
+    Modules of `train`, and those that were unfrozen after `attach`, are written as modules_to_save, and so are
+    normalisations with running statistics, which move while the model trains. peft gets a copy for each module of a
+    tied weight. Each file is replaced atomically.
 
     Args:
         model: The module given to `attach`.
@@ -47,8 +48,8 @@ def export_peft(model: nn.Module, directory: str | Path) -> None:
 
     Raises:
         AdapterError: Peft is missing, or its format cannot express the model: another method, LoRA beside DoRA, AFA
-            before beta = 0, a merged adapter, a layer that stands at several places, names that peft would confuse, or
-            a sharded model. Nothing is written then.
+            before beta = 0, a merged adapter, an adapted or trained layer that stands at several places, names that
+            peft would confuse, or a sharded model. Nothing is written then.
     """
     peft, state = require_peft(), attachment(model)
     refuse_sharded(model, "export_peft")
@@ -63,7 +64,9 @@ def export_peft(model: nn.Module, directory: str | Path) -> None:
     positions = Counter(id(t.module) for t in places(model))
     if shared := [name for name, adapter in found.items() if positions[id(adapter)] > 1]:
         raise AdapterError(f"{shared[0]!r} stands at several places, and peft would adapt it at one of them")
-    saved = _modules_to_save(model, state.trained_parameters, found)
+    saved = _modules_to_save(model, _all_names(model, [*state.trained_parameters, *unfrozen(model)]), found)
+    if shared := [name for name in saved if any(positions[id(m)] > 1 for m in model.get_submodule(name).modules())]:
+        raise AdapterError(f"{shared[0]!r} trains and stands at several places, and peft would train it at one of them")
     methods = [m for method in to_methods(state.methods) for m in method.parts() if isinstance(m, LowRank)]
     dropouts = {adapter.dropout for adapter in found.values()}
     if len(dropouts) > 1:
@@ -170,6 +173,12 @@ def _check_rewriting(config: Any, model: nn.Module) -> None:
         raise AdapterError(f"in {type(model).__name__} peft would adapt the parameters {names} in place of some layers")
 
 
+def _all_names(model: nn.Module, names: Collection[str]) -> set[str]:
+    """The names of parameters with all other names of tied ones, as peft makes a copy of each module it trains."""
+    chosen = {id(model.get_parameter(name)) for name in names}
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in chosen}
+
+
 def _modules_to_save(model: nn.Module, trained: Collection[str], found: Collection[str]) -> list[str]:
     """The outermost modules of trained parameters, normalisations with statistics, and what peft takes for either."""
     modules, chosen = dict(model.named_modules(remove_duplicate=False)), list[str]()
@@ -209,7 +218,8 @@ def import_peft(model: nn.Module, directory: str | Path) -> AdapterReport:
 
     Raises:
         AdapterError: Peft is missing; a file is missing or torn; a setting has no counterpart here; tensors are
-            missing, unexpected or of another shape. The model is then as before.
+            missing, unexpected, not finite or of another shape, or tied weights have two values. The model is then as
+            before.
     """
     directory = Path(directory)
     config, tensors = read_lora(directory)
@@ -247,19 +257,43 @@ def import_peft(model: nn.Module, directory: str | Path) -> AdapterReport:
 
     own = {f"{n}.{key}": t for n, a in adapters(model) for key, t in _tensors(a).items()}  # type: ignore[arg-type]
     own |= {f"{n}.{key}": t for n in saved for key, t in model.get_submodule(n).state_dict().items()}
-    wrong = [k for k in sorted(own.keys() | tensors.keys()) if _shape(own, k) != _shape(tensors, k)]
-    if wrong:
+    try:
+        _check_values(model, own, tensors, directory)
+    except AdapterError:
         detach(model)
-        raise AdapterError(
-            f"{directory} does not fit {type(model).__name__}: {wrong[0]!r} is {_shape(tensors, wrong[0])} there and "
-            f"{_shape(own, wrong[0])} here ({len(wrong)} tensors differ)"
-        )
+        raise
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(tensors[key])
         for name in (n for n in alphas if alphas[n] != alpha):
             own[f"{name}.lora_B.weight"].mul_(alphas[name] / alpha)
     return report
+
+
+def _check_values(model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Check that the saved tensors can take the places of the model's own.
+
+    Raises:
+        AdapterError: One is missing, unexpected, of another shape, of whole numbers or not finite; or tied weights of
+            the model have two values.
+    """
+    wrong = [k for k in sorted(own.keys() | tensors.keys()) if _shape(own, k) != _shape(tensors, k)]
+    if wrong:
+        raise AdapterError(
+            f"{directory} does not fit {type(model).__name__}: {wrong[0]!r} is {_shape(tensors, wrong[0])} there and "
+            f"{_shape(own, wrong[0])} here ({len(wrong)} tensors differ)"
+        )
+    by_place: dict[int, str] = {}
+    for key, tensor in own.items():
+        saved = tensors[key]
+        if saved.is_floating_point() != tensor.is_floating_point() or not saved.isfinite().all():
+            raise AdapterError(f"{directory}: {key!r} is {saved.dtype} or not finite; take an undamaged copy")
+        first = by_place.setdefault(tensor.data_ptr(), key)
+        if tensor.numel() and tensors[first].shape == saved.shape and not torch.equal(tensors[first], saved):
+            raise AdapterError(
+                f"{first!r} and {key!r} are tied in {type(model).__name__}, and {directory} has two values for them; "
+                "build the model with tie_word_embeddings=False"
+            )
 
 
 def _shape(tensors: Mapping[str, Tensor], key: str) -> str:

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lit_adapters as la
-from lit_adapters.cli.commands import main
 from lit_adapters.files.adapters import HEADER, TENSORS
 from lit_adapters.files.saved import read_saved
 from lit_adapters.learned import summary
@@ -113,7 +112,7 @@ def test_damaged_bytes_are_noticed(written, tmp_path):
 def test_edited_headers_are_refused_or_mean_something(parts, tmp_path):
     header, tensors = parts
     before, refused = Unchanged(), 0
-    for what, edited in json_edits(header, 300):
+    for what, edited in json_edits(header, 220):
         try:
             text = json.dumps(edited)
         except ValueError:
@@ -126,7 +125,7 @@ def test_edited_headers_are_refused_or_mean_something(parts, tmp_path):
                 before = Unchanged()
         except Exception as error:
             raise AssertionError(what) from error
-    assert refused > 200
+    assert refused > 150
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,7 @@ BROKEN = {
 }
 
 
-def test_broken_tensors_are_refused_by_name(parts, tmp_path, capsys):
+def test_broken_tensors_are_refused_by_name(parts, tmp_path):
     header, tensors = parts
     before = Unchanged()
     names = ["0.lora_A", "0.lora_B", "1.numerator_A", "1.denominator_B", "1.density", "0.beta"]
@@ -177,9 +176,8 @@ def test_broken_tensors_are_refused_by_name(parts, tmp_path, capsys):
         with pytest.raises(la.AdapterError, match=name):
             la.load_adapters(before.model, tmp_path)
         before.check()
-        with pytest.raises(SystemExit):
-            main(["inspect", str(tmp_path)])
-        assert "Traceback" not in capsys.readouterr().err
+        with pytest.raises(la.AdapterError, match=name):
+            read_saved(tmp_path)
         count += 1
     assert count > 40
 
