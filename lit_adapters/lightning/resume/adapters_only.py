@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.lightning.resume.checkpoint_io import SafeCheckpointIO
 from lit_adapters.training.checkpoint import redundant_keys
+from lit_adapters.training.left_out import leave_out_copies
 
 
 class AdaptersOnly(Callback):
     """Keeps in a checkpoint what changed: adapters, modules of `train`, and persistent buffers.
+
+    Copies of frozen parameters that other callbacks add, such as averages of weights, are left out as well; see
+    `lit_adapters.training.left_out`.
 
     Strict loading forgives the missing keys. `ModelParallelStrategy` loads each key by itself and asks nobody: there
     missing keys are allowed for all, and checked here.
@@ -32,6 +38,8 @@ class AdaptersOnly(Callback):
                     "ModelCheckpoint(save_weights_only=True) bypasses callbacks and would hold the whole base model; "
                     "use save_weights_only=False, or AdapterCallback(save_adapters_only=False)"
                 )
+        if isinstance(trainer.strategy.checkpoint_io, SafeCheckpointIO):
+            trainer.strategy.checkpoint_io.reduce = partial(leave_out_copies, module=pl_module)
         if not isinstance(trainer.strategy, ModelParallelStrategy):
             return
         if trainer.strategy._save_distributed_checkpoint and trainer.checkpoint_callbacks:

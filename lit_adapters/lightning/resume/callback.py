@@ -22,6 +22,7 @@ from lit_adapters.lightning.resume.checkpoint_io import SafeCheckpointIO
 from lit_adapters.lightning.resume.plain_loader import FollowedLoader, FollowingLoaders
 from lit_adapters.lightning.resume.random_state import random_states, set_random_states
 from lit_adapters.training.checkpoint import check_model, record
+from lit_adapters.training.left_out import put_copies_back
 from lit_adapters.training.processes import gather_objects
 
 INTERRUPTED = "last-interrupted.ckpt"  # found by ckpt_path="last"
@@ -54,7 +55,7 @@ class Resuming(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read, check and write checkpoint files safely, unless the trainer has an interface of its own for it."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = SafeCheckpointIO(partial(_check, trainer))
+            trainer.strategy.checkpoint_io = SafeCheckpointIO(partial(_check, trainer), partial(_complete, trainer))
         if stage == "fit" and not isinstance(trainer.strategy.process_dataloader, FollowingLoaders):
             process = trainer.strategy.process_dataloader
             trainer.strategy.process_dataloader = FollowingLoaders(process)  # type: ignore[method-assign, assignment]
@@ -142,6 +143,10 @@ def _check(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
     """Refuse a checkpoint that does not belong to the run; evaluation also reads one without a record."""
     if RECORD in checkpoint or trainer.state.fn == "fit":
         check_model(checkpoint, trainer.lightning_module, path)
+
+
+def _complete(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
+    put_copies_back(checkpoint, trainer.lightning_module, path)
 
 
 def _restore_loaders(trainer: Trainer, states: list[dict[str, Any] | None]) -> bool:

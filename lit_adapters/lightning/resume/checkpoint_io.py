@@ -23,14 +23,23 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     Args:
         check: Takes the checkpoint and its path, and raises for one that does not fit.
+        complete: Takes a checkpoint that passed the check, and its path, and puts back what `reduce` left out.
+
+    Attributes:
+        reduce: Takes a checkpoint when all callbacks have added to it, and returns what is written.
     """
 
-    def __init__(self, check: Callable[[dict[str, Any], Any], None]) -> None:
+    def __init__(
+        self, check: Callable[[dict[str, Any], Any], None], complete: Callable[[dict[str, Any], Any], None]
+    ) -> None:
         self._check = check
+        self._complete = complete
+        self.reduce: Callable[[dict[str, Any]], dict[str, Any]] = dict
         self._checked: int | None = None  # id of the checkpoint that was checked last
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write atomically."""
+        checkpoint = self.reduce(checkpoint)
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
@@ -40,7 +49,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """Read and check.
 
         Raises:
-            AdapterError: The file is torn, or `check` refuses it.
+            AdapterError: The file is torn, or `check` or `complete` refuses it.
         """
         if Path(path).is_file():
             check_whole(path)
@@ -49,6 +58,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         except RuntimeError as error:
             raise AdapterError(f"{str(path)!r} is torn or no checkpoint; give another one") from error
         self._check(checkpoint, path)
+        self._complete(checkpoint, path)
         self._checked = id(checkpoint)
         return checkpoint
 
