@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from language.data.control import ControlTokens, unguarded
 from language.data.formats import FORMATS, FormatName, Record, check_template
 from language.data.messages import Message
 from lit_adapters.errors import DataError
 
-Piece = tuple[str, bool]  # a stretch of text, and whether it is learned
-
 _PROBE = "a7f3c1"
+
+
+class Piece(NamedTuple):
+    """A stretch of a record's text, guarded as `language.data.control` says.
+
+    Attributes:
+        text: The text.
+        is_answer: Whether it is an answer to be learned.
+        masked: Whether it is an answer that the data say not to learn; it is not learned with prompts either.
+    """
+
+    text: str
+    is_answer: bool
+    masked: bool = False
+
+
+class _RewrittenError(Exception):
+    """A template writes a message differently once the conversation goes on."""
+
+    def __init__(self, message: int) -> None:
+        super().__init__(message)
+        self.message = message
 
 
 @dataclass(frozen=True)
@@ -22,13 +43,16 @@ class Example:
         prompt: All that the model reads before it answers; of a conversation, everything before the last answer.
         response: What it should answer.
         origin: File and line.
-        body: The part of the prompt that may lose its beginning where the prompt is too long; "" for none.
+        body: The part of the prompt that may lose its beginning where the prompt is too long, guarded as
+            `language.data.control` says; "" for none.
+        stretches: The prompt as training tokenises it, guarded; by default the prompt in one stretch.
     """
 
     prompt: str
     response: str
     origin: str
     body: str = ""
+    stretches: tuple[str, ...] = ()
 
 
 class Renderer:
@@ -64,6 +88,7 @@ class Renderer:
         self.chat_template = chat_template or tokenizer.chat_template
         self.system_in_user = system_in_user
         self.prompt_template = prompt_template
+        self.control = ControlTokens(tokenizer, end_token)
         self._keeps_system: bool | None = None
         if prompt_template is not None and self.form is not None:
             check_template(prompt_template, self.form, name)
@@ -79,12 +104,25 @@ class Renderer:
         return (self.chat, self.chat_template, self.system_in_user, self.prompt_template, self.form, self.end_token)
 
     def example(self, record: Record) -> Example:
-        """Prompt and answer of a record, for evaluation."""
+        """Prompt and answer of a record, for evaluation; of a conversation, the last answer that is learned."""
+        guarded = self._guarded(record)
+        stretches: tuple[str, ...]
         if not self.chat:
-            return Example(self._prompt(record), record.answer, record.origin, self.body(record))
-        messages = self._messages(record)
-        prompt = self._render(messages[:-1], record.origin, generate=True)
-        return Example(prompt, messages[-1][1], record.origin, self.body(record))
+            stretches, response = (self._prompt(guarded),), guarded.answer
+        else:
+            messages, places = self._messages(guarded), self._answers(guarded)
+            last = max(i for i, learned in places.items() if learned)
+            prompt = self._render(messages[:last], record.origin, generate=True)
+            try:
+                turns = self._turns(messages, [i for i in places if i < last], record.origin)
+                done = "".join(text for turn in turns for text in turn)
+                if not prompt.startswith(done):
+                    raise _RewrittenError(last)
+                stretches = (*(text for turn in turns for text in turn), prompt[len(done) :])
+            except _RewrittenError:  # no row of training looks like this one
+                stretches = (prompt,)
+            response = messages[last][1]
+        return Example(unguarded("".join(stretches)), unguarded(response), record.origin, self.body(record), stretches)
 
     def pieces(self, record: Record) -> list[Piece]:
         """The record's text in order, answers learned and all else not; the text of the end token included.
@@ -93,31 +131,54 @@ class Renderer:
             DataError: The chat template refuses the conversation, drops its system message, or rewrites earlier
                 turns when later ones follow.
         """
+        guarded = self._guarded(record)
         if not self.chat:
-            return [(self._prompt(record), False), (record.answer, True)]
-        messages = self._messages(record)
+            return [Piece(self._prompt(guarded), False), Piece(guarded.answer, True)]
+        places = self._answers(guarded)
+        try:
+            turns = self._turns(self._messages(guarded), list(places), record.origin)
+        except _RewrittenError as error:
+            raise DataError(
+                f"{record.origin}: the chat template writes message {error.message} differently once the conversation "
+                "goes on, so its tokens cannot be told apart: use another chat_template, or conversations of one turn"
+            ) from None
         pieces: list[Piece] = []
-        done = ""
-        for i, (role, _) in enumerate(messages):
-            if role != "assistant":
-                continue
-            before = self._render(messages[:i], record.origin, generate=True)
-            through = self._render(messages[: i + 1], record.origin)
-            if not before.startswith(done) or not through.startswith(before):
-                raise DataError(
-                    f"{record.origin}: the chat template writes message {i + 1} differently once the conversation goes "
-                    "on, so its tokens cannot be told apart: use another chat_template, or conversations of one turn"
-                )
-            answer = through[len(before) :]
-            if self.end_token in answer:  # what follows it, a line break mostly, belongs to the next turn
-                answer = answer[: answer.rindex(self.end_token) + len(self.end_token)]
-            pieces += [(before[len(done) :], False), (answer, i not in record.unlearned)]
-            done = before + answer
+        for (prompt, answer), learned in zip(turns, places.values(), strict=True):
+            pieces += [Piece(prompt, False), Piece(answer, learned, masked=not learned)]
         return pieces
 
+    def _turns(self, messages: tuple[Message, ...], places: list[int], origin: str) -> list[tuple[str, str]]:
+        """What stands before each answer since the last one, and the answer.
+
+        Raises:
+            _RewrittenError: The template writes a message differently once the conversation goes on.
+        """
+        turns: list[tuple[str, str]] = []
+        done = ""
+        for i in places:
+            before = self._render(messages[:i], origin, generate=True)
+            through = self._render(messages[: i + 1], origin)
+            if not before.startswith(done) or not through.startswith(before):
+                raise _RewrittenError(i + 1)
+            answer = through[len(before) :]
+            if self.end_token and self.end_token in answer:  # what follows, a line break mostly, is the next turn's
+                answer = answer[: answer.rindex(self.end_token) + len(self.end_token)]
+            turns.append((before[len(done) :], answer))
+            done = before + answer
+        return turns
+
+    def _answers(self, record: Record) -> dict[int, bool]:
+        """The places of the assistant's messages as they are rendered, and whether each is learned."""
+        messages = self._messages(record)
+        shift = len(record.messages) - len(messages) if record.messages else 0  # the system message in the user's
+        return {i: i + shift not in record.unlearned for i, (role, _) in enumerate(messages) if role == "assistant"}
+
+    def _guarded(self, record: Record) -> Record:
+        return self.control.guarded(record, answer=record.answer)
+
     def body(self, record: Record) -> str:
-        """The field that may be shortened, "" for none."""
-        return record.fields.get(self.form.body, "") if self.form else ""
+        """The field that may be shortened, guarded; "" for none."""
+        return self.control.guard(record.fields.get(self.form.body, "")) if self.form else ""
 
     def _prompt(self, record: Record) -> str:
         form = self.form

@@ -19,14 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from language.data.control import ControlTokens
 from language.data.formats import Record
+from language.data.stretches import Stretches
 from language.data.templates import Example, Piece, Renderer
 from language.loss import IGNORED
 from lit_adapters.errors import DataError
 from lit_adapters.files.atomic import write_atomically
 
-_CACHE_VERSION = 2  # bump it when the rules below change: cached files of other versions are not used
+_CACHE_VERSION = 3  # bump it when the rules below change: cached files of other versions are not used
 _CHUNK = 256  # records tokenised at a time
+_CHECKED = 8  # rows whose prompts are compared with those of evaluation
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,10 @@ class Labelled(NamedTuple):
 class Encoder:
     """Turns text into tokens as training and generation both need them.
 
-    Pieces are tokenised one by one, so that a prompt has the same tokens here as when a model is to answer it. A
-    beginning token stands before plain prompts if the tokenizer puts one there; chat templates bring their own. A
-    document that does not end with the end token gets one, which is learned.
+    Pieces are tokenised one by one, as `language.data.stretches` says, so that a prompt has the same tokens here as
+    when a model is to answer it. A beginning token stands before plain prompts if the tokenizer puts one there and the
+    prompt does not begin with it; chat templates bring their own. A document that does not end with the end token gets
+    one, which is learned.
 
     Where the format has a body (dialogue or text), a prompt longer than `max_length - max_answer_length` loses the
     beginning of its body, and an answer longer than `max_answer_length` its end. The room of a prompt does not depend
@@ -114,6 +118,8 @@ class Encoder:
         self.max_length = max_length
         self.mask_prompt = mask_prompt
         self.max_answer_length = max(1, max_length // 4) if max_answer_length is None else max_answer_length
+        control = ControlTokens(tokenizer, tokenizer.convert_ids_to_tokens(end_id))
+        self.stretches = Stretches(tokenizer, control)
         begin = tokenizer.bos_token_id
         self.begin = [begin] if plain and begin is not None and tokenizer("a")["input_ids"][0] == begin else []
 
@@ -135,10 +141,11 @@ class Encoder:
         Raises:
             DataError: The prompt does not fit and has no body to shorten.
         """
-        ids = self.begin + self._ids([example.prompt])[0]
+        (tokens,) = self.stretches.documents([example.stretches or (example.prompt,)])
+        ids = self.begun([token for stretch in tokens for token in stretch])
         room = self._room(example.body)
         if len(ids) > room:
-            shorter = self._shorten(example.prompt, example.body, room)
+            shorter = self._shorten("".join(example.stretches or (example.prompt,)), example.body, room)
             if shorter is None:
                 raise DataError(f"{example.origin}: the prompt has {len(ids)} tokens, over {room}: raise max_length")
             return shorter
@@ -157,9 +164,11 @@ class Encoder:
             for start in range(0, len(records), _CHUNK):
                 chunk = records[start : start + _CHUNK]
                 pieces = [renderer.pieces(record) for record in chunk]
-                encoded = iter(self._ids([text for document in pieces for text, _ in document]))
-                for record, document in zip(chunk, pieces, strict=True):
-                    labelled = self.labelled(document, [next(encoded) for _ in document], renderer.body(record))
+                encoded = self.stretches.documents([piece.text for piece in document] for document in pieces)
+                for number, (record, document) in enumerate(zip(chunk, pieces, strict=True)):
+                    labelled = self.labelled(document, encoded[number], renderer.body(record))
+                    if start + number < _CHECKED and not labelled.cut:
+                        self._check(renderer.example(record), labelled)
                     cut += labelled.cut
                     if not any(labelled.learned):
                         dropped += 1
@@ -179,26 +188,44 @@ class Encoder:
         """The label rule: which tokens of a document are there, and which of them are learned.
 
         Args:
-            pieces: Texts of the document in order, each with whether it is learned: an answer.
+            pieces: Texts of the document in order.
             tokens: Their token ids.
             body: The part of the prompt that may lose its beginning; "" for none.
         """
-        ids = self.begin + [token for piece in tokens for token in piece]  # (n,)
-        learned = [False] * len(self.begin)
-        for (_, is_answer), piece in zip(pieces, tokens, strict=True):
-            learned += [is_answer] * len(piece)  # (n,) in the end
+        ids = [token for piece in tokens for token in piece]
+        begin = self.begin if ids[: len(self.begin)] != self.begin else []
+        ids = begin + ids  # (n,)
+        learned = [False] * len(begin)
+        masked = [False] * len(begin)
+        for piece, stretch in zip(pieces, tokens, strict=True):
+            learned += [piece.is_answer] * len(stretch)  # (n,) in the end
+            masked += [piece.masked] * len(stretch)
         if ids[-1] != self.end_id:
-            ids, learned = [*ids, self.end_id], [*learned, True]  # (n + 1,)
+            last = pieces[-1].masked
+            ids, learned, masked = [*ids, self.end_id], [*learned, not last], [*masked, last]  # (n + 1,)
         whole = len(ids)
-        ids, learned = self._fit(ids, learned, pieces[0][0], body)  # (m,), m <= max_length
+        ids, learned = self._fit(ids, learned, pieces[0].text, body)  # (m,), m <= max_length
         if not self.mask_prompt:
-            learned = [True] * len(ids)
+            learned = [not is_masked for is_masked in masked[: len(ids)]]
         learned = [False, *learned[1:]]  # nothing stands before the first token to predict it from
         return Labelled(ids, learned, cut=len(ids) < whole)
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        # verbose=False: transformers would warn of the tokenizer's own maximum, where max_length counts.
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    def begun(self, ids: list[int]) -> list[int]:
+        """The tokens after a beginning token, unless they begin with it."""
+        return ids if ids[: len(self.begin)] == self.begin else self.begin + ids
+
+    def _check(self, example: Example, labelled: Labelled) -> None:
+        """Check on a real row that training and evaluation see the same prompt.
+
+        Raises:
+            DataError: They do not.
+        """
+        prompt = self.prompt(example)
+        if labelled.ids[: len(prompt)] != prompt:
+            raise DataError(
+                f"{example.origin}: the row does not begin with the tokens of its own prompt: the tokenizer "
+                f"{self.tokenizer.name_or_path!r} gives one text different tokens; use another tokenizer"
+            )
 
     def _room(self, body: str) -> int:
         """Most tokens of a prompt."""
@@ -223,9 +250,10 @@ class Encoder:
             return None
         # The last occurrence: a template may quote the body's words before it, hardly after.
         head, _, tail = prompt.rpartition(body)
-        before, middle, after = self._ids([head, body, tail])
-        room -= len(self.begin) + len(before) + len(after)
-        return None if room < 1 else self.begin + before + middle[-room:] + after
+        ((before, middle, after),) = self.stretches.documents([(head, body, tail)])
+        before = self.begun(before)
+        room -= len(before) + len(after)
+        return None if room < 1 else before + middle[-room:] + after
 
 
 def tokenise(

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm import tqdm
 
+from language.data.control import unguarded
 from language.data.formats import Record
 from language.data.module import InstructionDataModule
 from language.data.packing import PaddedCollator, TokenDataset
@@ -102,12 +103,20 @@ class PreferenceDataModule(InstructionDataModule):
 
     def texts(self, pair: Pair) -> tuple[str, str, str]:
         """Prompt, chosen and rejected answer as the model reads them."""
+        prompt, *answers = self._stretches(pair)
+        chosen, rejected = map(unguarded, answers)
+        return unguarded("".join(prompt)), chosen, rejected
+
+    def _stretches(self, pair: Pair) -> tuple[list[str], str, str]:
+        """The stretches of the prompt, the chosen and the rejected answer; guarded, see `language.data.control`."""
         if self.renderer.chat:
-            (*before, (chosen, _)), (*_, (rejected, _)) = (self.renderer.pieces(p) for p in (pair, pair.other))
-            return "".join(text for text, _ in before), chosen, rejected
+            (*before, chosen), (*_, rejected) = (self.renderer.pieces(p) for p in (pair, pair.other))
+            return [piece.text for piece in before], chosen.text, rejected.text
+        control = self.renderer.control
+        guarded = control.guarded(pair, answer=pair.answer, rejected=pair.rejected)
         if pair.messages:
-            return pair.plain_prompt, f" {pair.answer}", f" {pair.rejected}"
-        return f"{pair.plain_prompt}\n", pair.answer, pair.rejected
+            return [guarded.plain_prompt], f" {guarded.answer}", f" {guarded.rejected}"
+        return [f"{guarded.plain_prompt}\n"], guarded.answer, guarded.rejected
 
     def _parse(self, path: str | list[str], split: SplitName) -> list[Record]:
         pairs, dropped = read_pairs(read_rows(path, split), self.drop_unusable, self.strip_answers)
@@ -152,16 +161,18 @@ class PreferenceDataModule(InstructionDataModule):
 
     def _tokens(self, pairs: Iterable[Pair]) -> Iterator[tuple[list[int], list[int], list[int]]]:
         """Prompt, chosen and rejected answer, each tokenised by itself as in generation, answers with their end."""
-        texts = [self.texts(pair) for pair in pairs]
+        texts = [self._stretches(pair) for pair in pairs]
         for start in range(0, len(texts), _CHUNK):
-            flat = [text for three in texts[start : start + _CHUNK] for text in three]
-            # verbose=False: transformers would warn of the tokenizer's own maximum, where max_length counts.
-            ids = iter(self.tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"])
-            for prompt, *answers in zip(ids, ids, ids, strict=True):
-                chosen, rejected = (
-                    a if a[-1:] == [self.encoder.end_id] else [*a, self.encoder.end_id] for a in answers
-                )
-                yield self.encoder.begin + prompt, chosen, rejected
+            chunk = texts[start : start + _CHUNK]
+            prompts = self.encoder.stretches.documents(prompt for prompt, _, _ in chunk)
+            before = [prompt[-1] for prompt, *answers in chunk for _ in answers]
+            answers = iter(self.encoder.stretches.after([a for _, *both in chunk for a in both], before))
+            for stretches, chosen, rejected in zip(prompts, answers, answers, strict=True):
+                prompt = self.encoder.begun([token for stretch in stretches for token in stretch])
+                yield prompt, self._ended(chosen), self._ended(rejected)
+
+    def _ended(self, answer: list[int]) -> list[int]:
+        return answer if answer[-1:] == [self.encoder.end_id] else [*answer, self.encoder.end_id]
 
     def _collator(self) -> Callable[[list], Batch]:
         return PairCollator(self.pad_id)
