@@ -1,9 +1,4 @@
-"""Multiple choice by log-likelihood: log p(choice | prompt) of each continuation, every prompt read once.
-
-A choice's tokens are those of prompt + choice after the longest prefix that the prompt shares with prompt + every
-choice. Where a tokeniser merges the end of the prompt with the start of a choice, whole tokens are scored, for all
-choices of that prompt from the same token on, so that the sums still compare like with like.
-"""
+"""Multiple choice by log-likelihood: log p(choice | prompt) of each continuation, every prompt read once."""
 
 from __future__ import annotations
 
@@ -21,9 +16,10 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from language.evaluate.prompts import FramedPrompt, PromptEncoder, TokenQuestion, common_prefix
 from language.measured import alike, documents, ignores_left_padding, left_padded, measured
 from language.models import context_length
-from lit_adapters.errors import AdapterError, DataError
+from lit_adapters.errors import AdapterError
 from lit_adapters.model.modes import evaluating
 
 _MIN_SHARED = 16  # tokens; a pass of its own for a shorter common prefix would cost more than it saves
@@ -57,7 +53,7 @@ class ChoiceScores:
 def score_choices(
     model: PreTrainedModel,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | FramedPrompt],
     choices: Sequence[Sequence[str]],
     batch_size: int = 8,
     max_length: int | None = None,
@@ -73,7 +69,7 @@ def score_choices(
     Args:
         model: A causal language model of transformers. Its training mode is left as it was.
         tokenizer: The model's tokenizer.
-        prompts: Texts, one for each question; a choice follows without a space in between.
+        prompts: Texts, or framed as in training, one for each question; a choice follows without a space in between.
         choices: For each prompt its continuations, usually with a leading space.
         batch_size: Prompts in a pass; choices of several tokens are passes of up to 4 times as many rows.
         max_length: Tokens that a pass may read; default the model's context. Longer prompts lose tokens on the left,
@@ -117,78 +113,13 @@ def score_tokens(
     return scores
 
 
-@dataclass(frozen=True)
-class TokenQuestion:
-    """Tokens of a prompt, and of each continuation to choose from; each has at least one."""
-
-    context: list[int]
-    continuations: list[list[int]]
-
-
-class PromptEncoder:
-    """Tokens of prompts and choices, truncated on the left; counts the prompts that were.
-
-    Args:
-        tokenizer: A tokenizer of transformers. The start-of-text token it would add, and no other, is added.
-        max_length: Tokens that a pass may read; None for any number.
-    """
-
-    def __init__(self, tokenizer: Any, max_length: int | None) -> None:
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.truncated = 0
-        added = tokenizer("").input_ids[:1]
-        self.start: list[int] = added if added and added == [tokenizer.bos_token_id] else []
-
-    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text, after the start-of-text token unless the text begins with it in writing."""
-        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
-        return [row if row[:1] == self.start else self.start + row for row in rows]
-
-    def prompt(self, text: str, room: int = 1) -> list[int]:
-        """Tokens of a prompt, at least one, that leave space for `room - 1` further tokens."""
-        return self._fit(self.tokens([text])[0], room)
-
-    def question(self, prompt: str, choices: Sequence[str]) -> TokenQuestion:
-        """Context and continuations; their concatenations are the tokens of prompt + choice."""
-        alone, *whole = self.tokens([prompt, *(prompt + choice for choice in choices)])
-        shared = _common_prefix([alone, *whole])
-        continuations = [tokens[shared:] for tokens in whole]
-        for choice, tokens in zip(choices, continuations, strict=True):
-            if not tokens:
-                raise DataError(f"choice {choice!r} after prompt ...{prompt[-60:]!r} has no tokens; give it a text")
-        return TokenQuestion(self._fit(alone[:shared], max(map(len, continuations))), continuations)
-
-    def _fit(self, context: list[int], room: int) -> list[int]:
-        if not context:
-            # The first token of a text needs something to be predicted from.
-            anything = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-            context = [token for token in anything if token is not None][:1]
-            if not context:
-                raise DataError("an empty prompt needs a tokenizer with a start or end token")
-        if self.max_length is None or len(context) + room - 1 <= self.max_length:
-            return context
-        keep = self.max_length - room + 1
-        if keep < 1:
-            raise DataError(f"{room} tokens after the prompt do not fit into max_length={self.max_length}: raise it")
-        self.truncated += 1
-        start = self.start if keep > 1 else []
-        return start + context[len(context) - keep + len(start) :]
-
-
-def _common_prefix(rows: Sequence[list[int]]) -> int:
-    """Number of leading tokens that all rows share."""
-    low, high = min(rows), max(rows)  # in lexicographic order every other row lies between them
-    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-
-
 def _grouped(contexts: list[list[int]]) -> list[int]:
     """An order in which contexts with much in common stand together, and contexts of similar length next."""
     order = sorted(range(len(contexts)), key=contexts.__getitem__)
     group = dict.fromkeys(order, 0)
     for number, (before, after) in enumerate(pairwise(order), 1):
         pair = [contexts[before], contexts[after]]
-        if 2 * _common_prefix(pair) > len(pair[1]):
+        if 2 * common_prefix(pair) > len(pair[1]):
             group[before] = group[before] or number
             group[after] = group[before]
     return sorted(order, key=lambda i: (group[i], -len(contexts[i])))
@@ -202,7 +133,7 @@ def _score(reader: _Reader, batch: list[TokenQuestion]) -> list[list[float]]:
     contexts = [question.context for question in batch]
     pairs = [(row, tokens) for row, question in enumerate(batch) for tokens in question.continuations]
     longer = [(i, row, tokens) for i, (row, tokens) in enumerate(pairs) if len(tokens) > 1]
-    shared = min(_common_prefix(contexts), min(map(len, contexts)) - 1) if len(batch) > 1 else 0
+    shared = min(common_prefix(contexts), min(map(len, contexts)) - 1) if len(batch) > 1 else 0
     shared = shared if reader.can_share and shared >= _MIN_SHARED else 0
     reader.begin(cached=reader.can_share and bool(shared or longer))
     if shared:

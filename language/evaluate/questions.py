@@ -16,6 +16,7 @@ from language.data.rows import Row, clean, names_of, shown
 from language.data.sources import read_rows
 from language.data.splits import subset
 from language.data.templates import Renderer
+from language.evaluate.prompts import FramedPrompt
 from lit_adapters.errors import DataError
 
 # The eight tasks of LLM-Adapters (arXiv 2304.01933).
@@ -36,6 +37,7 @@ class Question:
         answer: Index of the right one.
         group: Subject or task.
         category: Of the subject.
+        framed: The prompt as training tokenises it; None to read `prompt` as a text.
     """
 
     prompt: str
@@ -43,6 +45,7 @@ class Question:
     answer: int
     group: str = ""
     category: str = ""
+    framed: FramedPrompt | None = None
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -56,6 +59,7 @@ class WritingTask:
 
     prompt: str
     reference: str
+    framed: FramedPrompt | None = None
 
 
 def make_renderer(tokenizer: Any, name: FormatName, chat: bool) -> Renderer:
@@ -94,9 +98,10 @@ def read_commonsense(
         options, answer = found[1].split("/"), field_of(row, "answer", str)
         if answer not in options:
             raise DataError(f"{row.origin}: answer {answer!r} is not one of {', '.join(options)}; correct the row")
-        prompt = renderer.example(record).prompt + LEAD_IN
+        example = renderer.example(record)
+        framed = FramedPrompt(example.stretches, LEAD_IN, renderer.chat)
         choices = tuple(f" {option}" for option in options)
-        questions.append(Question(prompt, choices, options.index(answer), group=name))
+        questions.append(Question(example.prompt + LEAD_IN, choices, options.index(answer), name, framed=framed))
     return questions
 
 
@@ -121,10 +126,13 @@ def read_classification(
     if len(labels) < 2:
         raise DataError(f"{path} has a single class, {labels[0]!r}: nothing to choose from")
     renderer = make_renderer(tokenizer, "classification", chat)
-    return [
-        Question(renderer.example(record).prompt, tuple(labels), labels.index(record.answer), group=record.answer)
-        for record in subset(records, limit, "questions", "classification", seed)
-    ]
+    questions = []
+    for record in subset(records, limit, "questions", "classification", seed):
+        example = renderer.example(record)
+        framed = FramedPrompt(example.stretches, chat=renderer.chat)
+        answer = labels.index(record.answer)
+        questions.append(Question(example.prompt, tuple(labels), answer, group=record.answer, framed=framed))
+    return questions
 
 
 def read_summaries(
@@ -145,7 +153,11 @@ def read_summaries(
     records, skipped = parse(read_rows(str(path), "test"), "summarisation", drop_empty=True)
     renderer = make_renderer(tokenizer, "summarisation", chat)
     chosen = [renderer.example(record) for record in subset(records, limit, "questions", "summarisation", seed)]
-    return [WritingTask(example.prompt, example.response) for example in chosen], skipped
+    tasks = [
+        WritingTask(example.prompt, example.response, FramedPrompt(example.stretches, chat=renderer.chat))
+        for example in chosen
+    ]
+    return tasks, skipped
 
 
 def field_of(row: Row, name: str, kind: type[T]) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,15 +11,18 @@ from typing import Any, Literal
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from language.data.control import ControlTokens
 from language.data.formats import FormatName
 from language.data.module import InstructionDataModule
 from language.data.sources import read_rows
-from language.evaluate.likelihood import PromptEncoder, score_choices
+from language.evaluate.likelihood import score_choices
 from language.evaluate.metrics import Estimate, exact_match, find_option, held_out_loss, proportion, rouge, row_losses
 from language.evaluate.mmlu import read_mmlu, summarise_mmlu
+from language.evaluate.prompts import FramedPrompt, PromptEncoder
 from language.evaluate.questions import Question, WritingTask, read_classification, read_commonsense, read_summaries
 from language.generate import generate
 from language.models import context_length
+from lit_adapters.errors import DataError
 
 _DEFAULT_LENGTH = 2048  # tokens, for models that name no context
 
@@ -66,6 +69,18 @@ class EvalSettings:
     max_length: int | None = None
     harness_tasks: str | None = None
 
+    def __post_init__(self) -> None:
+        """Check the numbers before any data are read.
+
+        Raises:
+            DataError: A number is out of range.
+        """
+        least = {"shots": 0, "per_subject": 1, "limit": 1, "max_new_tokens": 1, "batch_size": 1, "max_length": 1}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise DataError(f"{name}={value} must be at least {lowest}")
+
 
 Task = Callable[[], dict[str, Any]]
 
@@ -95,10 +110,20 @@ def read_questions(name: str, tokenizer: Any, root: Path, s: EvalSettings) -> li
     """
     chosen: dict[str, Any] = {"chat": s.chat, "limit": s.limit, "seed": s.seed}
     if name == "mmlu":
-        return read_mmlu(root / s.mmlu, s.shots, s.per_subject, s.seed)
+        return _guarded(read_mmlu(root / s.mmlu, s.shots, s.per_subject, s.seed), tokenizer)
     if name == "classification":
         return read_classification(root / s.classification, tokenizer, **chosen)
     return read_commonsense(root / s.commonsense, name, tokenizer, **chosen)
+
+
+def _guarded(questions: list[Question], tokenizer: Any) -> list[Question]:
+    """The questions; framed where the text spells a control token, which is to stay text."""
+    control = ControlTokens(tokenizer, tokenizer.eos_token)
+    guarded = [control.guard(q.prompt) for q in questions]
+    return [
+        q if text == q.prompt else replace(q, framed=FramedPrompt((text,)))
+        for q, text in zip(questions, guarded, strict=True)
+    ]
 
 
 def _mmlu(model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: EvalSettings) -> dict[str, Any]:
@@ -112,7 +137,7 @@ def _mmlu(model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: 
 def _choose(
     name: str, model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: EvalSettings
 ) -> dict[str, Any]:
-    prompts, choices = [q.prompt for q in questions], [q.choices for q in questions]
+    prompts, choices = [q.framed or q.prompt for q in questions], [q.choices for q in questions]
     scores = score_choices(model, tokenizer, prompts, choices, s.batch_size, s.max_length, name)
     answers = [q.answer for q in questions]
     by_sum, by_byte = scores.predictions(), scores.predictions(per_byte=True)
@@ -123,7 +148,7 @@ def _choose(
 def _generate(
     name: str, model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: EvalSettings
 ) -> dict[str, Any]:
-    texts, truncated = _write(model, tokenizer, [q.prompt for q in questions], s, name)
+    texts, truncated = _write(model, tokenizer, [q.framed or q.prompt for q in questions], s, name)
     predictions = [find_option(text, q.options) for text, q in zip(texts, questions, strict=True)]
     answers = [q.answer for q in questions]
     metrics = {
@@ -141,13 +166,13 @@ def _accuracy(predictions: Sequence[int | None], answers: Sequence[int]) -> Esti
 def _summaries(
     model: PreTrainedModel, tokenizer: Any, tasks: list[WritingTask], skipped: int, s: EvalSettings
 ) -> dict[str, Any]:
-    texts, truncated = _write(model, tokenizer, [task.prompt for task in tasks], s, "summarisation")
+    texts, truncated = _write(model, tokenizer, [task.framed or task.prompt for task in tasks], s, "summarisation")
     metrics = rouge(texts, [task.reference for task in tasks], s.seed)
     return {"metrics": metrics, "truncated": truncated, "skipped": skipped, "texts": texts}
 
 
 def _write(
-    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], s: EvalSettings, name: str
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str | FramedPrompt], s: EvalSettings, name: str
 ) -> tuple[list[str], int]:
     """Greedy continuations of prompts, and how many prompts were truncated."""
     encoder = PromptEncoder(tokenizer, s.max_length or context_length(model))

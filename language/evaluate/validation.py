@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from language.data.module import InstructionDataModule
 from language.data.sources import SplitName
 from language.data.splits import subset
-from language.evaluate.likelihood import PromptEncoder, TokenQuestion, score_tokens
+from language.evaluate.likelihood import score_tokens
+from language.evaluate.prompts import PromptEncoder, TokenQuestion
 from language.evaluate.tasks import EvalSettings, read_questions
 from language.means import Means
 from language.models import context_length
@@ -35,7 +36,10 @@ def choice_questions(data: InstructionDataModule, split: SplitName) -> tuple[lis
             that no training row has.
     """
     classes, encoder = data.classes, data.encoder
-    choices = [[*ids, encoder.end_id] for ids in data.tokenizer(classes, add_special_tokens=False)["input_ids"]]
+    before = data.examples(split)[0].stretches[-1]  # all prompts end alike
+    guarded = [data.renderer.control.guard(name) for name in classes]
+    tokens = encoder.stretches.after(guarded, [before] * len(classes))
+    choices = [[*ids, encoder.end_id] for ids in tokens]
     longest = max(map(len, choices))
     if longest > encoder.max_answer_length:
         raise DataError(
@@ -123,6 +127,6 @@ class ChoiceValidation(Callback):
             settings = EvalSettings(shots=self.shots, per_subject=self.limit, limit=self.limit, seed=self.seed)
             asked = read_questions(self.task, pl_module.tokenizer, Path(self.root), settings)
             encoder = PromptEncoder(pl_module.tokenizer, context_length(model))
-            questions = [encoder.question(q.prompt, q.choices) for q in asked]
+            questions = [encoder.question(q.framed or q.prompt, q.choices) for q in asked]
             answers = [q.answer for q in asked]
         self.questions, self.answers = questions, answers
