@@ -35,7 +35,7 @@ def error_line(arguments) -> str:
     [
         (["--model.adapters.targets=[blokcs]"], ["targets ['blokcs'] match no module", "Near misses: blocks"]),
         (["--model.adapters.groups=5"], ["5 groups do not divide the 192 channels of 'blocks.0.mlp.act'", "divisors"]),
-        (["--model.adapters.groups=0"], ["groups 0 must be at least 1"]),
+        (["--model.adapters.groups=0"], ["groups 0 must be a whole number, at least 1"]),
         (["--model.adapters.grups=4"], ["model.adapters", "'grups' is not accepted", "--help"]),
         (["--model.adapters=lit_adapters.Nora"], ["lit_adapters.Nora"]),
         (["--model.train=[haed]"], ["train=['haed'] matches no parameter"]),
