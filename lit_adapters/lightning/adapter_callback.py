@@ -11,7 +11,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.lightning.annealing import Annealing
 from lit_adapters.lightning.averaging import Averaging
 from lit_adapters.lightning.calibration import Calibration
-from lit_adapters.lightning.checks import Finiteness, Participation
+from lit_adapters.lightning.checks import Finiteness, Participation, Settings
 from lit_adapters.lightning.parts import CallbackOfParts
 from lit_adapters.lightning.recording import Recording
 from lit_adapters.lightning.resume.adapters_only import AdaptersOnly
@@ -63,7 +63,7 @@ class AdapterCallback(CallbackOfParts):
 
     Raises:
         AdapterError: An argument is out of range; no module of the tree was prepared by `lit_adapters.attach`; or a
-            check of a part fails (`Annealing`, `Calibration`, `Participation`, `Finiteness`, `Resuming`,
+            check of a part fails (`Settings`, `Annealing`, `Calibration`, `Participation`, `Finiteness`, `Resuming`,
             `AdaptersOnly`).
     """
 
@@ -96,6 +96,7 @@ class AdapterCallback(CallbackOfParts):
         self._annealing = Annealing(self.finalize)
         self._recording = Recording(self.log_every_n_steps, self.statistics, self.figures, self._annealing)
         return [
+            Settings(),
             Calibration(self.calibration_batches),
             self._annealing,
             Averaging(),

@@ -1,4 +1,4 @@
-"""The parts of AdapterCallback that stop a run in which an adapter does not learn or values are not finite."""
+"""The parts of AdapterCallback that stop a run: wrong settings, adapters that do not learn, values not finite."""
 
 from __future__ import annotations
 
@@ -13,9 +13,35 @@ from torch.optim import Optimizer
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.lightning.forward import forward_batch
+from lit_adapters.lightning.optimizers import check_resumed_schedules
 from lit_adapters.training.nonfinite import locate_nonfinite, nonfinite_gradient, nonfinite_values
 from lit_adapters.training.participation import ParticipationCheck
 from lit_adapters.training.processes import raise_together
+
+
+class Settings(Callback):
+    """Stops a run with settings of the trainer that nobody can mean, before its first step.
+
+    Raises:
+        AdapterError: `gradient_clip_val` is negative or NaN, or a resumed schedule is too short for this run.
+    """
+
+    def __init__(self) -> None:
+        self._saved: tuple[list[dict[str, Any]], Any] = [], None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the schedules of the run that is resumed."""
+        self._saved = checkpoint.get("lr_schedulers") or [], trainer.ckpt_path
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check, while the schedules are still those of this run."""
+        clip = trainer.gradient_clip_val
+        if clip is not None and not clip >= 0:
+            raise AdapterError(
+                f"gradient_clip_val {clip!r} must be at least 0: it is the largest norm, or value, that is let "
+                "through; leave it out to clip nothing"
+            )
+        check_resumed_schedules([c.scheduler for c in trainer.lr_scheduler_configs], *self._saved)  # type: ignore[misc]
 
 
 class Participation(Callback):

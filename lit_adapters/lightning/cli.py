@@ -18,6 +18,7 @@ from lit_adapters import console, methods
 from lit_adapters.console import one_line
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import check_whole, read_checkpoint_file
+from lit_adapters.lightning.adapter_callback import AdapterCallback
 from lit_adapters.lightning.optimizers import TOTALS, build_optimizers
 from lit_adapters.methods.base import Method, to_methods
 from lit_adapters.optimizers.groups import HEAD
@@ -105,6 +106,25 @@ class AdapterCLI(LightningCLI):
             self.model.configure_optimizers = partial(build_optimizers, self.model, **sections)
         elif self.subcommand == "fit":
             raise AdapterError("no optimiser: add an `optimizer:` section with class_path and init_args to the YAML")
+        if self.subcommand == "fit":
+            self._require_annealing()
+
+    def _require_annealing(self) -> None:
+        """Raise if a method is annealed and nothing in the recipe anneals.
+
+        Raises:
+            AdapterError: There is no AdapterCallback.
+        """
+        if any(isinstance(callback, AdapterCallback) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return
+        for method in to_methods(self.model.hparams.get("adapters")):
+            for part in method.parts():
+                schedule = getattr(part, "schedule", None)
+                if schedule is not None and schedule(0.0) != schedule(1.0):
+                    raise AdapterError(
+                        f"{type(part).__name__} is annealed and the recipe has nothing that does it: add "
+                        "`- class_path: lit_adapters.AdapterCallback` to trainer.callbacks"
+                    )
 
 
 def _groups() -> str:
@@ -118,7 +138,24 @@ def _groups() -> str:
 def run(main: Callable[[], Any]) -> None:
     """Run a command line; bad input ends it with one line on stderr and exit status 1."""
     quieten()
-    console.run(main, MisconfigurationException)
+
+    def explained() -> None:
+        try:
+            main()
+        except RuntimeError as error:
+            fix = next((fix for words, fix in _OF_LIGHTNING.items() if words in str(error)), None)
+            if fix is None:
+                raise
+            raise AdapterError(f"{one_line(error)}; {fix}") from error
+
+    console.run(explained, MisconfigurationException)
+
+
+# What Lightning says of mistakes in a recipe, as RuntimeErrors, and the fix.
+_OF_LIGHTNING = {
+    "more than one stateful callback of type": "keep one of them in trainer.callbacks",
+    "conditioned on metric": "change `monitor` of the callback in trainer.callbacks",
+}
 
 
 def quieten() -> None:

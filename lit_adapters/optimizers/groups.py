@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,8 +31,15 @@ def parameter_groups(
             adapter.
 
     Raises:
-        AdapterError: Nothing trains, or `lr_scale` names a group that does not exist.
+        AdapterError: Nothing trains, `lr_scale` names a group that does not exist, the learning rate is not a finite
+            number above 0, or a scale or the decay not one of at least 0.
     """
+    scale = dict(lr_scale or {})
+    if isinstance(lr, (int, float)) and not 0 < lr < math.inf:
+        raise AdapterError(f"lr {lr!r} must be a finite number above 0; change the optimizer's init_args")
+    for name, value in {"weight_decay": weight_decay, **{f"lr_scale of {k!r}": v for k, v in scale.items()}}.items():
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            raise AdapterError(f"{name} {value!r} must be a finite number of at least 0")
     rational = (p for m in model.modules() if isinstance(m, RationalActivation) for p in m.parameters())
     undecayed = {id(p) for p in rational}
     kind: dict[int, str] = {}
@@ -45,7 +53,6 @@ def parameter_groups(
             groups.setdefault(key, []).append(parameter)
     if not groups:
         raise AdapterError("nothing trains: give `adapters`, or name modules in `train`")
-    scale = dict(lr_scale or {})
     present = {name for name, _ in groups}
     unknown = sorted(scale.keys() - present)
     if unknown:

@@ -1,15 +1,18 @@
 """What a person sees of a command line."""
 
 import logging
+import re
 import warnings
 
 import pytest
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_adapters import AdapterError, AssetError, DataError
+from lit_adapters import AdapterCallback, AdapterError, AssetError, DataError
 from lit_adapters.console import one_line
 from lit_adapters.lightning.cli import run
+from tests.lightning.tiny_task import Task, fit
 
 UNION = """Parser key "model.adapters":
   Does not validate against any of the Union subtypes
@@ -78,3 +81,21 @@ def test_advertisements_are_dropped_and_other_messages_are_not(quiet, caplog):
         run(main)
     assert [str(w.message) for w in caught] == ["something else"]
     assert caplog.messages == ["nora  6 modules"]
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "words"),
+    [
+        (lambda: [AdapterCallback(), AdapterCallback()], r"stateful callback of type `AdapterCallback`.*keep one"),
+        (
+            lambda: [AdapterCallback(), EarlyStopping("no/such")],
+            r"metric `no/such`.*; change `monitor` of the callback",
+        ),
+        (lambda: [AdapterCallback(), ModelCheckpoint(monitor="no/such")], r"no/such"),
+    ],
+)
+def test_mistakes_that_lightning_finds(tmp_path, callbacks, words, quiet):
+    with pytest.raises(SystemExit) as end:
+        run(lambda: fit(tmp_path, Task(), *callbacks()))
+    assert re.search(rf"^error: .*{words}", end.value.code)
+    assert "\n" not in end.value.code

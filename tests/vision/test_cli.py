@@ -46,7 +46,7 @@ def error_line(arguments) -> str:
         (["--data.train_subset=1000"], ["train_subset=1000 needs", "lower it"]),
         (["--data.sourse=random"], ["data.sourse", "--help"]),
         (["--optimizer.lr=fast"], ["optimizer", '"lr"', "fast"]),
-        (["--optimizer.lr=-1"], ["AdamW does not work with lr=-1", "change its init_args"]),
+        (["--optimizer.lr=-1"], ["lr -1.0 must be a finite number above 0", "init_args"]),
         (["--optimizer=null"], ["no optimiser: add an `optimizer:` section"]),
         (["--lr_scale.lorra=2"], ["lr_scale names 'lorra'", "head, nora"]),
         (["--trainer.max_epochs=many"], ["trainer.max_epochs", "many"]),
@@ -57,6 +57,11 @@ def error_line(arguments) -> str:
 def test_bad_arguments(arguments, words):
     line = error_line(["fit", f"--config={NORA}", *arguments])
     assert [word for word in words if word not in line] == [], line
+
+
+def test_annealing_without_a_callback():
+    line = error_line(["fit", f"--config={CONFIGS / 'smoke/afa.yaml'}", "--trainer.callbacks=null"])
+    assert "AFALoRA is annealed and the recipe has nothing that does it: add `- class_path: lit_adapters.Adapt" in line
 
 
 def test_a_rank_too_large():
