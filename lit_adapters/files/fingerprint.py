@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lit_adapters.methods.quantised import plain_values
 from lit_adapters.model.sharding import whole
 
 WORD = re.compile(r"-|h?[0-9a-f]{10}:(\d\.\d{3}e[+-]\d\d|nan|inf)")
@@ -63,7 +64,7 @@ def _same(old: str, new: str) -> bool:
 
 @torch.no_grad()
 def _word(weight: Tensor) -> str:
-    weight = whole(weight)
+    weight = plain_values(whole(weight))
     if weight.is_meta:
         return _UNKNOWN
     digest = hashlib.sha256()
@@ -103,7 +104,7 @@ def old_fingerprint(weights: Mapping[str, Tensor]) -> str | None:
     for name, weight in sorted(weights.items()):
         if weight.is_meta:
             return None
-        flat = whole(weight.detach()).reshape(-1)
+        flat = plain_values(whole(weight.detach())).reshape(-1)
         sample = flat[:: max(1, flat.numel() // _OLD_SAMPLES)][:_OLD_SAMPLES].to(torch.bfloat16).float().cpu()
         digest.update(name.encode() + sample.numpy().tobytes())
     return digest.hexdigest()

@@ -33,6 +33,7 @@ from lit_adapters.methods.bias_switches import add_biases, check_switches
 from lit_adapters.methods.channels import is_linear
 from lit_adapters.methods.description import each_layer, mean_over_layers
 from lit_adapters.methods.matrix_layers import LinearLayer, is_quantised, matrix_layer
+from lit_adapters.methods.quantised import foreign_quantisation
 from lit_adapters.methods.read_weights import reads_weight
 from lit_adapters.methods.targets import KEYWORDS, Target, find_targets, head_modules, places
 from lit_adapters.values import check_flag
@@ -109,8 +110,12 @@ class BitFit(Method):
         output = isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)
         if output or reads_weight(parent, attribute):
             raise AdapterError(f"{type(parent).__name__} reads {qualified_name!r} without calling it; {leave_out}")
-        if is_linear(base) and not (base.weight.is_floating_point() or is_quantised(base)):  # type: ignore[operator, union-attr]
-            raise AdapterError(f"{qualified_name!r} is a {type(base).__name__} of {base.weight.dtype}; {leave_out}")
+        quantised = foreign_quantisation(base)
+        if quantised:
+            raise AdapterError(
+                f"BitFit cannot follow how {qualified_name!r} adds its bias: it is {quantised}; quantise to NF4 (4 "
+                f"bit) with bitsandbytes instead, dequantise the model, or {leave_out}"
+            )
         if _has_no_bias(base):
             if not self.add_missing:
                 raise AdapterError(

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-# Recognised by class name, so that transformers' Conv1D (a linear layer) and quantised layers need no import.
-_LINEAR_NAMES = {"Conv1D", "Linear4bit", "Linear8bitLt"}
+from lit_adapters.methods.quantised import foreign_quantisation
+
+# Recognised by class name, so that transformers' Conv1D (a linear layer) and a quantised layer need no import.
+_LINEAR_NAMES = {"Conv1D", "Linear4bit"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Layout:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` multiplies the last dimension of its input by a matrix."""
-    return isinstance(module, nn.Linear) or type(module).__name__ in _LINEAR_NAMES
+    if isinstance(module, nn.Linear) or type(module).__name__ in _LINEAR_NAMES:
+        return True
+    return not isinstance(module, nn.modules.conv._ConvNd) and foreign_quantisation(module) != ""
 
 
 def is_pointwise_conv(module: nn.Module) -> bool:
@@ -50,11 +54,11 @@ def _width(module: nn.Module, attributes: tuple[str, ...]) -> int | None:
 
 
 def _outputs(module: nn.Module) -> int | None:
-    return _width(module, ("out_features", "out_channels", "nf"))
+    return _width(module, ("out_features", "out_channels", "nf", "outfeatures"))
 
 
 def _inputs(module: nn.Module) -> int | None:
-    return _width(module, ("in_features", "in_channels", "nx"))
+    return _width(module, ("in_features", "in_channels", "nx", "infeatures"))
 
 
 def channel_layout(parent: nn.Module, attribute: str) -> Layout:

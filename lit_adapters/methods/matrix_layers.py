@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.hooks import has_own_forward
+from lit_adapters.methods.quantised import foreign_quantisation
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-_QUANTISED = {"Linear4bit", "Linear8bitLt", "QuantLinear"}  # recognised by name, as their libraries are optional
 _PLAIN_FORWARDS = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 
 
@@ -209,7 +209,7 @@ def is_plain(module: nn.Module) -> bool:
         return True
     if type(module).forward in _PLAIN_FORWARDS and not has_own_forward(module):
         return True
-    if {kind.__name__ for kind in type(module).__mro__} & _QUANTISED:  # `matrix_layer` accepts or refuses them
+    if is_quantised(module) or foreign_quantisation(module):  # `matrix_layer` accepts or refuses them
         return True
     weight: Tensor = module.weight  # type: ignore[assignment]
     layer: LinearLayer
@@ -251,10 +251,10 @@ def matrix_layer(base: nn.Module, qualified_name: str, method: str) -> LinearLay
         )
     if is_quantised(base):
         kind = QuantisedLayer(base)
-    elif {kind.__name__ for kind in type(base).__mro__} & _QUANTISED:
+    elif quantised := foreign_quantisation(base):
         raise AdapterError(
-            f"{method} cannot read the quantised weight of {qualified_name!r}, a {type(base).__name__}; quantise to 4 "
-            f"bit with bitsandbytes, or {leave_out}"
+            f"{method} cannot read the quantised weight of {qualified_name!r}, {quantised}; quantise to NF4 (4 bit) "
+            f"with bitsandbytes instead, dequantise the model, or {leave_out}"
         )
     elif isinstance(base, tuple(_CONVOLUTIONS)):
         kind = ConvolutionLayer(base)
