@@ -6,13 +6,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.model.sharding import gathered, is_sharded
 from lit_adapters.training.attached import adapter_layers
 from lit_adapters.training.observer import InputObserver
-from lit_adapters.training.processes import is_first_process
+from lit_adapters.training.processes import is_first_process, raise_together
 from lit_adapters.training.subspace_tracker import SubspaceTracker
 from lit_adapters.training.tensorboard import add_figures
 
@@ -75,13 +76,28 @@ class Recorder:
 
         Returns:
             The scalars by tag; empty if the step has been recorded, and in processes that do not compute.
+
+        Raises:
+            AdapterError: What an adapter learned is too large to be computed with, or not finite.
         """
         if step == self.step:
             return {}
         self.step = step
         observed = self.observer.means(step)
-        if not (is_first_process() or self._sharded):
-            return {}
+        scalars: dict[str, float] = {}
+        failure = None
+        if is_first_process() or self._sharded:
+            try:
+                scalars = self._collect(observed, beta)
+            except torch.linalg.LinAlgError as error:
+                failure = (
+                    f"the adapters have grown beyond all bounds at step {step} ({error}). Lower the learning rate or "
+                    "clip gradients; checkpoints were written before this step"
+                )
+        raise_together(failure)
+        return scalars
+
+    def _collect(self, observed: Mapping[str, dict[str, float]], beta: float | None) -> dict[str, float]:
         scalars: dict[str, float] = {}
         collected: dict[str, list[float]] = {}
         for name, adapter in self._layers.items():

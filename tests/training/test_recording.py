@@ -1,5 +1,7 @@
 """What is recorded of adapters, calibration and checkpoints, without a trainer."""
 
+import math
+
 import pytest
 import torch
 
@@ -111,3 +113,27 @@ def test_frozen_parameters_need_not_be_saved():
     frozen = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
     assert redundant_keys(net) == frozen
     assert {f"inner.{name}" for name in frozen} == redundant_keys(torch.nn.ModuleDict({"inner": net}))
+
+
+GROWN = {
+    "nora": (nora, 1e30),
+    "anchored": (lambda: nora(base="anchored"), 1e30),
+    "direct": (lambda: nora(rank=None), 3e38),
+    "lora": (lambda: la.LoRA(rank=2), 3e38),
+    "dora": (lambda: la.DoRA(rank=2), 3e38),
+    "afa": (lambda: la.AFALoRA(rank=2), 3e38),
+}
+
+
+@pytest.mark.parametrize("size", [1.0, math.inf, math.nan])
+@pytest.mark.parametrize("method", GROWN)
+def test_adapters_beyond_all_bounds(method, size):
+    make, largest = GROWN[method]
+    net = adapted(make())
+    recorder = Recorder(net, ("functions", "weights", "subspace"))
+    recorder.record(0, None)
+    for _, adapter in la.adapters(net):
+        for parameter in adapter.adapter_parameters().values():
+            parameter.data.normal_().mul_(largest * size)
+    with pytest.raises(la.AdapterError, match=r"grown beyond all bounds at step 7 .*Lower the learning rate"):
+        recorder.record(7, None)
