@@ -355,3 +355,29 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 _rational.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _setup_second_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.form, ctx.channel_dim, base_numerator, base_denominator, ctx.need_coefficients = inputs
+    ctx.save_for_backward(*tensors, base_numerator, base_denominator)
+
+
+def _second_backward(ctx, *upstream):  # type: ignore[no-untyped-def]
+    """The gradients of what `rational_backward` returns, by the formula, for second and higher derivatives."""
+    *tensors, base_numerator, base_denominator = ctx.saved_tensors
+    base, higher = _pair(base_numerator, base_denominator), torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, as the first gradient itself depends on x: derivatives by the views stop at them.
+        tensors = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
+        grad, x, numerator, denominator = tensors
+        y = _by_formula(x, (numerator, denominator), base, ctx.form, ctx.channel_dim)
+        sources = (x, numerator, denominator) if ctx.need_coefficients else (x,)
+        first = torch.autograd.grad(y, sources, grad, create_graph=True)
+        second = torch.autograd.grad(
+            first, tensors, upstream[: len(first)], create_graph=higher, allow_unused=True, materialize_grads=True
+        )
+    wanted = (g if need else None for g, need in zip(second, ctx.needs_input_grad, strict=False))
+    return (*wanted, None, None, None, None, None)
+
+
+_rational_backward.register_autograd(_second_backward, setup_context=_setup_second_context)
