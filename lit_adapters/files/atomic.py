@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
+import re
 import tempfile
+import time
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -41,7 +45,7 @@ def write_together(directory: Path, files: Mapping[str, Callable[[Path], object]
             path = directory / name
             with _explained(path):
                 directory.mkdir(parents=True, exist_ok=True)
-                descriptor, place = tempfile.mkstemp(dir=directory, prefix=f".{name}.")
+                descriptor, place = tempfile.mkstemp(dir=directory, prefix=f".{name}.{_writer()}.")
                 os.close(descriptor)
                 temporary[path] = Path(place)
                 write(temporary[path])
@@ -53,6 +57,55 @@ def write_together(directory: Path, files: Mapping[str, Callable[[Path], object]
     finally:
         for left in temporary.values():
             left.unlink(missing_ok=True)
+
+
+def _writer() -> str:
+    """This process on this machine, in the names of its temporary files."""
+    return f"{zlib.crc32(platform.node().encode()):08x}-{os.getpid()}"
+
+
+# .NAME.MACHINE-PROCESS.RANDOM, and .NAME.RANDOM of versions before
+_TEMPORARY = re.compile(r"\.(?P<name>.+?)\.(?:(?P<machine>[0-9a-f]{8})-(?P<process>\d+)\.)?[a-z0-9_]{8}")
+_ABANDONED = 24 * 3600  # seconds without a write, where nothing tells whether the writer is alive
+
+
+def remove_leftovers(directory: Path, suffix: str) -> list[Path]:
+    """Remove temporary files that processes left which were killed while they wrote.
+
+    Files of a process of this machine are removed if it has ended, others if nothing wrote to them for a day.
+
+    Args:
+        directory: Where to look; subdirectories are left alone.
+        suffix: Of the names of the files that were to be written, such as ".ckpt".
+
+    Returns:
+        The removed files.
+    """
+    removed = []
+    for path in directory.iterdir() if directory.is_dir() else ():
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None or not found["name"].endswith(suffix) or path.is_symlink() or not path.is_file():
+            continue
+        machine, _, _ = _writer().partition("-")
+        if found["machine"] == machine:
+            abandoned = not _is_alive(int(found["process"]))
+        else:
+            abandoned = time.time() - path.stat().st_mtime > _ABANDONED
+        if abandoned:
+            with suppress(OSError):  # another process may be quicker, or the directory not ours
+                path.unlink()
+                removed.append(path)
+    return removed
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextmanager

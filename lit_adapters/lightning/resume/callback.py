@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lit_adapters.files.adapters import RECORD
+from lit_adapters.files.atomic import remove_leftovers
 from lit_adapters.lightning.resume import loop_state
 from lit_adapters.lightning.resume.checkpoint_io import SafeCheckpointIO
 from lit_adapters.lightning.resume.plain_loader import FollowedLoader, FollowingLoaders
@@ -59,6 +60,17 @@ class Resuming(Callback):
         if stage == "fit" and not isinstance(trainer.strategy.process_dataloader, FollowingLoaders):
             process = trainer.strategy.process_dataloader
             trainer.strategy.process_dataloader = FollowingLoaders(process)  # type: ignore[method-assign, assignment]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove what a killed process left beside its checkpoints."""
+        if not trainer.is_global_zero:
+            return
+        savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        folders = {Path(trainer.default_root_dir), *(Path(saver.dirpath) for saver in savers)}  # type: ignore[arg-type]
+        if trainer.ckpt_path is not None:
+            folders.add(Path(trainer.ckpt_path).parent)
+        for path in (path for folder in folders for path in remove_leftovers(folder, ".ckpt")):
+            rank_zero_info(f"removed {path}, which a process that was killed has left")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the record, the random states and open gradients; complete the state of the loops; flush the loggers."""
