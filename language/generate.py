@@ -7,14 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from language.loss import IGNORED, Batch
-from language.measured import ignores_left_padding
+from language.measured import check_finite, ignores_left_padding
 from language.models import context_length
 from lit_adapters.errors import AdapterError, DataError
 from lit_adapters.model.modes import evaluating
+from lit_adapters.values import check_number, check_whole
+
+TEMPERATURES = (1e-6, 1e3)  # from the likeliest token to almost any
 
 
 def generate(
@@ -54,12 +57,11 @@ def continuations(
         streamer: A transformers streamer that receives each token; for a single prompt.
 
     Raises:
-        AdapterError: An argument is out of range, or prompt and continuation do not fit into the model's context.
+        AdapterError: An argument is out of range, the model's output is not a number, or prompt and continuation do not
+            fit into the model's context.
     """
-    if temperature < 0:
-        raise AdapterError(f"temperature {temperature} must be at least 0")
-    if max_new_tokens < 1:
-        raise AdapterError(f"max_new_tokens {max_new_tokens} must be at least 1")
+    check_temperature(temperature)
+    check_whole("max_new_tokens", max_new_tokens)
     if not all(prompts):
         raise AdapterError("a prompt has no tokens; give at least one")
     longest, context = max(map(len, prompts)), context_length(model)
@@ -88,11 +90,42 @@ def continuations(
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             streamer=streamer,
+            logits_processor=[Finite(model)],
             do_sample=temperature > 0,
             use_cache=True,
             **drawing,
         )
     return tokens[:, longest:]
+
+
+class Finite(LogitsProcessor):
+    """Stops where logits are not numbers, from which no token can be drawn.
+
+    Args:
+        model: The model that generates, for the message.
+
+    Raises:
+        AdapterError: As `language.measured.check_finite`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The logits as they are."""
+        check_finite(self.model, scores)
+        return scores
+
+
+def check_temperature(temperature: float) -> None:
+    """Check that a temperature is 0 or one at which tokens can be drawn.
+
+    Raises:
+        AdapterError: It is not.
+    """
+    check_number("temperature", temperature, 0.0, TEMPERATURES[1])
+    if temperature:
+        check_number("temperature", temperature, *TEMPERATURES)
 
 
 @contextmanager

@@ -77,6 +77,22 @@ def check_causal(model: nn.Module) -> None:
         )
 
 
+def check_finite(model: nn.Module, logits: Tensor) -> None:
+    """Check that logits (..., V) are those of a distribution; -inf only forbids a token.
+
+    Raises:
+        AdapterError: One of them is NaN or inf, or all are -inf.
+    """
+    if torch.isfinite(logits.float().logsumexp(-1)).all():
+        return
+    broken = next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
+    reason = "its weights are too large" if broken is None else f"the parameter {broken!r} is not finite"
+    raise AdapterError(
+        f"the output of {type(model).__name__} is not a number: {reason}. Use whole weights, or those of an earlier "
+        "checkpoint"
+    )
+
+
 def ignores_left_padding(model: nn.Module) -> bool:
     """Whether rows that are padded on the left, with a mask and positions, give the logits of the rows alone."""
     return measured(model, _ignores_left_padding)
@@ -120,6 +136,7 @@ def _packing_fault(model: Any) -> str | None:
     except (TypeError, ValueError) as error:
         return f"it does not read rows with position_ids and without a mask ({type(error).__name__}: {error})"
     alone = model(input_ids=second, attention_mask=torch.ones_like(second), use_cache=False).logits
+    check_finite(model, alone)
     full = alone.dtype in _FULL
     if not moved <= _MOVED:
         # Experts and low precision round a row differently with what else is in it. A document never depends on the
@@ -139,6 +156,7 @@ def _is_causal(model: Any) -> bool:
     start, one, other = documents(model, half, half, half)
     rows = [torch.cat([start, end], 1)[:, :size] for end in (one, other)]
     logits = [model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits for row in rows]
+    check_finite(model, logits[0])
     return alike(logits[0][:, :half], logits[1][:, :half])
 
 
@@ -154,7 +172,9 @@ def _ignores_left_padding(model: Any) -> bool:
         padded = model(input_ids=ids, use_cache=False, **left_padded(model, mask, size)).logits
     except (TypeError, ValueError):
         return False
-    return alike(padded[:1, gap:], model(input_ids=short, attention_mask=mask[1:, gap:], use_cache=False).logits)
+    alone = model(input_ids=short, attention_mask=mask[1:, gap:], use_cache=False).logits
+    check_finite(model, alone)
+    return alike(padded[:1, gap:], alone)
 
 
 def left_padded(model: nn.Module, mask: Tensor, length: int) -> dict[str, Tensor]:

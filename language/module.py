@@ -26,6 +26,7 @@ from language.models import (
     create_tokenizer,
     vocabulary_size,
 )
+from lit_adapters import values
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import check_whole
 from lit_adapters.lightning.step_mean import StepMeanModule
@@ -77,6 +78,10 @@ class CausalLMTuner(StepMeanModule):
         init_seed: int | None = None,
     ) -> None:
         super().__init__()
+        values.check_whole("max_new_tokens", max_new_tokens)
+        values.check_flag("gradient_checkpointing", gradient_checkpointing)
+        if init_seed is not None:
+            values.check_whole("init_seed", init_seed, -(2**63), 2**64 - 1, "or None")
         self.methods = to_methods(adapters)
         self.train_modules: str | Sequence[str] = train if isinstance(train, str) else list(train)
         # Plain values: a checkpoint then loads under weights_only, by the command line and by load_from_checkpoint.

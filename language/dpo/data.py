@@ -21,6 +21,7 @@ from language.loss import Batch
 from lit_adapters.errors import DataError
 
 _CHUNK = 256  # pairs tokenised at a time
+_LEAST = 8  # tokens in which a preference can be told
 
 
 class PairCollator(PaddedCollator):
@@ -82,6 +83,8 @@ class PreferenceDataModule(InstructionDataModule):
         drop_unusable: bool = False,
         **settings: Any,
     ) -> None:
+        if max_length < _LEAST:
+            raise DataError(f"max_length={max_length} must be at least {_LEAST}: a prompt and answers that differ")
         # Settings with a fixed value here are not options of this class.
         super().__init__(
             path,

@@ -23,6 +23,7 @@ from language.loss import Batch, learned_logits, learned_tokens
 from language.module import CausalLMTuner
 from language.reference import Reference
 from lit_adapters.errors import AdapterError, DataError
+from lit_adapters.values import check_number
 
 
 def preference_loss(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -112,9 +113,11 @@ class DPOTuner(CausalLMTuner):
     logs_perplexity = False
 
     def __init__(self, *, beta: float = 0.1, label_smoothing: float = 0.0, **settings: Any) -> None:
+        check_number("beta", beta, high=1000.0)
         if not beta > 0.0:
             raise AdapterError(f"beta {beta} must be above 0; DPO's usual value is 0.1")
-        if not 0.0 <= label_smoothing < 0.5:
+        check_number("label_smoothing", label_smoothing, 0.0, 0.5)
+        if label_smoothing == 0.5:
             raise AdapterError(f"label_smoothing {label_smoothing} must be at least 0 and below 0.5")
         super().__init__(**settings)
         self.save_hyperparameters({"beta": beta, "label_smoothing": label_smoothing})

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from language.generate import plain_settings
+from language.generate import Finite, check_temperature, plain_settings
 from language.models import context_length, vocabulary_size
 from lit_adapters.errors import AdapterError
 from lit_adapters.model.modes import evaluating
+from lit_adapters.values import check_whole
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,13 @@ class DecodingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "draft_tokens"):
-            if getattr(self, name) < 1:
-                raise AdapterError(f"{name} {getattr(self, name)} must be at least 1")
+        check_whole("max_new_tokens", self.max_new_tokens)
+        check_whole("draft_tokens", self.draft_tokens)
+        check_whole("seed", self.seed, 0, 2**63 - 1)
+        if not self.temperatures:
+            raise AdapterError("temperatures is empty: give at least one, such as 0")
         for temperature in self.temperatures:
-            if temperature < 0:
-                raise AdapterError(f"temperature {temperature} must be at least 0")
+            check_temperature(temperature)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def continued(
         seed: Seeds the draws at a temperature above 0; `settings.seed` by default.
 
     Raises:
-        AdapterError: The vocabularies differ, or prompt and continuation do not fit into a context.
+        AdapterError: The vocabularies differ, prompt and continuation do not fit into a context, the target's output is
+            not a number, or transformers has no speculative decoding for one of the models (Mamba, RWKV).
     """
     for model in (target,) if draft is None else (target, draft):
         _check(target, model, len(prompt) + settings.max_new_tokens, len(prompt))
@@ -112,16 +115,25 @@ def continued(
         stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(settings.seed if seed is None else seed)
         start = time.perf_counter()
-        tokens = target.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=settings.max_new_tokens,
-            pad_token_id=0,  # a single row has no padding
-            do_sample=temperature > 0,
-            use_cache=True,
-            **drawing,
-            **assistant,
-        )
+        try:
+            tokens = target.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=settings.max_new_tokens,
+                pad_token_id=0,  # a single row has no padding
+                logits_processor=[Finite(target)],
+                do_sample=temperature > 0,
+                use_cache=True,
+                **drawing,
+                **assistant,
+            )
+        except (AttributeError, ValueError) as error:  # how transformers refuses models without a cache of tokens
+            raise AdapterError(
+                f"{type(target).__name__} cannot decode with the draft {type(draft).__name__}: {error}. Choose models "
+                "that keep keys and values of earlier tokens"
+                if draft is not None
+                else f"{type(target).__name__} cannot generate: {error}"
+            ) from error
         new = tokens[0, len(prompt) :].tolist()
         seconds = time.perf_counter() - start
     # Every pass reads one token whose keys are not cached yet, the first one the prompt, and what is proposed.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_adapters.errors import AdapterError
+from lit_adapters.errors import AdapterError, shown
 from lit_adapters.model.merge import SHARED
 
 
@@ -53,6 +53,9 @@ def check_layers(keep_layers: Sequence[int], total: int) -> list[int]:
         AdapterError: There are none, they do not ascend, or one is not in 0 .. total - 1.
     """
     keep = list(keep_layers)
+    for index in keep:
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise AdapterError(f"keep_layers holds {shown(index)}: it takes the numbers of layers, 0 to {total - 1}")
     if not keep:
         raise AdapterError(f"keep_layers is empty; name at least one of the model's layers, 0 to {total - 1}")
     for index in keep:

@@ -27,6 +27,7 @@ from language.prompt import prompt_tokens
 from lit_adapters import console
 from lit_adapters.errors import DataError
 from lit_adapters.lightning.cli import run
+from lit_adapters.values import check_whole
 
 
 def measure(
@@ -150,6 +151,8 @@ def measure_command(
         DataError: There are no prompts, or as `first_turns`.
     """
     decoding = DecodingSettings(**settings)
+    if limit is not None:
+        check_whole("limit", limit)
     device = device or default_device()
     texts = first_turns(prompts, limit)
     tuner = load_tuner(ckpt, DraftTuner, "language.draft").to(device)

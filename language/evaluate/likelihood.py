@@ -21,6 +21,7 @@ from language.measured import alike, documents, ignores_left_padding, left_padde
 from language.models import context_length
 from lit_adapters.errors import AdapterError
 from lit_adapters.model.modes import evaluating
+from lit_adapters.values import check_whole
 
 _MIN_SHARED = 16  # tokens; a pass of its own for a shorter common prefix would cost more than it saves
 _ROWS = 4  # most choices of a prompt in a pass, on average: each holds a copy of the prompt's cache
@@ -78,8 +79,10 @@ def score_choices(
 
     Raises:
         DataError: A choice is empty or does not fit into the context.
-        AdapterError: The model's output is not a number.
+        AdapterError: The model's output is not a number, or `batch_size` is not at least 1.
     """
+    if max_length is not None:
+        check_whole("max_length", max_length)
     encoder = PromptEncoder(tokenizer, max_length or context_length(model))
     questions = [
         encoder.question(prompt, options)
@@ -99,8 +102,9 @@ def score_tokens(
     """Log-likelihoods of questions that are tokens already: one value for each continuation of each question.
 
     Raises:
-        AdapterError: The model's output is not a number.
+        AdapterError: The model's output is not a number, or `batch_size` is not at least 1.
     """
+    check_whole("batch_size", batch_size)
     scores: list[list[float]] = [[]] * len(questions)
     reader = _measured_reader(model)
     with evaluating(model), tqdm(total=len(questions), desc=description, leave=False) as bar:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import lit_adapters as la
-from language.generate import generate, prompt_rows
+from language.generate import TEMPERATURES, generate, prompt_rows
 from language.grpo.rewards import Reward, Rewards
 from language.grpo.rollouts import advantages, constant, joined, log_probabilities, sample
 from language.loss import Batch
@@ -29,7 +29,9 @@ from language.module import CausalLMTuner
 from language.reference import Reference
 from lit_adapters.lightning.resume.sampler import hash_key
 from lit_adapters.model.modes import evaluating
+from lit_adapters.training.nonfinite import nonfinite_values
 from lit_adapters.training.processes import gather_objects
+from lit_adapters.values import check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -144,14 +146,15 @@ class GRPOTuner(CausalLMTuner):
         **kwargs: Any,
     ) -> None:
         super().__init__(max_new_tokens=max_new_tokens, **kwargs)
-        for name, value, least in (("group_size", group_size, 2), ("iterations", iterations, 1)):
-            if value < least:
-                raise la.AdapterError(f"{name} {value} must be at least {least}")
-        for name, number in (("temperature", temperature), ("clip_low", clip_low), ("clip_high", clip_high)):
-            if not number > 0:
-                raise la.AdapterError(f"{name} {number} must be positive")
-        if not kl_weight >= 0:
-            raise la.AdapterError(f"kl_weight {kl_weight} must be at least 0; 0 leaves the reference out")
+        check_whole("group_size", group_size, 2)
+        check_whole("iterations", iterations)
+        check_number("temperature", temperature, *TEMPERATURES)
+        # The ratio is never below 0, so that 1 takes the lower clip away.
+        for name, number, most in (("clip_low", clip_low, 1.0), ("clip_high", clip_high, 1000.0)):
+            check_number(name, number, 0.0, most)
+            if number == 0:
+                raise la.AdapterError(f"{name} 0 must be above 0: nothing would be learned from a second step")
+        check_number("kl_weight", kl_weight, 0.0, 1000.0)
         self.rewards = Rewards(rewards)
         self.save_hyperparameters(
             {
@@ -229,6 +232,12 @@ class GRPOTuner(CausalLMTuner):
     def _sample(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Completions of a batch's prompts with all that the objective needs, as tensors."""
         h = self.hparams
+        broken = nonfinite_values(self._built)
+        if broken:
+            raise la.AdapterError(
+                f"{broken[0]!r} is not finite at step {self.global_step}, so that nothing can be sampled. Lower the "
+                "learning rate; checkpoints were written before this step"
+            )
         rows = [row for row in prompt_rows(batch) for _ in range(h["group_size"])]
         answers = [answer for answer in batch["answers"] for _ in range(h["group_size"])]
         seed = hash_key("rollout", h["init_seed"], self.current_epoch, batch_idx, self.global_rank)

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_adapters.errors import AdapterError
+from lit_adapters.errors import AdapterError, shown
+from lit_adapters.values import check_number
 
 MARK = "####"  # before the answer in GSM8K (arXiv 2110.14168)
 
@@ -88,17 +89,20 @@ class Rewards:
         rewards: The terms, as `Reward` or as dictionaries with its fields.
 
     Raises:
-        AdapterError: The list is empty, a function cannot be imported, or two metrics would have the same name.
+        AdapterError: The list is empty, a term has no function or a weight that is not finite, all weights are 0, a
+            function cannot be imported, or two metrics would have the same name.
     """
 
     def __init__(self, rewards: Sequence[Reward | Mapping[str, Any]]) -> None:
-        self.terms = [r if isinstance(r, Reward) else Reward(**r) for r in rewards]
+        self.terms = [_term(reward) for reward in rewards]
         self._functions = {_name(term.function): _imported(term.function) for term in self.terms}
         self.weights = torch.tensor([float(term.weight) for term in self.terms], dtype=torch.float32)
         if not self.terms:
             raise AdapterError(
                 "rewards is empty: name at least one function, such as language.grpo.rewards.exact_number"
             )
+        if not self.weights.any():
+            raise AdapterError("the weights of all rewards are 0: give one of them another weight, such as 1.0")
         names = [_name(term.function) for term in self.terms]
         for name in names:
             if names.count(name) > 1 or name in _TAKEN:
@@ -132,6 +136,20 @@ class Rewards:
                 f"reward {name!r} is {value} for completion {completion!r}, answer {answer!r}: return a finite number"
             )
         return value
+
+
+def _term(reward: Any) -> Reward:
+    if isinstance(reward, Mapping):
+        unknown = sorted(map(str, reward.keys() - {"function", "weight"}))
+        if unknown or "function" not in reward:
+            raise AdapterError(
+                f"a reward has the fields {shown(sorted(map(str, reward)))}: it takes function and weight"
+            )
+        reward = Reward(**reward)
+    if not isinstance(reward, Reward) or not isinstance(reward.function, str):
+        raise AdapterError(f"the reward {shown(reward)} must have the import path of a function, as text")
+    check_number(f"the weight of {shown(reward.function)}", reward.weight, -1e6, 1e6)
+    return reward
 
 
 def _name(path: str) -> str:

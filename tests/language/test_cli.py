@@ -119,7 +119,7 @@ def test_generate_says_what_is_wrong(checkpoint, tmp_path):
         ([f"--ckpt={path}", "--prompt=x", "--temprature=1"], "unrecognized arguments: --temprature=1"),
         ([f"--ckpt={path}", "--prompt=x", "--temperature=hot"], "Expected a <class 'float'>. Got value: hot"),
         ([f"--ckpt={path}", "--prompt=x", "--format=poetry"], "'pairs']; Given value: poetry"),
-        ([f"--ckpt={path}", "--prompt=x", "--temperature=-1"], "temperature -1.0 must be at least 0"),
+        ([f"--ckpt={path}", "--prompt=x", "--temperature=-1"], "temperature -1.0 must be a finite number"),
         ([f"--ckpt={path}", "--prompt="], "a prompt has no tokens"),
         (["--ckpt=nowhere.ckpt", "--prompt=x"], "--ckpt 'nowhere.ckpt' does not exist"),
         (["--ckpt=torn.ckpt", "--prompt=x"], "--ckpt 'torn.ckpt' is torn or not a checkpoint"),

@@ -114,8 +114,8 @@ def test_dropout_is_off():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"temperature": -1.0}, "temperature -1.0 must be at least 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens 0 must be at least 1"),
+        ({"temperature": -1.0}, "temperature -1.0 must be a finite number"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0 must be a whole number"),
         ({"max_new_tokens": 510}, "a prompt of 5 tokens and max_new_tokens 510 exceed the context of 512"),
         ({"prompts": [[1], []]}, "a prompt has no tokens"),
     ],

@@ -155,8 +155,10 @@ def test_a_short_prompt_leaves_its_room_to_the_answers(write):
 
 def test_with_the_room_of_one_token(write):
     path = write([{"prompt": "prompt", "chosen": "abc", "rejected": "bcd"}])
-    chosen, _ = first(path, max_length=2)
-    assert chosen == ("\na", "a")
+    chosen, _ = first(path, max_length=8, max_answer_length=1)
+    assert chosen == ("prompt\na", "a")
+    with pytest.raises(DataError, match="max_length=4 must be at least 8"):
+        first(path, max_length=4)
 
 
 def test_pairs_that_are_equal_once_cut_are_dropped(write, caplog):

@@ -123,7 +123,7 @@ def test_as_in_trl():
     ("changes", "words"),
     [
         ({"beta": 0.0}, r"beta 0\.0 must be above 0"),
-        ({"beta": float("nan")}, "beta nan must be above 0"),
+        ({"beta": float("nan")}, "beta nan must be a finite number"),
         ({"label_smoothing": 0.5}, r"label_smoothing 0\.5 must be at least 0 and below 0\.5"),
     ],
 )

@@ -196,9 +196,9 @@ def test_measuring_both_temperatures():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens 0 must be at least 1"),
-        ({"draft_tokens": 0}, "draft_tokens 0 must be at least 1"),
-        ({"temperatures": (0.0, -1.0)}, "temperature -1.0 must be at least 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0 must be a whole number, at least 1"),
+        ({"draft_tokens": 0}, "draft_tokens 0 must be a whole number, at least 1"),
+        ({"temperatures": (0.0, -1.0)}, "temperature -1.0 must be a finite number from 0 to 1000"),
     ],
 )
 def test_settings_out_of_range(change, message):

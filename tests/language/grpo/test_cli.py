@@ -67,7 +67,7 @@ def test_other_recipes_run_on_the_tiny_model(tmp_path, folder):
     ("arguments", "words"),
     [
         (["--model.rewards=[{function: nowhere.reward}]"], "no reward function 'nowhere.reward'"),
-        (["--model.group_size=1"], "group_size 1 must be at least 2"),
+        (["--model.group_size=1"], "group_size 1 must be a whole number, at least 2"),
         (["--data.path=arithmetic:x"], "data arithmetic:x: give the largest number"),
         (["--trainer.accumulate_grad_batches=2"], "set one of them to 1"),
         (["--model.max_new_tokens=400"], "exceed the model's 512 positions"),

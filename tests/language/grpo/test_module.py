@@ -246,11 +246,11 @@ def test_sampling_is_not_counted_as_training(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"group_size": 1}, "group_size 1 must be at least 2"),
-        ({"iterations": 0}, "iterations 0 must be at least 1"),
-        ({"temperature": 0.0}, r"temperature 0\.0 must be positive"),
-        ({"clip_low": -0.1}, r"clip_low -0\.1 must be positive"),
-        ({"kl_weight": math.nan}, "kl_weight nan must be at least 0"),
+        ({"group_size": 1}, "group_size 1 must be a whole number, at least 2"),
+        ({"iterations": 0}, "iterations 0 must be a whole number, at least 1"),
+        ({"temperature": 0.0}, r"temperature 0\.0 must be a finite number from 1e-06 to 1000"),
+        ({"clip_low": -0.1}, r"clip_low -0\.1 must be a finite number from 0 to 1"),
+        ({"kl_weight": math.nan}, "kl_weight nan must be a finite number from 0 to 1000"),
         ({"rewards": []}, "rewards is empty"),
     ],
 )
