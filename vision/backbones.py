@@ -12,7 +12,7 @@ import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
 from timm.models import get_pretrained_cfg, load_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from lit_adapters.assets.hub import short_hub_waits
 from lit_adapters.assets.package_index import resolve
@@ -89,7 +89,7 @@ def create_backbone(
             model = _create_timm(name, num_classes, pretrained, image_size, **kwargs)
     except AdapterError:
         raise
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # all are in use, in timm and torch
+    except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:  # all are in use, in timm and torch
         raise AdapterError(f"backbone {name!r} with pretrained={pretrained!r} cannot be built: {error}") from error
     _check_patches(name, model, image_size)
     return model
@@ -151,6 +151,8 @@ def _create_from_file(name: str, path: Path, *, num_classes: int, **kwargs: Any)
         )
     try:
         state = dict(load_state_dict(str(path), weights_only=True))
+        if other := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+            raise TypeError(f"its entry {shown(other[0])} is no tensor")
     except Exception as error:  # each format has its own
         raise AssetError(f"{str(path)!r} is not a whole safetensors or pth state dict: {error}") from error
     fresh: Any = timm.create_model(name, num_classes=num_classes, **kwargs)

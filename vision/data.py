@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from lit_adapters.assets.package_index import resolve
-from lit_adapters.errors import DataError, shown
+from lit_adapters.errors import AdapterError, DataError, shown
 from lit_adapters.files.meaning import check_same
 from lit_adapters.lightning.resume.loader import ResumableLoader
 from lit_adapters.lightning.resume.sampler import EpochSampler
@@ -304,7 +304,14 @@ class CIFARDataModule(lightning.LightningDataModule):
         )
 
     def _resolved_root(self) -> Path:
-        return Path(resolve(self.root)).expanduser()
+        try:
+            root = Path(resolve(self.root)).expanduser()
+            root.exists()
+        except AdapterError:
+            raise
+        except (OSError, RuntimeError) as error:  # a name too long, or the home folder of nobody
+            raise DataError(f"root {shown(self.root)} cannot be read: {error}") from error
+        return root
 
     def _read(self, split: SplitName) -> Split:
         if self.source == "random":

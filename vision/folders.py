@@ -70,7 +70,10 @@ def members_by_class(root: Path, split: str, *, warn: bool = True) -> dict[str, 
     origin = folder if folder.is_dir() else archive
     unused = Unused(origin)
     if folder.is_dir():
-        members = _read_directory(folder, unused)
+        try:
+            members = _read_directory(folder, unused)
+        except OSError as error:
+            raise DataError(f"{error.filename or folder} cannot be listed: {error.strerror}; mend that") from error
     elif archive.is_file():
         members = _read_archive(archive, unused)
     else:

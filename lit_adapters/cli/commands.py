@@ -102,7 +102,12 @@ def export_command(args: argparse.Namespace) -> None:
     check_output(args.out, args.overwrite, [CONFIG])
     _check(args.path, check_expressible)
     model, _ = _adapted(args)
-    write_directory(args.out, lambda directory: export_peft(model, directory))
+
+    def write(directory: Path) -> None:
+        export_peft(model, directory)
+        write_meaning(model, directory)
+
+    write_directory(args.out, write)
     print(f"written to {args.out}: peft.PeftModel.from_pretrained(base_model, {str(args.out)!r})")
 
 

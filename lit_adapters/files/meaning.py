@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_adapters.errors import AdapterError
+from lit_adapters.errors import AdapterError, shown
 from lit_adapters.files.atomic import write_text_atomically
 
 MEANING_FILE = "meaning.json"  # beside merged weights
@@ -73,7 +73,7 @@ def check_same(saved: Mapping[str, Any], present: Mapping[str, Any], origin: str
     for key in saved.keys() & present.keys():
         if saved[key] != present[key]:
             raise AdapterError(
-                f"{origin} was trained with {key} {_short(saved[key])}, but {_short(present[key])} is asked for: "
+                f"{origin} was trained with {key} {shown(saved[key])}, but {shown(present[key])} is asked for: "
                 f"use the first, or leave {key} out to take it from the file"
             )
 
@@ -90,7 +90,7 @@ def checked(meaning: Any, origin: str) -> dict[str, Any]:
     """
     try:
         if not isinstance(meaning, Mapping) or not all(isinstance(key, str) for key in meaning):
-            raise TypeError(f"{_short(meaning)} is no object with names as keys")
+            raise TypeError(f"{shown(meaning)} is no object with names as keys")
         text = json.dumps(dict(meaning), allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise AdapterError(f"{origin}: the meaning must hold plain JSON values only: {error}") from error
@@ -114,7 +114,7 @@ def saved_meanings(checkpoint: Mapping[str, Any], origin: str) -> dict[str, dict
     """
     saved = checkpoint.get(CHECKPOINT_KEY, {})
     if not isinstance(saved, Mapping) or not all(isinstance(name, str) for name in saved):
-        raise AdapterError(f"{origin}: {CHECKPOINT_KEY} is {_short(saved)}, not an object of meanings by name of model")
+        raise AdapterError(f"{origin}: {CHECKPOINT_KEY} is {shown(saved)}, not an object of meanings by name of model")
     return {name: checked(meaning, origin) for name, meaning in saved.items()}
 
 
@@ -133,7 +133,7 @@ def restore_meanings(checkpoint: Mapping[str, Any], module: nn.Module, origin: s
         try:
             model = module.get_submodule(name)
         except AttributeError as error:
-            raise AdapterError(f"{origin} gives the meaning of {_short(name)}, which the module has not") from error
+            raise AdapterError(f"{origin} gives the meaning of {shown(name)}, which the module has not") from error
         adopt_meaning(model, meaning, origin)
 
 
@@ -150,7 +150,10 @@ def read_meaning(directory: Path) -> dict[str, Any]:
         AdapterError: The file is no JSON object, or larger than 2 MiB.
     """
     path = directory / MEANING_FILE
-    if not path.is_file():
+    try:
+        if not path.is_file():
+            return {}
+    except OSError:  # a name that no file can have
         return {}
     if path.stat().st_size > 2 * MAX_BYTES:  # indented, so somewhat larger than what `checked` counts
         raise AdapterError(f"{path} has {path.stat().st_size:,} bytes, too many for a meaning: remove it")
@@ -159,8 +162,3 @@ def read_meaning(directory: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is damaged: {error}; write the directory again") from error
     return checked(found, str(path))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text):,} characters)"

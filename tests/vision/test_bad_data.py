@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from lit_adapters.errors import DataError
@@ -100,3 +103,19 @@ def test_before_setup(folder):
     ):
         with pytest.raises(DataError, match=rf"setup\('{stage}'\)"):
             loader()
+
+
+@pytest.mark.parametrize("root", ["x" * 5000, "~nobody-of-this-name/data"])
+def test_a_root_that_no_folder_can_be(root):
+    with pytest.raises(DataError, match=r"root '.* cannot be read"):
+        CIFARDataModule(root, source="folder").setup("fit")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refuse)
+        with pytest.raises(DataError, match=r"/train cannot be listed: Permission denied"):
+            fitted(folder)
