@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from lit_adapters.errors import AdapterError
 from lit_adapters.files.atomic import write_atomically, write_text_atomically
 from lit_adapters.ops.folders import is_private_file, private_folder
 
@@ -34,10 +35,15 @@ def write_checked(path: Path, folder: Path, write: Callable[[Path], object]) -> 
 
     checksum = _checksum_file(path)
     checksum.unlink(missing_ok=True)
-    write_atomically(path, write_privately)
-    path.chmod(0o600)
-    write_text_atomically(checksum, sha256_of(path))
-    checksum.chmod(0o600)
+    try:
+        write_atomically(path, write_privately)
+        path.chmod(0o600)
+        write_text_atomically(checksum, sha256_of(path))
+        checksum.chmod(0o600)
+    except AdapterError as error:
+        if isinstance(error.__cause__, OSError):  # the caller knows which setting moves the cache
+            raise error.__cause__ from None
+        raise
 
 
 def is_intact(path: Path, folder: Path) -> bool:

@@ -109,8 +109,8 @@ def test_what_is_not_plain_is_refused(bad):
 
 
 def test_damaged_meanings_end_in_one_error_or_are_plain(tmp_path):
-    """100 edits each of the entry of a checkpoint and of meaning.json; the model stays as it was after an error."""
-    for what, edited in json_edits({CHECKPOINT_KEY: {"": MEANING}}, 100):
+    """60 edits each of the entry of a checkpoint and of meaning.json; the model stays as it was after an error."""
+    for what, edited in json_edits({CHECKPOINT_KEY: {"": MEANING}}, 60):
         model = base({"image_size": 8})
         try:
             restore_meanings(edited if isinstance(edited, dict) else {CHECKPOINT_KEY: edited}, model)
@@ -118,7 +118,7 @@ def test_damaged_meanings_end_in_one_error_or_are_plain(tmp_path):
             assert meaning_of(model) == {"image_size": 8}, what
         else:
             assert meaning_of(model)["image_size"] == 8, what
-    for what, edited in json_edits(MEANING, 100, seed=1):
+    for what, edited in json_edits(MEANING, 60, seed=1):
         (tmp_path / MEANING_FILE).write_text(json.dumps(edited))
         model = base()
         try:

@@ -73,8 +73,15 @@ def test_a_checkpoint_says_how_images_are_prepared(run, tmp_path):
     assert fresh.class_names == CLASSES
 
 
-@pytest.mark.parametrize("setting", ["std", "mean", "image_size", "interpolation"])
-@pytest.mark.parametrize("route", ["loaded", "ckpt_path", "resumed"])
+@pytest.mark.parametrize(
+    ("setting", "route"),
+    [
+        ("std", "loaded"),
+        ("mean", "ckpt_path"),
+        ("image_size", "resumed"),
+        ("interpolation", "resumed"),
+    ],
+)
 def test_another_preparation_of_images_is_refused(run, tmp_path, setting, route):
     other = {"std": (0.3, 0.3, 0.3), "mean": (0.4, 0.4, 0.4), "image_size": 48, "interpolation": "nearest"}[setting]
     loaded = ViTClassifier.load_from_checkpoint(run.checkpoint) if route == "loaded" else classifier(image_size=32)
@@ -144,6 +151,7 @@ def test_the_command_line_needs_no_size(run, tmp_path):
         quick_main(["test", *arguments, *model, *adapters, *quiet, "--data.mean=[0.4,0.4,0.4]"])
 
 
+@pytest.mark.slow
 def test_a_size_of_the_data_alone_is_used_for_both_and_the_usual_one_otherwise(tmp_path):
     common = ["fit", "--model.backbone=test_vit", "--model.pretrained=false", "--data.source=random"]
     common += ["--optimizer=torch.optim.SGD", "--optimizer.lr=0.1", *QUIET, "--trainer.logger=false"]
