@@ -176,7 +176,10 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
     meaning = checked(header.get(HEADER_KEY, {}), str(directory))
     check_same(meaning, meaning_of(model), str(directory))
     besides: dict[str, bool] = header.get("unfrozen", {})
-    report = attach(model, to_methods(header["methods"]), header["train"])
+    methods = to_methods(header["methods"])
+    for part in (part for method in methods for part in method.parts()):
+        part.forget_unmatched(model)
+    report = attach(model, methods, header["train"])
     try:
         expected = adapter_state(model, besides)
         _check_fit(model, header, expected, tensors, directory)

@@ -19,7 +19,7 @@ from lit_adapters.methods.description import Describing
 from lit_adapters.methods.hooks import copy_hooks, move_hooks
 from lit_adapters.methods.merging import Merging
 from lit_adapters.methods.placeholder import plain_layers
-from lit_adapters.methods.targets import Target, find_targets
+from lit_adapters.methods.targets import Target, find_targets, matched_names
 from lit_adapters.ops._context import transformed
 from lit_adapters.ops.cache import Cache
 from lit_adapters.schedules import Schedule
@@ -72,6 +72,11 @@ class Method:
             AdapterError: This layer cannot carry the method; the message names the layer and the fix.
         """
         raise AdapterError(f"{type(self).__name__} is a composition of methods; attach it to a model instead")
+
+    def forget_unmatched(self, model: nn.Module) -> None:
+        """Take names that match nothing out of a list of targets; files of earlier versions may hold such names."""
+        if not isinstance(self.targets, str):
+            self.targets = matched_names(model, self.targets) or self.targets
 
     def check_merge(self, model: nn.Module, merged: Sequence[str]) -> None:
         """Called by `lit_adapters.merge` before a final merge changes anything; most methods need nothing.

@@ -23,7 +23,7 @@ from lit_adapters.errors import AdapterError, TargetsNotFound, shown
 from lit_adapters.methods.base import Factory, Method
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
 from lit_adapters.methods.peft_adapter import PeftAdapter
-from lit_adapters.methods.targets import Target, places
+from lit_adapters.methods.targets import Target, matched_names, near_misses, places
 
 _ADAPTER = "default"  # peft's name for the first adapter of a layer
 # Initialisations of peft's LoRA that do not change the pretrained weight.
@@ -122,11 +122,17 @@ class Peft(Method):
         except Exception as error:  # configurations of peft raise many kinds
             raise AdapterError(f"peft refuses this {kind} configuration: {str(error)[:300]}") from error
 
+    def forget_unmatched(self, model: nn.Module) -> None:
+        """As for any method; peft's own list is `target_modules`."""
+        named = self.config.get("target_modules")
+        if isinstance(named, list):
+            self.config["target_modules"] = matched_names(model, named) or named
+
     def find(self, model: nn.Module, train: str | Sequence[str] = ()) -> list[tuple[Target, Factory]]:
         """Let peft inject its layers into `model`, take them out again, and make an adapter of each.
 
         Raises:
-            TargetsNotFound: Peft finds no layer to adapt.
+            TargetsNotFound: Peft finds no layer to adapt, or none for a name in the list `target_modules`.
             AdapterError: The model has layers of peft already, or peft cannot inject the method, or changes the inside
                 of an adapted layer.
         """
@@ -148,6 +154,13 @@ class Peft(Method):
                 missed = type(error).__name__ == "NoMatchingPeftModuleError"
                 raise (TargetsNotFound if missed else AdapterError)(f"peft cannot inject {kind}: {error}") from error
             found = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+        named = self.config.get("target_modules")
+        unmatched = [n for n in named if n not in matched_names(model, named)] if isinstance(named, list) else []
+        if unmatched:
+            raise TargetsNotFound(
+                f"Peft: {unmatched[0]!r} in target_modules matches no module of {type(model).__name__}."
+                f"{near_misses(unmatched[:1], [t.name for t in places(model)])} Correct it or take it out"
+            )
         for name in found:
             if any(inner.startswith(f"{name}.") for inner in found):
                 raise AdapterError(f"peft changes the inside of {name!r} for {kind}; leave it out of target_modules")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -145,8 +145,9 @@ def find_targets(
         wanted: Whether a place is selected, where `targets` is a keyword that this method alone has.
 
     Raises:
-        TargetsNotFound: `targets`, a suffix in `exclude` or a pattern in `rank_pattern` matches nothing. The message
-            lists the nearest names and, for activations, the MLPs that call a function instead of a module.
+        TargetsNotFound: `targets`, a name in a list of them, a suffix in `exclude` or a pattern in `rank_pattern`
+            matches nothing. The message lists the nearest names and, for activations, the MLPs that call a function
+            instead of a module.
     """
     spec = method.targets
     if wanted is None and isinstance(spec, str) and spec in KEYWORDS:
@@ -173,6 +174,9 @@ def find_targets(
     found = [t for t in places(model) if selected(t) and not within(t.name, tuple(method.exclude))]
     if not found:
         raise TargetsNotFound(_nothing_found(model, method))
+    for suffix in () if wanted is not None or isinstance(spec, str) else spec:
+        if not any(matches(name, [suffix]) for name in names):
+            raise TargetsNotFound(_unmatched(model, method, suffix))
     for pattern in getattr(method, "rank_pattern", None) or {}:
         if not any(re.fullmatch(pattern, t.name) for t in found):
             raise TargetsNotFound(
@@ -180,6 +184,41 @@ def find_targets(
                 f"{found[0].name!r}; it is a regular expression for the whole name"
             )
     return found
+
+
+def matched_names(model: nn.Module, spec: Sequence[str]) -> list[str]:
+    """The names of a list of targets that match a module of `model`."""
+    names = [t.name for t in places(model)]
+    return [suffix for suffix in spec if any(matches(name, [suffix]) for name in names)]
+
+
+def left_alone(
+    model: nn.Module, methods: Sequence[Selection], adapted: Collection[int], trained: Collection[str]
+) -> list[str]:
+    """The names of weights that "all-linear" does not reach, and of parameters with a name of a list of targets.
+
+    Embeddings, heads, vectors, and what is excluded or trains are not meant. Experts that are one parameter of three
+    dimensions are, and so are convolutions.
+
+    Args:
+        model: Without adapters.
+        methods: What is attached.
+        adapted: The ids of the parameters of adapted layers.
+        trained: The names of the base parameters that train.
+    """
+    lists = [m.targets for m in methods if not isinstance(m.targets, str)]
+    every = [m for m in methods if m.targets == "all-linear"]
+    apart = {id(p) for head in head_modules(model) for p in head.parameters()}
+    apart |= {id(p) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for p in m.parameters()}
+    left = []
+    for name, parameter in model.named_parameters():
+        excluded = name in trained or any(within(name, tuple(m.exclude)) for m in methods)
+        if excluded or id(parameter) in adapted or id(parameter) in apart:
+            continue
+        matrix = parameter.dim() > 1 and parameter.shape[0] > 1  # and no table of positions
+        if (every and matrix) or any(matches(name, spec) for spec in lists):
+            left.append(name)
+    return left
 
 
 def within(name: str, suffixes: Sequence[str]) -> bool:
@@ -207,12 +246,39 @@ def _nothing_found(model: nn.Module, method: Selection) -> str:
                 f" These blocks hold no known activation module of their own (they call a function, or keep it "
                 f"elsewhere): {_few(functional)}."
             )
+    if parameters := parameters_called(spec, model):
+        return f"{message} {parameters}."
     message += near_misses(spec, [t.name for t in places(model)])
     if candidates:
         message += f" Modules it could adapt if named: {_few(candidates)}."
     else:
         message += " The model has no module of a kind that this method adapts."
     return message
+
+
+def _unmatched(model: nn.Module, method: Selection, suffix: str) -> str:
+    """What is wrong with one name of a list of targets, of which others match."""
+    head, names = f"{type(method).__name__}: {suffix!r} in targets", [t.name for t in places(model)]
+    parameters = parameters_called([suffix], model)
+    if parameters:
+        return f"{head} names no module. {parameters}"
+    return (
+        f"{head} matches no module of {type(model).__name__}.{near_misses([suffix], names)} Correct it or take it out"
+    )
+
+
+def parameters_called(spec: str | Sequence[str], model: nn.Module) -> str:
+    """A sentence for an error message: `spec`, which matches no module, matches parameters; empty if it does not."""
+    found = [(name, p) for name, p in model.named_parameters() if matches(name, spec)]
+    if not found:
+        return ""
+    name, parameter = found[0]
+    owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+    size = " x ".join(map(str, parameter.shape))
+    return (
+        f"{name!r} is a parameter ({size}) of {owner}, and not a module: adapters go around modules. Take it out of "
+        f"targets; to train such parameters whole, name them in `train`"
+    )
 
 
 def near_misses(spec: str | Sequence[str], names: Sequence[str]) -> str:

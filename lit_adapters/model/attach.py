@@ -12,7 +12,7 @@ from lit_adapters.errors import AdapterError, TargetsNotFound
 from lit_adapters.methods.base import AdapterModule, Config, Factory, Method, to_methods
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
 from lit_adapters.methods.read_weights import reads_weight
-from lit_adapters.methods.targets import Target, head_modules, matches, near_misses, places
+from lit_adapters.methods.targets import Target, head_modules, left_alone, matches, near_misses, places
 from lit_adapters.model.changes import has_changed, samples
 from lit_adapters.model.meta import (
     expect_values,
@@ -94,7 +94,7 @@ def attach(
         The adapters and the numbers of parameters; `print` shows a table.
 
     Raises:
-        TargetsNotFound: A method or `train` matches nothing.
+        TargetsNotFound: A method, a name in its list of targets, or `train` matches nothing.
         AdapterError: The model has adapters already, weights are offloaded or only partly loaded, two methods want the
             same layer, a layer at two places is chosen at one of them only, a method cannot adapt a layer, or `train`
             names a parameter that is tied to a frozen one or cannot train.
@@ -123,6 +123,9 @@ def attach(
             shared[id(target.module)] = adapter
         wrapped.append((target, adapter))
 
+    adapted = {id(p) for target, _ in wrapped for p in target.module.parameters()}
+    selecting = [method for method in single_methods if hasattr(method, "targets")]
+    left = left_alone(model, selecting, adapted, trained)
     persistent = model.state_dict(keep_vars=True)
     state = Attachment(
         methods=[m.to_config() for m in to_methods(methods)],
@@ -158,6 +161,7 @@ def attach(
         trained={n: size for n, size in sizes.items() if n not in of_head},
         head={n: size for n, size in sizes.items() if n in of_head},
         total=sum(_logical_size(p) for p in model.parameters()),
+        left={n: _logical_size(named[n]) for n in left},
     )
 
 

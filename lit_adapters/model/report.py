@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+_WORTH_A_WORD = 0.05  # the share of a model that is left alone
+
 
 @dataclass(frozen=True)
 class AdapterReport:
@@ -14,12 +16,14 @@ class AdapterReport:
         trained: The qualified names of the base parameters that also train, with their sizes, without the head's.
         head: The same for the parameters of the prediction head.
         total: The number of parameters of the model, adapters included.
+        left: The weights that the targets do not reach, such as experts that are parameters and not linear layers.
     """
 
     adapters: list[tuple[str, str, int]]
     trained: dict[str, int] = field(default_factory=dict)
     head: dict[str, int] = field(default_factory=dict)
     total: int = 0
+    left: dict[str, int] = field(default_factory=dict)
 
     @property
     def adapter_parameters(self) -> int:
@@ -46,6 +50,14 @@ class AdapterReport:
             if sizes:
                 shown = ", ".join(list(sizes)[:3]) + (f" and {len(sizes) - 3} more" if len(sizes) > 3 else "")
                 lines.append(f"{label:<10} {'':>12} {sum(sizes.values()):>12,} parameters   {shown}")
+        left = sum(self.left.values())
+        if left > _WORTH_A_WORD * self.total:
+            largest = sorted(self.left, key=self.left.__getitem__, reverse=True)
+            shown = ", ".join(largest[:2]) + (f" and {len(largest) - 2} more" if len(largest) > 2 else "")
+            lines.append(
+                f"{'left alone':<10} {'':>12} {left:>12,} parameters   {shown}: {100 * left / self.total:.0f}% of the "
+                "model, as these are not linear layers"
+            )
         share = 100 * self.trainable / max(self.total, 1)
         lines.append(
             f"trainable  {self.trainable:,} of {self.total:,} ({share:.2f}%); "

@@ -9,6 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 import lit_adapters as la
 from lit_adapters.methods.targets import head_modules
+from lit_adapters.model.attach import attachment
 from tests.matrix import MODELS, build
 
 
@@ -209,3 +210,72 @@ def test_an_activation_with_parameters_is_refused():
         la.attach(model, la.NoRA(groups=2))
     assert list(model.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias", "3.weight", "4.weight", "4.bias"]
     la.attach(model, la.NoRA(groups=2, exclude=["3"]))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.act = nn.GELU()
+        self.down_proj = nn.Parameter(torch.zeros(3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        la.LoRA(rank=2, targets=["q_proj", "v_porj"]),
+        la.DoRA(rank=2, targets=["v_porj", "q_proj"]),
+        la.VeRA(rank=2, targets=["v_proj", "v_porj", "q_proj"]),
+        la.BitFit(targets=["q_proj", "v_porj"]),
+        la.NoRA(groups=4, channel_dim=-1, targets=["act", "v_porj"]),
+        la.NoRAPlusPlus(
+            nora=la.NoRA(groups=4, channel_dim=-1, targets=["act"]), lora=la.LoRA(rank=2, targets=["q_proj", "v_porj"])
+        ),
+        la.Peft({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_porj"]}),
+        la.Peft({"peft_type": "IA3", "target_modules": ["q_proj", "v_porj"], "feedforward_modules": []}),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_every_name_of_a_list_must_match(method):
+    model = Pair()
+    with pytest.raises(la.TargetsNotFound, match=r"'v_porj'.* matches no .*Near misses: v_proj"):
+        la.attach(model, method)
+    assert type(model.q_proj) is nn.Linear
+    assert not any(True for _ in la.adapters(model))
+
+
+@pytest.mark.parametrize("targets", [["down_proj"], ["q_proj", "down_proj"], "down_proj"])
+def test_experts_that_are_a_parameter_are_no_target(targets):
+    with pytest.raises(la.TargetsNotFound, match=r"'down_proj' is a parameter \(3 x 8 x 8\) of Pair, and not a module"):
+        la.attach(Pair(), la.LoRA(rank=2, targets=targets))
+
+
+def test_the_report_says_what_all_linear_leaves_alone():
+    report = la.attach(Pair(), la.LoRA(rank=2))
+    assert report.left == {"down_proj": 192}
+    assert (
+        "left alone                       192 parameters   down_proj: 48% of the model, as these are not linear"
+        in str(report)
+    )
+    assert la.attach(Pair(), la.LoRA(rank=2), train=["down_proj"]).left == {}
+    assert la.attach(Pair(), la.LoRA(rank=2, targets=["q_proj"])).left == {}
+    both = nn.ModuleDict({"experts": Pair(), "down_proj": nn.Linear(8, 8)})
+    assert list(la.attach(both, la.LoRA(rank=2, targets=["down_proj"])).left) == ["experts.down_proj"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_nothing_is_said_of_ordinary_language_models(name):
+    assert "left alone" not in str(la.attach(build(name), la.LoRA(rank=2)))
+
+
+def test_directories_of_earlier_versions_may_hold_names_without_a_match(tmp_path):
+    for method in (la.LoRA(rank=2, targets=["q_proj"]), la.Peft({"peft_type": "LORA", "target_modules": ["q_proj"]})):
+        model, again = Pair(), Pair()
+        again.load_state_dict(model.state_dict())
+        la.attach(model, method)
+        arguments = attachment(model).methods[0]["init_args"]
+        recorded = arguments.get("targets") or arguments["config"]["target_modules"]
+        recorded.append("v_porj")
+        la.save_adapters(model, tmp_path)
+        assert "v_porj" in (tmp_path / "lit_adapter.json").read_text()
+        assert [name for name, *_ in la.load_adapters(again, tmp_path).adapters] == ["q_proj"]
