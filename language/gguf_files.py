@@ -55,8 +55,10 @@ def converted(file: Path) -> Path:
 
 def _convert(file: Path, folder: Path) -> None:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+        )
     except Exception as error:  # numpy, struct, transformers: each raises its own
         raise AssetError(f"{str(file)!r} is not a GGUF language model that transformers can read: {error}") from error
     config = loaded.config

@@ -79,7 +79,8 @@ def create_model(
         model = _tiny_llama(options)
     else:
         with _loading(name) as source:
-            model = AutoModelForCausalLM.from_pretrained(source, **options)
+            # The name may come from a checkpoint, and nothing that it names may run code of its own.
+            model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
     for module in model.modules():
         if is_quantised(module):
             stop_repacking(module)
@@ -97,7 +98,7 @@ def create_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name == TINY_LLAMA:
         return _byte_tokenizer()
     with _loading(name) as source:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -28,13 +28,15 @@ from language.models import (
 )
 from lit_adapters import values
 from lit_adapters.errors import AdapterError
-from lit_adapters.files.adapters import check_whole
+from lit_adapters.files.adapters import check_whole, read_checkpoint_file
+from lit_adapters.lightning.loading import LoadsFromFiles
 from lit_adapters.lightning.step_mean import StepMeanModule
 from lit_adapters.methods.base import to_methods
 from lit_adapters.model.sharding import refuse_sharded, shard
+from lit_adapters.training.hyperparameters import read_hyperparameters
 
 
-class CausalLMTuner(StepMeanModule):
+class CausalLMTuner(LoadsFromFiles, StepMeanModule):
     """A transformers causal language model, its adapters, and the next-token loss on the tokens with a label.
 
     A batch holds input_ids and labels, int64 (B, T), and attention_mask (B, T); a packed one holds position_ids (B, T),
@@ -64,6 +66,7 @@ class CausalLMTuner(StepMeanModule):
             was made for.
     """
 
+    fixed_by_weights: ClassVar[frozenset[str]] = frozenset({"model", "adapters", "train", "init_seed"})
     logs_perplexity: ClassVar[bool] = True  # exp(loss), beside the mean of -log p
 
     def __init__(
@@ -269,9 +272,6 @@ def load_tuner(path: Path, kind: type[Tuner], command: str) -> Tuner:
     if not path.is_file():
         raise AdapterError(f"--ckpt {str(path)!r} does not exist; give a file that a fit has written")
     check_whole(path, "--ckpt ")
-    try:
-        return kind.load_from_checkpoint(path, map_location="cpu")
-    except AdapterError:
-        raise
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise AdapterError(f"--ckpt {str(path)!r} is not a checkpoint of `python -m {command} fit`: {error}") from error
+    if "model" not in read_hyperparameters(read_checkpoint_file(path), path):
+        raise AdapterError(f"--ckpt {str(path)!r} is not a checkpoint of `python -m {command} fit`; give one")
+    return kind.load_from_checkpoint(path, map_location="cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from lit_adapters.files.meaning import (
     restore_meanings,
     save_meanings,
 )
+from lit_adapters.lightning.loading import LoadsFromFiles
 from lit_adapters.lightning.step_mean import StepMeanModule
 from lit_adapters.methods.base import to_methods
 from lit_adapters.model.sharding import shard
@@ -31,7 +32,7 @@ from vision.backbones import check_sizes, create_backbone
 from vision.figures import confusion_figure
 
 
-class ViTClassifier(StepMeanModule):
+class ViTClassifier(LoadsFromFiles, StepMeanModule):
     """A timm backbone, its adapters, cross-entropy and the usual metrics.
 
     Optimiser and schedule come from the YAML of `python -m vision`. In Python give the model a `configure_optimizers`;
@@ -53,6 +54,10 @@ class ViTClassifier(StepMeanModule):
         AdapterError: `adapters` is not a method, or a value is out of range. Errors of the backbone come when it is
             built, in `configure_model`.
     """
+
+    fixed_by_weights: ClassVar[frozenset[str]] = frozenset(
+        {"backbone", "num_classes", "pretrained", "adapters", "train", "image_size", "init_seed"}
+    )
 
     def __init__(
         self,

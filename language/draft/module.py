@@ -48,6 +48,7 @@ class DraftTuner(CausalLMTuner):
         DataError: As `CausalLMTuner`.
     """
 
+    fixed_by_weights = CausalLMTuner.fixed_by_weights | {"keep_layers"}
     logs_perplexity = False
 
     def __init__(self, keep_layers: list[int] | None = None, target: str | None = None, **common: Any) -> None:

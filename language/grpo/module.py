@@ -13,7 +13,9 @@ middle of a batch's iterations; tests compare loss and gradient with trl's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +23,13 @@ from torch import Tensor
 
 import lit_adapters as la
 from language.generate import TEMPERATURES, generate, prompt_rows
-from language.grpo.rewards import Reward, Rewards
+from language.grpo.rewards import Reward, Rewards, is_known
 from language.grpo.rollouts import advantages, constant, joined, log_probabilities, sample
 from language.loss import Batch
 from language.models import context_length
 from language.module import CausalLMTuner
 from language.reference import Reference
+from lit_adapters.errors import shown
 from lit_adapters.lightning.resume.sampler import hash_key
 from lit_adapters.model.modes import evaluating
 from lit_adapters.training.nonfinite import nonfinite_values
@@ -170,6 +173,23 @@ class GRPOTuner(CausalLMTuner):
         self.measure(*self.rewards.names, "reward")
         self.reference: Reference | None = None
         self.rollout: dict[str, Tensor] | None = None
+
+    @classmethod
+    def from_file(cls, checkpoint: dict[str, Any], path: str | Path, given: Iterable[str] = ()) -> dict[str, Any]:
+        """As `CausalLMTuner`; a checkpoint may name reward functions that are known, and none that must be imported.
+
+        Raises:
+            AdapterError: As `CausalLMTuner`; or a function is unknown.
+        """
+        found = super().from_file(checkpoint, path, given)
+        for term in found.get("rewards", ()):
+            if not is_known(term["function"]):
+                raise la.AdapterError(
+                    f"{str(path)!r} names the reward function {shown(term['function'])}, and nothing is imported for a "
+                    "checkpoint's sake: give `rewards` yourself, in the recipe or as an argument, or import its "
+                    "module first if it is a function of (completion, answer)"
+                )
+        return found
 
     def setup(self, stage: str) -> None:
         """Refuse to accumulate gradients over steps of different policies."""

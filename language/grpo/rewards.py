@@ -10,17 +10,20 @@ answer as it is written, and returns a number.
 
 from __future__ import annotations
 
+import inspect
 import math
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_adapters.class_paths import find_imported
 from lit_adapters.errors import AdapterError, shown
 from lit_adapters.values import check_number
 
@@ -150,6 +153,12 @@ def _term(reward: Any) -> Reward:
         raise AdapterError(f"the reward {shown(reward)} must have the import path of a function, as text")
     check_number(f"the weight of {shown(reward.function)}", reward.weight, -1e6, 1e6)
     return reward
+
+
+def is_known(path: str) -> bool:
+    """Whether a path names a reward function of a module that has been imported: a function of (completion, answer)."""
+    found = find_imported(path)
+    return isinstance(found, FunctionType) and list(inspect.signature(found).parameters)[:2] == ["completion", "answer"]
 
 
 def _name(path: str) -> str:

@@ -23,9 +23,10 @@ from torch import nn
 from lit_adapters.class_paths import find_imported
 from lit_adapters.console import one_line
 from lit_adapters.errors import AdapterError, shown
-from lit_adapters.files.adapters import load_adapters
+from lit_adapters.files.adapters import load_adapters, read_checkpoint_file
 from lit_adapters.files.saved import is_directory, read_checkpoint
 from lit_adapters.renamed import CLASSES, current
+from lit_adapters.training.hyperparameters import KEY, built, check_plain, read_hyperparameters
 
 # Classes that write checkpoints, in the applications beside the library.
 _OURS = {"vision.module.ViTClassifier", "language.module.CausalLMTuner"} | {
@@ -197,10 +198,11 @@ def adapted_model(path: Path, base: str | None, arguments: str | None, module: s
         names = ", ".join(map(repr, record["models"]))
         raise AdapterError(f"{str(path)!r} has several adapted models ({names}); load it in Python and give the one")
     kind = find_callable(module, "--module") if module else recorded_module(record["module"], path)
-    if not hasattr(kind, "load_from_checkpoint"):
+    if not (isinstance(kind, type) and hasattr(kind, "load_from_checkpoint")):
         raise AdapterError(f"--module {module or record['module']!r} is not a LightningModule")
+    settings = _settings(kind, path)
     try:
-        loaded = kind.load_from_checkpoint(path, map_location="cpu")
+        loaded = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True, **settings)
     except AdapterError:
         raise
     except Exception as error:  # whatever a module's constructor may raise
@@ -210,3 +212,19 @@ def adapted_model(path: Path, base: str | None, arguments: str | None, module: s
         ) from error
     (name,) = record["models"]
     return loaded.get_submodule(name), getattr(loaded, "tokenizer", None)
+
+
+def _settings(kind: type, path: Path) -> dict[str, Any]:
+    """What to give to `load_from_checkpoint` of a class that does not check its hyperparameters itself.
+
+    Raises:
+        AdapterError: A hyperparameter is more than a plain value, a method or a schedule.
+    """
+    checkpoint = read_checkpoint_file(path)
+    values = read_hyperparameters(checkpoint, path)
+    for name, value in values.items():
+        check_plain(name, value, path)
+    if "_instantiator" not in checkpoint.get(KEY, {}) or hasattr(kind, "from_file"):
+        return {}
+    # LightningCLI wrote it: its parser would build whatever the values name. The constructor gets them as they are.
+    return {"_instantiator": None} | {name: built(value) for name, value in values.items()}

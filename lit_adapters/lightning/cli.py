@@ -10,21 +10,39 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lit_adapters import console, methods
+from lit_adapters.class_paths import find_imported
 from lit_adapters.console import one_line
-from lit_adapters.errors import AdapterError
-from lit_adapters.files.adapters import check_whole, read_checkpoint_file
+from lit_adapters.errors import AdapterError, shown
+from lit_adapters.files.adapters import RECORD, read_checkpoint_file
 from lit_adapters.lightning.adapter_callback import AdapterCallback
+from lit_adapters.lightning.checkpoint_arguments import arguments_of_checkpoint
 from lit_adapters.lightning.optimizers import TOTALS, build_optimizers
 from lit_adapters.methods.base import Method, to_methods
 from lit_adapters.optimizers.groups import HEAD
-from lit_adapters.training.checkpoint import check_recipe
+from lit_adapters.training.checkpoint import check_recipe, class_path
+from lit_adapters.training.hyperparameters import KEY, read_hyperparameters
 
 _KEYWORDS = ("best", "last", "hpc", "registry")  # what ckpt_path may be besides a file
+
+
+class _Parser(LightningArgumentParser):
+    """A parser that keeps its links: the source of a value by its target."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.links: dict[str, str] = {}
+
+    def link_arguments(self, source: Any, target: str, *args: Any, **kwargs: Any) -> None:
+        """As jsonargparse's."""
+        super().link_arguments(source, target, *args, **kwargs)
+        if isinstance(source, str) and not args and not kwargs:
+            self.links[target] = source
 
 
 class AdapterCLI(LightningCLI):
@@ -40,11 +58,15 @@ class AdapterCLI(LightningCLI):
         # The report of `attach` says more than Lightning's table, whose largest row is "model".
         kwargs["trainer_defaults"] = {"enable_model_summary": False, **(kwargs.get("trainer_defaults") or {})}
         kwargs["auto_configure_optimizers"] = False
+        kwargs.setdefault("parser_class", _Parser)
+        self._parsers: list[Any] = []
         super().__init__(*args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Errors come as exceptions."""
-        return super().init_parser(exit_on_error=False, **kwargs)
+        parser = super().init_parser(exit_on_error=False, **kwargs)
+        self._parsers.append(parser)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections."""
@@ -64,32 +86,112 @@ class AdapterCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and look at the checkpoint file before anything is built."""
+        """Parse, and keep the arguments."""
         try:
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
             raise AdapterError(f"{one_line(error)} (--help after the subcommand lists what it takes)") from error
-        section = self.config.get(self.config.get("subcommand") or "") or {}
-        path = section.get("ckpt_path")
-        if path is None or str(path) in _KEYWORDS:
-            return
-        if not Path(path).exists():
-            raise AdapterError(f"ckpt_path {str(path)!r} does not exist; give a file that a fit has written, or 'last'")
-        if self.config.get("subcommand") == "fit":
-            self._check_recipe(Path(path), section.get("model") or {})
-        elif Path(path).is_file():
-            check_whole(path, "ckpt_path ")
+        self._arguments = args
 
-    def _check_recipe(self, path: Path, model: Any) -> None:
-        """Compare a checkpoint with the recipe, whose settings Lightning is about to replace by the checkpoint's.
+    def _parse_ckpt_path(self) -> None:
+        """Look at the checkpoint file before anything is built, and take from it what the user left open.
+
+        In place of Lightning's own, which lets the checkpoint replace what the user typed and builds what it names.
+
+        Raises:
+            AdapterError: The file is missing or torn, cannot go with what was typed, or holds what is refused.
+        """
+        subcommand = self.config.get("subcommand")
+        section = self.config.get(subcommand or "") or {}
+        given = section.get("ckpt_path")
+        if given is None or str(given) in _KEYWORDS:
+            return
+        path = Path(given)
+        if not path.exists():
+            raise AdapterError(f"ckpt_path {str(path)!r} does not exist; give a file that a fit has written, or 'last'")
+        if not path.is_file():
+            return  # a directory of a sharded checkpoint, which holds no hyperparameters that Lightning would read
+        checkpoint = read_checkpoint_file(path)
+        sections = self._typed(subcommand)
+        typed = sections.get("model") or {}
+        present = section.get("model") or {}
+        present = present.as_dict() if isinstance(present, Namespace) else dict(present)
+        typed = typed.as_dict() if isinstance(typed, Namespace) else typed
+        for (source, name), target in self._links_into_model().items():
+            if name in (sections.get(source) or {}):
+                typed = {**typed, target: sections[source][name]}
+        cls: Any = self._model_class
+        if self.subclass_mode_model:
+            cls, typed, present = self._subclass(checkpoint, path, typed, present)
+        self._check_record(subcommand, checkpoint, path, typed, present)
+        if not read_hyperparameters(checkpoint, path):
+            return
+        filling = arguments_of_checkpoint(cls, checkpoint, path, typed, present)
+        filled: dict[str, Any] = {"model": filling}
+        if self.subclass_mode_model:
+            filled = {"model": {"class_path": class_path(cls), "init_args": filling}}
+        for (source, name), target in self._links_into_model().items():
+            if target in filling:
+                filled[source] = {**filled.get(source, {}), name: filling[target]}
+        try:
+            self.config = self.parser.parse_object({subcommand: filled}, self.config)
+        except argparse.ArgumentError as error:
+            raise AdapterError(f"{str(path)!r}: its hyperparameters do not fit: {one_line(error)}") from error
+
+    def _links_into_model(self) -> dict[tuple[str, str], str]:
+        """Arguments of the model that are copied from other sections: their names, by section and name there."""
+        links = {target: source for parser in self._parsers for target, source in getattr(parser, "links", {}).items()}
+        return {
+            (source.partition(".")[0], source.partition(".")[2]): target.removeprefix("model.")
+            for target, source in links.items()
+            if target.startswith("model.") and source.count(".") == 1
+        }
+
+    def _typed(self, subcommand: str) -> Any:
+        """What the recipe and the command line give, without defaults, and without what links copy."""
+        args = self._arguments
+        # jsonargparse has no switch for this: without defaults, a link may find nothing to copy and fail.
+        hidden = {
+            parser: vars(parser).pop("_links_group") for parser in self._parsers if "_links_group" in vars(parser)
+        }
+        try:
+            if isinstance(args, (dict, Namespace)):
+                found = self.parser.parse_object(args, defaults=False)
+            else:
+                found = self.parser.parse_args(args, defaults=False)
+        finally:
+            for parser, links in hidden.items():
+                parser._links_group = links
+        return found.get(subcommand) or {}
+
+    def _subclass(
+        self, checkpoint: Any, path: Path, typed: Any, present: Any
+    ) -> tuple[type, dict[str, Any], dict[str, Any]]:
+        """The class of the model where the recipe chooses it, and its arguments.
+
+        Raises:
+            AdapterError: The checkpoint's class is another one, or nobody has imported it.
+        """
+        written, chosen = checkpoint.get(KEY, {}).get("_class_path"), typed.get("class_path")
+        cls, base = find_imported(chosen or str(written)), self._model_class
+        if not (isinstance(cls, type) and isinstance(base, type) and issubclass(cls, base)):
+            raise AdapterError(f"{str(path)!r} names the model {shown(written)}, which is not known: give --model")
+        if chosen is not None and written is not None and find_imported(str(written)) is not cls:
+            raise AdapterError(f"{str(path)!r} is a checkpoint of {shown(written)}, the model is a {class_path(cls)}")
+        return cls, typed.get("init_args") or {}, present.get("init_args") or {}
+
+    def _check_record(self, subcommand: str, checkpoint: Any, path: Path, typed: Any, present: Any) -> None:
+        """Compare a checkpoint's record with the recipe; a run of `fit` cannot go on without one.
 
         All else is checked where the checkpoint is read to be resumed; see `SafeCheckpointIO`.
         """
+        if subcommand != "fit" and RECORD not in checkpoint:
+            return
         cls = self._model_class if isinstance(self._model_class, type) and not self.subclass_mode_model else None
         configs = None
-        if "adapters" in model:
-            configs = [method.to_config() for method in to_methods(model.as_dict()["adapters"])]
-        check_recipe(read_checkpoint_file(path), cls, configs, path)
+        if "adapters" in (present if subcommand == "fit" else typed):
+            configs = [method.to_config() for method in to_methods(present["adapters"])]
+        check_recipe(checkpoint, cls, configs, path)
 
     def instantiate_classes(self) -> None:
         """Instantiate everything and give the model its `configure_optimizers`."""

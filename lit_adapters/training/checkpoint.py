@@ -71,7 +71,7 @@ def check_model(checkpoint: Mapping[str, Any], module: nn.Module, path: str | Pa
         )
     for name, model in present.items():
         for key in ("methods", "train"):
-            _check_settings(written[name][key], model[key], path)
+            check_settings(written[name][key], model[key], path)
 
 
 def check_recipe(
@@ -91,7 +91,7 @@ def check_recipe(
     """
     written = _check_class(checkpoint, cls, path)
     for model in written.values() if methods is not None else ():
-        _check_settings(model["methods"], methods, path)
+        check_settings(model["methods"], methods, path)
 
 
 def _check_class(checkpoint: Mapping[str, Any], cls: type | None, path: str | Path) -> Mapping[str, Any]:
@@ -128,7 +128,7 @@ def _same_class(written: str, cls: type) -> bool:
     )
 
 
-def _check_settings(written: Any, present: Any, path: str | Path) -> None:
+def check_settings(written: Any, present: Any, path: str | Path) -> None:
     """Refuse other methods, or other modules of `train`, than those written.
 
     Raises:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_adapters.files.adapters import RECORD
 from lit_adapters.files.atomic import remove_leftovers
+from lit_adapters.lightning.checkpoint_arguments import check_base
 from lit_adapters.lightning.resume import loop_state
 from lit_adapters.lightning.resume.checkpoint_io import SafeCheckpointIO
 from lit_adapters.lightning.resume.plain_loader import FollowedLoader, FollowingLoaders
@@ -155,6 +156,7 @@ def _check(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
     """Refuse a checkpoint that does not belong to the run; evaluation also reads one without a record."""
     if RECORD in checkpoint or trainer.state.fn == "fit":
         check_model(checkpoint, trainer.lightning_module, path)
+    check_base(trainer.lightning_module, checkpoint, path)
 
 
 def _complete(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:

@@ -31,11 +31,11 @@ def counted(monkeypatch):
         for module in modules:
             monkeypatch.setattr(module, name, counting)
 
-    count("check_whole", files, checkpoint_io, cli)
+    count("check_whole", files, checkpoint_io)
     count("check_recipe", checkpoint, cli)
     count("check_model", checkpoint, callback)
     count("_check_class", checkpoint)
-    count("_check_settings", checkpoint)
+    count("check_settings", checkpoint)
     return calls
 
 
@@ -44,7 +44,7 @@ def test_from_python(tmp_path, counted):
     assert not counted
     fit(tmp_path, Task(), AdapterCallback(), ckpt=tmp_path / "kept" / "last.ckpt", max_epochs=2)
     # The settings are the methods and `train` of the one adapted model.
-    assert counted == {"check_whole": 1, "check_model": 1, "_check_class": 1, "_check_settings": 2}
+    assert counted == {"check_whole": 1, "check_model": 1, "_check_class": 1, "check_settings": 2}
 
 
 def test_a_smoke_recipe(tmp_path, counted):
@@ -53,7 +53,7 @@ def test_a_smoke_recipe(tmp_path, counted):
     command("fit", "smoke/lora", tmp_path, f"--ckpt_path={path}")
     # The recipe before a model is built, then the model; each reads the file.
     each = {"check_recipe": 1, "check_model": 1}
-    assert counted == {**each, "check_whole": 2, "_check_class": 2, "_check_settings": 3}
+    assert counted == {**each, "check_whole": 2, "_check_class": 2, "check_settings": 3}
 
 
 def test_a_file_that_the_trainer_reads_by_other_means_is_checked_by_the_hook(tmp_path, counted):
@@ -62,4 +62,4 @@ def test_a_file_that_the_trainer_reads_by_other_means_is_checked_by_the_hook(tmp
 
     fit(tmp_path, Task(), AdapterCallback(), saver(tmp_path), plugins=[Own()])
     fit(tmp_path, Task(), AdapterCallback(), ckpt=tmp_path / "kept" / "last.ckpt", max_epochs=2, plugins=[Own()])
-    assert counted == {"check_model": 1, "_check_class": 1, "_check_settings": 2}
+    assert counted == {"check_model": 1, "_check_class": 1, "check_settings": 2}
