@@ -34,6 +34,11 @@ class Recording(Callback):
         self._annealing = annealing
         self._recorder: Recorder | None = None
         self._state: dict[str, Any] = {}  # of the run being resumed
+        self._trainer: Trainer | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Know where values are logged."""
+        self._trainer = trainer
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the page of charts and the recipe to TensorBoard; record the start of a run that is not resumed."""
@@ -76,10 +81,16 @@ class Recording(Callback):
             self._recorder.observer.stop()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the final metrics beside the hyperparameters."""
-        if self._recorder is None or trainer.interrupted or not trainer.is_global_zero:
+        """Put the final metrics beside the hyperparameters; of a run that had ended when it was resumed, too."""
+        if trainer.interrupted or (self._recorder is None and not self._state):
             return
-        final = {f"final/{name}": float(value) for name, value in trainer.callback_metrics.items()}
+        if self._recorder is None:
+            self._recorder = Recorder(pl_module, self._statistics, self._state)
+            self._record(trainer)
+            self._draw(trainer, last=True)
+        if not trainer.is_global_zero:
+            return
+        final = {f"final/{name}": value for name, value in self._metrics().items()}
         for logger in _boards(trainer):
             if final and logger.hparams:
                 logger.log_hyperparams(dict(logger.hparams), final, trainer.global_step)
@@ -100,9 +111,15 @@ class Recording(Callback):
             writers = [logger.experiment for logger in boards] if trainer.is_global_zero else []
             self._recorder.draw(writers, trainer.global_step, last)
 
+    def _metrics(self) -> dict[str, float]:
+        """The values that were logged last; where nothing was logged yet, those of the run being resumed."""
+        logged = {} if self._trainer is None else self._trainer.callback_metrics
+        return {name: float(value) for name, value in logged.items()} or self._state.get("metrics", {})
+
     def state_dict(self) -> dict[str, Any]:
-        """What the next record needs of the last."""
-        return self._state if self._recorder is None else self._recorder.state_dict()
+        """What the next record needs of the last, and the values logged last."""
+        state = self._state if self._recorder is None else self._recorder.state_dict()
+        return state | {"metrics": self._metrics()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what `state_dict` returned for the start of the training."""

@@ -49,6 +49,7 @@ class Resuming(Callback):
 
     def __init__(self) -> None:
         self._restored: dict[str, Any] | None = None
+        self._pending: dict[str, Any] | None = None
         self._gradients: dict[str, Tensor] = {}
         self._step = 0  # before the present batch
         self._validated = False  # since the last batch
@@ -87,7 +88,10 @@ class Resuming(Callback):
         checkpoint[RECORD] = {**record(pl_module), "processes": gather_objects(own)}
         if trainer.state.fn == "fit":
             loops = checkpoint["loops"]["fit_loop"]
+            pending = loop_state.pending_record(trainer)
             loop_state.complete_batch(trainer, loops, self._interrupted, self._validated)
+            if pending is not None:
+                checkpoint[RECORD]["pending"] = pending
         # What came before the checkpoint must not be lost with the process.
         for logger in trainer.loggers:
             logger.save()
@@ -100,6 +104,7 @@ class Resuming(Callback):
             _check(trainer, checkpoint, trainer.ckpt_path)
         if trainer.state.fn != "fit":
             return
+        self._pending = checkpoint[RECORD].get("pending")
         processes = checkpoint[RECORD]["processes"]
         if len(processes) == trainer.world_size:
             self._restored = processes[trainer.global_rank]
@@ -115,6 +120,7 @@ class Resuming(Callback):
         """Restore, as the last thing before the first epoch or batch."""
         self._validated = self._interrupted = False
         self._step = -1
+        self._log_pending(trainer)
         restored, self._restored = self._restored, None
         if restored is None:
             return
@@ -123,6 +129,18 @@ class Resuming(Callback):
         self._gradients = restored["gradients"]
         if restored["random"] is not None:
             set_random_states(restored["random"], pl_module.device)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the process before did not, also where nothing was left to train."""
+        self._log_pending(trainer)
+
+    def _log_pending(self, trainer: Trainer) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics(pending["values"], step=pending["step"])
+            logger.save()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Put open gradients back before the first batch."""

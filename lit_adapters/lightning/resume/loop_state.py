@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import Trainer
 
 _BATCH, _VALIDATION = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"
@@ -44,6 +45,39 @@ def complete_batch(trainer: Trainer, loops: dict[str, Any], interrupted: bool, v
         for name, total in (("ready", 1), ("started", 1), ("processed", 0), ("completed", 0)):
             loops[_VALIDATION]["total"][name] = done + total
             loops[_VALIDATION]["current"][name] = 0
+
+
+def pending_record(trainer: Trainer) -> dict[str, Any] | None:
+    """What Lightning is going to log once the checkpoint that is being written is there.
+
+    ModelCheckpoint saves at the end of a batch or an epoch, before its values are logged. A process that is killed in
+    between would lose them.
+
+    Returns:
+        The `step` and the `values` by name; None if nothing follows.
+    """
+    fit, connector = trainer.fit_loop, trainer._logger_connector
+    if not (trainer.training and trainer.loggers):
+        return None
+    batch: Any = fit.epoch_loop.batch_progress.current
+    epoch: Any = fit.epoch_progress.current
+    step: Any = fit.epoch_loop._batches_that_stepped
+    if batch.processed > batch.completed:
+        accumulates = fit._should_accumulate() and trainer.lightning_module.automatic_optimization
+        if accumulates or not connector.should_update_logs:
+            return None
+    elif epoch.processed > epoch.completed and between_epochs(trainer) and connector._first_loop_iter is None:
+        step -= 1
+    else:
+        return None
+    values = convert_tensors_to_scalars(connector.metrics["log"])
+    if not values:
+        return None
+    if "step" in values:
+        step = values.pop("step")
+    else:
+        values.setdefault("epoch", trainer.current_epoch)
+    return {"step": int(step), "values": {name: float(value) for name, value in values.items()}}
 
 
 def _validation_due(trainer: Trainer) -> bool:

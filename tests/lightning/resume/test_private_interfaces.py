@@ -23,6 +23,10 @@ ANNEALING = "lit_adapters/lightning/annealing.py"
 
 # Where an attribute lies, seen from a Trainer after a training batch; the file of ours that uses it.
 OF_A_TRAINER = {
+    "_logger_connector.metrics": LOOP_STATE,
+    "_logger_connector.should_update_logs": LOOP_STATE,
+    "_logger_connector._first_loop_iter": LOOP_STATE,
+    "fit_loop.epoch_loop._batches_that_stepped": LOOP_STATE,
     "fit_loop._should_accumulate": LOOP_STATE,
     "fit_loop._data_fetcher": LOOP_STATE,
     "fit_loop._data_fetcher.iterator": LOOP_STATE,

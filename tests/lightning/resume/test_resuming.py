@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lit_adapters as la
@@ -9,7 +11,7 @@ from lit_adapters import AdapterCallback, AdapterError
 from lit_adapters.files.adapters import RECORD
 from tests.lightning.resume.resumed import Noisy, final, keyed_loader, run
 from tests.lightning.resume.test_checkpoints import saver
-from tests.lightning.tiny_task import Task, assert_equal_bits, fit, nora, state, trainer
+from tests.lightning.tiny_task import Task, assert_equal_bits, events, fit, nora, state, trainer
 
 STEPS = {"every_n_train_steps": 1}
 WITHOUT_END = {"max_steps": 13, "max_epochs": -1}
@@ -26,11 +28,7 @@ def compare(folder, data, when, schedule="step", every=1, **settings):
             continue  # nothing is left to train
         resumed, again, trace2, diary2, _ = run(folder / "resumed", data(), when, schedule, path, **settings)
         assert trace2.lines == trace.lines[lines:], path
-        # Lightning writes the record of a batch right after the checkpoint of that batch.
-        in_batch = trace.lines[lines - 1][0] == "batch end" and "every_n_train_steps" in when
-        own = diary.records[records:]
-        own = own[1:] if in_batch and "train/loss" in own[0][1] else own
-        assert diary2.records == own, path
+        assert diary2.records == diary.records[records:], path
         assert_equal_bits(final(resumed, again), want)
         compared += 1
     assert compared
@@ -208,3 +206,31 @@ def test_random_states_of_another_number_of_processes(written):
     torch.save(content, written)
     with pytest.warns(UserWarning, match="written by 2 processes and is resumed by 1"):
         fit(written.parent.parent, Task(), AdapterCallback(), ckpt=written, max_epochs=2)
+
+
+class Mean(Noisy):
+    """Logs a mean over the epoch, too, and has a hyperparameter, without which loggers keep no final values."""
+
+    def __init__(self):
+        super().__init__()
+        self.save_hyperparameters({"width": 8})
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/mean", loss["loss"] if isinstance(loss, dict) else loss, on_step=False, on_epoch=True)
+        return loss
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 12}])
+def test_a_run_that_had_ended_is_finished(tmp_path, limit):
+    """Killed right after its last checkpoint, it still gets its last records and its final values."""
+    last = ModelCheckpoint(tmp_path / "kept", save_last=True, save_top_k=-1)
+    boards = [TensorBoardLogger(tmp_path, name, "", default_hp_metric=False) for name in ("whole", "resumed")]
+    fit(tmp_path, Mean(), AdapterCallback(figures=False), last, data=keyed_loader(), logger=boards[0], **limit)
+    ckpt = tmp_path / "kept" / "last.ckpt"
+    fit(tmp_path, Mean(), AdapterCallback(figures=False), data=keyed_loader(), logger=boards[1], ckpt=ckpt, **limit)
+    whole, resumed = (events(tmp_path / board.name) for board in boards)
+    final = {tag: whole.Scalars(tag)[-1].value for tag in whole.Tags()["scalars"] if tag.startswith("final/")}
+    assert {"final/train/loss", "final/val/loss", "final/train/mean"} <= final.keys()
+    assert {tag: resumed.Scalars(tag)[-1].value for tag in final} == final
+    assert resumed.Scalars("train/mean")[-1].value == whole.Scalars("train/mean")[-1].value
