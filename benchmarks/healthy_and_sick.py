@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.results_file import RESULTS, append, environment, load
 from lit_adapters.learned.figures import functions_figure
+from lit_adapters.learned.pictures import save_figure
 from lit_adapters.methods.nora import NoRAActivation
 from lit_adapters.training.attached import adapter_layers
 from vision.__main__ import main as vision
@@ -64,7 +65,7 @@ def run(arm: str, root: str) -> dict[str, Any]:
         ]
     )
     layers = {n: a for n, a in adapter_layers(cli.model).items() if isinstance(a, NoRAActivation)}
-    functions_figure(layers).savefig(DOCS / f"functions-{arm}.png", dpi=80)
+    save_figure(functions_figure(layers), DOCS / f"functions-{arm}.png", dpi=80)
     board = EventAccumulator(str(cli.trainer.log_dir), size_guidance={"scalars": 0}).Reload()
     most = {}
     for name in ("relative_drift", "relative_max_slope"):

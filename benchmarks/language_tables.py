@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.arms import names
+from lit_adapters.learned.pictures import save_figure
 
 NAMES = names("language")
 # Metrics that only the untouched model has, and their names.
@@ -176,4 +177,4 @@ def figure(measured: dict[str, list[Record]], path: Path) -> None:
         better = "less is better" if task == "alpaca" else "more is better"
         metric = {"alpaca": "held-out loss", "newsgroups": "accuracy", "samsum": "ROUGE-L"}[task]
         panel.set_title(f"{task}: {metric} minus LoRA's\n{better}, two std. errors", fontsize=7)
-    picture.savefig(path, dpi=110)
+    save_figure(picture, path, dpi=110)

@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator
 from benchmarks.arms import ARMS, STEPS, names
 from benchmarks.bounds import PEFT_STEP, RATIONAL
 from benchmarks.results_file import span, with_spread
+from lit_adapters.learned.pictures import save_figure
 
 Record = dict[str, Any]
 
@@ -250,4 +251,4 @@ def growth_figure(records: list[Record], path: Path) -> None:
     panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].legend(fontsize=6)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.arms import names
+from lit_adapters.learned.pictures import save_figure
 
 Record = dict[str, Any]
 NAMES = names("regimes")
@@ -78,7 +79,7 @@ def reinforcement_figure(records: list[Record], path: Path) -> None:
         axes.set(title=title, xlabel="step", ylim=(0, None))
         axes.grid(alpha=0.3)
     picture.axes[0].legend()
-    picture.savefig(path, dpi=110)
+    save_figure(picture, path, dpi=110)
 
 
 DISTILLED = ["arm", "trained", "rate", "KL", "agreement", "expected acceptance"]

@@ -7,6 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lit_adapters.learned.pictures import save_figure
+
 Records = list[dict[str, Any]]
 _NAMES = {"vit": "ViT-S/14", "smollm2": "SmolLM2-135M"}
 _KEYS = ("effective_rank", "components_90", "components_99")
@@ -145,4 +147,4 @@ def figure(records: Records, path: Path) -> None:
     third.axhline(2**-9, color="0.5", linestyle=":", label="rounding to bfloat16")
     for panel in (first, second, third):
         panel.legend(fontsize=8)
-    drawn.savefig(path, dpi=110)
+    save_figure(drawn, path, dpi=110)

@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from benchmarks import bounds, language_tables, performance_tables, regime_tables, subspace_tables
 from benchmarks.arms import names
 from benchmarks.results_file import RESULTS, load
+from lit_adapters.files.atomic import write_text_atomically
+from lit_adapters.learned.pictures import save_figure
 
 ROOT = Path(__file__).parents[1]
 ALL_TABLES = "benchmarks/results/tables.md"  # every row of what the pages show in part
@@ -107,7 +109,7 @@ def accuracy_figure(records: list[dict[str, Any]], path: Path) -> None:
         panel.invert_yaxis()
         panel.set_xlabel("test accuracy")
         panel.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def replace_block(path: Path, name: str, text: str) -> None:
@@ -120,7 +122,7 @@ def replace_block(path: Path, name: str, text: str) -> None:
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(source):
         raise SystemExit(f"error: {path} has no block <!-- {name} -->")
-    path.write_text(pattern.sub(lambda m: f"{m[1]}{text}\n{m[2]}", source), encoding="utf-8")
+    write_text_atomically(path, pattern.sub(lambda m: f"{m[1]}{text}\n{m[2]}", source))
 
 
 def main() -> None:

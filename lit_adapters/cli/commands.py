@@ -56,13 +56,14 @@ def inspect(args: argparse.Namespace) -> None:
     summaries = summary.summarise(saved)
     print(summary.report(saved, summaries))
     if args.plot:
+        from lit_adapters.learned.pictures import save_figure
         from lit_adapters.learned.plots import learned_figure  # matplotlib takes a while, and most calls draw nothing
 
+        figure = learned_figure(summaries, list(summary.learned_functions(saved).values()))
         try:
-            learned_figure(summaries, list(summary.learned_functions(saved).values())).savefig(args.plot, dpi=150)
+            print(f"drawn in {save_figure(figure, args.plot, dpi=150)}")
         except ValueError as error:
             raise AdapterError(f"--plot {str(args.plot)!r}: {error}") from error
-        print(f"drawn in {args.plot}")
 
 
 def diff(args: argparse.Namespace) -> None:

@@ -29,12 +29,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     write_together(path.parent, {path.name: write})
 
 
-def write_together(directory: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
+def write_together(
+    directory: Path, files: Mapping[str, Callable[[Path], object]], withdraw: Collection[str] = ()
+) -> None:
     """Write several files of one directory: all are complete on disk before the first is renamed into its place.
 
     Args:
         directory: Where to; created if missing.
         files: What fills each file, by name; they are renamed in this order.
+        withdraw: Names of earlier files that are removed just before the renames, so that being stopped between two
+            renames leaves a directory that lacks a file, and not a mixed one.
 
     Raises:
         AdapterError: A file cannot be written, as on a full disk; earlier files are then as before.
@@ -51,6 +55,8 @@ def write_together(directory: Path, files: Mapping[str, Callable[[Path], object]
                 write(temporary[path])
                 _force_to_disk(temporary[path])
                 temporary[path].chmod(0o666 & ~umask())
+        for name in withdraw:
+            (directory / name).unlink(missing_ok=True)
         for path, place_now in temporary.items():
             with _explained(path):
                 os.replace(place_now, path)
@@ -109,8 +115,12 @@ def _is_alive(process: int) -> bool:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: Path, work: str = "") -> Iterator[None]:
     """Raise what goes wrong in writing `path` as one error that says so.
+
+    Args:
+        path: The file or directory.
+        work: The temporary directory that will become `path`, which nobody should see in a message.
 
     Raises:
         AdapterError: The system refused to write.
@@ -120,6 +130,8 @@ def _explained(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error)
         torn_archive = "unexpected pos" in reason or "file write failed" in reason  # torch.save, on a full disk
+        if isinstance(error, AdapterError) and work and work in reason:
+            raise AdapterError(reason.replace(work, str(path))) from error
         if isinstance(error, AdapterError) or (isinstance(error, RuntimeError) and not torn_archive):
             raise
         full = torn_archive or getattr(error, "errno", None) in _FULL or any(f"os error {n}" in reason for n in _FULL)
@@ -191,7 +203,8 @@ def write_directory(out: Path, write: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
             new, old = Path(work) / "new", Path(work) / "old"
             new.mkdir()
-            write(new)
+            with _explained(out, str(new)):
+                write(new)
             for path in new.rglob("*"):
                 if path.is_file():
                     path.chmod(0o666 & ~umask())  # some libraries write for the owner alone

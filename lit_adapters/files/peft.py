@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.files.atomic import write_atomically, write_text_atomically
+from lit_adapters.files.atomic import write_together
 from lit_adapters.files.peft_lora import CONFIG, LAYER_KEY, PREFIX, TENSORS, read_lora
 from lit_adapters.methods.afa import AFAAdapter
 from lit_adapters.methods.base import to_methods
@@ -99,9 +99,14 @@ def export_peft(model: nn.Module, directory: str | Path) -> None:
         config.save_pretrained(scratch)
         text = Path(scratch, CONFIG).read_text(encoding="utf-8")
     directory = Path(directory)
-    (directory / CONFIG).unlink(missing_ok=True)  # an interrupted export must not pair new tensors with an old one
-    write_atomically(directory / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_text_atomically(directory / CONFIG, text)
+    write_together(
+        directory,
+        {
+            TENSORS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+        },
+        withdraw=[CONFIG],  # an interrupted export must not pair new tensors with an old one
+    )
 
 
 def check_expressible(name: str, adapter: Any) -> LowRankAdapter:

@@ -1,6 +1,7 @@
 """peft's directories: the same function, gradients and names both ways."""
 
 import json
+import os
 import re
 
 import peft
@@ -148,10 +149,24 @@ def test_running_statistics_are_exported(tmp_path):
     assert torch.equal(ours(IMAGES), network(IMAGES))
 
 
-def test_an_interrupted_export_leaves_nothing_that_loads(tmp_path, monkeypatch):
+def test_an_interrupted_export_leaves_the_earlier_one_or_nothing_that_loads(tmp_path, monkeypatch):
     network = trained("vit")
     la.export_peft(network, tmp_path)
-    monkeypatch.setattr("lit_adapters.files.peft.save_file", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_adapters.files.peft.save_file", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            la.export_peft(network, tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+    replace = os.replace
+
+    def stopped_before_the_second(source, target):
+        if target.name == CONFIG:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("lit_adapters.files.atomic.os.replace", stopped_before_the_second)
+    with pytest.raises(KeyboardInterrupt):
         la.export_peft(network, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [TENSORS]
