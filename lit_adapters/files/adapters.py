@@ -6,6 +6,7 @@ for people and must agree. Never pickle, never a name that peft or transformers 
 
 from __future__ import annotations
 
+import json
 import pickle
 import warnings
 import zipfile
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError, shown
@@ -265,15 +266,17 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise AdapterError(f"{path} does not exist; give the directory that save_adapters wrote")
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            if text is None:
-                raise AdapterError(f"{path} was not written by lit_adapters: it has no {_KEY!r} header")
-            header = parse_header(text, path)
-            check_text(text, header, path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
+        # Read in one go: `safe_open` opens the file by its name twice, between which another save may replace it.
+        content = path.read_bytes()
+        tensors = load(content)
+        length = int.from_bytes(content[:8], "little")
+        text = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(_KEY)
+    except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{path} is torn or not a safetensors file ({error})") from error
+    if text is None:
+        raise AdapterError(f"{path} was not written by lit_adapters: it has no {_KEY!r} header")
+    header = parse_header(text, path)
+    check_text(text, header, path)
     check_tensors(header, tensors, path)
     readable = directory / HEADER
     if readable.is_file() and not _is_copy(readable, header, len(text)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,6 +15,7 @@ from lit_adapters.errors import AdapterError, shown
 from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.description import LowRankUpdate, each_layer, mean_over_layers
 from lit_adapters.methods.matrix_layers import LinearLayer
+from lit_adapters.methods.patterns import fullmatch
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops._context import autocast_dtype, transformed
 from lit_adapters.ops.cache import Cache
@@ -70,7 +70,7 @@ class LowRank(Method):
     def rank_for(self, qualified_name: str) -> int:
         """The rank of one target."""
         for pattern, rank in (self.rank_pattern or {}).items():
-            if re.fullmatch(pattern, qualified_name):
+            if fullmatch(pattern, qualified_name):
                 return rank
         return self.rank
 

@@ -22,6 +22,7 @@ from torch import nn
 from lit_adapters.errors import AdapterError, TargetsNotFound, shown
 from lit_adapters.methods.base import Factory, Method
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
+from lit_adapters.methods.patterns import check_few_ways
 from lit_adapters.methods.peft_adapter import PeftAdapter
 from lit_adapters.methods.targets import Target, matched_names, near_misses, places
 
@@ -117,6 +118,10 @@ class Peft(Method):
         if not isinstance(kind, str) or kind not in peft.PeftType.__members__:
             known = ", ".join(peft.PeftType.__members__)
             raise AdapterError(f"peft {peft.__version__} has no peft_type {shown(kind)}, only {known}")
+        for setting in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+            value = self.config.get(setting)
+            for pattern in [value] if isinstance(value, str) else value if isinstance(value, Mapping) else ():
+                check_few_ways(setting, pattern)  # peft gives it to `re`
         try:
             return peft.PeftConfig.from_peft_type(**copy.deepcopy(dict(self.config)))
         except Exception as error:  # configurations of peft raise many kinds

@@ -11,9 +11,10 @@ from typing import Protocol
 from torch import nn
 
 from lit_adapters.activations import is_known_activation
-from lit_adapters.errors import AdapterError, TargetsNotFound
+from lit_adapters.errors import TargetsNotFound
 from lit_adapters.methods.channels import is_linear, is_pointwise_conv
 from lit_adapters.methods.matrix_layers import is_plain
+from lit_adapters.methods.patterns import fullmatch
 
 # Parts of a name of activations outside MLPs. Naming such an activation in `targets` adapts it all the same.
 _NOT_MLP = re.compile(
@@ -81,10 +82,7 @@ def matches(name: str, spec: str | Sequence[str]) -> bool:
         AdapterError: The string is not a regular expression.
     """
     if isinstance(spec, str):
-        try:
-            return re.fullmatch(spec, name) is not None
-        except re.error as error:
-            raise AdapterError(f"{spec!r} is not a regular expression ({error}); name suffixes go in a list") from error
+        return fullmatch(spec, name)
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in spec)
 
 
@@ -178,7 +176,7 @@ def find_targets(
         if not any(matches(name, [suffix]) for name in names):
             raise TargetsNotFound(_unmatched(model, method, suffix))
     for pattern in getattr(method, "rank_pattern", None) or {}:
-        if not any(re.fullmatch(pattern, t.name) for t in found):
+        if not any(fullmatch(pattern, t.name) for t in found):
             raise TargetsNotFound(
                 f"{type(method).__name__}: rank_pattern {pattern!r} matches none of its {len(found)} layers, such as "
                 f"{found[0].name!r}; it is a regular expression for the whole name"
