@@ -6,10 +6,14 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from language.measured import alike, check_finite, documents
+from language.models import context_length
 from lit_adapters.errors import AdapterError, shown
 from lit_adapters.model.merge import SHARED
+from lit_adapters.model.modes import evaluating
 
 
 def shortened(model: Any, keep_layers: Sequence[int]) -> Any:
@@ -24,8 +28,8 @@ def shortened(model: Any, keep_layers: Sequence[int]) -> Any:
         keep_layers: Indices of the layers that stay, ascending.
 
     Raises:
-        AdapterError: The indices are empty, not ascending, repeated or out of range, or the model has not exactly one
-            list of decoder layers.
+        AdapterError: The indices are empty, not ascending, repeated or out of range, the model has not exactly one list
+            of decoder layers, or its layers depend on their numbers.
     """
     total = int(model.config.num_hidden_layers)
     keep = check_layers(keep_layers, total)
@@ -39,11 +43,45 @@ def shortened(model: Any, keep_layers: Sequence[int]) -> Any:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = number
-    short.config.num_hidden_layers = len(keep)
     kinds = getattr(short.config, "layer_types", None)
+    short.config.num_hidden_layers = len(keep)
     if kinds is not None:
-        short.config.layer_types = [kinds[i] for i in keep]
+        kept = [kinds[i] for i in keep]
+        if short.config.layer_types != kept:  # some configurations derive them from the number of layers
+            short.config.layer_types = kept
+    _check_equal(model, short, keep)
     return short
+
+
+def _check_equal(model: Any, short: Any, keep: Sequence[int]) -> None:
+    """Compare a shortened model with the whole one whose other layers pass on what they get.
+
+    Raises:
+        AdapterError: They differ: a layer's function depends on its number, or the model looks its layers up elsewhere.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        return
+    parent, name = _layers(model, int(model.config.num_hidden_layers))
+    dropped = [layer for i, layer in enumerate(getattr(parent, name)) if i not in keep]
+
+    def pass_on(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handles = [layer.register_forward_hook(pass_on, with_kwargs=True) for layer in dropped]
+    (ids,) = documents(model, min(8, context_length(model) or 8))
+    try:
+        with torch.no_grad(), evaluating(model), evaluating(short):
+            expected, found = (m(input_ids=ids, use_cache=False).logits for m in (model, short))
+    finally:
+        for handle in handles:
+            handle.remove()
+    check_finite(model, expected)
+    if not alike(found, expected):
+        raise AdapterError(
+            f"{type(model).__name__} with the layers {list(keep)} alone is not the model without the others: its "
+            "layers depend on their numbers. Leave keep_layers out and name a smaller model with a target"
+        )
 
 
 def check_layers(keep_layers: Sequence[int], total: int) -> list[int]:

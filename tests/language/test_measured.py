@@ -8,10 +8,13 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import lit_adapters as la
 from language import measured
 from language import module as module_file
+from language.draft.decoding import DecodingSettings, continued
+from language.draft.shortened import shortened
 from language.evaluate.likelihood import TokenQuestion, score_tokens
 from language.generate import continuations
 from language.loss import token_losses
@@ -156,3 +159,33 @@ def test_rows_of_different_lengths_are_continued_and_scored_as_alone(name):
                 logp = network(tokens, use_cache=False).logits[0].double().log_softmax(-1)
             places = range(len(question.context) - 1, tokens.shape[1] - 1)
             assert score == pytest.approx(sum(logp[i, tokens[0, i + 1]].item() for i in places), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["transformers mamba", "transformers gemma2", "transformers lfm2", "falcon_mamba"])
+def test_a_shortened_model_is_the_whole_one_without_the_other_layers(name):
+    network = model(name)
+    assert shortened(network, [1]).config.num_hidden_layers == 1
+
+
+class Numbered(LlamaDecoderLayer):
+    """A layer that does more the later it comes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden: torch.Tensor = super().forward(*args, **kwargs)
+        return hidden + self.self_attn.layer_idx * hidden.roll(1, -1)
+
+
+def test_layers_that_depend_on_their_numbers_are_refused():
+    network = model("transformers llama")
+    for layer in network.model.layers:
+        layer.__class__ = Numbered
+    shortened(network, [0])
+    with pytest.raises(la.AdapterError, match=r"with the layers \[1\] alone is not the model without the others"):
+        shortened(network, [1])
+
+
+@pytest.mark.parametrize("name", ["transformers mamba", "transformers rwkv", "openai-gpt"])
+def test_models_without_a_cache_of_tokens_do_not_decode_with_a_draft(name):
+    network = model(name)
+    with pytest.raises(la.AdapterError, match="cannot decode with the draft"):
+        continued(network, [7, 8, 9], DecodingSettings(max_new_tokens=4, draft_tokens=2), draft=network)
