@@ -18,6 +18,7 @@ from language.models import context_length, default_device
 from language.module import CausalLMTuner, load_tuner
 from language.prompt import prompt_tokens
 from lit_adapters import console
+from lit_adapters.files.meaning import meaning_of
 from lit_adapters.lightning.cli import run
 
 
@@ -37,7 +38,7 @@ def generate_command(
     ckpt: Path,
     prompt: str,
     format: FormatName | None = None,
-    use_chat_template: bool = False,
+    use_chat_template: bool | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
@@ -48,8 +49,9 @@ def generate_command(
     Args:
         ckpt: Checkpoint that fit has written.
         prompt: What to answer.
-        format: The training's data.format; by default the prompt stands as it is.
-        use_chat_template: The training's data.use_chat_template.
+        format: The training's data.format, which newer checkpoints hold; where it is not known the prompt stands as it
+            is.
+        use_chat_template: The training's data.use_chat_template, which newer checkpoints hold.
         max_new_tokens: Tokens of the longest answer.
         temperature: 0 takes the likeliest token each time.
         seed: Seeds what a temperature above 0 draws.
@@ -62,11 +64,12 @@ def generate_command(
         AdapterError: The checkpoint is missing, torn or another class's, or a value is out of range.
     """
     tuner = load_tuner(ckpt, CausalLMTuner, "language").to(device or default_device()).eval()
-    room = context_length(tuner.model)  # type: ignore[arg-type]
-    row = prompt_tokens(tuner.tokenizer, prompt, format, use_chat_template, room or sys.maxsize)
+    model: Any = tuner.model
+    room = context_length(model) or sys.maxsize
+    row = prompt_tokens(tuner.tokenizer, prompt, format, use_chat_template, room, meaning_of(model))
     streamer = TextStreamer(tuner.tokenizer, skip_prompt=True, skip_special_tokens=True)
     torch.manual_seed(seed)
-    return generate(tuner.model, tuner.tokenizer, [row], max_new_tokens, temperature, streamer)[0]
+    return generate(model, tuner.tokenizer, [row], max_new_tokens, temperature, streamer)[0]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from language.loss import IGNORED, Batch
+from language.meaning import trained_end
 from language.measured import check_finite, ignores_left_padding
 from language.models import context_length
 from lit_adapters.errors import AdapterError, DataError
@@ -30,7 +31,9 @@ def generate(
 ) -> list[str]:
     """Continue prompts up to the model's end token; one text for each, without the prompt. See `continuations`."""
     tokens = continuations(model, tokenizer, prompts, max_new_tokens, temperature, streamer)
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    end = trained_end(model, tokenizer)
+    rows = tokens.tolist() if end is None else [row[: row.index(end)] if end in row else row for row in tokens.tolist()]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
 @torch.no_grad()

@@ -23,9 +23,11 @@ from transformers import (
 )
 
 from language.gguf_files import converted
+from language.meaning import check_meaning
 from lit_adapters.assets.hub import short_hub_waits
 from lit_adapters.assets.package_index import is_package_address, resolve
 from lit_adapters.errors import AdapterError, AssetError
+from lit_adapters.files.meaning import read_meaning, set_meaning
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -81,6 +83,10 @@ def create_model(
         with _loading(name) as source:
             # The name may come from a checkpoint, and nothing that it names may run code of its own.
             model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
+            meaning = read_meaning(Path(source))
+            check_meaning(meaning, source)
+            if meaning:  # merged weights
+                set_meaning(model, meaning)
     for module in model.modules():
         if is_quantised(module):
             stop_repacking(module)
@@ -159,6 +165,8 @@ def _loading(name: str) -> Iterator[str]:
     try:
         with short_hub_waits(not is_local):
             yield source
+    except AdapterError:
+        raise
     except OSError as error:  # every download error of huggingface_hub and requests is one
         reason = str(error).strip().split("\n")[0]
         if is_local:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 import lit_adapters as la
 from language.generate import generate, prompt_rows
 from language.loss import Batch, read, token_losses
+from language.meaning import apply_meaning
 from language.means import Means
 from language.measured import check_causal, check_packing
 from language.models import (
@@ -29,6 +30,7 @@ from language.models import (
 from lit_adapters import values
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import check_whole, read_checkpoint_file
+from lit_adapters.files.meaning import meaning_of, restore_meanings, save_meanings, set_meaning
 from lit_adapters.lightning.loading import LoadsFromFiles
 from lit_adapters.lightning.step_mean import StepMeanModule
 from lit_adapters.methods.base import to_methods
@@ -120,6 +122,8 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
         data = getattr(self._trainer, "datamodule", None)
         if data is not None:
             self._check_data(data)
+            if self.trainer.state.fn != "fit":  # a fit gives the model the meaning of its data
+                self._hand_over_meaning("the model")
 
     def _create(self, name: str) -> Any:
         """A model as it is loaded, without adapters."""
@@ -144,7 +148,11 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
         return model
 
     def on_fit_start(self) -> None:
-        """Measure, where the model is going to train, whether it does what the loss relies on."""
+        """Give the model the meaning of its data, and measure whether it does what the loss relies on."""
+        describe = getattr(getattr(self.trainer, "datamodule", None), "meaning", None)
+        if describe is not None:
+            set_meaning(self._built, describe())
+            apply_meaning(self._built, self.tokenizer)
         check_causal(self._built)
         data = getattr(self.trainer, "datamodule", None)
         if getattr(data, "packing", None) == "packed":
@@ -163,6 +171,15 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
             raise la.DataError(
                 f"data.max_length {longest} exceeds the model's {context} positions: set it to {context}"
             )
+
+    def _hand_over_meaning(self, origin: str) -> None:
+        """Let tokenizer, generation and data go by what the model was trained with."""
+        if self.model is None or not (meaning := meaning_of(self.model)):
+            return
+        apply_meaning(self.model, self.tokenizer)
+        adopt = getattr(getattr(self._trainer, "datamodule", None), "adopt", None)
+        if adopt is not None:
+            adopt(meaning, origin)
 
     @property
     def _built(self) -> nn.Module:
@@ -207,11 +224,18 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the count of learned tokens, of all processes together."""
         super().on_save_checkpoint(checkpoint)
+        save_meanings(checkpoint, self)
         checkpoint["learned_tokens"] = int(self.over_processes(self.learned_tokens, "sum"))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the count up again, in one process: what is logged is the sum, however many there are by now."""
+        """Take up the meaning of the weights, and the count in one process, as what is logged is the sum over all.
+
+        Raises:
+            AdapterError: The meaning is malformed, or contradicts that of the data.
+        """
         super().on_load_checkpoint(checkpoint)
+        restore_meanings(checkpoint, self)
+        self._hand_over_meaning("the checkpoint")
         self.learned_tokens = checkpoint["learned_tokens"] if self.global_rank == 0 else 0
 
     def measure(self, *names: str) -> None:

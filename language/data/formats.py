@@ -203,9 +203,12 @@ def check_template(template: str, form: Format, name: str) -> None:
     """
     check_characters(template, "prompt_template")
     try:
-        used = {part[1] for part in Formatter().parse(template) if part[1] is not None}
+        parts = [part for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise DataError(f"prompt_template {template!r} is malformed ({error}): write {{{{ for a brace") from error
+    used = {str(name) for _, name, _, _ in parts}
+    if any(width or conversion for _, _, width, conversion in parts):
+        raise DataError(f"prompt_template {template!r} formats a field: put nothing but its name into the braces")
     if unknown := sorted(used - set(form.names)):
         raise DataError(f"prompt_template has unknown fields {unknown}: format {name} has {', '.join(form.names)}")
     if missing := sorted(set(form.fields) - used):

@@ -20,8 +20,10 @@ from language.data.splits import hold_out, subset
 from language.data.templates import Example, Renderer
 from language.data.tokenise import Encoder, tokenise
 from language.loss import Batch
+from language.meaning import check_meaning
 from language.models import create_tokenizer
 from lit_adapters.errors import DataError
+from lit_adapters.files.meaning import check_same
 from lit_adapters.lightning.resume.loader import ResumableLoader
 from lit_adapters.lightning.resume.sampler import EpochSampler
 
@@ -198,6 +200,46 @@ class InstructionDataModule(lightning.LightningDataModule):
         if self.format != "classification":
             raise DataError(f"format={self.format} has no classes; only classification has")
         return sorted({record.answer for record in self._training_rows})
+
+    def meaning(self) -> dict[str, Any]:
+        """What a model that learns these data must be asked with: it travels with the weights."""
+        found = {
+            "format": self.format,
+            "use_chat_template": self.renderer.chat,
+            "system_in_user": self.system_in_user,
+            "prompt_template": self.prompt_template,
+            "chat_template": self.renderer.chat_template if self.renderer.chat else None,
+            "end_token": self._end[0],
+            "end_token_ids": [self._end[1]],
+        }
+        return found | ({"classes": self.classes} if self.format == "classification" else {})
+
+    def adopt(self, meaning: dict[str, Any], origin: str) -> None:
+        """Take from a trained model what the settings leave open: templates, end token, classes.
+
+        Args:
+            meaning: What the model was trained with, as `meaning` says it.
+            origin: Where it was found, for messages.
+
+        Raises:
+            AdapterError: A setting contradicts it.
+        """
+        check_meaning(meaning, origin)
+        open_settings = ("prompt_template", "chat_template", "end_token")
+        named = {name: getattr(self, name) for name in open_settings if getattr(self, name) is not None}
+        flags = {"use_chat_template": self.renderer.chat, "system_in_user": self.system_in_user}
+        check_same(meaning, {"format": self.format, **flags, **named}, origin)
+        for name in open_settings:
+            setattr(self, name, getattr(self, name) or meaning.get(name))
+        if self.prompt_template is not None:
+            check_template(self.prompt_template, FORMATS[self.format], self.format)
+        before = (self.renderer.settings, self._end)
+        for name in ("renderer", "encoder", "_end", "pad_id"):
+            self.__dict__.pop(name, None)
+        if meaning.get("classes"):
+            self.__dict__["classes"] = list(meaning["classes"])
+        if before != (self.renderer.settings, self._end):
+            self._datasets = {split: self._dataset(split) for split in self._datasets}  # type: ignore[arg-type]
 
     def examples(self, split: SplitName) -> list[Example]:
         """Prompts and answers of a split as text, for generation and scoring; needs no `setup`."""

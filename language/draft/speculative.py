@@ -26,6 +26,7 @@ from language.module import load_tuner
 from language.prompt import prompt_tokens
 from lit_adapters import console
 from lit_adapters.errors import DataError
+from lit_adapters.files.meaning import meaning_of
 from lit_adapters.lightning.cli import run
 from lit_adapters.values import check_whole
 
@@ -127,7 +128,7 @@ def measure_command(
     out: Path,
     limit: int | None = None,
     format: FormatName | None = None,
-    use_chat_template: bool = False,
+    use_chat_template: bool | None = None,
     device: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -138,7 +139,8 @@ def measure_command(
         prompts: Rows with turns (MT-bench) or prompt.
         out: JSON file to write.
         limit: Prompts to use; default all.
-        format: The training's data.format; by default prompts stand as they are.
+        format: The training's data.format, which newer checkpoints hold; where it is not known prompts stand as they
+            are.
         use_chat_template: The training's data.use_chat_template.
         device: `cuda` or `cpu`; by default `cuda` where there is one.
         settings: Those of `DecodingSettings`.
@@ -158,7 +160,8 @@ def measure_command(
     tuner = load_tuner(ckpt, DraftTuner, "language.draft").to(device)
     draft, report = merged_draft(tuner)
     room = min(context_length(model) or sys.maxsize for model in (tuner.target, draft)) - decoding.max_new_tokens
-    rows = [prompt_tokens(tuner.tokenizer, text, format, use_chat_template, room) for text in texts]
+    meaning = meaning_of(tuner.model)  # type: ignore[arg-type]
+    rows = [prompt_tokens(tuner.tokenizer, text, format, use_chat_template, room, meaning) for text in texts]
     found = measure(tuner.target, draft, rows, decoding)
     results = {name: {"metrics": metrics} for name, metrics in found.items()}
     result = {

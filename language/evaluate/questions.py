@@ -7,6 +7,7 @@ that it was tuned with.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,13 +63,32 @@ class WritingTask:
     framed: FramedPrompt | None = None
 
 
-def make_renderer(tokenizer: Any, name: FormatName, chat: bool) -> Renderer:
-    """Prompts of a format, plain or in the tokenizer's chat template."""
-    return Renderer(tokenizer, tokenizer.eos_token or "", name, chat=chat)
+def make_renderer(tokenizer: Any, name: FormatName, chat: bool, meaning: Mapping[str, Any] | None = None) -> Renderer:
+    """Prompts of a format, plain or in the tokenizer's chat template, with the templates of the training if there are.
+
+    Args:
+        tokenizer: The model's own.
+        name: The format.
+        chat: Ask in the chat template.
+        meaning: What the model was trained with, see `language.data.InstructionDataModule.meaning`.
+
+    Raises:
+        DataError: A chat template is needed and missing.
+    """
+    meaning = meaning or {}
+    template = meaning.get("prompt_template") if meaning.get("format") == name else None
+    folded = meaning.get("system_in_user", False)
+    return Renderer(tokenizer, tokenizer.eos_token or "", name, template, chat, meaning.get("chat_template"), folded)
 
 
 def read_commonsense(
-    root: str | Path, name: str, tokenizer: Any, chat: bool = False, limit: int | None = None, seed: int = 0
+    root: str | Path,
+    name: str,
+    tokenizer: Any,
+    chat: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+    meaning: Mapping[str, Any] | None = None,
 ) -> list[Question]:
     """Questions of one of the eight tasks, from `root/NAME.test.jsonl` with instruction, output and answer.
 
@@ -82,13 +102,14 @@ def read_commonsense(
         chat: Ask in the chat template.
         limit: Number of questions, chosen at random by `seed`; default all.
         seed: Seeds the choice.
+        meaning: What the model was trained with; its templates, and the classes of classification, are used.
 
     Raises:
         DataError: The task is unknown, or a row is bad (file and line).
     """
     if name not in COMMONSENSE:
         raise DataError(f"common-sense task {name!r} is unknown: use {', '.join(COMMONSENSE)}")
-    renderer = make_renderer(tokenizer, "alpaca", chat)
+    renderer = make_renderer(tokenizer, "alpaca", chat, meaning)
     questions = []
     for row in subset(read_rows(str(Path(root) / f"{name}.test.jsonl"), "test"), limit, "questions", name, seed):
         (record,), _ = parse([row], "alpaca")
@@ -106,7 +127,12 @@ def read_commonsense(
 
 
 def read_classification(
-    path: str | Path, tokenizer: Any, chat: bool = False, limit: int | None = None, seed: int = 0
+    path: str | Path,
+    tokenizer: Any,
+    chat: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+    meaning: Mapping[str, Any] | None = None,
 ) -> list[Question]:
     """Texts with their class; the choices are the names of all classes in the file.
 
@@ -116,6 +142,7 @@ def read_classification(
         chat: Ask in the chat template.
         limit: Number of texts, chosen at random by `seed`; default all.
         seed: Seeds the choice.
+        meaning: What the model was trained with; its templates, and the classes of classification, are used.
 
     Raises:
         DataError: A row is bad (file and line), or there is a single class.
@@ -123,9 +150,17 @@ def read_classification(
     rows = read_rows(str(path), "test")
     records, _ = parse(rows, "classification", {"label": "label_name"} if "label_name" in rows[0].values else None)
     labels = sorted({record.answer for record in records})
+    trained = meaning.get("classes") if meaning and meaning.get("format") == "classification" else None
+    if trained:
+        if unknown := [record for record in records if record.answer not in trained]:
+            raise DataError(
+                f"{unknown[0].origin}: class {unknown[0].answer!r} is none of those that the model was trained with: "
+                f"{', '.join(trained[:20])}"
+            )
+        labels = list(trained)
     if len(labels) < 2:
         raise DataError(f"{path} has a single class, {labels[0]!r}: nothing to choose from")
-    renderer = make_renderer(tokenizer, "classification", chat)
+    renderer = make_renderer(tokenizer, "classification", chat, meaning)
     questions = []
     for record in subset(records, limit, "questions", "classification", seed):
         example = renderer.example(record)
@@ -136,7 +171,12 @@ def read_classification(
 
 
 def read_summaries(
-    path: str | Path, tokenizer: Any, chat: bool = False, limit: int | None = None, seed: int = 0
+    path: str | Path,
+    tokenizer: Any,
+    chat: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+    meaning: Mapping[str, Any] | None = None,
 ) -> tuple[list[WritingTask], int]:
     """Dialogues with their summaries, and how many rows were empty and skipped.
 
@@ -146,12 +186,13 @@ def read_summaries(
         chat: Ask in the chat template.
         limit: Number of dialogues, chosen at random by `seed`; default all.
         seed: Seeds the choice.
+        meaning: What the model was trained with; its templates, and the classes of classification, are used.
 
     Raises:
         DataError: A row is bad (file and line).
     """
     records, skipped = parse(read_rows(str(path), "test"), "summarisation", drop_empty=True)
-    renderer = make_renderer(tokenizer, "summarisation", chat)
+    renderer = make_renderer(tokenizer, "summarisation", chat, meaning)
     chosen = [renderer.example(record) for record in subset(records, limit, "questions", "summarisation", seed)]
     tasks = [
         WritingTask(example.prompt, example.response, FramedPrompt(example.stretches, chat=renderer.chat))

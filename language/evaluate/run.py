@@ -21,10 +21,12 @@ from language.evaluate.harness import PREFIX, plan_harness
 from language.evaluate.metrics import mean_of_groups
 from language.evaluate.questions import COMMONSENSE
 from language.evaluate.results import versions
-from language.evaluate.tasks import EvalSettings, plan
+from language.evaluate.tasks import EvalSettings, as_trained, plan
+from language.meaning import apply_meaning
 from language.models import Dtype, Quantization, create_model, create_tokenizer
 from language.module import CausalLMTuner, load_tuner
 from lit_adapters.errors import DataError
+from lit_adapters.files.meaning import meaning_of
 
 TASKS = ("mmlu", *COMMONSENSE, "classification", "summarisation", "perplexity")
 
@@ -82,7 +84,7 @@ def evaluate(
         DataError: A task is unknown, its data are missing or bad (file and line), or `lm_eval` is not installed.
         AdapterError: The model's output is not a number.
     """
-    settings = settings or EvalSettings()
+    settings = as_trained(settings or EvalSettings(), meaning_of(model))
     started = time.perf_counter()
     names = task_names(tasks)
     check_root(names, root)
@@ -133,6 +135,7 @@ def load(
         base = create_model(model, dtype=dtype, quantization=quantization)
         if adapters is not None:
             la.load_adapters(base, adapters)
+        apply_meaning(base, tokenizer)
     if torch.cuda.is_available():
         base = base.cuda()
     return base.eval(), tokenizer

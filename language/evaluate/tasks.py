@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from language.evaluate.questions import Question, WritingTask, read_classificati
 from language.generate import generate
 from language.models import context_length
 from lit_adapters.errors import DataError
+from lit_adapters.files.meaning import check_same, meaning_of
 
 _DEFAULT_LENGTH = 2048  # tokens, for models that name no context
 
@@ -37,12 +38,14 @@ class EvalSettings:
         classification: File, or folder with a test file, of text and label_name (or label).
         summarisation: File, or folder with a test file, of dialogue and summary.
         perplexity: File, or folder with a test file, of held-out data for training.
-        perplexity_format: Format of the held-out data.
+        perplexity_format: Format of the held-out data; default that of the training where the model tells it, else
+            alpaca.
         shots: Examples in an MMLU prompt.
         per_subject: MMLU questions of each subject, chosen by seed; default all.
         limit: Questions of each other task, chosen by seed; default all.
         seed: Seeds the choice of questions and the bootstrap.
-        chat: Ask in the model's chat template; MMLU is always plain.
+        chat: Ask in the model's chat template; default as in training where the model tells it, else not. MMLU is
+            always plain.
         answers: Whether common-sense and classification answers are chosen by log-likelihood or looked for in
             generated text.
         max_new_tokens: Longest generated answer.
@@ -57,12 +60,12 @@ class EvalSettings:
     classification: str = "newsgroups20"
     summarisation: str = "samsum"
     perplexity: str = "held_out"
-    perplexity_format: FormatName = "alpaca"
+    perplexity_format: FormatName | None = None
     shots: int = 5
     per_subject: int | None = None
     limit: int | None = None
     seed: int = 0
-    chat: bool = False
+    chat: bool | None = None
     answers: Literal["choice", "generation"] = "choice"
     max_new_tokens: int = 64
     batch_size: int = 8
@@ -82,6 +85,25 @@ class EvalSettings:
                 raise DataError(f"{name}={value} must be at least {lowest}")
 
 
+def as_trained(settings: EvalSettings, meaning: Mapping[str, Any]) -> EvalSettings:
+    """The settings with what they leave open taken from the training of the model.
+
+    Args:
+        settings: How to ask.
+        meaning: What the model was trained with, see `language.data.InstructionDataModule.meaning`.
+
+    Raises:
+        AdapterError: `chat` contradicts it.
+    """
+    if settings.chat is not None:
+        check_same(meaning, {"use_chat_template": settings.chat}, "the model")
+    return replace(
+        settings,
+        chat=bool(meaning.get("use_chat_template", settings.chat)),
+        perplexity_format=settings.perplexity_format or meaning.get("format") or "alpaca",
+    )
+
+
 Task = Callable[[], dict[str, Any]]
 
 
@@ -94,21 +116,25 @@ def plan(name: str, model: PreTrainedModel, tokenizer: Any, root: Path, s: EvalS
     if name == "perplexity":
         return partial(_perplexity, model, _held_out(root / s.perplexity, model, tokenizer, s))
     if name == "summarisation":
-        tasks, skipped = read_summaries(root / s.summarisation, tokenizer, s.chat, s.limit, s.seed)
+        tasks, skipped = read_summaries(
+            root / s.summarisation, tokenizer, bool(s.chat), s.limit, s.seed, meaning_of(model)
+        )
         return partial(_summaries, model, tokenizer, tasks, skipped, s)
-    questions = read_questions(name, tokenizer, root, s)
+    questions = read_questions(name, tokenizer, root, s, meaning_of(model))
     if name == "mmlu":
         return partial(_mmlu, model, tokenizer, questions, s)
     return partial(_choose if s.answers == "choice" else _generate, name, model, tokenizer, questions, s)
 
 
-def read_questions(name: str, tokenizer: Any, root: Path, s: EvalSettings) -> list[Question]:
+def read_questions(
+    name: str, tokenizer: Any, root: Path, s: EvalSettings, meaning: Mapping[str, Any] | None = None
+) -> list[Question]:
     """The questions of a multiple-choice task: mmlu, classification or a common-sense one.
 
     Raises:
         DataError: The task is unknown, or its data are missing or bad (file and line).
     """
-    chosen: dict[str, Any] = {"chat": s.chat, "limit": s.limit, "seed": s.seed}
+    chosen: dict[str, Any] = {"chat": bool(s.chat), "limit": s.limit, "seed": s.seed, "meaning": meaning}
     if name == "mmlu":
         return _guarded(read_mmlu(root / s.mmlu, s.shots, s.per_subject, s.seed), tokenizer)
     if name == "classification":
@@ -188,15 +214,21 @@ def _write(
 
 
 def _held_out(path: Path, model: PreTrainedModel, tokenizer: Any, s: EvalSettings) -> InstructionDataModule:
+    assert s.perplexity_format is not None
+    meaning = meaning_of(model)
+    same = meaning.get("format") == s.perplexity_format
     data = InstructionDataModule(
         path=str(path),
         test_path=str(path),
         tokenizer=tokenizer,
         format=s.perplexity_format,
+        prompt_template=meaning.get("prompt_template") if same else None,
+        system_in_user=bool(s.chat) and meaning.get("system_in_user", False),
+        end_token=meaning.get("end_token"),
         max_length=s.max_length or context_length(model) or _DEFAULT_LENGTH,
         batch_size=s.batch_size,
         test_subset=s.limit and min(s.limit, len(read_rows(str(path), "test"))),
-        use_chat_template=s.chat,
+        use_chat_template=bool(s.chat),
         seed=s.seed,
     )
     data.setup("test")

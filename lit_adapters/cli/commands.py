@@ -22,7 +22,7 @@ from lit_adapters.cli.models import adapted_model, build_base, import_modules
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import HEADER, TENSORS, save_adapters
 from lit_adapters.files.atomic import check_output, write_directory
-from lit_adapters.files.meaning import write_meaning
+from lit_adapters.files.meaning import meaning_of, write_meaning
 from lit_adapters.files.peft import check_expressible, export_peft, import_peft
 from lit_adapters.files.peft_lora import CONFIG
 from lit_adapters.files.saved import read_saved
@@ -77,6 +77,10 @@ def merge_command(args: argparse.Namespace) -> None:
     _check(args.path, lambda name, adapter: adapter.check_linear())
     model, tokenizer = _adapted(args)
     merged = merge(model)
+    end = meaning_of(model).get("end_token_ids")
+    if end and (settings := getattr(model, "generation_config", None)) is not None:
+        own = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        settings.eos_token_id = list(dict.fromkeys([*end, *(i for i in own if i is not None)]))
 
     def write(directory: Path) -> None:
         # transformers would load such a directory with its own activations, and only warn.
