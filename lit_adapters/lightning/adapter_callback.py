@@ -16,6 +16,7 @@ from lit_adapters.lightning.parts import CallbackOfParts
 from lit_adapters.lightning.recording import Recording
 from lit_adapters.lightning.resume.adapters_only import AdaptersOnly
 from lit_adapters.lightning.resume.callback import Resuming
+from lit_adapters.lightning.resume.finishing import Finishing
 from lit_adapters.model.attach import adapters
 from lit_adapters.training.attached import attached_models
 
@@ -95,7 +96,9 @@ class AdapterCallback(CallbackOfParts):
     def _new_parts(self) -> list[Callback]:
         self._annealing = Annealing(self.finalize)
         self._recording = Recording(self.log_every_n_steps, self.statistics, self.figures, self._annealing)
+        finishing = Finishing()
         return [
+            finishing,
             Settings(),
             Calibration(self.calibration_batches),
             self._annealing,
@@ -105,6 +108,7 @@ class AdapterCallback(CallbackOfParts):
             self._recording,
             Resuming(),  # restores random states at the start of a training, so after all that might draw from them
             *([AdaptersOnly()] if self.save_adapters_only else []),
+            finishing.last_part,
         ]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -71,8 +71,9 @@ class Recording(Callback):
         self._draw(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw how it ended."""
+        """Draw how it ended; record it, if the epoch had ended before the run was resumed."""
         if self._recorder is not None:
+            self._record(trainer)
             self._draw(trainer, last=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -112,9 +113,9 @@ class Recording(Callback):
             self._recorder.draw(writers, trainer.global_step, last)
 
     def _metrics(self) -> dict[str, float]:
-        """The values that were logged last; where nothing was logged yet, those of the run being resumed."""
+        """The values that were logged last; those of the run being resumed, where none came since."""
         logged = {} if self._trainer is None else self._trainer.callback_metrics
-        return {name: float(value) for name, value in logged.items()} or self._state.get("metrics", {})
+        return self._state.get("metrics", {}) | {name: float(value) for name, value in logged.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What the next record needs of the last, and the values logged last."""
