@@ -3,6 +3,8 @@
 import dataclasses
 
 import pytest
+import torch
+from torch import nn
 
 import lit_adapters as la
 from lit_adapters import methods, schedules
@@ -95,3 +97,10 @@ def test_values_that_nobody_means(kind, settings):
     (name,) = settings
     with pytest.raises(la.AdapterError, match=name):
         kind(**settings)
+
+
+def test_a_dimension_that_the_input_lacks_is_named():
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU())
+    la.attach(model, la.NoRA(groups=4, channel_dim=3))
+    with pytest.raises(la.AdapterError, match=r"'1' has the shape \(2, 8\), without a dimension 3"):
+        model(torch.zeros(2, 4))

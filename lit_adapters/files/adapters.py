@@ -10,7 +10,8 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -181,26 +182,46 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
     for part in (part for method in methods for part in method.parts()):
         part.forget_unmatched(model)
     report = attach(model, methods, header["train"])
-    try:
+    with _as_before_on_error(model, ()):
         expected = adapter_state(model, besides)
         _check_fit(model, header, expected, tensors, directory)
-    except BaseException:
-        detach(model)
-        raise
+    own = base_parameters(model).keys() | set(attachment(model).buffers)
+    with _as_before_on_error(model, own & tensors.keys()):
+        if others := _other_weights(model, header, tensors):
+            warnings.warn(
+                f"{directory} was trained on other weights of this architecture{others}; results will differ",
+                stacklevel=2,
+            )
+        if not has_checksums(header):
+            _note_without_checksums()
+        model.load_state_dict(tensors, strict=False, assign=any(t.is_meta for t in expected.values()))
     state, parameters = attachment(model), base_parameters(model)
     state.unfrozen = list(besides)
     for name, trains in besides.items():
         parameters[name].requires_grad_(trains)
         report.trained[name] = parameters[name].numel()
-    if others := _other_weights(model, header, tensors):
-        warnings.warn(
-            f"{directory} was trained on other weights of this architecture{others}; results will differ", stacklevel=2
-        )
-    if not has_checksums(header):
-        _note_without_checksums()
-    model.load_state_dict(tensors, strict=False, assign=any(t.is_meta for t in expected.values()))
     adopt_meaning(model, meaning, str(directory))
     return report
+
+
+@contextmanager
+def _as_before_on_error(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Detach if the block fails, and give the base tensors called `names` their values again: all or nothing."""
+    before: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        module = model.get_submodule(parent)
+        table: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
+        before.append((table, attribute, table[attribute], table[attribute].detach().clone()))
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for table, attribute, tensor, values in before:
+                tensor.copy_(values)
+                table[attribute] = tensor
+        detach(model)
+        raise
 
 
 def _check_fit(

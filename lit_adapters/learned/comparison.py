@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_adapters.console import text_table
 from lit_adapters.files.saved import SavedAdapters
+from lit_adapters.learned.computable import computable
 from lit_adapters.learned.subspace import common_grid
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.description import LearnedFunctions, LowRankUpdate
@@ -71,7 +72,8 @@ def compare(first: SavedAdapters, second: SavedAdapters) -> Comparison:
     for name in (n for n in first.layers if n in second.layers):
         x, y = first.layers[name], second.layers[name]
         method = " and ".join(dict.fromkeys((x.method, y.method)))
-        compared = _compare(name, method, x.adapter, y.adapter)
+        with computable(repr(name)):
+            compared = _compare(name, method, x.adapter, y.adapter)
         if isinstance(compared, str):
             unlike[name] = f"{method}: {compared}"
         else:

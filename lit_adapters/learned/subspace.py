@@ -39,7 +39,8 @@ def _distribution(layer: LearnedFunctions, x: np.ndarray) -> np.ndarray:
     """The share of a layer's inputs below each of x (D,), spread evenly around the points of its own grid."""
     points = layer.grid().numpy()
     density = layer.density.double().cpu().numpy()
-    below = np.concatenate([[0.0], density.cumsum() / density.sum()])
+    with np.errstate(invalid="ignore"):  # a density of zeros, as a damaged file may hold, gives NaN and is named later
+        below = np.concatenate([[0.0], density.cumsum() / density.sum()])
     half = (points[1] - points[0]) / 2
     return np.interp(x, np.linspace(points[0] - half, points[-1] + half, len(below)), below)
 

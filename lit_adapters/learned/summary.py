@@ -10,6 +10,7 @@ import torch
 
 from lit_adapters.console import text_table
 from lit_adapters.files.saved import SavedAdapters, SavedLayer
+from lit_adapters.learned.computable import computable
 from lit_adapters.learned.subspace import learned_subspace
 from lit_adapters.methods.base import Method
 from lit_adapters.methods.description import AdapterSummary, LearnedFunctions
@@ -64,7 +65,8 @@ def _summary(name: str, layer: SavedLayer) -> LayerSummary:
         return LayerSummary(name, layer.method, layer.parameters, AdapterSummary("-"), layer.merges)
     obstacle = layer.adapter.merge_obstacle()
     merges = "no" if obstacle else "yes"
-    return LayerSummary(name, layer.method, layer.parameters, layer.adapter.summary(), merges, obstacle)
+    with computable(repr(name)):
+        return LayerSummary(name, layer.method, layer.parameters, layer.adapter.summary(), merges, obstacle)
 
 
 def learned_functions(saved: SavedAdapters) -> dict[str, LearnedFunctions]:
@@ -115,7 +117,8 @@ def report(saved: SavedAdapters, summaries: Sequence[LayerSummary]) -> str:
     for hindered in obstacles.values():
         lines.append(f"no merging into weights, {len(hindered)} layers: {hindered[0].obstacle}")
     if functions := list(learned_functions(saved).values()):
-        lines.append(_subspace_line(learned_subspace(functions)))
+        with computable("the functions of all layers"):
+            lines.append(_subspace_line(learned_subspace(functions)))
     return "\n".join(lines)
 
 

@@ -330,12 +330,18 @@ class NoRAActivation(AdapterModule):
         """Check that the layer is calibrated if it has to be, and that the groups divide the channels of x.
 
         Raises:
-            AdapterError: Calibration is missing while training, or the groups do not divide the channels.
+            AdapterError: Calibration is missing while training, x has no such dimension, or the groups do not divide
+                the channels.
         """
         if self.training and self._awaits_calibration:
             raise AdapterError(
                 f"{self.qualified_name!r} has fit_range='calibrate' and was not calibrated; call "
                 "lit_adapters.calibrate(model, batches) before training, or train with AdapterCallback, which does"
+            )
+        if has_sizes(x) and not -x.dim() <= self.channel_dim < x.dim():
+            raise AdapterError(
+                f"the input of {self.qualified_name!r} has the shape {tuple(x.shape)}, without a dimension "
+                f"{self.channel_dim}; set another channel_dim"
             )
         if has_sizes(x) and x.shape[self.channel_dim] % self.config.groups:
             raise AdapterError(

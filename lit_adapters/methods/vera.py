@@ -36,7 +36,7 @@ from lit_adapters.ops._context import autocast_dtype, transformed
 from lit_adapters.values import check_factor, check_probability, check_whole
 
 _MOST_RANK = 1 << 16
-_MOST_SIDE = 1 << 20  # of a weight
+_MOST_ELEMENTS = 1 << 28  # of a frozen matrix
 
 
 @dataclass
@@ -100,12 +100,24 @@ class VeRA(Method):
         """
         if "vera_sizes" not in tensors:
             raise AdapterError(f"{qualified_name!r} lacks vera_sizes")
-        sizes = tensors["vera_sizes"]
-        if sizes.shape != (2, 2) or sizes.dtype != torch.int64 or not ((sizes > 0) & (sizes <= _MOST_SIDE)).all():
-            raise AdapterError(f"{qualified_name}.vera_sizes must hold two pairs of sizes of weights")
-        outputs, inputs = sizes[1].tolist()
+        _check_sizes(qualified_name, tensors["vera_sizes"], self.rank)
+        outputs, inputs = tensors["vera_sizes"][1].tolist()
         layer = nn.Linear(inputs, outputs, bias=False, device="meta")
         return self.wrap(layer, qualified_name, nn.Module())
+
+
+def _check_sizes(name: str, sizes: Tensor, rank: int) -> None:
+    """Check the sizes that a file holds for a layer, before a pair is drawn for them.
+
+    Raises:
+        AdapterError: They are no two pairs of sizes, the layer is larger than the largest, or the pair would be huge.
+    """
+    valid = sizes.shape == (2, 2) and sizes.dtype == torch.int64
+    if not valid or not ((sizes > 0) & (sizes[1] <= sizes[0]) & (sizes <= _MOST_ELEMENTS // rank)).all():
+        raise AdapterError(
+            f"{name}.vera_sizes is {shown(sizes.tolist())}, and must hold the sizes of the largest layer and of this "
+            "one; take an undamaged copy"
+        )
 
 
 class FrozenPair:
@@ -280,6 +292,7 @@ class VeRAAdapter(WeightAdapter):
         """Take the pair that the file was trained with, also where the largest layer of the model is another one."""
         sizes = state_dict.get(f"{prefix}vera_sizes")
         if sizes is not None and not sizes.is_meta:
+            _check_sizes(self.qualified_name, sizes, self.pair.rank)
             largest, size = sizes.tolist()
             if tuple(size) != self.size:
                 raise AdapterError(
