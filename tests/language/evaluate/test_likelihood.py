@@ -177,5 +177,5 @@ def test_errors():
         score_choices(model, tokenizer, ["Q:"], [[" A", ""]])
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(AdapterError, match="prompt 0 is not a number"):
+    with pytest.raises(AdapterError, match="is not a number"):
         score_choices(model, tokenizer, ["Q:"], [[" A"]])
