@@ -40,6 +40,7 @@ from lit_adapters.model.attach import adapters, attach, attachment, base_paramet
 from lit_adapters.model.meta import refuse_meta
 from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import is_sharded, whole
+from lit_adapters.model.unfinished import warn_unfinished
 
 TENSORS, HEADER = "lit_adapter.safetensors", "lit_adapter.json"
 _KEY = "lit_adapter"
@@ -117,6 +118,7 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
     besides = unfrozen(model)
     state = adapter_state(model, besides)
     refuse_meta(state, "save_adapters")
+    warn_unfinished(model, str(directory))
     tensors = {n: whole(t).cpu().contiguous() for n, t in state.items()}
     broken = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:

@@ -22,6 +22,8 @@ from lit_adapters.model.meta import (
     require_placed,
 )
 from lit_adapters.model.report import AdapterReport
+from lit_adapters.model.save_guard import free_saving, guard_saving
+from lit_adapters.model.unfinished import leave_the_end_to_others
 from lit_adapters.model.watch import forget, watch
 
 _STATE = "_lit_adapters"
@@ -152,6 +154,8 @@ def attach(
     model.register_load_state_dict_pre_hook(_note_prefix)
     model.register_load_state_dict_post_hook(_forgive_frozen)
 
+    if wrapped:
+        guard_saving(model)
     watch(model, dict(adapters(model)))
     sizes = {n: named[n].numel() for n in state.trained_parameters}
     # Without a known head, everything in `train` counts as the head.
@@ -272,6 +276,7 @@ def released(adapter: AdapterModule) -> nn.Module:
 
 def remove_adapters(model: nn.Module, replacement: Callable[[AdapterModule], nn.Module]) -> None:
     """Replace every adapter by `replacement(adapter)`, and delete the record and the hooks of `attach`."""
+    leave_the_end_to_others(adapter for _, adapter in adapters(model))
     replacements: dict[int, nn.Module] = {}
     for target in list(places(model)):
         if isinstance(target.module, AdapterModule):
@@ -280,6 +285,7 @@ def remove_adapters(model: nn.Module, replacement: Callable[[AdapterModule], nn.
                 replacements[key] = replacement(target.module)
             setattr(target.parent, target.attribute, replacements[key])
     del model.__dict__[_STATE]
+    free_saving(model)
     forget(model)
     forget_expectation(model)
     for hooks in (model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks):

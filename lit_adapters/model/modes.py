@@ -15,6 +15,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.model.attach import adapters
 from lit_adapters.model.meta import require_loaded
+from lit_adapters.model.unfinished import note_progress
 from lit_adapters.ops.statistics import regular_sample
 
 _VALUES_PER_CALL = 1 << 14  # inputs of an adapter that `calibrate` keeps from one call
@@ -188,10 +189,12 @@ def set_progress(model: nn.Module, progress: float) -> None:
     """
     if not 0.0 <= progress <= 1.0:
         raise AdapterError(f"progress {progress} must lie in [0, 1]")
-    for name, adapter in _require_adapters(model):
+    found = _require_adapters(model)
+    for name, adapter in found:
         if adapter.merged and adapter.schedule is not None:
             raise AdapterError(f"{name!r} is merged at its linear end; call lit_adapters.unmerge(model) first")
         adapter.set_progress(progress)
+    note_progress((adapter for _, adapter in found), progress)
 
 
 def _to(batch: Any, device: torch.device) -> Any:

@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.model.meta import offloads
+from lit_adapters.model.unfinished import note_progress
 
 _STEPS = 2  # after which experts and dropped layers should have had a gradient
 _IDLE_STEPS = 100  # steps in which nothing of the model has a gradient, before it is watched no longer
@@ -65,6 +66,7 @@ class Watch:
             self._without_gradient += 1
             return None if self._without_gradient < _IDLE_STEPS else ""
         self._steps += 1
+        note_progress(alive.values())
         lost = [name for name in self._adapters if name not in alive or id(alive[name]) not in present]
         frozen, idle = [], []
         for name, adapter in alive.items():

@@ -11,6 +11,7 @@ from torch import nn
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.model.attach import adapters
+from lit_adapters.model.unfinished import leave_the_end_to_others
 from lit_adapters.schedules import Adaptive, Schedule
 
 _LINEAR_SHARE = 0.05  # of the training, at its end, if an early stop is put off
@@ -52,6 +53,7 @@ class Annealer:
         self.layers: list[tuple[AdapterModule, Schedule]] = [
             (adapter, adapter.schedule) for _, adapter in adapters(model) if adapter.schedule is not None
         ]
+        leave_the_end_to_others(adapter for _, adapter in adapters(model))  # the owner of this object tells it
         adaptive = [schedule for _, schedule in self.layers if isinstance(schedule, Adaptive)]
         self.watched = {_watched(schedule) for schedule in adaptive}
         self._windows = {schedule.window for schedule in adaptive}
