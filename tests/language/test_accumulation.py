@@ -90,7 +90,9 @@ def run(name: str, folder: Path, size: int, accumulate: int, rows_in_all: int = 
     return seen
 
 
-@pytest.mark.parametrize("name", REGIMES)
+@pytest.mark.parametrize(
+    "name", ["sft", "grpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("train", "dpo", "draft"))]
+)
 def test_a_step_does_not_depend_on_its_micro_batches(tmp_path, name):
     """Two steps, of four rows and of three: the second is a window that does not get full.
 

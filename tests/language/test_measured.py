@@ -42,9 +42,12 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 CASES = [n for n, f in FAMILIES.items() if f.inputs.keys() == {"input_ids"} and "classifier" not in f.train]
 CASES.remove("transformers xlnet")  # not causal
+EVERY = [*CASES, *OTHERS]
 # Those in which a document of a packed row sees the one before it, or has other positions than alone.
 SEEN = {"bloom", "mpt", "opt", "mamba", "rwkv", "lfm2", "gpt_oss", "falcon_mamba", "recurrent_gemma", "xglm", "biogpt"}
 SEEN |= {"openai-gpt", "roberta", "bert-generation"}
+QUICK = {f"transformers {n}" for n in ("llama", "gpt2", "mixtral", "bloom", "mpt", "opt", "mamba", "lfm2", "gpt_oss")}
+QUICK |= {"mistral", "gemma2", "xglm", "roberta"}
 PADDED = {"rwkv", "recurrent_gemma", "roberta"}  # those that need rows without padding on the left
 
 
@@ -62,7 +65,7 @@ def model(name: str) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("name", [*CASES, *OTHERS])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in EVERY])
 def test_documents_of_a_packed_row_stay_apart_or_packing_is_refused(name):
     """In full and in half precision, against two documents of which the first one is exchanged."""
     network = model(name)
