@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import lit_adapters as la
 from lit_adapters.ops import rational, rational_reference
-from tests.matrix import ALL, move
+from tests.matrix import ALL, MODELS, adapted, linear, move
 
 TOLERANCE = 1e-5  # of the largest entry
 
@@ -27,7 +29,7 @@ METHODS = ALL | {
     "peft": la.Peft(config=peft.LoraConfig(r=2, target_modules=["0", "2"])),
 }
 # In the fast tests, a method of each kind; the others take seconds.
-KINDS = ("dora", "loran", "afa-rational", "bitfit", "nora-anchored")
+KINDS = ("dora", "loran", "bitfit", "nora-anchored")
 SOME = [pytest.param(m, marks=() if m in KINDS else pytest.mark.slow) for m in METHODS]
 
 
@@ -135,3 +137,103 @@ def test_the_formula_does_not_overflow(form, degrees):
     fits = expected.abs() < 1e37
     assert ((found - expected).abs() <= TOLERANCE * expected.abs())[fits].all()
     assert fits.sum() >= 18
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "loran", "afa", "vera", "bitfit", "nora", "peft"])
+def test_symbols_and_scripts_are_refused(method):
+    model = network(method)
+    with pytest.raises(la.AdapterError, match=r"torch\.fx\.symbolic_trace cannot follow '\d'.* use torch\.export"):
+        torch.fx.symbolic_trace(model)
+    with pytest.raises(la.AdapterError, match=r"torch\.jit\.script cannot compile '\d'.* use torch\.export"):
+        torch.jit.script(model)
+    assert_alike(model, model, inputs())  # still whole
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "loran", "vera", "bitfit", "nora"])
+def test_symbols_and_scripts_of_a_merged_model(method):
+    model, examples = network(method), inputs()
+    la.merge(model)
+    if method == "nora":
+        with pytest.raises(la.AdapterError, match="symbolic_trace cannot follow 'RationalActivation'"):
+            torch.fx.symbolic_trace(model)
+        with pytest.raises(la.AdapterError, match="script cannot compile 'RationalActivation'"):
+            torch.jit.script(model)
+        return
+    assert_alike(torch.fx.symbolic_trace(model), model, examples)
+    assert_alike(torch.jit.script(model), model, examples)
+
+
+@pytest.mark.parametrize("method", ["dora", "loran", "afa", "nora"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_trace_of_other_dtypes(method, dtype):
+    model, examples = network(method, dtype), inputs(dtype)
+    assert_alike(torch.jit.trace(model, examples[0], check_trace=False), model, examples)
+
+
+def test_a_graph_in_bfloat16_exports(tmp_path):
+    by_trace(network("afa", torch.bfloat16), inputs(torch.bfloat16)[0], tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "loran", "afa", "nora", "bitfit"])
+def test_a_model_in_train_mode(method):
+    """AFA-LoRA asks for its annealing, and weights are kept, only outside of a trace."""
+    model, examples = network(method).train(), inputs()
+    assert_alike(torch.jit.trace(model, examples[0]), model, examples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_program_runs_where_this_package_is_not(method, merged, tmp_path):
+    model, (x, other) = network(method), inputs()
+    if merged:
+        la.merge(linear(model))
+    torch.export.save(export(model, x, strict=True), tmp_path / "m.pt2")
+    torch.save(other, tmp_path / "x.pt")
+    program = (
+        "import sys, torch; sys.modules['lit_adapters'] = None; "
+        "y = torch.export.load(sys.argv[1] + '/m.pt2').module()(torch.load(sys.argv[1] + '/x.pt')); "
+        "torch.save(y.detach(), sys.argv[1] + '/y.pt')"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=tmp_path)
+    assert_alike(lambda _: torch.load(tmp_path / "y.pt"), model, (other,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_onnx_by_export(method, tmp_path):
+    model, examples = network(method), inputs()
+    shapes = ({0: Dim("rows", min=2, max=64)},)
+    torch.onnx.export(model, examples[:1], tmp_path / "m.onnx", dynamo=True, dynamic_shapes=shapes, verbose=False)
+    assert_alike(onnx_runtime(tmp_path / "m.onnx"), model, examples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "dora", "loran", "bitfit", "nora", "nora-anchored", "afa-rational"])
+def test_compiled_ahead_of_time(method):
+    model, examples = network(method), inputs()
+    package = torch._inductor.aoti_compile_and_package(export(model, examples[0]))
+    assert_alike(torch._inductor.aoti_load_package(package), model, examples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "swin", "convnext", "gpt2", "bert", "llama"])
+@pytest.mark.parametrize("method", ["lora", "dora", "loran", "afa", "vera", "bitfit", "nora", "nora++-dora"])
+def test_whole_models(method, name):
+    model = Logits(adapted(name, method).eval(), MODELS[name].arguments)
+    x = MODELS[name].inputs()
+    other = x.flip(1) if MODELS[name].vocabulary else 2 * x
+    assert_alike(torch.jit.trace(model, x), model, (x, other))
+    assert_alike(export(model, x).module(), model, (x, torch.cat([other, x])))
+
+
+class Logits(nn.Module):
+    """A network that returns logits alone."""
+
+    def __init__(self, network: nn.Module, arguments: dict[str, object]) -> None:
+        super().__init__()
+        self.network, self.arguments = network, arguments
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.network(x, **self.arguments)
+        return output if isinstance(output, Tensor) else output.logits

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_adapters.errors import AdapterError
 from lit_adapters.ops import Denominator, fixed_rational, rational
-from lit_adapters.ops._context import transformed
+from lit_adapters.ops._context import refuse_symbols, transformed, unscriptable
 from lit_adapters.ops.cache import Cache
 
 
@@ -51,6 +52,7 @@ class RationalActivation(nn.Module):
         self._function: Cache[Callable[[Tensor], Tensor]] = Cache()
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_symbols(type(self).__name__)
         change = self._evaluate(x)
         if self.anchor is None:
             return change
@@ -80,6 +82,14 @@ class RationalActivation(nn.Module):
         if self.base_numerator is not None and self.base_denominator is not None:
             base = self.base_numerator.float(), self.base_denominator.float()
         return self.numerator.float(), self.denominator.float(), base
+
+    def __prepare_scriptable__(self) -> RationalActivation:
+        """Called by torch.jit.script, which would fail at the first annotation.
+
+        Raises:
+            AdapterError: Always.
+        """
+        raise AdapterError(unscriptable(type(self).__name__))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._function.clear()  # moving a parameter does not count as a write to it

@@ -177,6 +177,9 @@ class AFAAdapter(LowRankAdapter):
     def phi(self, z: Tensor) -> Tensor:
         """beta sigma(z) + (1 - beta) z; exactly z at beta = 0 and exactly sigma(z) at beta = 1."""
         beta = self.beta
+        if torch.jit.is_tracing():  # the ONNX exporter fails on a bfloat16 tensor times a tensor without dimension
+            wide = z.to(torch.promote_types(z.dtype, torch.float32))
+            return (beta * self.sigma(wide) + (1 - beta) * wide).to(z.dtype)
         return beta * self.sigma(z) + (1 - beta) * z
 
     def forward(self, x: Tensor) -> Tensor:

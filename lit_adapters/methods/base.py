@@ -20,7 +20,7 @@ from lit_adapters.methods.hooks import copy_hooks, move_hooks
 from lit_adapters.methods.merging import Merging
 from lit_adapters.methods.placeholder import plain_layers
 from lit_adapters.methods.targets import Target, find_targets, matched_names
-from lit_adapters.ops._context import transformed
+from lit_adapters.ops._context import refuse_symbols, transformed, unscriptable
 from lit_adapters.ops.cache import Cache
 from lit_adapters.schedules import Schedule
 from lit_adapters.values import list_of_names
@@ -285,7 +285,12 @@ class AdapterModule(CopiedBuffers, Merging, Describing):
 
     @property
     def in_effect(self) -> bool:
-        """Whether `forward` must apply the adapter: it is enabled, and not merged into the base's parameters."""
+        """Whether `forward` must apply the adapter: it is enabled, and not merged into the base's parameters.
+
+        Raises:
+            AdapterError: torch.fx.symbolic_trace traces the model.
+        """
+        refuse_symbols(self.qualified_name)
         if self._original is not None:
             self.begin_forward()
         return self.enabled and not self.merged
@@ -308,6 +313,14 @@ class AdapterModule(CopiedBuffers, Merging, Describing):
         finally:
             for name in parameters:
                 del attributes[name]
+
+    def __prepare_scriptable__(self) -> AdapterModule:
+        """Called by torch.jit.script, which would fail at the first annotation.
+
+        Raises:
+            AdapterError: Always.
+        """
+        raise AdapterError(unscriptable(self.qualified_name))
 
     # ---- values that are computed once
 

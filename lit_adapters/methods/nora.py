@@ -338,12 +338,12 @@ class NoRAActivation(AdapterModule):
                 f"{self.qualified_name!r} has fit_range='calibrate' and was not calibrated; call "
                 "lit_adapters.calibrate(model, batches) before training, or train with AdapterCallback, which does"
             )
-        if has_sizes(x) and not -x.dim() <= self.channel_dim < x.dim():
+        if has_sizes() and not -x.dim() <= self.channel_dim < x.dim():
             raise AdapterError(
                 f"the input of {self.qualified_name!r} has the shape {tuple(x.shape)}, without a dimension "
                 f"{self.channel_dim}; set another channel_dim"
             )
-        if has_sizes(x) and x.shape[self.channel_dim] % self.config.groups:
+        if has_sizes() and x.shape[self.channel_dim] % self.config.groups:
             raise AdapterError(
                 f"{self.config.groups} groups do not divide the {x.shape[self.channel_dim]} channels of "
                 f"{self.qualified_name!r} (input {tuple(x.shape)}, channel_dim {self.channel_dim})"

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
 
+from lit_adapters.errors import AdapterError
+
 # Newer versions of torch have names that leave torch.export and torch.compile out.
 _fx_is_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)
 _plain_call = nn.Module.__call__  # torch.fx puts another one in its place while it traces
@@ -53,9 +55,31 @@ def transformed() -> bool:
     return torch._C._is_tracing() or (nn.Module.__call__ is not _plain_call and _fx_is_tracing())
 
 
-def has_sizes(x: Tensor) -> bool:
-    """Whether the sizes of x are numbers: torch.jit.trace gives tensors for them, and torch.fx stands in for x itself.
+_INSTEAD = "use torch.export.export or torch.jit.trace, which record what a call computes"
 
-    To check them there would write a warning, or fail.
+
+def refuse_symbols(name: str) -> None:
+    """Raise if torch.fx traces without values, by symbols that stand in for tensors.
+
+    Args:
+        name: Of the layer, for the message.
+
+    Raises:
+        AdapterError: torch.fx.symbolic_trace is running.
     """
-    return isinstance(x, Tensor) and not torch.jit.is_tracing()
+    if nn.Module.__call__ is _plain_call or torch.compiler.is_compiling() or not _fx_is_tracing():
+        return
+    if not torch._C._len_torch_dispatch_stack():  # make_fx, which has values, is a dispatch mode
+        raise AdapterError(
+            f"torch.fx.symbolic_trace cannot follow {name!r}, which asks its input for dtype and sizes; {_INSTEAD}"
+        )
+
+
+def unscriptable(name: str) -> str:
+    """Why torch.jit.script cannot compile a layer of ours, and what to do."""
+    return f"torch.jit.script cannot compile {name!r}, which chooses between formulas in Python; {_INSTEAD}"
+
+
+def has_sizes() -> bool:
+    """Whether the sizes of tensors are numbers. Under torch.jit.trace they are tensors: a check would warn."""
+    return not torch.jit.is_tracing()

@@ -140,7 +140,7 @@ def rational(
     Raises:
         ValueError: The groups do not divide the channels, or the shapes of the coefficients disagree.
     """
-    if has_sizes(x):
+    if has_sizes():
         _check_sizes(x, numerator, denominator, channel_dim, base)
     if transformed():
         return _by_formula(x, (numerator, denominator), base, form, channel_dim)
