@@ -1,5 +1,6 @@
 """Settings of all tests."""
 
+import atexit
 import os
 from collections.abc import Callable
 
@@ -10,6 +11,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU, if it is imported after this
 
 from lit_adapters.cli.commands import main
+from lit_adapters.model import unfinished
+
+# Tests train models for a step or two, and the end of their process has nothing to tell of them.
+atexit.unregister(unfinished._at_exit)
 
 # The networks are tiny: a second thread costs more than it brings, much more on a busy machine.
 torch.set_num_threads(1)
