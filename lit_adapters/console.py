@@ -12,6 +12,7 @@ from lit_adapters.errors import AdapterError
 
 T = TypeVar("T")
 
+_LONG = 800  # characters of a line of a message
 _WIDEST = 1 << 20  # characters of a line: more than any table has
 
 # How jsonargparse tells that a value fitted none of several types; the reasons stand between these lines.
@@ -22,10 +23,15 @@ _FRAME = re.compile(
 
 
 def one_line(message: object) -> str:
-    """A message without line breaks, repetitions and jsonargparse's frame around the reasons."""
+    """A message without line breaks, repetitions, long values and jsonargparse's frame around the reasons."""
     lines = [line.strip().removeprefix("- ") for line in str(message).splitlines()]
     kept = [line for line in dict.fromkeys(lines) if line and not _FRAME.match(line)]
-    return re.sub(r"([:;,.]);", r"\1", "; ".join(kept))
+    return re.sub(r"([:;,.]);", r"\1", "; ".join(_cut(line) for line in kept))
+
+
+def _cut(line: str) -> str:
+    """The beginning and the end of a line that a value makes long."""
+    return line if len(line) <= _LONG else f"{line[: _LONG // 2]} ... {line[-_LONG // 4 :]}"
 
 
 def call(function: Callable[..., T], args: Sequence[str] | None, prog: str) -> T:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
@@ -211,6 +212,17 @@ class AdapterCLI(LightningCLI):
         if self.subcommand == "fit":
             self._require_annealing()
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """As LightningCLI's.
+
+        Raises:
+            AdapterError: The trainer refuses its settings.
+        """
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise AdapterError(f"{one_line(error)}; correct the section trainer of the recipe") from error
+
     def _require_annealing(self) -> None:
         """Raise if a method is annealed and nothing in the recipe anneals.
 
@@ -255,7 +267,6 @@ def run(main: Callable[[], Any]) -> None:
 
 # What Lightning says of mistakes in a recipe, as RuntimeErrors, and the fix.
 _OF_LIGHTNING = {
-    "more than one stateful callback of type": "keep one of them in trainer.callbacks",
     "conditioned on metric": "change `monitor` of the callback in trainer.callbacks",
 }
 
