@@ -359,6 +359,10 @@ def check_settings(data: InstructionDataModule) -> None:
     Raises:
         DataError: A value is out of range, or has no meaning for the format; the message names the fix.
     """
+    for name in ("batch_size", "max_length", "num_workers", "val_fraction", "test_fraction", "seed", "order_seed"):
+        value = getattr(data, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise DataError(f"{name}={shown(value)} must be a number")
     subsets = {f"{split}_subset": size for split, size in data.subsets.items()}
     for name, value in {"batch_size": data.batch_size, **subsets}.items():
         if value is not None and value < 1:
