@@ -26,6 +26,9 @@ _DEEPEST = 64  # levels of lists and objects in each other
 _LONGEST_NAME = 1000
 _MOST_ELEMENTS = 1 << 48  # of a parameter
 _SHAPE = re.compile(r"(\d{1,12}(x\d{1,12}){0,7})?")
+# Others, such as float8, have no functions to check their values with.
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bool}
+_DTYPES |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -98,10 +101,12 @@ def check_tensors(header: Mapping[str, Any], tensors: Mapping[str, Tensor], orig
     """Check tensors against the header of their file.
 
     Raises:
-        AdapterError: A value is not finite, the shape of a base parameter is not the one in the header, or the tensors
-            were changed after they were written.
+        AdapterError: A value is not finite or of a type that no adapter has, the shape of a base parameter is not the
+            one in the header, or the tensors were changed after they were written.
     """
     for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise AdapterError(f"{origin}: {shown(name)} is {tensor.dtype}, as no adapter is; take an undamaged copy")
         if (tensor.is_floating_point() or tensor.is_complex()) and not tensor.isfinite().all():
             raise AdapterError(f"{origin}: {shown(name)} holds values that are not finite; take an undamaged copy")
         recorded = header["base"]["shapes"].get(name)

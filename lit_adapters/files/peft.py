@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lit_adapters.errors import AdapterError
+from lit_adapters.errors import AdapterError, shown
 from lit_adapters.files.atomic import write_together
 from lit_adapters.files.peft_lora import CONFIG, LAYER_KEY, PREFIX, TENSORS, read_lora
 from lit_adapters.methods.afa import AFAAdapter
@@ -234,7 +234,7 @@ def import_peft(model: nn.Module, directory: str | Path) -> AdapterReport:
     ranks = {m[1]: t.shape[0] for k, t in tensors.items() if (m := LAYER_KEY.fullmatch(k)) and m[2] == "lora_A.weight"}
     absent = [name for name in ranks if name not in modules]
     if absent or not ranks:
-        adapted = f"adapts {absent[0]!r}, which {type(model).__name__} has not" if absent else "adapts no layer"
+        adapted = f"adapts {shown(absent[0])}, which {type(model).__name__} has not" if absent else "adapts no layer"
         raise AdapterError(f"{directory} {adapted}; give the model that it was trained on")
     for name in ranks:
         _check_convolution(name, modules[name])
@@ -259,12 +259,11 @@ def import_peft(model: nn.Module, directory: str | Path) -> AdapterReport:
     saved = _outermost([n for n in modules if any(n.endswith(end) for end in config.modules_to_save or ())])
     trained = [name for name in saved if next(modules[name].parameters(), None) is not None]
     report = attach(model, method, _exactly(trained, model))
-
-    own = {f"{n}.{key}": t for n, a in adapters(model) for key, t in _tensors(a).items()}  # type: ignore[arg-type]
-    own |= {f"{n}.{key}": t for n in saved for key, t in model.get_submodule(n).state_dict().items()}
     try:
+        own = {f"{n}.{key}": t for n, a in adapters(model) for key, t in _tensors(a).items()}  # type: ignore[arg-type]
+        own |= {f"{n}.{key}": t for n in saved for key, t in model.get_submodule(n).state_dict().items()}
         _check_values(model, own, tensors, directory)
-    except AdapterError:
+    except BaseException:
         detach(model)
         raise
     with torch.no_grad():
@@ -291,8 +290,10 @@ def _check_values(model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[
     by_place: dict[int, str] = {}
     for key, tensor in own.items():
         saved = tensors[key]
-        if saved.is_floating_point() != tensor.is_floating_point() or not saved.isfinite().all():
-            raise AdapterError(f"{directory}: {key!r} is {saved.dtype} or not finite; take an undamaged copy")
+        if saved.is_floating_point() != tensor.is_floating_point() or not saved.to(tensor.dtype).isfinite().all():
+            raise AdapterError(
+                f"{directory}: {key!r} is {saved.dtype} or not finite in {tensor.dtype}; take an undamaged copy"
+            )
         first = by_place.setdefault(tensor.data_ptr(), key)
         if tensor.numel() and tensors[first].shape == saved.shape and not torch.equal(tensors[first], saved):
             raise AdapterError(

@@ -118,10 +118,9 @@ class Peft(Method):
         if not isinstance(kind, str) or kind not in peft.PeftType.__members__:
             known = ", ".join(peft.PeftType.__members__)
             raise AdapterError(f"peft {peft.__version__} has no peft_type {shown(kind)}, only {known}")
-        for setting in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
-            value = self.config.get(setting)
-            for pattern in [value] if isinstance(value, str) else value if isinstance(value, Mapping) else ():
-                check_few_ways(setting, pattern)  # peft gives it to `re`
+        for setting, value in self.config.items():
+            for pattern in _patterns(str(setting), value):
+                check_few_ways(str(setting), pattern)
         try:
             return peft.PeftConfig.from_peft_type(**copy.deepcopy(dict(self.config)))
         except Exception as error:  # configurations of peft raise many kinds
@@ -174,6 +173,15 @@ class Peft(Method):
         owned: set[int] = set()
         built = {name: PeftAdapter(tuner, name, owned) for name, tuner in found.items()}
         return [(target, partial(built.__getitem__, target.name)) for target in places(model) if target.name in built]
+
+
+def _patterns(setting: str, value: Any) -> list[Any]:
+    """The regular expressions in a setting: peft gives them to `re`. Lists hold names, but for layers_pattern."""
+    if not setting.endswith(("_modules", "_pattern")):
+        return []
+    if isinstance(value, (list, tuple, set)):
+        return list(value) if setting == "layers_pattern" else []
+    return list(value) if isinstance(value, Mapping) else [value] if isinstance(value, str) else []
 
 
 def _plain(config: Any) -> dict[str, Any]:

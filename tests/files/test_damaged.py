@@ -153,6 +153,7 @@ BROKEN = {
     "int64": lambda t: t.long(),
     "bool": lambda t: t.bool(),
     "float16": lambda t: t.half(),
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
     "scalar": lambda t: t.sum(),
     "empty": lambda t: t[:0],
     "one more dimension": lambda t: t[None].clone(),

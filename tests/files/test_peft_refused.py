@@ -150,6 +150,20 @@ def assert_refused(directory, message, network=None):
         ({"r": 5}, "'blocks.*' has rank 2, but 5 in"),
         ({"use_dora": True}, "'blocks.*lora_magnitude_vector' is absent there and 64 here"),
         ({"modules_to_save": None}, "'head.bias' is 5 there and absent here"),
+        ({"modules_to_save": 3}, "modules_to_save is 3, and must be"),
+        ({"modules_to_save": [3]}, r"modules_to_save is \[3\], and must be"),
+        ({"r": "2"}, "r is '2', and must be a whole number"),
+        ({"lora_alpha": None}, "lora_alpha is None, and must be a number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, and must be a number"),
+        ({"alpha_pattern": {"fc1": float("nan")}}, "alpha_pattern is .*nan.*, and must be"),
+        ({"alpha_pattern": {"fc1": "x"}}, "alpha_pattern is .*, and must be"),
+        ({"alpha_pattern": [["fc1", 2]]}, "alpha_pattern is .*, and must be"),
+        ({"rank_pattern": 0.5}, "rank_pattern is 0.5, and must be"),
+        ({"rank_pattern": {"(": 2}}, r"'\(' is not a regular expression"),
+        ({"rank_pattern": {"(([a-z0-9_.]+)+)+X": 2}}, "rank_pattern .* may take for ever"),
+        ({"alpha_pattern": {"(([a-z0-9_.]+)+)+X": 2}}, "alpha_pattern .* may take for ever"),
+        ({"peft_type": ["LORA"] * 10_000}, r"holds \['LORA', .{,60}; only LORA"),
+        ({"brand_new": "x" * 100_000}, "does not know brand_new='x{,60}[.]{3}x{,60}'; update it$"),
         ({"modules_to_save": ["norm", "head"]}, "'norm.bias' is absent there and 64 here"),
     ],
 )
@@ -174,6 +188,12 @@ KEY = "base_model.model.blocks.0.mlp.fc1"
         (lambda t: t.update({f"{KEY}.lora_A.bias": torch.ones(2)}), r"lora_A.bias' is not a tensor of a LoRA"),
         (lambda t: t.update({"head.bias": torch.ones(5)}), r"'head.bias' is not a tensor of a LoRA"),
         (lambda t: t.clear(), "adapts no layer"),
+        (lambda t: t.update({f"{KEY}.lora_A.weight": torch.tensor(1.0)}), r"lora_A.weight' is not a tensor of a LoRA"),
+        (
+            lambda t: t.update({f"{KEY}.lora_A.weight": torch.full((2, 64), 1e300, dtype=torch.float64)}),
+            "not finite in torch.float32",
+        ),
+        (lambda t: t.update({f"{KEY}.lora_A.weight": torch.full((2, 64), float("nan"))}), "not finite in"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(tensors, message, saved, tmp_path):
@@ -188,7 +208,7 @@ def test_files_that_are_missing_or_torn(saved, tmp_path):
     (directory / TENSORS).rename(directory / "adapter_model.bin")
     assert_refused(directory, r"adapter_model.safetensors does not exist.*adapter_model.bin is a pickle")
     damaged(saved, tmp_path)
-    for text in ("{", "[]", "{}"):
+    for text in ("{", "[]", "{}", "[" * 100_000, "null"):
         (directory / CONFIG).write_text(text)
         assert_refused(directory, "is torn, or was not saved by peft")
 

@@ -131,6 +131,10 @@ def test_patterns_that_peft_would_run_itself_are_refused():
         {"target_modules": ["q"], "rank_pattern": {"(a+)+b": 2}},
         {"target_modules": ["q"], "alpha_pattern": {"(a|aa)+b": 2}},
         {"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": "(a+)+"},
+        {"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": ["h", "(a+)+"]},
+        {"peft_type": "IA3", "target_modules": ["q"], "feedforward_modules": "(a+)+b"},
+        {"peft_type": "FOURIERFT", "target_modules": ["q"], "n_frequency_pattern": {"(a+)+b": 2}},
+        {"peft_type": "C3A", "target_modules": ["q"], "block_size_pattern": {"(a+)+b": 2}},
     ):
         with pytest.raises(la.AdapterError, match="may take for ever"):
             la.Peft({"peft_type": "LORA", **settings})
