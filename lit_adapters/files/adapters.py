@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError, shown
 from lit_adapters.files.atomic import write_together
+from lit_adapters.files.checkpoint_schema import RECORD as RECORD  # an older place of the name
+from lit_adapters.files.checkpoint_schema import check_checkpoint
 from lit_adapters.files.fingerprint import differing, fingerprint, old_fingerprint
 from lit_adapters.files.header import (
     FORMAT,
@@ -43,8 +45,18 @@ from lit_adapters.model.sharding import is_sharded, whole
 from lit_adapters.model.unfinished import warn_unfinished
 
 TENSORS, HEADER = "lit_adapter.safetensors", "lit_adapter.json"
+# What torch raises for a file that is damaged, or holds more than plain values.
+UNREADABLE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+)
 _KEY = "lit_adapter"
-RECORD, RECORD_FORMAT = "lit_adapters", 1  # of the entry that Lightning checkpoints have
 
 
 def adapter_state(model: nn.Module, besides: Iterable[str] = ()) -> dict[str, Tensor]:
@@ -87,15 +99,17 @@ def read_checkpoint_file(path: str | Path) -> dict[str, Any]:
     """A local Lightning checkpoint; its tensors are mapped into memory, and read when they are used.
 
     Raises:
-        AdapterError: The file is torn, or holds more than tensors and plain values.
+        AdapterError: The file is torn, holds more than tensors and plain values, or is no checkpoint of ours.
     """
     check_whole(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UNREADABLE as error:
         raise AdapterError(
-            f"{str(path)!r} cannot be read as a checkpoint of tensors and plain values: {error}"
+            f"{str(path)!r} cannot be read as a checkpoint of tensors and plain values: {str(error)[:1000]}"
         ) from error
+    check_checkpoint(checkpoint, path)
+    return checkpoint
 
 
 def save_adapters(model: nn.Module, directory: str | Path) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.files.adapters import RECORD, RECORD_FORMAT, TENSORS, read_checkpoint_file, read_directory
+from lit_adapters.files.adapters import TENSORS, read_checkpoint_file, read_directory
+from lit_adapters.files.checkpoint_schema import RECORD
 from lit_adapters.files.peft_lora import CONFIG
 from lit_adapters.methods.base import AdapterModule, Method, to_methods
 from lit_adapters.methods.targets import KEYWORDS, matches, within
@@ -121,16 +122,12 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         AdapterError: The file is torn, not a Lightning checkpoint, of a newer format or without adapters.
     """
     content = read_checkpoint_file(path)
-    if not isinstance(content, Mapping) or "state_dict" not in content:
-        raise AdapterError(f"{str(path)!r} is not a Lightning checkpoint: it has no state_dict")
     record = content.get(RECORD)
     if not record or not record.get("models"):
         raise AdapterError(
             f"{str(path)!r} says nothing about adapters; train with lit_adapters.AdapterCallback, which records them, "
             "or save them with lit_adapters.save_adapters"
         )
-    if record["format"] != RECORD_FORMAT:
-        raise AdapterError(f"{str(path)!r} has format {record['format']!r}, this version reads {RECORD_FORMAT}; update")
     return record, content["state_dict"]
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_adapters.errors import AdapterError, shown
-from lit_adapters.files.adapters import RECORD
+from lit_adapters.files.checkpoint_schema import RECORD
 from lit_adapters.lightning.loading import LoadsFromFiles
 from lit_adapters.methods.base import to_methods
 from lit_adapters.training.checkpoint import check_settings

@@ -20,7 +20,8 @@ from lit_adapters import console, methods
 from lit_adapters.class_paths import find_imported
 from lit_adapters.console import one_line
 from lit_adapters.errors import AdapterError, shown
-from lit_adapters.files.adapters import RECORD, read_checkpoint_file
+from lit_adapters.files.adapters import read_checkpoint_file
+from lit_adapters.files.checkpoint_schema import RECORD
 from lit_adapters.lightning.adapter_callback import AdapterCallback
 from lit_adapters.lightning.checkpoint_arguments import arguments_of_checkpoint
 from lit_adapters.lightning.optimizers import TOTALS, build_optimizers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,8 +14,9 @@ from lightning.pytorch.core.saving import load_hparams_from_tags_csv, load_hpara
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
 from lit_adapters.console import one_line
-from lit_adapters.errors import AdapterError, shown
-from lit_adapters.files.adapters import read_checkpoint_file
+from lit_adapters.errors import AdapterError
+from lit_adapters.files.adapters import UNREADABLE, read_checkpoint_file
+from lit_adapters.files.checkpoint_schema import check_checkpoint
 from lit_adapters.training.hyperparameters import BUILDERS, KEY, arguments_from
 
 
@@ -101,10 +101,9 @@ def _read(source: Any) -> tuple[Any, dict[str, Any]]:
         return source, read_checkpoint_file(source)
     try:
         content = _load(source, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+    except (*UNREADABLE, OSError) as error:
         raise AdapterError(f"the checkpoint cannot be read as tensors and plain values: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"the checkpoint is {shown(content)}, and no Lightning checkpoint; give another one")
+    check_checkpoint(content, "the checkpoint")
     again = io.BytesIO()
     torch.save(content, again)
     again.seek(0)

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.files.adapters import RECORD, RECORD_FORMAT, describe
+from lit_adapters.files.adapters import describe
+from lit_adapters.files.checkpoint_schema import RECORD, RECORD_FORMAT
 from lit_adapters.model.attach import attachment, frozen_keys
 from lit_adapters.renamed import current, recorded
 from lit_adapters.training.attached import attached_models

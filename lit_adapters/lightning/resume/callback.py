@@ -16,13 +16,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lit_adapters.files.adapters import RECORD
 from lit_adapters.files.atomic import remove_leftovers
+from lit_adapters.files.checkpoint_schema import RECORD, check_checkpoint
 from lit_adapters.lightning.checkpoint_arguments import check_base
 from lit_adapters.lightning.resume import loop_state
 from lit_adapters.lightning.resume.checkpoint_io import SafeCheckpointIO
 from lit_adapters.lightning.resume.plain_loader import FollowedLoader, FollowingLoaders
 from lit_adapters.lightning.resume.random_state import random_states, set_random_states
+from lit_adapters.lightning.resume.state_forms import check_optimizers, check_states
 from lit_adapters.training.checkpoint import check_model, record
 from lit_adapters.training.left_out import put_copies_back
 from lit_adapters.training.processes import gather_objects
@@ -50,6 +51,7 @@ class Resuming(Callback):
     def __init__(self) -> None:
         self._restored: dict[str, Any] | None = None
         self._pending: dict[str, Any] | None = None
+        self._loading: Any = None  # states of optimisers and schedules, and the path of their checkpoint
         self._gradients: dict[str, Tensor] = {}
         self._step = 0  # before the present batch
         self._validated = False  # since the last batch
@@ -64,7 +66,10 @@ class Resuming(Callback):
             trainer.strategy.process_dataloader = FollowingLoaders(process)  # type: ignore[method-assign, assignment]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove what a killed process left beside its checkpoints."""
+        """Check what is about to be loaded, and remove what a killed process left beside its checkpoints."""
+        if self._loading is not None:
+            check_optimizers(trainer, *self._loading)
+            self._loading = None
         if not trainer.is_global_zero:
             return
         savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
@@ -105,6 +110,7 @@ class Resuming(Callback):
         if trainer.state.fn != "fit":
             return
         self._pending = checkpoint[RECORD].get("pending")
+        self._loading = checkpoint["optimizer_states"], checkpoint["lr_schedulers"], trainer.ckpt_path
         processes = checkpoint[RECORD]["processes"]
         if len(processes) == trainer.world_size:
             self._restored = processes[trainer.global_rank]
@@ -172,8 +178,11 @@ class Resuming(Callback):
 
 def _check(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
     """Refuse a checkpoint that does not belong to the run; evaluation also reads one without a record."""
+    check_checkpoint(checkpoint, path)
     if RECORD in checkpoint or trainer.state.fn == "fit":
         check_model(checkpoint, trainer.lightning_module, path)
+    if trainer.state.fn == "fit":
+        check_states(trainer, checkpoint, path)
     check_base(trainer.lightning_module, checkpoint, path)
 
 

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.files.adapters import check_whole
+from lit_adapters.files.adapters import UNREADABLE, check_whole
 from lit_adapters.files.atomic import write_atomically
 
 
@@ -55,8 +55,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
             check_whole(path)
         try:
             checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
-        except RuntimeError as error:
-            raise AdapterError(f"{str(path)!r} is torn or no checkpoint; give another one") from error
+        except UNREADABLE as error:
+            raise AdapterError(
+                f"{str(path)!r} is torn or no checkpoint of tensors and plain values; give another one"
+            ) from error
         self._check(checkpoint, path)
         self._complete(checkpoint, path)
         self._checked = id(checkpoint)

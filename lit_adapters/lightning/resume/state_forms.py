@@ -1,0 +1,228 @@
+"""The states of loops, schedules and callbacks in a checkpoint, compared with those of the trainer that resumes.
+
+ModelCheckpoint deletes the files that its state names as earlier checkpoints, so these must lie where it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any, NoReturn
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.optim import Adam, AdamW
+from torch.optim.lr_scheduler import LRScheduler
+
+from lit_adapters.errors import AdapterError, shown
+from lit_adapters.files.checkpoint_schema import RECORD, is_count, is_named, is_text
+
+# What an optimiser keeps for each parameter, once it has made a step.
+_STATES = {Adam: ("step", "exp_avg", "exp_avg_sq"), AdamW: ("step", "exp_avg", "exp_avg_sq")}
+_ONE_PATH = ("best_model_path", "kth_best_model_path", "last_model_path", "dirpath")
+
+
+def check_states(trainer: Trainer, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse states that the trainer's loops, schedules and callbacks did not write.
+
+    Args:
+        trainer: The one that resumes.
+        checkpoint: As `lit_adapters.files.checkpoint_schema` has checked it.
+        path: The file, for messages.
+
+    Raises:
+        AdapterError: A state lacks a value or has one of another type, or names a file outside the place of
+            checkpoints; the message names it.
+    """
+    for key in ("loops", "callbacks", "optimizer_states", "lr_schedulers", "epoch", "global_step", RECORD):
+        if key not in checkpoint:
+            _refuse(key, None, "there", path)
+    if "processes" not in checkpoint[RECORD]:
+        _refuse(f"{RECORD}/processes", None, "there", path)
+    _check_form(trainer.fit_loop.state_dict(), checkpoint["loops"].get("fit_loop"), "loops/fit_loop", path)
+    for index, schedule in enumerate(checkpoint["lr_schedulers"]):
+        for name in schedule:
+            # Schedules take every entry as an attribute of theirs.
+            if name == "optimizer" or callable(getattr(LRScheduler, name, None)) or callable(schedule[name]):
+                _refuse(f"lr_schedulers/{index}/{name}", schedule[name], "left out", path)
+    saved = checkpoint["callbacks"]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if callback.state_key in saved:
+            _check_callback(callback, saved[callback.state_key], f"callbacks/{callback.state_key}", path)
+
+
+def check_optimizers(trainer: Trainer, states: list[Any], schedules: list[Any], path: str | Path) -> None:
+    """Refuse states of optimisers and schedules that those of the trainer could not have written.
+
+    Called when these are built, and their states not yet loaded.
+
+    Args:
+        trainer: The one that resumes.
+        states: Those of the optimisers in the checkpoint.
+        schedules: Those of the learning rate schedules.
+        path: The file, for messages.
+
+    Raises:
+        AdapterError: Their number, a value or a group of parameters is missing, or has another type or shape.
+    """
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        return  # a strategy that shards has a form of its own for optimisers
+    if len(trainer.optimizers) != len(states):
+        _refuse("optimizer_states", f"{len(states)} states", f"{len(trainer.optimizers)}, as the recipe has it", path)
+    for index, (optimizer, saved) in enumerate(zip(trainer.optimizers, states, strict=True)):
+        _check_optimizer(optimizer, saved, f"optimizer_states/{index}", path)
+    # Averaging adds schedules in mid-run: those of the checkpoint may be more.
+    for index, (config, saved) in enumerate(zip(trainer.lr_scheduler_configs, schedules, strict=False)):
+        _check_kinds(config.scheduler.state_dict(), saved, f"lr_schedulers/{index}", path)
+
+
+def _check_optimizer(optimizer: Any, saved: Mapping[str, Any], where: str, path: str | Path) -> None:
+    own, groups = optimizer.state_dict(), saved["param_groups"]
+    sizes = [[len(group["params"]) for group in side] for side in (own["param_groups"], groups)]
+    if sizes[0] != sizes[1]:
+        _refuse(f"{where}/param_groups", sizes[1], f"groups of {sizes[0]} parameters, as the model has it", path)
+    _check_kinds(own["param_groups"], groups, f"{where}/param_groups", path)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [index for group in groups for index in group["params"]]
+    by_index = dict(zip(indices, parameters, strict=True))
+    for index, entry in saved["state"].items():
+        if index not in by_index:
+            _refuse(f"{where}/state/{index}", entry, "left out", path)
+        names = _STATES.get(type(optimizer), ())
+        missing = [name for name in names if name not in entry]
+        if missing:
+            _refuse(f"{where}/state/{index}/{missing[0]}", None, "there", path)
+        for name, value in entry.items():
+            shape = by_index[index].shape if name in names and name != "step" else None
+            if not _is_state(value) or (isinstance(value, Tensor) and shape not in (None, value.shape)):
+                _refuse(f"{where}/state/{index}/{name}", value, "a tensor of the parameter's shape or a number", path)
+            if name in names and not isinstance(value, Tensor):
+                _refuse(f"{where}/state/{index}/{name}", value, "a tensor", path)
+
+
+def _is_state(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(inner is None or isinstance(inner, (Tensor, int, float)) for inner in value)
+    if isinstance(value, Mapping):
+        return all(inner is None or isinstance(inner, (Tensor, int, float)) for inner in value.values())
+    return value is None or isinstance(value, (Tensor, int, float))
+
+
+def _check_kinds(own: Any, saved: Any, where: str, path: str | Path) -> None:
+    """Compare the types of saved values with those of an object that has not been loaded yet."""
+    if isinstance(own, Mapping):
+        if not isinstance(saved, Mapping):
+            _refuse(where, saved, "values by name", path)
+        for name in (name for name in own if isinstance(name, str)):
+            if name not in saved:
+                _refuse(f"{where}/{name}", None, "there", path)
+            _check_kinds(own[name], saved[name], f"{where}/{name}", path)
+    elif isinstance(own, (list, tuple)):
+        if not isinstance(saved, (list, tuple)) or len(saved) != len(own):
+            _refuse(where, saved, f"a list of {len(own)}", path)
+        for index, inner in enumerate(own):
+            _check_kinds(inner, saved[index], f"{where}/{index}", path)
+    elif isinstance(own, bool):
+        if not isinstance(saved, bool):
+            _refuse(where, saved, "true or false", path)
+    elif isinstance(own, (int, float)):
+        if not _is_number(saved) and not (isinstance(saved, Tensor) and saved.numel() == 1):
+            _refuse(where, saved, "a number", path)
+    elif isinstance(own, str) and not is_text(saved):
+        _refuse(where, saved, "text", path)
+
+
+def _check_callback(callback: Callback, state: Any, where: str, path: str | Path) -> None:
+    own = callback.state_dict()
+    if not is_named(state):
+        _refuse(where, state, "values by name", path)
+    missing = [name for name in own if name not in state]
+    if missing:
+        _refuse(f"{where}/{missing[0]}", None, "there", path)
+    if isinstance(callback, ModelCheckpoint):
+        _check_paths(callback, state, where, path)
+    annealing, recorded = state.get("annealing"), state.get("recorded")
+    if "annealing" in own and not _is_annealing(annealing):
+        _refuse(f"{where}/annealing", annealing, "the state of an annealing", path)
+    if "recorded" in own and not _is_recorded(recorded):
+        _refuse(f"{where}/recorded", recorded, "the state of a recorder", path)
+
+
+def _check_paths(callback: ModelCheckpoint, state: Mapping[str, Any], where: str, path: str | Path) -> None:
+    kept = state["best_k_models"]
+    if not is_named(kept):
+        _refuse(f"{where}/best_k_models", kept, "scores by path", path)
+    scheme = str(callback.dirpath).partition("://")[0] if "://" in str(callback.dirpath) else None
+    for name, value in [*((name, state[name]) for name in _ONE_PATH), *(("best_k_models", key) for key in kept)]:
+        if not is_text(value) and not (name == "dirpath" and value is None):
+            _refuse(f"{where}/{name}", value, "a path", path)
+        found = str(value or "")
+        # ModelCheckpoint deletes whatever has another protocol, and takes ".." for a folder below its own.
+        elsewhere = "::" in found or ("://" in found and found.partition("://")[0] != scheme)
+        if elsewhere or ".." in PurePath(found).parts:
+            _refuse(f"{where}/{name}", value, "the path of a checkpoint of this run, without '..'", path)
+
+
+def _check_form(own: Any, saved: Any, where: str, path: str | Path) -> None:
+    """Compare a saved state with one of the same loop, into its parts."""
+    if isinstance(own, Mapping):
+        if not is_named(saved):
+            _refuse(where, saved, "values by name", path)
+        for name, value in own.items():
+            if name not in saved:
+                _refuse(f"{where}/{name}", None, "there", path)
+            _check_form(value, saved[name], f"{where}/{name}", path)
+    elif isinstance(own, bool):
+        if not isinstance(saved, bool):
+            _refuse(where, saved, "true or false", path)
+    elif isinstance(own, int) and not is_count(saved):
+        _refuse(where, saved, "a whole number", path)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_means(value: Any) -> bool:
+    def is_pair(pair: Any) -> bool:
+        return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(_is_number, pair))
+
+    return is_named(value, is_pair) and all(window.isdecimal() and len(window) < 10 for window in value)
+
+
+def _is_annealing(value: Any) -> bool:
+    if value is None or value == {}:  # of a run that was saved before it began
+        return True
+    if not is_named(value) or not _is_number(value.get("loss")) or not _is_means(value.get("means")):
+        return False
+    betas, monitors = value.get("betas"), value.get("monitors", [])
+    return (
+        isinstance(betas, list)
+        and all(_is_number(beta) and 0 <= beta <= 1 for beta in betas)
+        and isinstance(monitors, list)
+        and all(is_named(m) and _is_number(m.get("sum")) and _is_means(m.get("means")) for m in monitors)
+    )
+
+
+def _is_step(value: Any) -> bool:
+    return value == -1 or is_count(value)  # -1 stands for none
+
+
+def _is_recorded(value: Any) -> bool:
+    if value is None or value == {}:
+        return True
+    return (
+        is_named(value)
+        and all(_is_step(value.get(name)) for name in ("step", "observed_step"))
+        and is_named(value.get("coefficients"))
+        and is_named(value.get("observed"), lambda inner: is_named(inner, _is_number))
+    )
+
+
+def _refuse(where: str, value: Any, what: str, path: str | Path) -> NoReturn:
+    raise AdapterError(
+        f"{str(path)!r}: {shown(where, 200)} in the checkpoint is {shown(value)}, and must be {what}; take an "
+        "undamaged one, or one of this run"
+    )
