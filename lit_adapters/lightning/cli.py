@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lit_adapters.files.checkpoint_schema import RECORD
 from lit_adapters.lightning.adapter_callback import AdapterCallback
 from lit_adapters.lightning.checkpoint_arguments import arguments_of_checkpoint
 from lit_adapters.lightning.optimizers import TOTALS, build_optimizers
+from lit_adapters.lightning.recipe_sections import check_sections, recipes
 from lit_adapters.methods.base import Method, to_methods
 from lit_adapters.optimizers.groups import HEAD
 from lit_adapters.training.checkpoint import check_recipe, class_path
@@ -88,12 +90,32 @@ class AdapterCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and keep the arguments."""
+        """Parse, check what the parser passes over, and keep the arguments."""
+        self._arguments = args
+        self._check_sections(args)  # before the parser, whose message on a section of another type names no section
         try:
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
             raise AdapterError(f"{one_line(error)} (--help after the subcommand lists what it takes)") from error
-        self._arguments = args
+        self._check_sections(args)  # once more, as the recipe's classes have now been imported
+        section = self.config.get(self.config.get("subcommand") or "") or self.config
+        seed = section.get("seed_everything")
+        if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
+            raise AdapterError(f"seed_everything {shown(seed)} must be a whole number from 0 to 4294967295")
+
+    def _check_sections(self, args: ArgsType) -> None:
+        """Check the sections of the recipes that arguments name."""
+        classes = {"model": self._model_class, "data": self._datamodule_class, "trainer": self.trainer_class}
+        known = {str(action.dest).split(".")[0] for parser in self._parsers for action in parser._actions}
+        commands = set(self.subcommands())
+        given = [("the recipe", args)] if isinstance(args, dict) else []
+        if not isinstance(args, (dict, Namespace)):
+            given = list(recipes(sys.argv[1:] if args is None else args))
+        for origin, document in given:
+            if isinstance(document, Mapping):
+                for inner in (document, *(document[name] for name in commands & document.keys())):
+                    types = {name: kind for name, kind in classes.items() if isinstance(kind, type)}
+                    check_sections(inner, known | commands, types, origin)
 
     def _parse_ckpt_path(self) -> None:
         """Look at the checkpoint file before anything is built, and take from it what the user left open.
