@@ -19,6 +19,7 @@ from lit_adapters.methods.description import Describing
 from lit_adapters.methods.hooks import copy_hooks, move_hooks
 from lit_adapters.methods.merging import Merging
 from lit_adapters.methods.placeholder import plain_layers
+from lit_adapters.methods.rewritten import KeptParameters
 from lit_adapters.methods.targets import Target, find_targets, matched_names
 from lit_adapters.ops._context import refuse_symbols, transformed, unscriptable
 from lit_adapters.ops.cache import Cache
@@ -175,7 +176,7 @@ def to_methods(methods: Method | Config | Iterable[Method | Config] | None) -> l
     return [m if isinstance(m, Method) else build(m, Method, "lit_adapters", "adapter method") for m in methods]
 
 
-class AdapterModule(CopiedBuffers, Merging, Describing):
+class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
     """A layer with an adapter: the base layer's parameters under their own names, the adapter's beside them.
 
     The base module stands outside the module tree. Once adopted it shares this module's tables of parameters, buffers

@@ -21,6 +21,7 @@ _NOT_MLP = re.compile(
     r"(^|\.)(pooler\w*|attn_pool|stem|patch_embed|head|head_\w+|\w+_head|fc_norm|cls|classifier|score|predictions|"
     r"pre_logits|sequence_summary|gate|se|router|time_embed\w*)(\.|$)"
 )
+_PEFT_LAYER = "peft.tuners.tuners_utils.BaseTunerLayer"
 _GATE_CLASS = re.compile(r"Squeeze|Excit|^SE|Gather")
 _MLP_NAME = re.compile(r"(mlp|ffn|feed_?forward|intermediate)$", re.IGNORECASE)
 
@@ -101,13 +102,33 @@ def head_modules(model: nn.Module) -> list[nn.Module]:
     return list(heads.values())
 
 
+def _parts_of_peft(model: nn.Module) -> dict[str, nn.Module]:
+    """What peft's layers hold besides the layer that they adapt, by name; recognised without importing peft."""
+    return {
+        f"{name}.{child}": part
+        for name, module in model.named_modules()
+        if any(
+            kind.__name__ == "BaseTunerLayer" and kind.__module__.startswith("peft.") for kind in type(module).__mro__
+        )
+        for child, part in module.named_children()
+        if child != "base_layer"
+    }
+
+
+def peft_parameters(model: nn.Module) -> list[str]:
+    """The names of the parameters of adapters of peft."""
+    return [f"{name}.{p}" for name, part in _parts_of_peft(model).items() for p, _ in part.named_parameters()]
+
+
 def _all_linear(model: nn.Module) -> Callable[[Target], bool]:
     heads = {id(m) for head in head_modules(model) for m in head.modules()}
+    parts = {id(m) for part in _parts_of_peft(model).values() for m in part.modules()}
     # nn.MultiheadAttention reads the weight of its output projection without calling the layer.
     return lambda t: (
         is_linear(t.module)
         and is_plain(t.module)
         and id(t.module) not in heads
+        and id(t.module) not in parts
         and not isinstance(t.module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     )
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError, TargetsNotFound
 from lit_adapters.methods.base import AdapterModule, Config, Factory, Method, to_methods
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
 from lit_adapters.methods.read_weights import reads_weight
-from lit_adapters.methods.targets import Target, head_modules, left_alone, matches, near_misses, places
+from lit_adapters.methods.targets import Target, head_modules, left_alone, matches, near_misses, peft_parameters, places
 from lit_adapters.model.changes import has_changed, samples
+from lit_adapters.model.fuse_guard import free_fusing, guard_fusing
 from lit_adapters.model.meta import (
     expect_values,
     forget_expectation,
@@ -119,6 +122,7 @@ def attach(
         adapter = shared.get(id(target.module)) or build()
         adapter.read_as_weight = adapter.read_as_weight or reads_weight(target.parent, target.attribute)
         if isinstance(target.parent, nn.TransformerEncoderLayer):
+            adapter.register_forward_pre_hook(_padded)
             adapter.register_forward_hook(_keep_unfused)
         refuse_partly_loaded(model, adapter)
         if _has_parameters(target.module):
@@ -137,6 +141,7 @@ def attach(
         required_grad={name: p.requires_grad for name, p in named.items()},
         samples=samples({name: p for name, p in named.items() if name not in trained}),
     )
+    other_adapters = [name for name in peft_parameters(model) if named[name].requires_grad and name not in trained]
     for name, parameter in named.items():
         parameter.requires_grad_(name in trained)
     for module in model.modules():  # also layers without an adapter, as gradients pass through them
@@ -156,7 +161,14 @@ def attach(
 
     if wrapped:
         guard_saving(model)
+        guard_fusing(model)
     watch(model, dict(adapters(model)))
+    if other_adapters:
+        warnings.warn(
+            f"attach freezes {len(other_adapters)} parameters of peft's adapters, {other_adapters[0]!r} first; name "
+            "them in `train` if they are to go on training",
+            stacklevel=2,
+        )
     sizes = {n: named[n].numel() for n in state.trained_parameters}
     # Without a known head, everything in `train` counts as the head.
     of_head = {n for n in sizes if id(named[n]) in head} if head else set(sizes)
@@ -267,9 +279,10 @@ def detach(model: nn.Module) -> None:
 def released(adapter: AdapterModule) -> nn.Module:
     """The base of an adapter, without hooks of `attach`."""
     base = adapter.unwrapped()
-    for key, hook in list(base._forward_hooks.items()):
-        if hook is _keep_unfused:
-            del base._forward_hooks[key]
+    for hooks in (base._forward_pre_hooks, base._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if hook in (_padded, _keep_unfused):
+                del hooks[key]
     forget_expectation(base)
     return base
 
@@ -286,6 +299,7 @@ def remove_adapters(model: nn.Module, replacement: Callable[[AdapterModule], nn.
             setattr(target.parent, target.attribute, replacements[key])
     del model.__dict__[_STATE]
     free_saving(model)
+    free_fusing(model)
     forget(model)
     forget_expectation(model)
     for hooks in (model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks):
@@ -331,8 +345,21 @@ def unfrozen(model: nn.Module) -> dict[str, bool]:
     return found
 
 
-def _keep_unfused(module: nn.Module, args: Any, output: Any) -> None:
-    """No-op. Its presence turns off the fused eval path of nn.TransformerEncoderLayer, which calls no layer."""
+def _padded(module: nn.Module, args: Any) -> Any:
+    """Pad a nested tensor, which nn.TransformerEncoder makes of rows of unequal length; adapters take plain ones."""
+    if not args or not isinstance(args[0], Tensor) or not args[0].is_nested:
+        return None
+    rows: Any = args[0].to_padded_tensor(0.0)
+    rows.lengths = [row.shape[0] for row in args[0].unbind()]
+    return (rows, *args[1:])
+
+
+def _keep_unfused(module: nn.Module, args: Any, output: Any) -> Any:
+    """Undo `_padded`. A hook also turns off the fused path of nn.TransformerEncoderLayer, which calls no layer."""
+    lengths = getattr(args[0], "lengths", None) if args else None
+    if lengths is None:
+        return None
+    return torch.nested.as_nested_tensor([row[:length] for row, length in zip(output, lengths, strict=True)])
 
 
 def _note_prefix(model: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +20,9 @@ from lit_adapters.model.meta import require_loaded
 from lit_adapters.model.unfinished import note_progress
 from lit_adapters.ops.statistics import regular_sample
 
+# How many blocks of `disabled` are open, and whether the adapter was enabled before the first; they may overlap.
+_open_blocks: weakref.WeakKeyDictionary[AdapterModule, tuple[int, bool]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 _VALUES_PER_CALL = 1 << 14  # inputs of an adapter that `calibrate` keeps from one call
 
 
@@ -32,7 +37,8 @@ def _require_adapters(model: nn.Module) -> list[tuple[str, AdapterModule]]:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block, the model computes the pretrained function bit for bit, except for modules of `train`.
 
-    Running statistics of the base, which training moves, stay as they are.
+    Running statistics of the base, which training moves, stay as they are. The model is without adapters for all
+    threads, until the last block that began has ended.
 
     Raises:
         AdapterError: The model has no adapters, or they are merged.
@@ -41,14 +47,21 @@ def disabled(model: nn.Module) -> Iterator[None]:
     merged = [name for name, adapter in found if adapter.merged]
     if merged:
         raise AdapterError(f"{merged[0]!r} is merged into its weight; call lit_adapters.unmerge(model) first")
-    before = [adapter.enabled for _, adapter in found]
-    for _, adapter in found:
-        adapter.enabled = False
+    with _lock:
+        for _, adapter in found:
+            blocks, outside = _open_blocks.get(adapter, (0, adapter.enabled))
+            _open_blocks[adapter] = blocks + 1, outside
+            adapter.enabled = False
     try:
         yield
     finally:
-        for (_, adapter), enabled in zip(found, before, strict=True):
-            adapter.enabled = enabled
+        with _lock:
+            for _, adapter in found:
+                blocks, outside = _open_blocks.pop(adapter)
+                if blocks > 1:
+                    _open_blocks[adapter] = blocks - 1, outside
+                else:
+                    adapter.enabled = outside
 
 
 @contextmanager

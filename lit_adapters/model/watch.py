@@ -40,6 +40,8 @@ class Watch:
         self._learned: set[str] = set()
         self._steps = self._without_gradient = 0
         self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # they hold nothing of this model
+        self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # they have stepped
+        self._held: set[str] = set()  # adapters that an optimiser has
         self.asks_for_gradients = True
 
     def look(self, model: nn.Module, optimizer: Optimizer) -> str | None:
@@ -62,10 +64,17 @@ class Watch:
         if not stepped:
             self._others.add(optimizer)
             return None
-        if all(p.grad is None for p in stepped):  # a step for the form's sake
+        own_parameters = {
+            n: [p for p in a.adapter_parameters().values() if isinstance(p, nn.Parameter)] for n, a in alive.items()
+        }
+        with_gradient = {n for n, own in own_parameters.items() if any(p.grad is not None for p in own)}
+        if all(p.grad is None for p in stepped) and not with_gradient:  # a step for the form's sake
             self._without_gradient += 1
             return None if self._without_gradient < _IDLE_STEPS else ""
         self._steps += 1
+        again = optimizer in self._seen  # then every optimiser of the loop should have had its turn
+        self._seen.add(optimizer)
+        self._held |= {n for n, own in own_parameters.items() if any(id(p) in held for p in own)}
         note_progress(alive.values())
         lost = [name for name in self._adapters if name not in alive or id(alive[name]) not in present]
         frozen, idle = [], []
@@ -83,8 +92,10 @@ class Watch:
             idle = []
         # Where layers of other numbers have learned, this may be an expert without a token, or a dropped layer.
         kinds = {_kind(name) for name in self._learned}
-        if lost or frozen or self._steps >= _STEPS or any(_kind(name) not in kinds for name in idle):
-            return self._sentence(model, {_LOST: lost, _FROZEN: frozen, _IDLE: idle})
+        unheld = [n for n in own_parameters if n in with_gradient and n not in self._held and n not in lost]
+        ends = self._steps >= _STEPS and (again or self._steps >= _IDLE_STEPS)
+        if lost or frozen or ends or any(_kind(name) not in kinds for name in idle):
+            return self._sentence(model, {_LOST: lost, _FROZEN: frozen, _IDLE: idle, _UNHELD: unheld if ends else []})
         return None
 
     def _sentence(self, model: nn.Module, found: dict[str, list[str]]) -> str:
@@ -109,6 +120,10 @@ _FROZEN = (
 _IDLE = (
     "received no gradient (the model reads these weights or fuses the layers, and does not call them: exclude them, or "
     "turn the fusion off; experts without a token and dropped layers may still get theirs)"
+)
+_UNHELD = (
+    "have gradients but are in no optimiser that has stepped, so that they stay as they are (make the optimiser after "
+    "attach, or load_adapters, from the parameters that require a gradient)"
 )
 
 

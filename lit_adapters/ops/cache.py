@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 Value = TypeVar("Value")
@@ -17,7 +17,7 @@ class Cache(Generic[Value]):
 
     def __init__(self) -> None:
         # One tuple, so that another thread sees all of it or nothing.
-        self._last: tuple[Hashable, list[tuple[Tensor, int]], Value] | None = None
+        self._last: tuple[Hashable, list[tuple[Tensor, int, int]], Value] | None = None
 
     @property
     def value(self) -> Value | None:
@@ -27,9 +27,10 @@ class Cache(Generic[Value]):
     def get(self, sources: Sequence[Tensor], compute: Callable[[], Value], key: Hashable = None) -> Value:
         """The result of `compute`, taken from an earlier call if `sources` and `key` are the same as then.
 
-        A source has changed if it is another tensor or was written to, for example by an optimiser step. Nothing is
-        kept where PyTorch does not count writes (inference tensors), or where a tensor may represent another one
-        (inside a dispatch mode).
+        A source has changed if it is another tensor, was written to, for example by an optimiser step, or was given
+        other memory (`parameter.data = values`). PyTorch does not count writes through `parameter.data`: call
+        `model.eval()` or `model.train()` after them. Nothing is kept where it counts no writes at all (inference
+        tensors), or where a tensor may represent another one (inside a dispatch mode).
 
         Args:
             sources: The tensors that the value depends on.
@@ -42,10 +43,12 @@ class Cache(Generic[Value]):
         if torch._C._len_torch_dispatch_stack() or any(t.is_inference() for t in sources):
             with torch.no_grad():
                 return compute()
-        versions, last = [(t, t._version) for t in sources], self._last
+        versions, last = [(t, t._version, _address(t)) for t in sources], self._last
         if last is not None:
             known_key, known, value = last
-            if known_key == key and all(t is u and v == w for (t, v), (u, w) in zip(known, versions, strict=True)):
+            if known_key == key and all(
+                t is u and v == w and a == b for (t, v, a), (u, w, b) in zip(known, versions, strict=True)
+            ):
                 return value
         # A tensor made in inference mode could not take part in training later.
         with torch.inference_mode(False), torch.no_grad():
@@ -59,6 +62,11 @@ class Cache(Generic[Value]):
 
     def __reduce__(self) -> tuple[type[Cache], tuple[()]]:
         return Cache, ()
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a plain tensor lies in memory; 0 for tensors of other classes, which may not tell."""
+    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0
 
 
 def _count_writes_of_fused(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

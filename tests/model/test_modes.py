@@ -103,3 +103,34 @@ def test_what_is_disabled_gets_no_gradient():
     with la.disabled(network):
         MODELS["vit"].run(network).sum().backward()
     assert {n for n, p in network.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
+
+
+def test_blocks_of_disabled_may_overlap():
+    model = nn.Sequential(nn.Linear(8, 8))
+    la.attach(model, la.LoRA(rank=2))
+    one, other = la.disabled(model), la.disabled(model)
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert not model[0].enabled
+    other.__exit__(None, None, None)
+    assert model[0].enabled
+
+
+@pytest.mark.parametrize("method", [la.LoRA, la.DoRA, la.LoRAN, la.AFALoRA, la.VeRA])
+def test_rows_of_unequal_length_in_an_encoder(method):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2).eval()
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 3 + [True] * 2, [False] * 5])
+    with torch.no_grad():
+        plain = model(x, src_key_padding_mask=mask)
+    la.attach(model, method(rank=2))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, src_key_padding_mask=mask), plain)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+        nested = model(x, src_key_padding_mask=mask)  # in eval mode nn.TransformerEncoder makes one nested tensor
+        padded = model.train()(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(nested[~mask], padded[~mask])
+    assert not nested[mask].any()

@@ -163,3 +163,38 @@ def test_weights_that_are_offloaded_after_attach():
     (message,) = steps(model, lambda: model(X), parameters=parameters)
     assert "2 of 2 adapters" in message
     assert "accelerate offloads" in message
+
+
+@pytest.mark.parametrize("method", [la.LoRA(rank=2), la.NoRA(groups=4)])
+def test_an_optimiser_that_was_made_before_attach(method):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    la.attach(model, method)
+    (message,) = steps(model, lambda: model(X), optimizer=optimizer)
+    assert "have gradients but are in no optimiser that has stepped" in message
+
+
+def test_one_optimiser_for_each_parameter():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    la.attach(model, la.LoRA(rank=2))
+    optimizers = [torch.optim.SGD([p], lr=1e-3) for p in model.parameters() if p.requires_grad]
+
+    class Each:
+        zero_grad = staticmethod(lambda: [o.zero_grad() for o in optimizers])
+        step = staticmethod(lambda: [o.step() for o in optimizers])
+
+    assert steps(model, lambda: model(X), optimizer=Each) == []
+
+
+def test_attach_on_a_model_of_peft():
+    model = build("llama")
+    other = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match=r"attach freezes 4 parameters of peft's adapters.*name them in `train`"):
+        la.attach(other, la.LoRA(rank=2))
+    names = [name for name, _ in la.adapters(other)]
+    assert not [name for name in names if "lora_" in name]
+    assert "base_model.model.model.layers.0.self_attn.q_proj.base_layer" in names
+    la.detach(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        la.attach(other, la.LoRA(rank=2), train=r".*\.lora_[AB]\..*")
