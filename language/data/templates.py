@@ -228,5 +228,8 @@ class Renderer:
                 tokenize=False,
                 add_generation_prompt=generate,
             )
-        except TemplateError as error:
-            raise DataError(f"{origin}: the chat template refuses the conversation ({error}); correct it") from error
+        except Exception as error:  # what an expression of the template raises, beside jinja's own
+            reason = f"{error}" if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"{origin}: the chat template refuses the conversation ({reason[:300]}); correct it"
+            ) from error

@@ -207,8 +207,8 @@ def adapted_model(path: Path, base: str | None, arguments: str | None, module: s
         raise
     except Exception as error:  # whatever a module's constructor may raise
         raise AdapterError(
-            f"{kind.__name__} cannot load {str(path)!r}: {one_line(error)}; if it needs other arguments than its "
-            "checkpoint holds, load it in Python and call lit_adapters.save_adapters"
+            f"{kind.__name__} cannot load {str(path)!r}: {one_line(error)[:1000]}; if it needs other arguments "
+            "than its checkpoint holds, load it in Python and call lit_adapters.save_adapters"
         ) from error
     (name,) = record["models"]
     return loaded.get_submodule(name), getattr(loaded, "tokenizer", None)

@@ -10,12 +10,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from lit_adapters.errors import AdapterError, shown
 
 RECORD, RECORD_FORMAT = "lit_adapters", 1  # of the entry that Lightning checkpoints have
 _LARGEST = 2**62
+_LOOPS = {"fit_loop", "validate_loop", "test_loop", "predict_loop"}  # Lightning writes and reads all
+_LARGE_VIEW = 1 << 24  # elements: modules may have small buffers that are views
+_DEEPEST = 300  # values in each other
 _VERSION = re.compile(r"\d+(\.\w+){1,5}([+-][\w.]+)?")
 
 
@@ -27,14 +31,15 @@ def check_checkpoint(checkpoint: Any, path: str | Path) -> None:
         path: The file, for messages.
 
     Raises:
-        AdapterError: An entry has another form than a run writes; the message names it. Or the record has a newer
-            format.
+        AdapterError: An entry has another form than a run writes, or a tensor is larger than its values in the file;
+            the message names it. Or the record has a newer format.
     """
     if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
         raise AdapterError(f"{str(path)!r} is not a Lightning checkpoint: it has no state_dict")
     for key, (fits, what) in _ENTRIES.items():
         if key in checkpoint and not fits(checkpoint[key]):
             _refuse(path, key, checkpoint[key], what)
+    _check_sizes(checkpoint, "", path)
     record = checkpoint.get(RECORD)
     if RECORD not in checkpoint or record == {}:
         return
@@ -89,10 +94,41 @@ def _all(value: Any, inner: Callable[[Any], bool]) -> bool:
 
 
 def _is_state(value: Any) -> bool:
-    tensors = is_named(value) and all(
-        isinstance(entry, Tensor) for key, entry in value.items() if not key.endswith("_extra_state")
+    return is_named(value) and all(
+        isinstance(entry, Tensor) and not entry.is_meta and not entry.is_nested
+        for key, entry in value.items()
+        if not key.endswith("_extra_state")
     )
-    return tensors and not any(isinstance(entry, Tensor) and entry.is_meta for entry in value.values())
+
+
+def _check_sizes(value: Any, place: str, path: str | Path, depth: int = _DEEPEST) -> None:
+    """Refuse tensors that are views of a few values, and would fill the memory where they are copied.
+
+    Raises:
+        AdapterError: A tensor is large, and larger than the values that the file holds for it; or values are nested
+            too deeply.
+    """
+    if depth == 0:
+        _refuse(path, place, value, f"nested at most {_DEEPEST} deep")
+    if isinstance(value, Tensor):
+        if value.is_meta or value.is_nested or value.layout is not torch.strided or value.numel() <= _LARGE_VIEW:
+            return
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            _refuse(path, place, f"{tuple(value.shape)} {value.dtype}", "a tensor whose values are all in the file")
+    elif isinstance(value, (Mapping, list, tuple)):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if isinstance(inner, (Tensor, Mapping, list, tuple)):
+                _check_sizes(inner, f"{place}/{key}" if place else str(key), path, depth - 1)
+
+
+def _is_loop(value: Any) -> bool:
+    return is_named(value) and all(
+        _is_progress(inner) for key, inner in value.items() if key.endswith("batch_progress")
+    )
+
+
+def _is_progress(value: Any) -> bool:
+    return is_named(value) and all(is_named(value.get(name), is_count) for name in ("total", "current"))
 
 
 def _is_optimizer(value: Any) -> bool:
@@ -142,7 +178,10 @@ _ENTRIES: _Checks = {
     "epoch": (is_count, "a whole number"),
     "global_step": (is_count, "a whole number"),
     "pytorch-lightning_version": (lambda v: is_text(v) and _VERSION.fullmatch(v) is not None, "a version"),
-    "loops": (lambda value: is_named(value, is_named), "the states of the loops by name"),
+    "loops": (
+        lambda value: is_named(value, _is_loop) and value.keys() >= _LOOPS,
+        f"the states of {', '.join(sorted(_LOOPS))}",
+    ),
     "callbacks": (is_named, "the states of the callbacks by name"),
     "optimizer_states": (lambda value: _all(value, _is_optimizer), "a list of states of optimisers"),
     "lr_schedulers": (lambda value: _all(value, is_named), "a list of states of schedules"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_adapters.errors import AdapterError
@@ -165,14 +166,15 @@ def _layers(
                 f"{_kind(expected[wrong[0]])}"
             )
         own = {k: local[k] for k in expected}
-        adapter.load_state_dict({k: t.clone() for k, t in own.items()}, strict=False, assign=True)
+        adapter.load_state_dict({k: t.detach().clone() for k, t in own.items()}, strict=False, assign=True)
         layers[name] = SavedLayer(kind, own, adapter.eval(), merges)
     return layers
 
 
 def _kind(tensor: Tensor) -> str:
-    """Shape and dtype of a tensor, such as "(2, 4) torch.float32"."""
-    return f"{tuple(tensor.shape)} {tensor.dtype}"
+    """Shape, dtype and layout of a tensor, such as "(2, 4) torch.float32"."""
+    layout = "" if tensor.layout is torch.strided else f" {tensor.layout}"
+    return f"{tuple(tensor.shape)} {tensor.dtype}{layout}"
 
 
 def _base_shapes(name: str, tensors: Mapping[str, Tensor], recorded: Mapping[str, str]) -> dict[str, list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,8 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import UNREADABLE, read_checkpoint_file
 from lit_adapters.files.checkpoint_schema import check_checkpoint
 from lit_adapters.training.hyperparameters import BUILDERS, KEY, arguments_from
+
+_LONGEST = 500  # characters
 
 
 class LoadsFromFiles(LightningModule):
@@ -49,6 +51,22 @@ class LoadsFromFiles(LightningModule):
                 "changed after training: take another checkpoint"
             )
         return found
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `torch.nn.Module`'s.
+
+        Raises:
+            AdapterError: Names or shapes are not those of this module.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except AdapterError:
+            raise
+        except RuntimeError as error:
+            raise AdapterError(
+                f"the weights of the checkpoint do not fit this {type(self).__name__}: {_short(error)}; give the "
+                "settings that it was trained with"
+            ) from error
 
     @_restricted_classmethod
     def load_from_checkpoint(
@@ -89,8 +107,14 @@ class LoadsFromFiles(LightningModule):
             raise
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise AdapterError(
-                f"{str(name)!r} cannot be loaded as a {cls.__name__}: {type(error).__name__}: {one_line(error)}"
+                f"{str(name)!r} cannot be loaded as a {cls.__name__}: {type(error).__name__}: {_short(error)}"
             ) from error
+
+
+def _short(error: Exception) -> str:
+    """What an error says, without the end of a list of all tensors."""
+    text = one_line(error)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _read(source: Any) -> tuple[Any, dict[str, Any]]:

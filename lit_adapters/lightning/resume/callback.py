@@ -23,7 +23,7 @@ from lit_adapters.lightning.resume import loop_state
 from lit_adapters.lightning.resume.checkpoint_io import SafeCheckpointIO
 from lit_adapters.lightning.resume.plain_loader import FollowedLoader, FollowingLoaders
 from lit_adapters.lightning.resume.random_state import random_states, set_random_states
-from lit_adapters.lightning.resume.state_forms import check_optimizers, check_states
+from lit_adapters.lightning.resume.state_forms import check_evaluation, check_optimizers, check_states
 from lit_adapters.training.checkpoint import check_model, record
 from lit_adapters.training.left_out import put_copies_back
 from lit_adapters.training.processes import gather_objects
@@ -183,6 +183,8 @@ def _check(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
         check_model(checkpoint, trainer.lightning_module, path)
     if trainer.state.fn == "fit":
         check_states(trainer, checkpoint, path)
+    else:
+        check_evaluation(trainer, checkpoint, path)
     check_base(trainer.lightning_module, checkpoint, path)
 
 

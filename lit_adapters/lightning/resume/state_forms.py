@@ -53,6 +53,22 @@ def check_states(trainer: Trainer, checkpoint: Mapping[str, Any], path: str | Pa
             _check_callback(callback, saved[callback.state_key], f"callbacks/{callback.state_key}", path)
 
 
+def check_evaluation(trainer: Trainer, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse a state of the loop that evaluates, where a checkpoint is tested, validated or predicted with.
+
+    Args:
+        trainer: The one that evaluates.
+        checkpoint: As `lit_adapters.files.checkpoint_schema` has checked it.
+        path: The file, for messages.
+
+    Raises:
+        AdapterError: The state lacks a value or has one of another type; the message names it.
+    """
+    name = f"{trainer.state.fn}_loop"
+    if "loops" in checkpoint and hasattr(trainer, name):
+        _check_form(getattr(trainer, name).state_dict(), checkpoint["loops"].get(name), f"loops/{name}", path)
+
+
 def check_optimizers(trainer: Trainer, states: list[Any], schedules: list[Any], path: str | Path) -> None:
     """Refuse states of optimisers and schedules that those of the trainer could not have written.
 

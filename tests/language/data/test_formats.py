@@ -268,6 +268,13 @@ def test_template_that_refuses_a_conversation(write, tokenizer):
         examples(write([{"messages": TALK[1:]}]), tokenizer, format="chat", chat_template=template)
 
 
+@pytest.mark.parametrize("end", ["{{ 1 // 0 }}", "{{ messages + 3 }}", "{% include 'x' %}", "{{ ().__class__.mro() }}"])
+def test_template_that_fails(write, tokenizer, end):
+    """A chat template may come with a model from elsewhere; transformers runs it in jinja's sandbox."""
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1: the chat template refuses"):
+        examples(write([{"messages": TALK[1:]}]), tokenizer, format="chat", chat_template=DROPS_SYSTEM + end)
+
+
 def test_template_that_rewrites_earlier_turns(write, tokenizer):
     rewriting = "{% for m in messages %}{{ m.content if loop.last else m.content | upper }}</s>{% endfor %}"
     data = InstructionDataModule(
