@@ -138,7 +138,9 @@ def constructor_types(cls: type) -> dict[str, Any]:
         parameters = list(inspect.signature(own).parameters.values())[1:]
         for parameter in parameters:
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                found.setdefault(parameter.name, hints.get(parameter.name, Any))
+                hint = hints.get(parameter.name, Any)
+                optional = parameter.default is None and hint is not Any
+                found.setdefault(parameter.name, Union[hint, None] if optional else hint)  # noqa: UP007 - any hint
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
     return found

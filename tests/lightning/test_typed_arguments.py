@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.cli import LightningCLI
 
 import lit_adapters as la
@@ -148,3 +149,31 @@ def test_a_recipe_of_another_method_is_refused(monkeypatch, subcommand):
     options = [f"--config={FOLDER}/sft.yaml", f"--ckpt_path={FOLDER}/sft.ckpt"]
     with pytest.raises(la.AdapterError, match="was trained with DoRA and LoRAN, the model has LoRA"):
         parsed(monkeypatch, language_main, subcommand, *options, "--model.adapters=lit_adapters.LoRA")
+
+
+class Own(torch.nn.Module):
+    """The constructor of a user's own module."""
+
+    def __init__(self, methods: la.Method = None, act: torch.nn.Module = None, anything=None) -> None:
+        super().__init__()
+
+
+def own(typed=(), **written):
+    return arguments_of_checkpoint(Own, {"hyper_parameters": written}, Path("x.ckpt"), dict(typed), dict(typed))
+
+
+def test_a_module_of_the_users_own():
+    """Plain values, methods and null are taken; any other class must be typed."""
+    form = la.LoRA(rank=2).to_config()
+    assert own(methods=form, act=None, anything=[1]) == {"methods": form, "act": None, "anything": [1]}
+    assert own(methods=None, _instantiator="lightning.pytorch.cli.instantiate_module") == {"methods": None}
+    tanh = {"class_path": "torch.nn.Tanh"}
+    assert own({"act": tanh}.items(), methods=None, act=tanh) == {"methods": None}
+    for written in (
+        {"act": tanh},
+        {"act": "torch.nn.Tanh"},
+        {"anything": "{class_path: torch.nn.Tanh}"},
+        {"anything": ['"{\\x63lass_path: torch.nn.Tanh}"']},
+    ):
+        with pytest.raises(la.AdapterError, match=r"give (its|the) value yourself"):
+            own(**written)
