@@ -290,6 +290,7 @@ def run(main: Callable[[], Any]) -> None:
 
 # What Lightning says of mistakes in a recipe, as RuntimeErrors, and the fix.
 _OF_LIGHTNING = {
+    "more than one stateful callback of type": "keep one of them in trainer.callbacks",
     "conditioned on metric": "change `monitor` of the callback in trainer.callbacks",
 }
 

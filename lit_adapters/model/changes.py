@@ -46,5 +46,5 @@ def _holds_values(parameter: Tensor) -> bool:
 
 def _sample(parameter: Tensor) -> Tensor:
     flat = parameter.detach().reshape(-1)
-    places = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
-    return flat[places.to(flat.device)].float().cpu()
+    places = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64, device=flat.device)
+    return flat[places.long()].float().cpu()

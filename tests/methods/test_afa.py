@@ -204,8 +204,8 @@ def test_statistics():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"activation": "swish"}, "activation 'swish' must be one of relu, silu"),
-        ({"groups": 2}, "groups 2 must be at least 1, and exactly 1 unless"),
+        ({"activation": "swish"}, "activation 'swish' must be one of 'relu', 'silu'"),
+        ({"groups": 2}, "groups 2 must be exactly 1 unless"),
         ({"activation": "rational", "groups": 0}, "groups 0"),
         ({"schedule": 0.3}, "0.3 is no schedule"),
     ],

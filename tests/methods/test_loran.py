@@ -248,7 +248,7 @@ def test_statistics():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"function": "sin"}, "function 'sin' must be one of sinter, sine"),
+        ({"function": "sin"}, "function 'sin' must be one of 'sinter', 'sine'"),
         ({"frequency": float("inf")}, "frequency inf must be a finite number"),
         ({"amplitude": float("nan")}, "amplitude nan must be a finite number"),
         ({"frequency": "1e4"}, "frequency '1e4' must be a finite number"),

@@ -94,6 +94,7 @@ OF_A_MODULE = {
     "_save_to_state_dict": "lit_adapters/methods/base.py",
     "_forward_hooks": "lit_adapters/methods/low_rank.py",
     "_forward_pre_hooks": "lit_adapters/methods/low_rank.py",
+    "_forward_pre_hooks_with_kwargs": "lit_adapters/model/meta.py",
     "_backward_hooks": "lit_adapters/methods/low_rank.py",
     "_backward_pre_hooks": "lit_adapters/methods/low_rank.py",
     "_load_state_dict_pre_hooks": "lit_adapters/model/attach.py",
