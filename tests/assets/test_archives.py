@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import pytest
 
 from lit_adapters.assets import package_index
 from lit_adapters.assets.archives import LIMIT_VARIABLE, copy_member, unpacked_limit
-from lit_adapters.errors import AdapterError, AssetError
+from lit_adapters.errors import AdapterError, AssetError, DataError
 from tests.assets.archive_files import write_huge_header, write_tar, write_zip
 from tests.mutations import byte_edits
+from vision.folders import members_by_class
 
 CONTENT = bytes(range(256)) * 8
 
@@ -102,3 +105,33 @@ def test_damaged_archives_end_in_one_error(tmp_path, kind):
         except (AssetError, ValueError):  # ValueError: this file's own choice finds no such name
             continue
         assert kind == "tar" or got == CONTENT, what
+
+
+SPARSE = [
+    {"GNU.sparse.map": "a,b"},
+    {"GNU.sparse.size": "x", "GNU.sparse.map": "0,1"},
+    {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "x"},
+    {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(2**70)},
+    {"path": "../../x.bin"},
+]
+
+
+@pytest.mark.parametrize("header", SPARSE, ids=str)
+def test_headers_with_values_that_nobody_writes(tmp_path, header):
+    path = tmp_path / "x-1.tar.gz"
+    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        entry = tarfile.TarInfo("a/x.bin")
+        entry.size, entry.pax_headers = 512, header
+        tar.addfile(entry, io.BytesIO(b"1\n0\n" + bytes(508)))
+    with pytest.raises(AssetError, match=r"is damaged|are allowed"):
+        read(path)
+    path.rename(tmp_path / "train.tar.gz")
+    with pytest.raises(DataError):
+        members_by_class(tmp_path, "train")
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    path = write_zip(tmp_path / "a.whl", [("a/xé.bin", CONTENT)], zipfile.ZIP_STORED)
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xce\xce"))
+    with pytest.raises(AssetError, match=r"the archive a\.whl is damaged"):
+        read(path)
