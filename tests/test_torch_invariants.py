@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -19,6 +20,20 @@ def frozen_keys(network: nn.Module) -> set[str]:
 
 
 # ---- state dicts
+
+
+@pytest.mark.parametrize("method", ["lora", "nora"])
+def test_safetensors_with_tied_weights(method, tmp_path):
+    def tied():
+        network = adapted("llama", method)
+        network.get_output_embeddings().weight = network.get_input_embeddings().weight
+        return network
+
+    network, other = tied(), tied()
+    move(network)
+    safetensors.torch.save_model(network, str(tmp_path / "file"))
+    safetensors.torch.load_model(other, str(tmp_path / "file"))
+    assert not changed_tensors(network.state_dict(), other.state_dict())
 
 
 @each_method

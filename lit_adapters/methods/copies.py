@@ -27,6 +27,22 @@ class Original:
         return Original, ()
 
 
+@torch.no_grad()
+def _sum(tensor: Tensor) -> float | None:
+    """The sum of the values, as PyTorch does not count writes through `tensor.data`; None where it cannot be read now.
+
+    Only copies ask for it, as the answer waits for the device.
+    """
+    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+    if not plain or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing() or _capturing(tensor):
+        return None
+    return tensor.detach().sum(dtype=torch.float64).item()
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class CopiedBuffers(nn.Module):
     """The part of `AdapterModule` that keeps averages out of the buffers of a copy.
 
@@ -43,14 +59,15 @@ class CopiedBuffers(nn.Module):
         super().__init__()
         self._own = Original(self._buffers)
         self._original: Original | None = None  # of a copy
-        self._noted: dict[str, tuple[Tensor, int]] = {}
+        self._noted: dict[str, tuple[Tensor, int, float | None]] = {}
 
     def note_tensors(self) -> None:
         """Remember how often the tensors of a copy were written to; needed after writing or replacing them."""
         if self._original is not None:
-            names = (*self._adapter_parameters[:1], *self._adapter_buffers, *self._recomputed_buffers)
+            names = (*self._adapter_parameters, *self._adapter_buffers, *self._recomputed_buffers)
             tensors = {n: t for n in names if (t := self._tensor(n)) is not None and not t.is_inference()}
-            self._noted = {n: (t, t._version) for n, t in tensors.items()}
+            summed = {*names} - {*self._recomputed_buffers}  # those are large, and no code averages what no file holds
+            self._noted = {n: (t, t._version, _sum(t) if n in summed else None) for n, t in tensors.items()}
 
     def stand_alone(self) -> None:
         """Follow the original no longer."""
@@ -70,7 +87,11 @@ class CopiedBuffers(nn.Module):
         """Give averaged buffers the present values of the original; costs nothing where this is no copy."""
         if self._original is None or torch.compiler.is_compiling():
             return
-        written = {n for n, (t, version) in self._noted.items() if t is self._tensor(n) and t._version != version}
+        written = {
+            n
+            for n, (t, version, total) in self._noted.items()
+            if t is self._tensor(n) and (t._version != version or (total is not None and _sum(t) not in (None, total)))
+        }
         if written.isdisjoint(self._adapter_parameters):
             return
         with torch.no_grad():

@@ -16,7 +16,7 @@ _FUSION, _PARAMETRIZE = "torch.nn.utils.fusion", "torch.nn.utils.parametrize"
 _SUFFIXES = ("_orig", "_g", "_v")  # of what pruning, weight norm and spectral norm register
 
 
-def _called_by(module: str) -> bool:
+def called_by(module: str) -> bool:
     """Whether a function of a module called the function that asks, at most four calls up."""
     frame = sys._getframe(2)
     for _ in range(4):
@@ -41,12 +41,12 @@ class KeptParameters(nn.Module):
             AdapterError: The caller fuses the layer with a norm, prunes it or parametrises its weight.
         """
         rewritten = [p for p in self.__dict__.get("_base_parameters", ()) if name in [p + s for s in _SUFFIXES]]
-        if rewritten or _called_by(_FUSION):
+        if rewritten or called_by(_FUSION):
             raise AdapterError(self._advice(rewritten[0] if rewritten else name))
         super().register_parameter(name, param)
 
     def __delattr__(self, name: str) -> None:
-        if name in self.__dict__.get("_base_parameters", ()) and _called_by(_PARAMETRIZE):
+        if name in self.__dict__.get("_base_parameters", ()) and called_by(_PARAMETRIZE):
             raise AdapterError(self._advice(name))
         super().__delattr__(name)
 

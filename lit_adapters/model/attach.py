@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from lit_adapters.errors import AdapterError, TargetsNotFound
 from lit_adapters.methods.base import AdapterModule, Config, Factory, Method, to_methods
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
 from lit_adapters.methods.read_weights import reads_weight
+from lit_adapters.methods.rewritten import called_by
 from lit_adapters.methods.targets import Target, head_modules, left_alone, matches, near_misses, peft_parameters, places
 from lit_adapters.model.changes import has_changed, samples
 from lit_adapters.model.fuse_guard import free_fusing, guard_fusing
@@ -30,6 +32,11 @@ from lit_adapters.model.unfinished import leave_the_end_to_others
 from lit_adapters.model.watch import forget, watch
 
 _STATE = "_lit_adapters"
+# They look at the parameters of a model when they wrap it.
+_WRAPPERS = (
+    "torch.nn.parallel.distributed.DistributedDataParallel",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+)
 
 
 @dataclass
@@ -100,14 +107,19 @@ def attach(
 
     Raises:
         TargetsNotFound: A method, a name in its list of targets, or `train` matches nothing.
-        AdapterError: The model has adapters already, weights are offloaded or only partly loaded, two methods want the
-            same layer, a layer at two places is chosen at one of them only, a method cannot adapt a layer, or `train`
-            names a parameter that is tied to a frozen one or cannot train.
+        AdapterError: The model has adapters already or is wrapped for DDP, weights are offloaded or only partly
+            loaded, two methods want the same layer, a layer at two places is chosen at one of them only, a method
+            cannot adapt a layer, or `train` names a parameter that is tied to a frozen one or cannot train.
     """
     if _STATE in model.__dict__ or any(True for _ in adapters(model)):
         raise AdapterError(
             f"{type(model).__name__} already has adapters (merged ones count while their wrappers stay); "
             "call lit_adapters.detach or lit_adapters.merge first, or give all methods to one attach"
+        )
+    if any(f"{kind.__module__}.{kind.__name__}" in _WRAPPERS for m in model.modules() for kind in type(m).__mro__):
+        raise AdapterError(
+            f"{type(model).__name__} is wrapped for several processes already, which would not exchange the gradients "
+            "of adapters; attach to the model first, and wrap it then"
         )
     refuse_offloaded(model)
     single_methods = [part for method in to_methods(methods) for part in method.parts()]
@@ -373,4 +385,9 @@ def _forgive_frozen(model: nn.Module, incompatible: Any) -> None:
     if state.samples:  # what was loaded, and not trained, is no change
         state.samples |= samples({n: p for n, p in base_parameters(model).items() if n in state.samples})
     forgiven = {prefix + key for key in frozen_keys(model)}
+    if called_by("safetensors.torch"):  # its load_model counts the names of tied weights that its file leaves out
+        missing, tied = set(incompatible.missing_keys), defaultdict(list)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            tied[id(parameter)].append(prefix + name)
+        forgiven -= {name for names in tied.values() if not missing.issuperset(names) for name in names}
     incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in forgiven]

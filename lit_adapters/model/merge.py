@@ -11,6 +11,7 @@ from lit_adapters.methods.base import AdapterModule, to_methods
 from lit_adapters.methods.matrix_layers import is_quantised
 from lit_adapters.model.attach import adapters, attachment, released, remove_adapters
 from lit_adapters.model.meta import require_loaded
+from lit_adapters.model.save_guard import guard_saving
 from lit_adapters.model.sharding import refuse_sharded
 
 SHARED = "shared_with"  # attribute of a parameter that another model also has: the name of that model
@@ -114,6 +115,8 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
             parameter.requires_grad_(state.required_grad.get(name, state.required_grad.get(weight, False)))
         for method in methods:
             method.finish_merge(model, list(merging))
+        if kept:
+            guard_saving(model, functions=True)
     if dequantised and unload and not any(hasattr(p, "quant_state") for p in model.parameters()):
         forget_quantisation(model)
     return MergeReport(max(e for e, _ in errors), max(e for _, e in errors), list(merging), kept, dequantised)

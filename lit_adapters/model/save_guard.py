@@ -1,4 +1,7 @@
-"""Keeps `save_pretrained` of an adapted transformers model from writing a directory that loads as the base model."""
+"""Keeps `save_pretrained` of an adapted transformers model from writing a directory that loads as the base model.
+
+The same holds for a merged model in which functions of NoRA stay.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lit_adapters.activations import RationalActivation
 from lit_adapters.errors import AdapterError
 
 _METHOD = "save_pretrained"
@@ -20,10 +24,14 @@ class SaveGuard:
 
     Args:
         model: The model.
+        functions: Whether the adapters are merged and their functions (NoRA) are what stays.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, functions: bool = False) -> None:
         self._model = model
+        self._functions = functions
+        before = vars(model).get(_METHOD)
+        self.before = before if isinstance(before, SaveGuard) else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Save for a trainer.
@@ -36,24 +44,40 @@ class SaveGuard:
             "lit_adapters.save_adapters(model, directory) saves the adapters, and lit_adapters.merge(model) makes an "
             "ordinary model to save"
         )
+        what = "adapters"
+        if self._functions:
+            what = "learned functions"
+            fix = (
+                "save its state_dict, and load it into a model that went through load_adapters and merge as well; "
+                "save_adapters before merging keeps everything that is needed for that"
+            )
         if "state_dict" not in kwargs:
             raise AdapterError(
                 f"save_pretrained would write a directory that from_pretrained loads as {type(model).__name__} without "
-                f"its adapters; {fix}"
+                f"its {what}; {fix}"
             )
-        warnings.warn(f"from_pretrained loads this directory without the adapters in it; {fix}", stacklevel=2)
+        warnings.warn(f"from_pretrained loads this directory without the {what} in it; {fix}", stacklevel=2)
         return type(model).save_pretrained(model, *args, **kwargs)
 
 
-def guard_saving(model: nn.Module) -> None:
-    """Put a guard before `save_pretrained` of every part of `model` that is a model of transformers."""
+def guard_saving(model: nn.Module, functions: bool = False) -> None:
+    """Put a guard before `save_pretrained` of every part of `model` that is a model of transformers.
+
+    Args:
+        model: The model.
+        functions: See `SaveGuard`; then parts without a learned function are left alone.
+    """
     for module in model.modules():
-        if callable(getattr(type(module), _METHOD, None)) and hasattr(module, "config"):
-            vars(module)[_METHOD] = SaveGuard(module)
+        saves = callable(getattr(type(module), _METHOD, None)) and hasattr(module, "config")
+        if saves and (not functions or any(isinstance(m, RationalActivation) for m in module.modules())):
+            vars(module)[_METHOD] = SaveGuard(module, functions)
 
 
 def free_saving(model: nn.Module) -> None:
-    """Take the guards away."""
+    """Take the guards away, but for those of functions that an earlier merge has left."""
     for module in model.modules():
-        if isinstance(vars(module).get(_METHOD), SaveGuard):
+        guard = vars(module).get(_METHOD)
+        if isinstance(guard, SaveGuard):
             del vars(module)[_METHOD]
+            if guard.before is not None:
+                vars(module)[_METHOD] = guard.before

@@ -10,7 +10,24 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 import lit_adapters as la
 from tests.lightning.tiny_task import Net, nora
 
+
+class AverageByData:
+    """As many projects write it, ema-pytorch among them; PyTorch does not count such writes."""
+
+    def __init__(self, model):
+        self.module = copy.deepcopy(model).eval()
+
+    @torch.no_grad()
+    def update(self, model):
+        for mine, theirs in zip(self.module.parameters(), model.parameters(), strict=True):
+            mine.data.lerp_(theirs.data, 0.1)
+        for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            if mine.is_floating_point():
+                mine.data.lerp_(theirs.data, 0.1)
+
+
 AVERAGES = {
+    "by data": AverageByData,
     "swa": lambda m: AveragedModel(m),
     "swa with buffers": lambda m: AveragedModel(m, use_buffers=True),
     "swa one by one": lambda m: AveragedModel(m, avg_fn=get_swa_avg_fn(), use_buffers=True),
@@ -129,3 +146,17 @@ def test_a_loaded_average_goes_on_following():
     la.set_progress(net, 0.4)
     again.update(net)
     assert {a.beta.item() for _, a in la.adapters(again.module)} == {0.5}
+
+
+@pytest.mark.parametrize("method", [la.DoRA(rank=2), la.LoRAN(rank=2), nora()])
+def test_an_average_computes_with_its_present_values(method):
+    net = Net()
+    la.attach(net, method)
+    mean, x = AverageByData(net), torch.randn(4, 8)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad:
+                p.add_(0.3)
+        mean.module(x)
+        mean.update(net)
+        assert torch.equal(mean.module(x), copy.deepcopy(mean.module).eval()(x))

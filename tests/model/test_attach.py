@@ -185,3 +185,14 @@ def test_what_is_no_method_is_refused_before_anything_happens(ignored):
     with pytest.raises(la.AdapterError):
         la.attach(model, ignored)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_is_wrapped_for_several_processes(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 8)))
+        with pytest.raises(la.AdapterError, match="DistributedDataParallel is wrapped for several processes already"):
+            la.attach(model, la.LoRA(rank=2))
+    finally:
+        torch.distributed.destroy_process_group()

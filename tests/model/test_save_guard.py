@@ -44,3 +44,17 @@ def test_a_merged_or_frozen_model_is_an_ordinary_one(tmp_path):
     la.attach(frozen, [], train=["norm"])
     for model in (merged, frozen):
         model.save_pretrained(tmp_path)
+
+
+def test_functions_that_stay_after_merging(tmp_path):
+    model = build("llama")
+    la.attach(model, METHODS["nora"])
+    la.merge(model)
+    for part in (model, model.model):
+        with pytest.raises(la.AdapterError, match="without its learned functions; save its state_dict"):
+            part.save_pretrained(tmp_path)
+    la.attach(model, METHODS["lora"])
+    la.merge(model)
+    with pytest.raises(la.AdapterError, match="without its learned functions"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
