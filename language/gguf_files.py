@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_adapters.errors import AdapterError, AssetError
-from lit_adapters.ops.folders import cache_folder
+from lit_adapters.ops.folders import cache_folder, private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -28,29 +29,58 @@ def converted(file: Path) -> Path:
     135M parameters, and a model read that way cannot be saved. The converted model has bit-identical logits.
 
     Raises:
-        AssetError: The file is missing or torn, or transformers cannot convert its architecture.
+        AssetError: The file is missing or torn, transformers cannot convert its architecture, or the cache belongs to
+            another user.
         AdapterError: The packages that read GGUF are not installed.
     """
     if not file.is_file():
         raise AssetError(f"no model file {str(file)!r}: give a path, a package:// address or a name of the model hub")
     found = file.stat()
     key = hashlib.sha256(f"{file.resolve()} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()[:16]
-    root = cache_folder() / "gguf"
-    folder = root / f"{file.stem}-{key}"
-    if folder.is_dir():
+    root = _private_root()
+    folder = root / f"{file.stem[:100]}-{key}"
+    if _is_own(folder):
         return folder
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise AdapterError(f"{file.name!r} needs the package {package!r}: run pip install 'lit-adapters[language]'")
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{folder.name}.lock"):
-        if not folder.is_dir():
+    with FileLock(root / f"{folder.name}.lock", mode=0o600):
+        if not _is_own(folder):
             logger.info("converting %s, once", file.name)
             with tempfile.TemporaryDirectory(dir=root, prefix=f".{folder.name}.") as work:
                 _convert(file, Path(work) / "model")
                 # Last, so that a directory of this name is whole.
                 os.replace(Path(work) / "model", folder)
     return folder
+
+
+def _private_root() -> Path:
+    """The folder of converted models, which nobody else can write to.
+
+    Raises:
+        AssetError: It cannot be made, or belongs to another user.
+    """
+    try:
+        return private_folder(cache_folder() / "gguf")
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        raise AssetError(
+            f"converted models cannot be kept ({error}): set LIT_ADAPTERS_CACHE to a folder of your own"
+        ) from error
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a converted model is there that this user, or root, has put there.
+
+    Raises:
+        AssetError: Another user's, or a link, is in its place.
+    """
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISDIR(found.st_mode) or (os.name == "posix" and found.st_uid not in (os.geteuid(), 0)):
+        raise AssetError(f"{folder} is no folder of this user, and its model may be anybody's: remove it")
+    return True
 
 
 def _convert(file: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -150,6 +151,30 @@ def test_values_out_of_range():
         create_model(TINY_LLAMA, dtype="float8")
     with pytest.raises(la.AdapterError, match="quantization 'int3' is unknown: use 'nf4'"):
         create_model(TINY_LLAMA, quantization="int3")
+
+
+def test_a_converted_model_of_somebody_else_is_not_used(tmp_path, monkeypatch):
+    """Who knows the file's time and size knows the folder's name, and a shared cache lets him make it first."""
+    monkeypatch.setenv("LIT_ADAPTERS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(40))
+    root = tmp_path / "cache" / "gguf"
+    root.mkdir(parents=True, mode=0o777)
+    root.chmod(0o777)
+    with pytest.raises(la.AssetError, match="is not a GGUF language model"):
+        converted(tmp_path / "model.gguf")
+    assert root.stat().st_mode & 0o777 == 0o700
+    (planted,) = (root / path.name.removesuffix(".lock") for path in root.iterdir())
+    planted.symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(la.AssetError, match="is no folder of this user"):
+        converted(tmp_path / "model.gguf")
+    planted.unlink()
+    planted.mkdir()
+    assert converted(tmp_path / "model.gguf") == planted
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    monkeypatch.setattr("language.gguf_files.private_folder", lambda path: path)
+    if planted.stat().st_uid:  # what root has made is trusted
+        with pytest.raises(la.AssetError, match="is no folder of this user"):
+            converted(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("package", ["gguf", "accelerate", "bitsandbytes"])
