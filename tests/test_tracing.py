@@ -208,6 +208,18 @@ def test_onnx_by_export(method, tmp_path):
     assert_alike(onnx_runtime(tmp_path / "m.onnx"), model, examples)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("channel_dim", [1, -3])
+def test_channels_that_are_not_last_with_the_older_onnx_exporter(channel_dim, tmp_path):
+    """It cannot exchange dimensions that are counted from the end."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GELU(), nn.Conv2d(4, 3, 1)).eval()
+    la.attach(model, la.NoRA(groups=2, targets=["1"], channel_dim=channel_dim))
+    move(model)
+    examples = torch.randn(2, 3, 5, 5), torch.randn(2, 3, 5, 5)
+    torch.onnx.export(model, examples[:1], tmp_path / "m.onnx", dynamo=False)
+    assert_alike(onnx_runtime(tmp_path / "m.onnx"), model, examples)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora", "loran", "bitfit", "nora", "nora-anchored", "afa-rational"])
 def test_compiled_ahead_of_time(method):

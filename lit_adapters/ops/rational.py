@@ -207,7 +207,8 @@ def _by_formula(x: Tensor, coefficients: _Pair, base: _Pair | None, form: Denomi
     and no power of u or v is larger than 1. R does not depend on s, which therefore counts as a constant in
     derivatives.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(channel_dim, -1)
+    last, dim = x.dim() - 1, channel_dim % x.dim()  # the older ONNX exporter does not count from the end
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(dim, last)
     grouped = wide.unflatten(-1, (coefficients[0].shape[0], -1))
     s = grouped.detach().abs().clamp(min=1)
     u, v = grouped / s, 1 / s
@@ -225,7 +226,7 @@ def _by_formula(x: Tensor, coefficients: _Pair, base: _Pair | None, form: Denomi
     y = evaluate(*coefficients)
     if base is not None:
         y = y - evaluate(base[0].detach(), base[1].detach())
-    return y.flatten(-2).movedim(-1, channel_dim).to(x.dtype)
+    return y.flatten(-2).movedim(last, dim).to(x.dtype)
 
 
 def _homogeneous(columns: Sequence[Tensor], u: Tensor, v: Tensor) -> Tensor:
