@@ -15,6 +15,7 @@ PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
     "benchmarks/results/breadth.md": "every-model.md",
     "benchmarks/results/tables.md": "tables.md",
 }

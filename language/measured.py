@@ -26,7 +26,7 @@ from lit_adapters.model.sharding import is_sharded
 
 _TOKENS = 8  # of a document that is read for a measurement
 _MOVED = 1e-5  # nats that the losses of a document may move by, where nothing is rounded differently
-_FULL = (torch.float32, torch.float64)
+_FULL = (torch.float32, torch.float64)  # all other dtypes are of low precision
 
 _known: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 
@@ -34,7 +34,12 @@ T = TypeVar("T")
 
 
 def measured(model: nn.Module, measure: Callable[[Any], T]) -> T:
-    """What `measure(model)` returns, measured once for a model and its implementation of attention."""
+    """What `measure(model)` returns, measured once for a model and its implementation of attention.
+
+    Args:
+        model: A transformers causal language model, compiled or not.
+        measure: Makes forward passes of the model that it is given, in eval mode.
+    """
     model = getattr(model, "_orig_mod", model)  # of a compiled one
     known = _known.setdefault(model, {})
     key = measure, getattr(model.config, "_attn_implementation", None)

@@ -1,7 +1,7 @@
 """Classes by the import paths that files and dictionaries hold, found without importing anything.
 
 A checkpoint or an adapter directory may come from someone else, and importing a module runs it. So a path is looked up
-among the modules that have been imported already: those of this library, and what the user has imported himself.
+among the modules that have been imported already: those of this library, and what the user's program has imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def find_imported(path: str) -> Any:
     """What an import path names, looked up in `sys.modules` alone; None if there is nothing.
 
     Args:
-        path: Modules, then attributes, as in "my_package.methods.Mine"; old names of our modules are known.
+        path: Modules, then attributes, as in "my_package.methods.Mine". It may have an old name of one of our modules.
     """
     parts = current(path).split(".")
     for length in range(len(parts) - 1, 0, -1):

@@ -13,20 +13,20 @@ LARGEST = 1e9  # of a factor: beyond it float32 overflows where factors are mult
 
 
 def check_number(name: str, value: Any, low: float = -LARGEST, high: float = LARGEST) -> None:
-    """Check that a value is a finite number between two others, both included; True and False are no numbers.
+    """Check that a value is a finite number from `low` to `high`, both included; True and False are no numbers.
 
     Raises:
-        AdapterError: It is not.
+        AdapterError: It is no such number.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise AdapterError(f"{name} {shown(value)} must be a finite number from {low:g} to {high:g}")
 
 
 def check_factor(name: str, value: Any) -> None:
-    """Check that a value is a finite number other than 0, with which nothing would train.
+    """Check that a value is a finite number other than 0; with a factor of 0 nothing would train.
 
     Raises:
-        AdapterError: It is not.
+        AdapterError: It is no number, is 0, or its size is below 1e-9 or above 1e9.
     """
     valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not valid or not 1 / LARGEST <= abs(value) <= LARGEST:
@@ -46,7 +46,7 @@ def check_whole(name: str, value: Any, low: int = 1, high: int | None = None, ot
         otherwise: What else is valid, for the message, such as "or None".
 
     Raises:
-        AdapterError: It is not.
+        AdapterError: It is no whole number, or outside these bounds.
     """
     valid = isinstance(value, int) and not isinstance(value, bool)
     if not valid or value < low or (high is not None and value > high):
@@ -60,7 +60,7 @@ def check_probability(name: str, value: Any) -> None:
     """Check that a value lies in [0, 1).
 
     Raises:
-        AdapterError: It does not.
+        AdapterError: It is no number, or lies outside.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
         raise AdapterError(f"{name} {shown(value)} must lie in [0, 1)")
@@ -70,7 +70,7 @@ def check_flag(name: str, value: Any) -> None:
     """Check that a value is True or False.
 
     Raises:
-        AdapterError: It is not.
+        AdapterError: It is anything else, also 0 or 1.
     """
     if not isinstance(value, bool):
         raise AdapterError(f"{name} {shown(value)} must be True or False")
@@ -80,7 +80,7 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Check that a value is one of some names.
 
     Raises:
-        AdapterError: It is not.
+        AdapterError: It is none of them.
     """
     known = list(choices)
     if not isinstance(value, str) or value not in known:
@@ -92,7 +92,7 @@ def check_pattern(name: str, value: Any) -> None:
     """Check that a value is a regular expression.
 
     Raises:
-        AdapterError: It is not.
+        AdapterError: It cannot be compiled.
     """
     try:
         re.compile(value)
@@ -101,10 +101,10 @@ def check_pattern(name: str, value: Any) -> None:
 
 
 def list_of_names(name: str, value: Any) -> list[str]:
-    """A list of names from any collection of texts; a single text is none, as it would be taken letter by letter.
+    """A list of names from any collection of texts. A single text is refused: its letters would become the names.
 
     Raises:
-        AdapterError: It is no collection, or holds something else than texts.
+        AdapterError: It is a single text or no collection, or an item is empty or no text.
     """
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise AdapterError(f"{name} {shown(value)} must be a list of names")

@@ -15,8 +15,8 @@ T = TypeVar("T")
 class ControlTokens:
     """The control tokens of a tokenizer, and how to tell those of a template from text that spells one.
 
-    A row's text is guarded before a template is applied: a mark breaks each spelling of a control token. What then
-    still spells one stands in the template. `unguarded` takes the marks out.
+    A row's text is guarded before a template is applied: a mark breaks each spelling of a control token. Every
+    control token that is left comes from the template. `unguarded` takes the marks out.
 
     Args:
         tokenizer: A transformers tokenizer.

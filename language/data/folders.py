@@ -27,6 +27,7 @@ _HINTS = {
     "test": re.compile(r"test.*|.*test|tst|eval.*|.*eval|held|holdout|heldout"),
 }
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+# Words that match a hint by chance.
 _INNOCENT = {"latest", "greatest", "shortest", "fastest", "contest", "contests", "protest", "retrieval", "medieval"}
 _INNOCENT |= {"constrain", "restrain", "invalid", "testimony", "testimonial", "testimonials", "testament"}
 _DOCUMENTS = re.compile(r"readme.*|licen[cs]e.*|.*\.md|sha\d+sums.*|md5sums.*|checksums.*|\..*", re.IGNORECASE)

@@ -13,7 +13,7 @@ ROLES = ("system", "user", "assistant")
 LEARN = ("weight", "loss_weight", "train", "training", "trainable", "learn", "loss")  # false or 0: do not learn
 MASK = ("mask", "masked")  # true or 1: do not learn
 _HARMLESS = ("name", "id")  # who spoke, and a number: not part of what a model reads
-# Fields beside the messages that a chat template would have to write; the conversation means something else without.
+# Fields beside the messages that a chat template would have to write; without them the conversation has another sense.
 _BESIDE = ("tools", "functions", "documents", "system", "system_prompt", "chat_template_kwargs")
 
 
@@ -62,6 +62,10 @@ def read_messages(row: Row, column: str) -> tuple[tuple[Message, ...], tuple[int
     """The messages of a conversation, and the places of the assistant's messages that are not to be learned.
 
     Answers keep their white space; other messages lose what surrounds them.
+
+    Args:
+        row: The row.
+        column: The name of the field that holds the list of messages.
 
     Raises:
         DataError: A message is badly formed or in a place where it cannot be, or the row has tools or a system prompt

@@ -17,8 +17,8 @@ from lit_adapters.errors import DataError
 
 _LONGEST_LINE = 1 << 28  # characters of a line of jsonl; a file of one endless line would fill the memory
 _LARGEST = {".json": 1 << 32, ".yml": 1 << 28, ".yaml": 1 << 28}  # bytes of files that are read whole
-_UNPACKED = 1 << 30  # bytes of a parquet file's content, above which it may not be more than so many times its size:
-_RATIO = 1000
+# A parquet file may unpack to this many bytes, or to this many times its own size, whichever is more.
+_UNPACKED, _RATIO = 1 << 30, 1000
 
 
 def read_file(file: Path) -> Iterator[Row]:
@@ -54,6 +54,10 @@ def check_regular(file: Path) -> None:
 
 def as_row(value: object, origin: str) -> Row:
     """A row of a parsed value.
+
+    Args:
+        value: The value, an object.
+        origin: Where it stands, for messages.
 
     Raises:
         DataError: The value is not an object with named fields.
@@ -171,7 +175,7 @@ def _class_names(file: Path, described: bytes | None) -> dict[str, list[str]]:
 
 
 def _read_yaml(file: Path) -> Iterator[Row]:
-    """Read `conversations`, lists of turns: each turn is the prompt of the next one, its response."""
+    """Read `conversations`, lists of turns: each turn is a prompt, and the turn after it is the response."""
     import yaml
 
     try:

@@ -1,8 +1,8 @@
 """Tokens of the stretches that a document is made of: prompt, answer, prompt, answer.
 
-Each stretch is tokenised apart from what follows it, so that the tokens of a prompt begin those of prompt and answer,
-whatever the tokenizer would merge across the seam. Tokenizers that put a space before a text put none before a stretch
-in the middle of a document.
+A tokenizer may merge the end of a prompt with the start of an answer. So each stretch is tokenised apart from what
+follows it: prompt and answer together begin with the tokens of the prompt alone. Tokenizers that put a space before a
+text put none before a stretch in the middle of a document.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from language.data.control import ControlTokens, unguarded
 from language.data.rows import MARK
 from lit_adapters.errors import DataError
 
-# What a stretch is tokenised after, to see its tokens in the middle of a text; the first that keeps its own tokens.
+# What a stretch is tokenised after, to see its tokens in the middle of a text: the first whose own tokens stay.
 _ANCHORS = ("\n", ":\n", ":", "a")
 
 
@@ -47,7 +47,11 @@ class Stretches:
         return [[next(tokens) for _ in document] for document in listed]
 
     def after(self, texts: Sequence[str], before: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts, each after another text; "" for none.
+        """Token ids of texts, each after another text.
+
+        Args:
+            texts: The texts; they may be guarded.
+            before: What stands before each of them, as many; "" for nothing.
 
         Raises:
             DataError: As `documents`.

@@ -35,7 +35,7 @@ class FramedPrompt:
 
 
 class PromptEncoder:
-    """Tokens of prompts and choices, truncated on the left; counts the prompts that were.
+    """Tokens of prompts and choices; long prompts are truncated on the left and counted.
 
     A choice of a framed prompt is tokenised as an answer in training. A choice of a plain text has the tokens of
     prompt + choice after the longest prefix that the prompt shares with prompt + every choice: where a tokeniser merges
@@ -61,14 +61,30 @@ class PromptEncoder:
         return [self._started(row) for row in rows]
 
     def prompt(self, text: str | FramedPrompt, room: int = 1) -> list[int]:
-        """Tokens of a prompt, at least one, that leave space for `room - 1` further tokens."""
+        """Tokens of a prompt, at least one, with space for an answer of `room` tokens, the last of them unread.
+
+        Args:
+            text: The prompt.
+            room: Tokens of the longest answer. The model predicts the last one and does not read it.
+
+        Raises:
+            DataError: The answer leaves no space, or the prompt is empty and the tokenizer has no start or end token.
+        """
         if isinstance(text, str):
             return self._fit(self.tokens([text])[0], room)
         context, (lead,) = self._framed(text, [text.lead])
         return self._fit(context + lead, room)
 
     def question(self, prompt: str | FramedPrompt, choices: Sequence[str]) -> TokenQuestion:
-        """Context and continuations; their concatenations are the tokens of prompt and choice."""
+        """Context and continuations; their concatenations are the tokens of prompt and choice.
+
+        Args:
+            prompt: The prompt.
+            choices: The texts to choose from.
+
+        Raises:
+            DataError: A choice has no tokens, or as `prompt`.
+        """
         if isinstance(prompt, str):
             alone, *whole = self.tokens([prompt, *(prompt + choice for choice in choices)])
         else:

@@ -25,7 +25,7 @@ LIMIT_VARIABLE = "LIT_ADAPTERS_MAX_UNPACKED_GB"
 _MAX_RATIO = 100  # images and weights hardly shrink; an archive of zeros is a thousand times smaller than its content
 _MAX_BYTES = 16 << 30
 _MIN_BYTES = 256 << 20
-_MAX_READ = 64 << 20  # at once: the fields of a tar header are read so
+_MAX_READ = 64 << 20  # bytes at once; a tar header may claim a field of any length, which tarfile reads at once
 # What Python's readers raise for a damaged or hostile archive, beside OSError.
 DAMAGES = (
     EOFError,
@@ -70,7 +70,13 @@ def unpacked_limit(packed: int) -> int:
 
 
 def too_large(archive: Path, size: int, limit: int) -> AssetError:
-    """The error for an archive that unpacks to more than its limit."""
+    """The error for an archive that unpacks to more than its limit.
+
+    Args:
+        archive: The archive.
+        size: Bytes that have been unpacked, or are to be.
+        limit: Bytes that are allowed.
+    """
     return AssetError(
         f"archive {archive} unpacks to {size:,} bytes or more, and {limit:,} are allowed: do not use it unless you "
         f"trust it. If you do, set the environment variable {LIMIT_VARIABLE} to enough gigabytes"

@@ -47,7 +47,12 @@ def write_checked(path: Path, folder: Path, write: Callable[[Path], object]) -> 
 
 
 def is_intact(path: Path, folder: Path) -> bool:
-    """Whether a file that `write_checked` wrote is there and unchanged, and nobody else can have written to it."""
+    """Whether a file that `write_checked` wrote is there and unchanged, and nobody else can have written to it.
+
+    Args:
+        path: The file, inside `folder`.
+        folder: The folder of the cache that `write_checked` was given.
+    """
     parents = [p for p in path.parents if p == folder or folder in p.parents]
     checksum = _checksum_file(path)
     try:

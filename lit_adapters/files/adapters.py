@@ -1,7 +1,7 @@
 """Adapter directories: `lit_adapter.safetensors`, complete in itself, and `lit_adapter.json`, its readable header.
 
 The tensor file carries the header in its metadata, so that one atomic rename replaces both together; the JSON copy is
-for people and must agree. Never pickle, never a name that peft or transformers would take for their own.
+for people and must agree. Nothing is pickled, and no file has a name that peft or transformers would read as theirs.
 """
 
 from __future__ import annotations

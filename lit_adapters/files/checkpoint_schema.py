@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lit_adapters.errors import AdapterError, shown
 
-RECORD, RECORD_FORMAT = "lit_adapters", 1  # of the entry that Lightning checkpoints have
+RECORD, RECORD_FORMAT = "lit_adapters", 1  # name and format of our entry in Lightning's checkpoints
 _LARGEST = 2**62
 _LOOPS = {"fit_loop", "validate_loop", "test_loop", "predict_loop"}  # Lightning writes and reads all
 _LARGE_VIEW = 1 << 24  # elements: modules may have small buffers that are views
-_DEEPEST = 300  # values in each other
+_DEEPEST = 300  # levels of nested values
 _VERSION = re.compile(r"\d+(\.\w+){1,5}([+-][\w.]+)?")
 
 

@@ -1,7 +1,7 @@
 """Tells whether the frozen weights of a base model are those that adapters were trained on.
 
 Every element counts: the sums of rows and columns of a tensor's bits take one pass at the speed of memory, where a
-cryptographic hash of all bytes would take several times as long. What is hashed are the sums.
+cryptographic hash of all bytes would take several times as long. Only the sums are hashed.
 """
 
 from __future__ import annotations

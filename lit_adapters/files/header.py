@@ -1,6 +1,6 @@
 """The header of an adapter directory: what it must hold, and the checksums that tie it to the tensors.
 
-A file may come from elsewhere, so that nothing of the header is used before all of it has been checked here.
+A file may come from elsewhere. So nothing of the header is used before all of it has been checked here.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 def header_text(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """The header as it is written, with checksums of the tensors and of itself.
+
+    Args:
+        header: All values but the checksums.
+        tensors: The tensors of the file by name, on the CPU.
 
     Raises:
         AdapterError: A value of the header could not be read again.
@@ -90,6 +94,11 @@ def parse_header(text: str, origin: Path | str) -> dict[str, Any]:
 def check_text(text: str, header: Mapping[str, Any], origin: Path | str) -> None:
     """Check that the text of a header with checksums is the very one that was written.
 
+    Args:
+        text: As the tensor file holds it.
+        header: What `parse_header` returned for it.
+        origin: The file, for messages.
+
     Raises:
         AdapterError: It was changed, even if it says the same.
     """
@@ -99,6 +108,11 @@ def check_text(text: str, header: Mapping[str, Any], origin: Path | str) -> None
 
 def check_tensors(header: Mapping[str, Any], tensors: Mapping[str, Tensor], origin: Path | str) -> None:
     """Check tensors against the header of their file.
+
+    Args:
+        header: What `parse_header` returned.
+        tensors: All tensors of the file by name.
+        origin: The file, for messages.
 
     Raises:
         AdapterError: A value is not finite or of a type that no adapter has, the shape of a base parameter is not the
@@ -122,8 +136,8 @@ def check_tensors(header: Mapping[str, Any], tensors: Mapping[str, Tensor], orig
 def is_intact_copy(text: str, header: Mapping[str, Any]) -> bool:
     """Whether the text of the readable copy is one that `save_adapters` wrote, and nobody edited.
 
-    It may belong to another save than `header`, as two processes write to one directory or one of them was stopped: the
-    tensor file alone decides then. Copies without a checksum must be equal to the header.
+    A copy with a checksum may belong to another save than `header`: two processes may write to one directory, or one
+    may be stopped between the two files. Then the tensor file alone counts. A copy without one must equal the header.
     """
     try:
         copy = _read_json(text, "")

@@ -109,6 +109,10 @@ def save_meanings(checkpoint: MutableMapping[str, Any], module: nn.Module) -> No
 def saved_meanings(checkpoint: Mapping[str, Any], origin: str) -> dict[str, dict[str, Any]]:
     """The meanings that a checkpoint holds, by qualified name of the model.
 
+    Args:
+        checkpoint: As it was read.
+        origin: The file, for messages.
+
     Raises:
         AdapterError: The entry of the checkpoint is malformed.
     """

@@ -12,7 +12,7 @@ from lit_adapters.errors import AdapterError
 
 @contextmanager
 def computable(what: str) -> Iterator[None]:
-    """Name what is being described where linear algebra gives up.
+    """Raise an error that names the layer where linear algebra fails.
 
     Args:
         what: The layer or layers, for the message.

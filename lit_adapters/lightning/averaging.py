@@ -18,19 +18,19 @@ class Averaging(Callback):
     """
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before the average takes the place of the model."""
+        """Restore before the average takes the place of the model."""
         restore_constants(pl_module, _modules_of_callbacks(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the last update of an average, whichever callback comes first."""
+        """Restore at the end of an epoch, whose last step may have updated an average."""
         restore_constants(pl_module, _modules_of_callbacks(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before the average takes the place of the model for good."""
+        """Restore before the average takes the place of the model for good."""
         restore_constants(pl_module, _modules_of_callbacks(trainer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Before the average is written."""
+        """Restore before the average is written."""
         restore_constants(pl_module, _modules_of_callbacks(trainer))
 
 

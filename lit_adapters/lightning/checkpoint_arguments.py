@@ -28,7 +28,7 @@ from lit_adapters.training.hyperparameters import (
     read_hyperparameters,
 )
 
-_UNKNOWN_YET = "init_seed"  # null stands for a value that is not known before the run
+_UNKNOWN_YET = "init_seed"  # if it is null, the run draws a value, which nobody knows before
 
 
 def arguments_of_checkpoint(
@@ -130,6 +130,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _moved(written: Any, present: Any) -> bool:
+    """Whether an existing path stands in place of a name, or of a path that exists no longer."""
     return (
         isinstance(present, str) and Path(present).exists() and isinstance(written, str) and not Path(written).exists()
     )

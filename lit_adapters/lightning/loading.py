@@ -26,7 +26,7 @@ class LoadsFromFiles(LightningModule):
     """A LightningModule whose checkpoints are checked before anything is built from them.
 
     Attributes:
-        fixed_by_weights: Arguments that the weights of a checkpoint belong to: another value makes no sense with them.
+        fixed_by_weights: Names of arguments that must be those of the training, as its weights fit no other values.
     """
 
     fixed_by_weights: ClassVar[frozenset[str]] = frozenset({"adapters", "train"})

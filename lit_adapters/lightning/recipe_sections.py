@@ -1,6 +1,6 @@
 """Checks of a recipe's sections that jsonargparse leaves out: it drops an empty section, whatever its name is.
 
-`modle: {}`, `adapters: {}` and `trainer: []` would be taken for nothing at all.
+Without these checks `modle: {}`, `adapters: {}` and `trainer: []` would be ignored without a word.
 """
 
 from __future__ import annotations

@@ -132,7 +132,12 @@ class StepMeanModule(LightningModule):
         self._open_step = _Step(divisor, number, torch.tensor(total), after, resumed=True)
 
     def over_processes(self, number: float, operation: str) -> float:
-        """The sum or mean of a number over all processes; without a trainer there is one."""
+        """The sum or mean of a number over all processes; without a trainer there is only this one.
+
+        Args:
+            number: The number of this process.
+            operation: "sum" or "mean".
+        """
         if self._trainer is None or self._trainer.world_size == 1:
             return number
         counted = torch.tensor(number, dtype=torch.float64, device=self.device)

@@ -57,8 +57,8 @@ class CopiedBuffers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._own = Original(self._buffers)
-        self._original: Original | None = None  # of a copy
+        self._own = Original(self._buffers)  # what copies of this adapter follow
+        self._original: Original | None = None  # what this adapter follows, if it is a copy
         self._noted: dict[str, tuple[Tensor, int, float | None]] = {}
 
     def note_tensors(self) -> None:
@@ -66,11 +66,12 @@ class CopiedBuffers(nn.Module):
         if self._original is not None:
             names = (*self._adapter_parameters, *self._adapter_buffers, *self._recomputed_buffers)
             tensors = {n: t for n in names if (t := self._tensor(n)) is not None and not t.is_inference()}
-            summed = {*names} - {*self._recomputed_buffers}  # those are large, and no code averages what no file holds
+            # Recomputed buffers are large, and no average has them, as state dicts leave them out.
+            summed = {*names} - {*self._recomputed_buffers}
             self._noted = {n: (t, t._version, _sum(t) if n in summed else None) for n, t in tensors.items()}
 
     def stand_alone(self) -> None:
-        """Follow the original no longer."""
+        """Stop following the original."""
         self._original = None
         self._noted = {}
 
@@ -84,7 +85,7 @@ class CopiedBuffers(nn.Module):
             self.restore_averaged()
 
     def restore_averaged(self) -> None:
-        """Give averaged buffers the present values of the original; costs nothing where this is no copy."""
+        """Give averaged buffers the present values of the original; does nothing unless this adapter is a copy."""
         if self._original is None or torch.compiler.is_compiling():
             return
         written = {

@@ -1,4 +1,4 @@
-"""Regular expressions that end in time, whatever they are: a file may come from someone who wants loading to hang.
+"""Matching of regular expressions that ends in time for every pattern: someone may write a file to make loading hang.
 
 Python's `re` tries one way through a pattern after the other, and nested repeats such as `(a+)+b` have exponentially
 many. Patterns with few ways go to `re`. For the others, the ends of all matches from one place are found together,
@@ -40,7 +40,11 @@ def fullmatch(pattern: str, name: str) -> bool:
 
 
 def check_few_ways(name: str, pattern: str) -> None:
-    """Check that `re` is fast with a pattern, where a library takes it and `fullmatch` is not asked.
+    """Check that `re` is fast with a pattern, where a library matches it instead of `fullmatch`.
+
+    Args:
+        name: The setting, for the message.
+        pattern: The regular expression.
 
     Raises:
         AdapterError: It is not a regular expression, or has nested repeats or many.
@@ -122,6 +126,7 @@ def _ways(tree: Any) -> float:
 
 
 def _is_regular(tree: Any) -> bool:
+    """Whether `_AllWays` can match a pattern: it has no back-references, conditions, atomic or possessive groups."""
     known = (*_ONE_CHARACTER, *_REPEATS, "BRANCH", "SUBPATTERN", "AT")
     return all(item[0].name in (*known, "ASSERT", "ASSERT_NOT") for item in _items(tree))
 
@@ -134,7 +139,11 @@ class _AllWays:
         self.single: dict[tuple[int, int], re.Pattern[str]] = {}
 
     def fullmatch(self, name: str) -> bool:
-        """Whether the pattern matches the whole name."""
+        """Whether the pattern matches the whole name.
+
+        Raises:
+            AdapterError: Groups are nested too deeply.
+        """
         self.name = name
         self.known: dict[tuple[int, int, int], frozenset[int]] = {}
         try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Of layers that hold more than a weight and a bias.
+# Parts of the names of such classes of layers.
 _CLASS = re.compile(
     r"(?i:quant(?!um|ile|ity)|qlinear|hqq|fp8|float8|bitlinear|8bit|4bit|mxfp4|eetq|aqlm|vptq|spqr|higgs)|Int[48]"
 )

@@ -17,7 +17,7 @@ _SUFFIXES = ("_orig", "_g", "_v")  # of what pruning, weight norm and spectral n
 
 
 def called_by(module: str) -> bool:
-    """Whether a function of a module called the function that asks, at most four calls up."""
+    """Whether the function that asks was called from a module, directly or by at most three calls in between."""
     frame = sys._getframe(2)
     for _ in range(4):
         if frame.f_globals.get("__name__") == module:

@@ -28,6 +28,10 @@ def has_changed(parameter: Tensor, before: Tensor) -> bool:
     """Whether a parameter has other values than when the sample `before` was taken.
 
     Every process has to call this if the parameter is sharded.
+
+    Args:
+        parameter: The parameter as it is now.
+        before: Its entry in what `samples` returned.
     """
     parameter = whole(parameter.detach())
     if not _holds_values(parameter):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
 
-# In timm, torchvision, and implementations of RepVGG, LeViT, YOLO and their kin.
+# In timm, torchvision, and implementations of RepVGG, LeViT, YOLO and similar networks.
 _METHODS = ("fuse", "reparameterize", "switch_to_deploy", "fuse_model", "repvgg_convert")
 
 
@@ -31,7 +31,7 @@ class FuseGuard:
         """Call the method if it is given tensors, as then it takes part in a forward.
 
         Raises:
-            AdapterError: It is not.
+            AdapterError: No argument is a tensor.
         """
         if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
             return getattr(type(self._block), self._name)(self._block, *args, **kwargs)

@@ -103,6 +103,10 @@ def require_placed(model: nn.Module, what: str) -> None:
 def refuse_meta(tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise if one of `tensors` holds no values.
 
+    Args:
+        tensors: Tensors by name.
+        what: What needs their values, for the message.
+
     Raises:
         AdapterError: A tensor is on the meta device.
     """

@@ -37,7 +37,7 @@ class SaveGuard:
         """Save for a trainer.
 
         Raises:
-            AdapterError: It is no trainer that saves.
+            AdapterError: The call does not come from transformers' Trainer: it gives no `state_dict`.
         """
         model: Any = self._model
         fix = (
@@ -74,7 +74,7 @@ def guard_saving(model: nn.Module, functions: bool = False) -> None:
 
 
 def free_saving(model: nn.Module) -> None:
-    """Take the guards away, but for those of functions that an earlier merge has left."""
+    """Take the guards away, except those for functions that an earlier merge left in the model."""
     for module in model.modules():
         guard = vars(module).get(_METHOD)
         if isinstance(guard, SaveGuard):

@@ -57,7 +57,7 @@ def note_progress(adapters: Iterable[AdapterModule], progress: float | None = No
 
     Args:
         adapters: Those of one model.
-        progress: What they were moved to; None if they took a step and nothing need have moved them.
+        progress: What they were moved to; None after an optimiser step, which does not move them.
     """
     state = _of(adapters)
     if state is not None and not state.told_elsewhere:
@@ -74,7 +74,12 @@ def leave_the_end_to_others(adapters: Iterable[AdapterModule]) -> None:
 
 
 def warn_unfinished(model: nn.Module, what: str) -> None:
-    """Warn, once for a model, that `what` holds adapters that were trained and whose annealing has not ended."""
+    """Warn, once for a model, that `what` holds adapters that were trained and whose annealing has not ended.
+
+    Args:
+        model: The model with adapters.
+        what: What is written, such as a directory; the warning begins with it.
+    """
     found = [m for m in model.modules() if isinstance(m, AdapterModule)]
     state = _of(found)
     if state is None or state.warned or not state.is_unfinished():
@@ -106,7 +111,7 @@ def _of(adapters: Iterable[AdapterModule]) -> _Progress | None:
 
 
 def _at_exit() -> None:
-    # An error at the end is news enough, and one process of several is enough to tell.
+    # Where an error ended the process, the user reads of that error. Of several processes the first one warns.
     if getattr(sys, "last_value", None) is not None or os.environ.get("RANK", "0") != "0":
         return
     early = [state for state in _begun if state.is_unfinished()]

@@ -68,7 +68,7 @@ class Watch:
             n: [p for p in a.adapter_parameters().values() if isinstance(p, nn.Parameter)] for n, a in alive.items()
         }
         with_gradient = {n for n, own in own_parameters.items() if any(p.grad is not None for p in own)}
-        if all(p.grad is None for p in stepped) and not with_gradient:  # a step for the form's sake
+        if all(p.grad is None for p in stepped) and not with_gradient:  # a step that changes nothing of the model
             self._without_gradient += 1
             return None if self._without_gradient < _IDLE_STEPS else ""
         self._steps += 1

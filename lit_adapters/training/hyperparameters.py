@@ -25,9 +25,9 @@ from lit_adapters.methods.base import Method, to_methods
 from lit_adapters.schedules import Schedule
 
 KEY = "hyper_parameters"
-# How Lightning is told what to build a module with; the first is also in checkpoints of a user's own modules.
+# Entries that tell Lightning how to build a module. Checkpoints of a user's own modules may have the first.
 BUILDERS = ("_instantiator", "_class_path")
-_OLD_KEYS = ("hparams", "module_arguments")  # of Lightning 0.7, which reads them still
+_OLD_KEYS = ("hparams", "module_arguments")  # names in Lightning 0.7, which present versions still read
 _DEEPEST = 30
 _PLAIN = (type(None), bool, int, float, str, Tensor, torch.dtype, torch.device, torch.Size)
 
@@ -205,7 +205,12 @@ def _forms(value: Any) -> Any:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of a type, of those that a file may hold values of."""
+    """Whether a plain value has a type; False for types whose values no file may hold.
+
+    Args:
+        value: What the file holds; methods and schedules are in their forms.
+        hint: The type, as an annotation of a parameter gives it.
+    """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or hint is inspect.Parameter.empty:
         return True

@@ -81,7 +81,7 @@ def put_copies_back(checkpoint: dict[str, Any], module: nn.Module, path: Any) ->
         path: Where the checkpoint was read, for the message.
 
     Raises:
-        AdapterError: The entry names a place that the checkpoint, or a parameter that the model does not have.
+        AdapterError: The checkpoint lacks a place that the entry names, or the model lacks a parameter.
     """
     places = checkpoint.pop(LEFT_OUT, None)
     if places is None:

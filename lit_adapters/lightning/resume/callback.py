@@ -104,7 +104,7 @@ class Resuming(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep this process's part until training starts."""
         files = trainer.strategy.checkpoint_io
-        # ModelParallelStrategy reads files by itself, and a user may have an interface of his own.
+        # ModelParallelStrategy reads files by itself, and a user may have an interface of their own.
         if not (isinstance(files, SafeCheckpointIO) and files.has_checked(checkpoint)):
             _check(trainer, checkpoint, trainer.ckpt_path)
         if trainer.state.fn != "fit":

@@ -10,11 +10,11 @@ from lit_adapters.lightning.resume.loop_state import between_epochs, in_mid_epoc
 
 
 class Finishing(Callback):
-    """Lets a run that is resumed at `max_steps` go into its loop, which Lightning skips where no step is left.
+    """Lets a run that is resumed at `max_steps` enter its training loop, which Lightning skips where no step is left.
 
-    The limit is lifted until the loop has begun, and, where all batches of an epoch are read, for its end: for the
-    validation that is due, the records and the figures. `last_part` has to be the last part of the callback, as others
-    ask for the limit.
+    The limit on steps is lifted until the loop has begun. If all batches of an epoch were read before the kill, it is
+    lifted once more for the end of that epoch: for the validation that is due, the records and the figures. `last_part`
+    has to be the last part of the callback, because other parts read the limit.
     """
 
     def __init__(self) -> None:
@@ -27,19 +27,19 @@ class Finishing(Callback):
         self._is_over = trainer.state.fn == "fit" and 0 <= trainer.max_steps <= checkpoint["global_step"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the loop begin."""
+        """Lift the limit, so that the loop begins."""
         self.lift(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the other parts know the limit."""
+        """Put the limit back, for the other parts to read."""
         self.restore(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As before, where the loop did not begin."""
+        """Put the limit back, where the loop did not begin."""
         self.restore(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As before."""
+        """Put the limit back."""
         self.restore(trainer)
 
     def lift(self, trainer: Trainer) -> None:
@@ -54,6 +54,8 @@ class Finishing(Callback):
 
 
 class _FinishingEpoch(Callback):
+    """Lifts the limit for the end of an epoch whose batches were all read, after the other parts have read it."""
+
     def __init__(self, finishing: Finishing) -> None:
         self._finishing = finishing
 

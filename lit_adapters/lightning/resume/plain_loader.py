@@ -29,7 +29,7 @@ _KNOWN = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomS
 
 
 class FollowedLoader(DataLoader):
-    """A user's DataLoader whose class this was made a base of; see `follow`."""
+    """The class that `follow` puts before the class of a user's DataLoader."""
 
     followed: Followed
 
@@ -51,7 +51,7 @@ class Followed:
         self.sampler: Any = ()
         self._loader = loader
         self._start: dict[str, Any] | None = None  # the states at the first batch of the epoch
-        self._resumed: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None  # the state to go on from
         self._skip = 0
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class Followed:
 
 
 def follow(loader: Any) -> Any:
-    """Let a loader keep what its order comes from, if that can be known; the loader itself, changed in place."""
+    """Let a loader note what its order comes from, if that can be known; returns this loader, changed in place."""
     if isinstance(loader, FollowedLoader):
         loader.followed = Followed(loader)
     elif _order_is_known(loader):

@@ -1,6 +1,7 @@
 """The states of loops, schedules and callbacks in a checkpoint, compared with those of the trainer that resumes.
 
-ModelCheckpoint deletes the files that its state names as earlier checkpoints, so these must lie where it writes.
+ModelCheckpoint deletes the files that its state names as earlier checkpoints. Names with which it would delete files
+outside its own folder are refused.
 """
 
 from __future__ import annotations
