@@ -135,8 +135,14 @@ def _is_optimizer(value: Any) -> bool:
     if not isinstance(value, Mapping) or not isinstance(value.get("state"), Mapping):
         return False
     groups = value.get("param_groups")
-    listed = _all(groups, lambda group: is_named(group) and _all(group.get("params"), is_count))
-    return listed and all(map(is_count, value["state"])) and all(is_named(entry) for entry in value["state"].values())
+    listed = _all(groups, lambda group: is_named(group) and _all(group.get("params"), _is_parameter))
+    entries = value["state"].values()
+    return listed and all(map(_is_parameter, value["state"])) and all(is_named(entry) for entry in entries)
+
+
+def _is_parameter(value: Any) -> bool:
+    """Whether a value stands for a parameter: its number, or its name where a strategy shards the optimiser."""
+    return is_count(value) or is_text(value)
 
 
 def _is_method(value: Any) -> bool:

@@ -104,9 +104,10 @@ class Resuming(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep this process's part until training starts."""
         files = trainer.strategy.checkpoint_io
-        # ModelParallelStrategy reads files by itself, and a user may have an interface of their own.
+        # ModelParallelStrategy reads files by itself, and has taken the weights out by now; a user may have a reader of
+        # their own.
         if not (isinstance(files, SafeCheckpointIO) and files.has_checked(checkpoint)):
-            _check(trainer, checkpoint, trainer.ckpt_path)
+            _check(trainer, {"state_dict": {}, **checkpoint}, trainer.ckpt_path)
         if trainer.state.fn != "fit":
             return
         self._pending = checkpoint[RECORD].get("pending")
