@@ -111,7 +111,7 @@ def alike(found: Tensor, expected: Tensor) -> bool:
 
 
 def documents(model: Any, *lengths: int) -> list[Tensor]:
-    """Documents of different tokens, none of them a special one, int64 (1, length) on the model's device."""
+    """Documents of different tokens without special ones, int64 (1, length) on the model's device."""
     special = [getattr(model.config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
     special += [token for tokens in special if isinstance(tokens, list) for token in tokens]
     order = torch.randperm(vocabulary_size(model), generator=torch.Generator().manual_seed(0))[:1024].tolist()

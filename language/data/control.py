@@ -30,7 +30,7 @@ class ControlTokens:
             special.add(str(end_token))
         names = {name for name in special if len(name) > 1}
         self.ids: Mapping[str, int] = {name: tokenizer.convert_tokens_to_ids(name) for name in sorted(names)}
-        unknown = tokenizer.unk_token_id  # also what a text has in the place of a character without a token
+        unknown = tokenizer.unk_token_id  # also stands for characters that have no token
         self.reserved = {index for index in self.ids.values() if index != unknown}
         self._strips = {name: (added[name].lstrip, added[name].rstrip) for name in names & added.keys()}
         longest_first = sorted(names, key=len, reverse=True)

@@ -55,7 +55,7 @@ def unpacked_limit(packed: int) -> int:
         packed: Size of the archive in bytes.
 
     Raises:
-        AdapterError: The variable is no positive number.
+        AdapterError: The variable is not a positive number.
     """
     given = os.environ.get(LIMIT_VARIABLE)
     if not given:

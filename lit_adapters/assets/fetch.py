@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import re
 import subprocess
@@ -11,6 +10,7 @@ import sys
 from http.client import HTTPException
 from pathlib import Path
 
+from lit_adapters.assets.checked_files import sha256_of
 from lit_adapters.assets.simple_index import Index, is_source, read_settings, safe_environment
 from lit_adapters.errors import AssetError
 
@@ -47,7 +47,7 @@ def fetch(name: str, version: str, sha256: str, work: Path) -> Path:
         archive, reasons = _by_checksum(name, version, sha256, work)
     if archive is None:
         raise AssetError(_explain(f"{name}=={version}", sha256, complaint, reasons))
-    got = _sha256(archive)
+    got = sha256_of(archive)
     if got != sha256:
         raise AssetError(_mismatch(f"{name}=={version}", sha256, got))
     return archive
@@ -119,14 +119,6 @@ def _by_checksum(name: str, version: str, sha256: str, work: Path) -> tuple[Path
     if others:
         raise AssetError(_mismatch(f"{name}=={version}", sha256, str(others[0])))
     return None, reasons
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _mismatch(package: str, sha256: str, got: str) -> str:

@@ -234,6 +234,6 @@ def test_a_cache_that_cannot_be_written_names_the_setting(wheel_address, tmp_pat
 
 
 def test_our_own_hash_check_does_not_rely_on_pip(wheel_address, cache, monkeypatch):
-    monkeypatch.setattr(fetch, "_sha256", lambda path: "b" * 64)
+    monkeypatch.setattr(fetch, "sha256_of", lambda path: "b" * 64)
     with pytest.raises(AssetError, match=f"got {'b' * 64}"):
         resolve(wheel_address, cache_dir=cache)
