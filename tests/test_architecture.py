@@ -13,7 +13,7 @@ FILES = sorted(p for package in ("lit_adapters", "vision", "language") for p in 
 
 # The layers of a package: each may import itself and those before it.
 LIBRARY = ["errors", "renamed", "class_paths", "console", "values", "ops", "activations", "schedules", "methods"]
-LIBRARY += ["model", "optimizers", "files", "learned", "assets", "training", "lightning", "cli"]
+LIBRARY += ["model", "optimizers", "files", "learned", "assets", "training", "lightning", "study", "cli"]
 LANGUAGE = ["meaning", "gguf_files", "models", "measured", "loss", "means", "generate", "reference", "module", "data"]
 LANGUAGE += ["prompt", "cli", "evaluate", "dpo", "grpo", "draft", "__main__", "demo"]
 LAYERS = {"lit_adapters": LIBRARY, "language": LANGUAGE}

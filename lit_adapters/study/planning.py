@@ -1,0 +1,306 @@
+"""Which runs a study needs next, given the records of finished ones. Nothing here runs anything.
+
+Rates are found one group after the other: all rates of the grid on all tuning sets, then one more rate at a time while
+the best mean is at an edge of what was tried, as often as `extensions` allows. Groups that were not searched yet stay
+at the middle of the grid. Then the final runs are due, one training set after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_adapters.errors import AdapterError
+from lit_adapters.study.records import Record, Results, Stage
+from lit_adapters.study.settings import SEARCH, Arm, Search, Study, digest_of
+
+# What the tool itself sets, below everything that a study says: nothing on the terminal, logs in the run's folder.
+_QUIET: dict[str, Any] = {
+    "trainer.enable_progress_bar": False,
+    "trainer.enable_model_summary": False,
+    "trainer.num_sanity_val_steps": 0,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is due, or was.
+
+    Attributes:
+        id: Its name; see `Record.id`.
+        arm: Key of the arm.
+        stage: What it is for.
+        set: Number of the training set.
+        seed: Number of the seed.
+        rates: Learning rate of each group.
+        recipe: The whole recipe, without paths.
+        threads: Threads of its process.
+    """
+
+    id: str
+    arm: str
+    stage: Stage
+    set: int
+    seed: int
+    rates: Mapping[str, float]
+    recipe: Mapping[str, Any]
+    threads: int
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A rate in the search.
+
+    Attributes:
+        group: Which group's rate is searched.
+        rates: The rates of all groups.
+        mean: Mean of the search metric over the tuning sets; infinitely bad if a run diverged; None if not run yet.
+        first: Whether it belongs to the first grid.
+    """
+
+    group: str
+    rates: dict[str, float]
+    mean: float | None
+    first: bool
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the search of an arm has found so far.
+
+    Attributes:
+        rates: The rate of each group: stated, found, or None while the search goes on.
+        tried: All rates that were tried, in order.
+        edge: Groups whose best rate is at an edge of what was tried, though no extension is left.
+        runs: Number of finished search runs.
+        due: Search runs that are needed next.
+    """
+
+    rates: dict[str, float] | None
+    tried: list[Tried]
+    edge: list[str]
+    runs: int
+    due: list[Run]
+
+
+class Plan:
+    """The runs of a study.
+
+    Args:
+        study: The study.
+
+    Raises:
+        AdapterError: A recipe is missing or is not YAML.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self._recipes: dict[str, dict[str, Any]] = {}
+        for arm in study.arms.values():
+            self._base(arm)
+
+    def chosen(self, results: Results, key: str) -> Chosen:
+        """What the search of an arm has found, and the search runs that are due next.
+
+        Raises:
+            AdapterError: Every rate of the first grid diverged.
+        """
+        arm, search = self.study.arms[key], self.study.search
+        stated = {group: rate for group, rate in arm.rates.items() if rate != SEARCH}
+        searched = arm.searched()
+        if search is None or not searched:
+            return Chosen({g: float(r) for g, r in stated.items()}, [], [], 0, [])
+        found: dict[str, float] = {}
+        tried: list[Tried] = []
+        edge: list[str] = []
+        runs = 0
+        for group in searched:
+            middle = dict.fromkeys(searched, search.grid[len(search.grid) // 2])
+            means: dict[float, float | None] = {}
+            due: list[Run] = []
+            for rate in self._rates_to_try(search, means):
+                rates = {name: float({**stated, **middle, **found, group: rate}[name]) for name in arm.rates}
+                of_rate = [self._run(key, "search", number, 0, rates) for number in search.sets]
+                records = [results[run.id] for run in of_rate if run.id in results]
+                due += [run for run in of_rate if run.id not in results]
+                runs += len(records)
+                means[rate] = self._mean(search, records) if len(records) == len(of_rate) else None
+                tried.append(Tried(group, rates, means[rate], rate in search.grid))
+            if due:
+                return Chosen(None, tried, edge, runs, due)
+            best = _best(search, means)
+            if not math.isfinite(means[best] or 0.0):
+                raise AdapterError(
+                    f"arm {key!r}: every rate from {min(means):g} to {max(means):g} diverged; look at its settings"
+                )
+            found[group] = best
+            if best in (min(means), max(means)):
+                edge.append(group)
+        return Chosen({g: float({**stated, **found}[g]) for g in arm.rates}, tried, edge, runs, [])
+
+    def due(self, results: Results) -> list[Run]:
+        """Runs that are not finished and could start now: searches first, then final runs, set after set."""
+        searches: list[Run] = []
+        finals: list[tuple[int, int, int, Run]] = []
+        for position, key in enumerate(self.study.arms):
+            chosen = self.chosen(results, key)
+            searches += chosen.due
+            if chosen.rates is not None:
+                for stage in self._final_stages(key):
+                    for place, run in enumerate(self.final_runs(key, chosen.rates, stage)):
+                        if run.id not in results:
+                            finals.append((place, stage == "noise", position, run))
+        return searches + [run for *_, run in sorted(finals, key=lambda entry: entry[:3])]
+
+    def expected(self, results: Results) -> int:
+        """How many runs are left, extensions of the grid not counted."""
+        left = 0
+        for key, arm in self.study.arms.items():
+            chosen = self.chosen(results, key)
+            left += len(chosen.due)
+            finals = len(self.study.repeat.sets) * len(self.study.repeat.seeds)
+            if chosen.rates is None:
+                assert self.study.search is not None
+                begun = len({tried.group for tried in chosen.tried})
+                left += (len(arm.searched()) - begun) * len(self.study.search.grid) * len(self.study.search.sets)
+                left += finals * len(self._final_stages(key))
+            else:
+                for stage in self._final_stages(key):
+                    left += sum(run.id not in results for run in self.final_runs(key, chosen.rates, stage))
+        return left
+
+    def final_runs(self, key: str, rates: Mapping[str, float], stage: Stage = "final") -> Iterator[Run]:
+        """The final runs of an arm at its rates."""
+        for number in self.study.repeat.sets:
+            for seed in self.study.repeat.seeds:
+                yield self._run(key, stage, number, seed, rates)
+
+    def final_records(self, results: Results, stage: Stage = "final") -> dict[str, dict[tuple[int, int], Record]]:
+        """The finished final runs of each arm, by (set, seed), at the rates that the search has chosen."""
+        found: dict[str, dict[tuple[int, int], Record]] = {}
+        for key in self.study.arms:
+            rates = self.chosen(results, key).rates
+            runs = self.final_runs(key, rates, stage) if rates is not None and stage in self._final_stages(key) else ()
+            found[key] = {(run.set, run.seed): results[run.id] for run in runs if run.id in results}
+        return found
+
+    def _final_stages(self, key: str) -> list[Stage]:
+        floor = self.study.noise_floor
+        return ["final", "noise"] if floor is not None and floor.arm == key else ["final"]
+
+    @staticmethod
+    def _rates_to_try(search: Search, means: dict[float, float | None]) -> Iterator[float]:
+        """The grid, and then one rate after the other beyond the edge at which the best one is."""
+        yield from search.grid
+        for _ in range(search.extensions):
+            if any(mean is None for mean in means.values()):
+                return
+            rates, best = sorted(means), _best(search, means)
+            if best not in (rates[0], rates[-1]):
+                return
+            yield Search.next_rate(rates, up=best == rates[-1])
+
+    @staticmethod
+    def _mean(search: Search, records: list[Record]) -> float:
+        worst = -search.metric.sign() * math.inf
+        values = [r.metrics.get(search.metric.name, math.nan) if r.status == "done" else worst for r in records]
+        return sum(values) / len(values) if all(map(math.isfinite, values)) else worst
+
+    def _base(self, arm: Arm) -> dict[str, Any]:
+        """The recipe that an arm changes."""
+        given = self.study.recipe if arm.recipe is None else arm.recipe
+        names = [given] if isinstance(given, str) else given
+        merged: dict[str, Any] = {}
+        for name in names:
+            path = self.study.path.parent / name
+            if name not in self._recipes:
+                self._recipes[name] = _read_recipe(path)
+            merged = _merged(merged, self._recipes[name])
+        return merged
+
+    def _run(self, key: str, stage: Stage, number: int, seed: int, rates: Mapping[str, float]) -> Run:
+        study, arm, repeat = self.study, self.study.arms[key], self.study.repeat
+        floor = study.noise_floor if stage == "noise" else None
+        search_set = study.search.set if study.search is not None and stage == "search" else {}
+        overrides = {
+            **study.set,
+            **arm.set,
+            **(search_set if stage == "search" else study.final),
+            **(floor.set if floor is not None else {}),
+            **dict.fromkeys(repeat.set_keys, number),
+            **dict.fromkeys(repeat.seed_keys, 1000 * number + seed),
+        }
+        base = self._base(arm)
+        recipe = _overridden(base, {**_QUIET, **overrides, **_rate_overrides(base, rates)})
+        threads = study.run.threads if floor is None or floor.threads is None else floor.threads
+        identity = [study.program, recipe, stage, *([threads] if floor is not None else [])]
+        name = f"{key}-{stage}-{number}-{seed}-{digest_of(identity)}"
+        return Run(name, key, stage, number, seed, dict(rates), recipe, threads)
+
+
+def _best(search: Search, means: Mapping[float, float | None]) -> float:
+    values = {rate: search.metric.sign() * mean for rate, mean in means.items() if mean is not None}
+    return max(values, key=values.__getitem__)
+
+
+def _rate_overrides(base: Mapping[str, Any], rates: Mapping[str, float]) -> dict[str, Any]:
+    """Rates as overrides: the first group's in the optimiser and the schedule, the others as `lr_scale`."""
+    overrides: dict[str, Any] = {name: rate for name, rate in rates.items() if "." in name}
+    groups = {name: rate for name, rate in rates.items() if "." not in name}
+    if groups:
+        common = next(iter(groups.values()))
+        overrides["optimizer.init_args.lr"] = common
+        if "max_lr" in ((base.get("lr_scheduler") or {}).get("init_args") or {}):
+            overrides["lr_scheduler.init_args.max_lr"] = common
+        overrides["lr_scale"] = {name: rate / common for name, rate in groups.items()}
+    return overrides
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(f"the recipe {path} does not exist; correct `recipe` in the study") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise AdapterError(f"the recipe {path} cannot be read: {error}") from error
+    if not isinstance(recipe, dict):
+        raise AdapterError(f"the recipe {path} holds no sections")
+    return recipe
+
+
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of both; what `second` says wins, and a class of its own replaces the other one with its arguments."""
+    merged = dict(first)
+    for name, value in second.items():
+        old = merged.get(name)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        if both and value.get("class_path", old.get("class_path")) == old.get("class_path"):
+            merged[name] = _merged(old, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _overridden(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `base` with the values of dotted keys replaced."""
+    result = _copied(base)
+    for key, value in overrides.items():
+        *parents, last = key.split(".")
+        section = result
+        for parent in parents:
+            inner = section.get(parent)
+            section[parent] = inner if isinstance(inner, dict) else {}
+            section = section[parent]
+        section[last] = _copied(value)
+    return result
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _copied(inner) for name, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,188 @@
+"""What finished runs left: a record for each, and its values for each test item.
+
+A study's folder holds `runs/ID/` (log, recipe and record of each run) and, packed, `results.json` with all records and
+`items.npz` with all per-item values. The two packed files are enough to go on, or to write the report elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lit_adapters.errors import AdapterError
+from lit_adapters.files.atomic import write_atomically, write_together
+
+RECORD = "record.json"
+ITEMS = "items.npz"
+RESULTS = "results.json"
+RUNS = "runs"
+_SEPARATOR = "|"
+
+Stage = Literal["search", "final", "noise"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished run.
+
+    Attributes:
+        id: Arm, stage, set, seed, and a digest of everything that decides the outcome.
+        arm: Key of the arm.
+        stage: "search" (evaluated on validation data), "final" or "noise" (on test data).
+        set: Number of the training set.
+        seed: Number of the seed.
+        rates: Learning rate of each group.
+        status: "done", or "diverged" if values were not finite.
+        metrics: What the evaluation logged, unscaled.
+        curve: Means of what the training logged: `{"step": ..., name: value, ...}`.
+        parameters: "trainable", and "without_head".
+        seconds: "fit" and "total".
+        peak_memory_mib: Largest resident memory of the process.
+        environment: Versions, processor, threads, date.
+        message: Why a run diverged.
+    """
+
+    id: str
+    arm: str
+    stage: Stage
+    set: int
+    seed: int
+    rates: dict[str, float]
+    status: Literal["done", "diverged"]
+    metrics: dict[str, float] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    parameters: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_mib: float = 0.0
+    environment: dict[str, Any] = field(default_factory=dict)
+    message: str = ""
+
+
+class Results:
+    """The finished runs of a study, in memory, and where they are kept.
+
+    Args:
+        folder: The study's folder; None to keep nothing.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._records: dict[str, Record] = {}
+        self._items: dict[str, dict[str, np.ndarray]] = {}
+
+    @classmethod
+    def load(cls, folder: Path) -> Results:
+        """Read the packed files and the folders of runs that were finished after.
+
+        Raises:
+            AdapterError: A file is damaged.
+        """
+        results = cls(folder)
+        packed = folder / RESULTS
+        if packed.exists():
+            for values in _read_json(packed):
+                results.add(_record(values, packed))
+            results._read_items(folder / ITEMS)
+        for path in sorted((folder / RUNS).glob(f"*/{RECORD}")):
+            record = _record(_read_json(path), path)
+            if record.id not in results:
+                results.add(record, read_items(path.with_name(ITEMS)))
+        return results
+
+    def _read_items(self, path: Path) -> None:
+        for name, values in read_items(path).items():
+            identity, _, item = name.rpartition(_SEPARATOR)
+            self._items.setdefault(identity, {})[item] = values
+
+    def __contains__(self, identity: str) -> bool:
+        return identity in self._records
+
+    def __getitem__(self, identity: str) -> Record:
+        return self._records[identity]
+
+    @property
+    def records(self) -> list[Record]:
+        """All records, in the order in which they were added."""
+        return list(self._records.values())
+
+    def items(self, record: Record) -> dict[str, np.ndarray]:
+        """The values for each test item, by name, in the order of the test split; empty if the program gave none."""
+        return self._items.get(record.id, {})
+
+    def add(self, record: Record, items: Mapping[str, np.ndarray] | None = None) -> None:
+        """Add a finished run."""
+        self._records[record.id] = record
+        if items:
+            self._items[record.id] = dict(items)
+
+    def save(self) -> None:
+        """Write the packed files.
+
+        Raises:
+            AdapterError: They cannot be written.
+        """
+        assert self.folder is not None
+        records = [asdict(record) for record in self.records]
+        text = "[\n" + ",\n".join(json.dumps(record, sort_keys=True) for record in records) + "\n]\n"
+        arrays = {
+            f"{identity}{_SEPARATOR}{name}": values
+            for identity, items in self._items.items()
+            for name, values in items.items()
+        }
+        write_together(
+            self.folder,
+            {
+                ITEMS: lambda path: write_items(path, arrays),
+                RESULTS: lambda path: path.write_text(text, encoding="utf-8"),
+            },
+        )
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write the record of a run into its folder; a run is finished when it is there."""
+    write_atomically(folder / RECORD, lambda path: path.write_text(json.dumps(asdict(record), indent=1) + "\n"))
+
+
+def write_items(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays, compressed, under dates that do not change the file."""
+    with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, values in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy")
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(entry, "w", force_zip64=True) as inside:
+                np.lib.format.write_array(inside, np.asarray(values), allow_pickle=False)
+
+
+def read_items(path: Path) -> dict[str, np.ndarray]:
+    """Read arrays; empty if there is no such file.
+
+    Raises:
+        AdapterError: The file is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise AdapterError(f"{path} is damaged: {error}; delete it and run the study again") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is damaged: {error}; delete it and run the study again") from error
+
+
+def _record(values: Any, path: Path) -> Record:
+    known = {f.name for f in fields(Record)}
+    if not isinstance(values, dict) or not {"id", "arm", "stage", "set", "seed", "status"} <= values.keys() <= known:
+        raise AdapterError(f"{path} does not hold records of a study; delete it and run the study again")
+    return Record(**values)

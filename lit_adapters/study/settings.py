@@ -1,0 +1,320 @@
+"""The settings of a study, read from its YAML file and checked before the first run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lit_adapters.console import one_line
+from lit_adapters.errors import AdapterError, shown
+
+SEARCH = "search"
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+_MOST_RUNS = 100_000
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A value that runs are compared by.
+
+    Attributes:
+        name: As the program logs it, such as `test/acc1`.
+        better: Whether higher or lower values are better.
+        scale: Reports show the value times this; 100 makes percent of a share.
+        unit: Of the scaled value, for the report.
+        title: What the report calls the metric; its name by default.
+        items: Name of the per-item values whose mean is the metric, where the program returns them from `test_step`.
+    """
+
+    name: str
+    better: Literal["higher", "lower"] = "higher"
+    scale: float = 1.0
+    unit: str = ""
+    title: str = ""
+    items: str | None = None
+
+    def sign(self) -> int:
+        """1 where higher is better, else -1."""
+        return 1 if self.better == "higher" else -1
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: a method with its settings, or a control.
+
+    Attributes:
+        title: What the report calls it; its key by default.
+        set: Overrides of the recipe, by dotted key.
+        rates: The learning rate of each group of parameters: a number, or "search". Names are groups of `lr_scale`
+            ("head", "base", a method's name); the first one's rate is that of the optimiser and the schedule. A name
+            with a dot is an override key, such as `optimizer.init_args.lr`, for programs without `lr_scale`.
+        recipe: A recipe of its own, in place of the study's.
+        exploratory: Whether the arm came after the results of others were known; the report says so.
+    """
+
+    title: str = ""
+    set: dict = field(default_factory=dict)
+    rates: dict[str, float | Literal["search"]] = field(default_factory=dict)
+    recipe: str | list[str] | None = None
+    exploratory: bool = False
+
+    def searched(self) -> list[str]:
+        """The groups whose rate is searched, in their order."""
+        return [name for name, rate in self.rates.items() if rate == SEARCH]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How rates are found: on validation data, with training sets that no final run uses.
+
+    Attributes:
+        metric: What `validate` logs.
+        grid: The first rates of every searched group, rising by one factor.
+        extensions: How often the grid grows by one rate, while the best one is at its edge.
+        sets: Training sets; a rate is judged by its mean over them.
+        set: Overrides in search runs.
+    """
+
+    metric: Metric
+    grid: list[float]
+    extensions: int = 2
+    sets: list[int] = field(default_factory=lambda: [0])
+    set: dict = field(default_factory=dict)
+
+    @staticmethod
+    def next_rate(rates: list[float], up: bool) -> float:
+        """The rate that continues rising `rates` at an end, in their own steps: 1, 3, 10 goes on with 30, or with 0.3."""
+        near, middle, far = (rates[-1], rates[-2], rates[-3:][0]) if up else (rates[0], rates[1], rates[:3][-1])
+        return float(f"{middle * near / far if len(rates) > 2 else near * near / middle:.3g}")
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """The final runs of an arm: one for each pair of a training set and a seed.
+
+    Attributes:
+        sets: Numbers of training sets; contrasts are paired over them.
+        set_keys: Override keys that take the number of the set.
+        seeds: Runs on each set; contrasts compare their mean.
+        seed_keys: Override keys that take the set's number times 1000 plus the seed.
+    """
+
+    sets: list[int]
+    set_keys: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    seed_keys: list[str] = field(default_factory=lambda: ["seed_everything"])
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """Runs of an arm again, with a change that only rounds differently: how far do equal runs part?
+
+    Attributes:
+        arm: The arm.
+        set: Overrides.
+        threads: Threads of these runs; those of all runs by default.
+    """
+
+    arm: str
+    set: dict = field(default_factory=dict)
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Running:
+    """How runs are carried out.
+
+    Attributes:
+        workers: Runs at a time.
+        threads: Threads of each run.
+        executor: "local" for processes of this machine, "ray" or "slurm" for a cluster.
+        options: Of the executor: Ray's resources of a task, or submitit's parameters of a job.
+    """
+
+    workers: int = 1
+    threads: int = 1
+    executor: Literal["local", "ray", "slurm"] = "local"
+    options: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study: arms that are compared under equal conditions.
+
+    Attributes:
+        question: The head of the report.
+        program: A module, run as `python -m PROGRAM`, or a .py file; its command line is a LightningCLI's.
+        recipe: The recipe that arms change, relative to the study's file; later files win.
+        metric: The metric of the contrasts.
+        arms: By key.
+        search: How rates are found; needed if an arm searches one.
+        repeat: The final runs.
+        also: Further metrics of the report.
+        contrasts: Pairs of arms that are compared, first minus second; named before the first run.
+        margin: Of the equivalence test, in the metric's unit.
+        set: Overrides of the recipe in all runs, by dotted key.
+        paths: Overrides that say where data are. They are no part of a run's identity.
+        final: Overrides in final runs.
+        noise_floor: Runs that differ by rounding only.
+        run: How runs are carried out.
+        notes: Limits that the report shall state.
+        path: The file.
+    """
+
+    question: str
+    program: str
+    recipe: str | list[str]
+    metric: Metric
+    arms: dict[str, Arm]
+    repeat: Repeat
+    search: Search | None = None
+    also: list[Metric] = field(default_factory=list)
+    contrasts: list[tuple[str, str]] = field(default_factory=list)
+    margin: float | None = None
+    set: dict = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
+    final: dict = field(default_factory=dict)
+    noise_floor: NoiseFloor | None = None
+    run: Running = field(default_factory=Running)
+    notes: list[str] = field(default_factory=list)
+    path: Path = Path("study.yaml")
+
+    @property
+    def name(self) -> str:
+        """The name of the file, without suffix."""
+        return self.path.stem
+
+    @property
+    def folder(self) -> Path:
+        """Where results go by default: beside the file."""
+        return self.path.with_suffix("")
+
+    def digest(self) -> str:
+        """The beginning of the file's SHA-256."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:12]
+
+
+def read_study(path: str | Path) -> Study:
+    """Read the file of a study.
+
+    Raises:
+        AdapterError: The file is missing or is not YAML, names something unknown, or settings contradict each other.
+    """
+    path = Path(path)
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path} does not exist; give the YAML file of a study") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise AdapterError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(document, dict):
+        raise AdapterError(f"{path} holds {shown(document)}; a study has question, program, recipe, metric, arms, ...")
+    unknown = document.keys() - {f.name for f in fields(Study)} | (document.keys() & {"path"})
+    if unknown:
+        known = ", ".join(f.name for f in fields(Study) if f.name != "path")
+        raise AdapterError(f"{path}: {shown(sorted(map(str, unknown))[0])} is unknown; a study has {known}")
+    study = _parse(document, path)
+    _check(study)
+    return study
+
+
+def _parse(document: Mapping[str, Any], path: Path) -> Study:
+    """Let jsonargparse check names and types."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Study, "study", skip={"path"})
+    try:
+        parsed = parser.instantiate_classes(parser.parse_object({"study": {**document}}))
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise AdapterError(f"{path}: {one_line(error)}") from error
+    study: Study = parsed.study
+    titled = {key: _with(arm, title=arm.title or key) for key, arm in study.arms.items()}
+    return _with(study, arms=titled, path=path)
+
+
+def _with(instance: Any, **changes: Any) -> Any:
+    values = {f.name: getattr(instance, f.name) for f in fields(instance)}
+    return type(instance)(**{**values, **changes})
+
+
+def _check(study: Study) -> None:
+    where = str(study.path)
+    if not study.arms:
+        raise AdapterError(f"{where}: arms is empty; name what is compared")
+    for key, arm in study.arms.items():
+        if not _NAME.fullmatch(key):
+            raise AdapterError(f"{where}: arm {shown(key)} must be a name of letters, digits and - _ . +")
+        for group, rate in arm.rates.items():
+            if rate != SEARCH and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
+                raise AdapterError(
+                    f"{where}: arm {key!r}: the rate of {group!r} is {shown(rate)}; give a number above 0"
+                )
+        if arm.searched() and study.search is None:
+            raise AdapterError(f"{where}: arm {key!r} searches a rate and there is no section search")
+    if study.search is not None:
+        _check_search(study, study.search)
+    for name, values in (("sets", study.repeat.sets), ("seeds", study.repeat.seeds)):
+        if not values or len(set(values)) < len(values) or min(values) < 0:
+            raise AdapterError(f"{where}: repeat.{name} is {shown(values)}; give different numbers of at least 0")
+    if len(study.arms) * len(study.repeat.sets) * len(study.repeat.seeds) > _MOST_RUNS:
+        raise AdapterError(f"{where}: these are more than {_MOST_RUNS} runs")
+    if not study.repeat.set_keys and len(study.repeat.sets) > 1:
+        raise AdapterError(f"{where}: repeat.set_keys is empty, so that all sets would be equal; name override keys")
+    if not study.repeat.seed_keys and len(study.repeat.seeds) > 1:
+        raise AdapterError(f"{where}: repeat.seed_keys is empty, so that all seeds would be equal; name override keys")
+    for pair in study.contrasts:
+        if len(set(pair)) < 2:
+            raise AdapterError(f"{where}: the contrast {shown(list(pair))} compares an arm with itself")
+        for key in pair:
+            _check_arm(study, key, "a contrast")
+    if len(set(map(frozenset, study.contrasts))) < len(study.contrasts):
+        raise AdapterError(f"{where}: two contrasts compare the same arms")
+    if study.margin is not None and not 0 < study.margin < math.inf:
+        raise AdapterError(f"{where}: margin {study.margin} must be a number above 0, in the metric's unit")
+    if study.noise_floor is not None:
+        _check_arm(study, study.noise_floor.arm, "noise_floor")
+        if not study.noise_floor.set and study.noise_floor.threads is None:
+            raise AdapterError(f"{where}: noise_floor changes nothing; give set or threads")
+    if study.run.workers < 1 or study.run.threads < 1:
+        raise AdapterError(f"{where}: run.workers and run.threads must be at least 1")
+
+
+def _check_arm(study: Study, key: str, what: str) -> None:
+    if key not in study.arms:
+        raise AdapterError(f"{study.path}: {what} names {shown(key)}; the arms are {', '.join(study.arms)}")
+
+
+def _check_search(study: Study, search: Search) -> None:
+    where = str(study.path)
+    grid = search.grid
+    if len(grid) < 2 or sorted(set(grid)) != grid or not all(0 < rate < math.inf for rate in grid):
+        raise AdapterError(f"{where}: search.grid {shown(grid)} must be two or more rising rates above 0")
+    if not 0 <= search.extensions <= 10:
+        raise AdapterError(f"{where}: search.extensions {search.extensions} must be a whole number from 0 to 10")
+    if not search.sets or len(set(search.sets)) < len(search.sets) or min(search.sets) < 0:
+        raise AdapterError(f"{where}: search.sets {shown(search.sets)} must be different numbers of at least 0")
+    both = sorted(set(search.sets) & set(study.repeat.sets))
+    if both and study.repeat.set_keys:
+        raise AdapterError(
+            f"{where}: the training set {both[0]} is used in the search and in final runs; rates would be chosen on "
+            "data that the comparison uses"
+        )
+    if search.metric.name.split("/")[0].split("_")[0] == "test":
+        raise AdapterError(
+            f"{where}: search.metric {search.metric.name!r} is of the test split; give one of validation"
+        )
+
+
+def digest_of(value: Any) -> str:
+    """A short digest of plain values, the same for equal ones."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
