@@ -93,6 +93,8 @@ class CIFARDataModule(lightning.LightningDataModule):
         hflip: Mirror training images with probability one half.
         seed: Seeds the validation split and the subsets.
         order_seed: Seeds data order and flips; default seed.
+        subset_index: Which subset of few_shot or train_subset to train on. Subsets with different indices have no image
+            in common; the validation images are the same for all.
 
     Raises:
         DataError: A setting is out of range, or data are missing, damaged or badly formed; the message names what it is
@@ -119,6 +121,7 @@ class CIFARDataModule(lightning.LightningDataModule):
         hflip: bool = True,
         seed: int = 0,
         order_seed: int | None = None,
+        subset_index: int = 0,
     ) -> None:
         super().__init__()
         self.root = sources.PACKAGE_ADDRESS if source == "package" and root == DEFAULT_ROOT else root
@@ -137,6 +140,7 @@ class CIFARDataModule(lightning.LightningDataModule):
         self.hflip = hflip
         self.seed = seed
         self.order_seed = seed if order_seed is None else order_seed
+        self.subset_index = subset_index
         self._check_settings()
         self._classes: list[str] | None = None
         self._train: ImageDataset | None = None
@@ -160,6 +164,10 @@ class CIFARDataModule(lightning.LightningDataModule):
                 f"few_shot={self.few_shot} (per class) and train_subset={self.train_subset} (in all) exclude each "
                 "other: set one"
             )
+        if self.subset_index < 0:
+            raise DataError(f"subset_index={self.subset_index} must be at least 0")
+        if self.subset_index and self.few_shot is None and self.train_subset is None:
+            raise DataError(f"subset_index={self.subset_index} needs few_shot or train_subset, the size of the subset")
         if not self.root:
             raise DataError("root='' is empty: set it to the folder of the data, '.' for the working directory")
         if self.source == "package" and self.dataset != "cifar10":
@@ -263,11 +271,12 @@ class CIFARDataModule(lightning.LightningDataModule):
         self._val = self._dataset(split, held, "val")
         if not decode_train:
             return
+        size: int | None
         if self.few_shot is not None:
             size, argument = self.few_shot * len(split.classes), f"few_shot={self.few_shot}"
-            kept = self._balanced(split, kept, size, argument, "train")
         else:
-            kept = self._balanced(split, kept, self.train_subset, f"train_subset={self.train_subset}", "train")
+            size, argument = self.train_subset, f"train_subset={self.train_subset}"
+        kept = self._balanced(split, kept, size, argument, "train", self.subset_index)
         self._train = self._dataset(split, kept, "train")
 
     def _setup_test(self) -> None:
@@ -284,10 +293,13 @@ class CIFARDataModule(lightning.LightningDataModule):
             sources.check_same_classes(train, test, self.root)
         self._classes = train or test
 
-    def _balanced(self, split: Split, indices: Tensor, size: int | None, argument: str, key: str) -> Tensor:
+    def _balanced(
+        self, split: Split, indices: Tensor, size: int | None, argument: str, key: str, index: int = 0
+    ) -> Tensor:
         if size is None:
             return indices
-        return indices[balanced_subset(split.labels[indices], size, split.classes, argument, key, self.seed)]
+        labels = split.labels[indices]
+        return indices[balanced_subset(labels, size, split.classes, argument, key, self.seed, index=index)]
 
     def _dataset(self, split: Split, indices: Tensor, name: str) -> ImageDataset:
         images = split.subset(indices)

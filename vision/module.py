@@ -192,9 +192,18 @@ class ViTClassifier(LoadsFromFiles, StepMeanModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_metrics)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Update the metrics, and give the results of each image in the order of the batch.
+
+        Returns:
+            `correct`: whether the most likely class is the label, bool (B,). `loss`: cross-entropy, float32 (B,).
+        """
+        labels = batch[1]
         logits = self._evaluate(batch, "test", self.test_metrics)
-        self.confusion.update(logits, batch[1])
+        self.confusion.update(logits, labels)
+        # Probabilities, not logits, decide in `test/acc1`: rounding may make two of them equal.
+        correct = logits.softmax(-1).argmax(-1) == labels
+        return {"correct": correct, "loss": F.cross_entropy(logits, labels, reduction="none")}
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], split: str, metrics: MetricCollection) -> Tensor:
         images, labels = batch

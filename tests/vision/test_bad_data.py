@@ -25,6 +25,8 @@ from vision.data import CIFARDataModule
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"few_shot": 1, "train_subset": 3}, "few_shot=1.*train_subset=3.*set one"),
+        ({"few_shot": 1, "subset_index": -1}, "subset_index=-1 must be at least 0"),
+        ({"subset_index": 1}, "subset_index=1 needs few_shot or train_subset"),
         ({"std": (0.1, 0.0, 0.1)}, "std="),
         ({"interpolation": "cubist"}, "cubist.*bicubic"),
         ({"source": "package", "dataset": "cifar100"}, "CIFAR-10 images only"),

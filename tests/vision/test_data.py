@@ -108,8 +108,29 @@ def test_subsets(folder):
     assert few_shot != pixels(fitted(folder, few_shot=2, seed=1).train_dataloader())
 
 
+@pytest.mark.parametrize("settings", [{"few_shot": 4}, {"train_subset": 10}, {"train_subset": 2}])
+def test_subsets_with_different_indices_are_disjoint_and_balanced(folder, settings):
+    """18 images of each of three classes: 4 subsets of 12 images, 5 of 10, 27 of 2."""
+    size = settings.get("train_subset", 12)
+    there = 54 // size
+    subsets = [fitted(folder, subset_index=i, **settings).train_dataloader() for i in range(there)]
+    assert pixels(subsets[0]) == pixels(fitted(folder, **settings).train_dataloader())
+    assert len(set().union(*map(pixels, subsets))) == there * size
+    together = torch.zeros(3)
+    for loader in subsets:
+        counts = loader.dataset.labels.bincount(minlength=3)
+        assert counts.sum() == size
+        assert counts.max() - counts.min() <= 1
+        together += counts
+    assert together.max() - together.min() <= 1
+    with pytest.raises(DataError, match=rf"subset_index={there} is too large: there are {there} disjoint subsets of "):
+        fitted(folder, subset_index=there, **settings)
+
+
 def test_validation_does_not_depend_on_the_training_subset(folder):
-    assert pixels(fitted(folder, few_shot=2).val_dataloader()) == pixels(fitted(folder).val_dataloader())
+    validation = pixels(fitted(folder).val_dataloader())
+    for settings in ({"few_shot": 2}, {"few_shot": 2, "subset_index": 3}, {"train_subset": 5, "subset_index": 1}):
+        assert pixels(fitted(folder, **settings).val_dataloader()) == validation
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from timm import create_model
 
@@ -227,6 +227,45 @@ def test_metrics_are_those_of_the_predictions(tmp_path):
     assert measured["test/loss"] == pytest.approx(
         torch.nn.functional.nll_loss(probabilities.log(), labels).item(), rel=1e-4
     )
+
+
+class Outputs(Callback):
+    """Keeps what `test_step` returns."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_test_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.batches.append(outputs)
+
+
+def test_results_of_each_image_are_in_the_order_of_the_split():
+    outputs = Outputs()
+    model = classifier()
+    model.configure_model()
+    settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    data = CIFARDataModule(**DATA | {"batch_size": 8})
+    measured = Trainer(callbacks=[outputs], **settings).test(model, datamodule=data, verbose=False)[0]
+    assert [set(b) for b in outputs.batches] == [{"correct", "loss"}] * 3
+    correct, loss = (torch.cat([b[name] for b in outputs.batches]) for name in ("correct", "loss"))
+    assert (correct.dtype, loss.dtype) == (torch.bool, torch.float32)
+    probabilities = predictions(model)
+    labels = torch.cat([y for _, y in data.test_dataloader()])
+    assert torch.equal(correct, probabilities.argmax(-1) == labels)
+    assert torch.allclose(loss, -probabilities[torch.arange(20), labels].log(), atol=1e-5)
+    assert measured["test/acc1"] == pytest.approx(correct.float().mean().item())
+    assert measured["test/loss"] == pytest.approx(loss.mean().item(), rel=1e-6)
+
+
+def test_an_image_is_correct_where_the_accuracy_counts_it():
+    """Two logits that differ by a rounding error have equal probabilities, of which the first counts."""
+    logits = torch.zeros(1, 10)
+    logits[0, 3] = 1e-9
+    model = classifier()
+    model.forward = lambda images: logits
+    model.log = model.log_dict = lambda *arguments, **settings: None
+    results = model.test_step((torch.zeros(1, 3, 32, 32), torch.tensor([3])), 0)
+    assert results["correct"].float().mean() == model.test_metrics.compute()["test/acc1"] == 0
 
 
 def test_few_classes_have_no_top_five():
