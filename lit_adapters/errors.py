@@ -27,3 +27,7 @@ def shown(value: object, width: int = 100) -> str:
     short.maxstring = short.maxother = short.maxlong = width
     text = short.repr(value)
     return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+class NotFiniteError(AdapterError):
+    """A loss, gradient or parameter of a training is not finite."""

@@ -19,6 +19,7 @@ from torch import nn
 
 from lit_adapters import console, methods
 from lit_adapters.cli.models import adapted_model, build_base, import_modules
+from lit_adapters.cli.study import add_arguments, study_command
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import HEADER, TENSORS, save_adapters
 from lit_adapters.files.atomic import check_output, write_directory
@@ -225,6 +226,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("path", type=Path, metavar="DIR", help="what peft's save_pretrained wrote")
     output(sub)
     base(sub, required=True)
+    sub = command("study", study_command, "compare methods: search rates, run, report", "run STUDY.yaml")
+    add_arguments(sub)
     return parser
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_adapters.errors import AdapterError
+from lit_adapters.errors import AdapterError, NotFiniteError
 from lit_adapters.lightning.forward import forward_batch
 from lit_adapters.lightning.optimizers import check_resumed_schedules
 from lit_adapters.training.nonfinite import locate_nonfinite, nonfinite_gradient, nonfinite_values
@@ -90,7 +90,7 @@ class Finiteness(Callback):
     """Stops a run at a loss, gradient or parameter that is not finite, and saves no checkpoint of such values.
 
     Raises:
-        AdapterError: A value is not finite; the message says where that came up.
+        NotFiniteError: A value is not finite; the message says where that came up.
     """
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class Finiteness(Callback):
             f"the loss is {loss.mean().item()} at step {trainer.global_step}: {where}. Lower the learning rate or "
             "check the data; checkpoints were written before this step"
         )
-        raise_together(None if finite else failure)
+        raise_together(None if finite else failure, NotFiniteError)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Stop at a gradient that is not finite; a gradient scaler handles these itself."""
@@ -119,7 +119,7 @@ class Finiteness(Callback):
             return
         broken = nonfinite_gradient(pl_module)
         if broken is not None:  # in all processes: gradients are reduced by now
-            raise AdapterError(
+            raise NotFiniteError(
                 f"the gradient of {broken!r} is not finite at step {trainer.global_step}, though the loss was. Lower "
                 "the learning rate or clip gradients; checkpoints were written before this step"
             )
@@ -141,4 +141,4 @@ class Finiteness(Callback):
                 f"{broken[0]!r} is not finite at step {trainer.global_step}: no checkpoint was written, "
                 "earlier ones are kept. Lower the learning rate or check the data"
             )
-        raise_together(failure)
+        raise_together(failure, NotFiniteError)

@@ -90,7 +90,7 @@ class Results:
                 results.add(_record(values, packed))
             results._read_items(folder / ITEMS)
         for path in sorted((folder / RUNS).glob(f"*/{RECORD}")):
-            record = _record(_read_json(path), path)
+            record = read_record(path)
             if record.id not in results:
                 results.add(record, read_items(path.with_name(ITEMS)))
         return results
@@ -147,6 +147,15 @@ class Results:
 def write_record(folder: Path, record: Record) -> None:
     """Write the record of a run into its folder; a run is finished when it is there."""
     write_atomically(folder / RECORD, lambda path: path.write_text(json.dumps(asdict(record), indent=1) + "\n"))
+
+
+def read_record(path: Path) -> Record:
+    """Read the record of a run.
+
+    Raises:
+        AdapterError: The file is damaged.
+    """
+    return _record(_read_json(path), path)
 
 
 def write_items(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -91,7 +91,7 @@ class Search:
 
     @staticmethod
     def next_rate(rates: list[float], up: bool) -> float:
-        """The rate that continues rising `rates` at an end, in their own steps: 1, 3, 10 goes on with 30, or with 0.3."""
+        """The rate that continues rising `rates` at an end in their own steps: after 1, 3, 10 comes 30, or 0.3."""
         near, middle, far = (rates[-1], rates[-2], rates[-3:][0]) if up else (rates[0], rates[1], rates[:3][-1])
         return float(f"{middle * near / far if len(rates) > 2 else near * near / middle:.3g}")
 

@@ -48,15 +48,16 @@ def broadcast_object(value: T) -> T:
     return values[0]
 
 
-def raise_together(failure: str | None) -> None:
+def raise_together(failure: str | None, kind: type[AdapterError] = AdapterError) -> None:
     """Stop all processes if something went wrong in one; every process calls this.
 
     Args:
         failure: What went wrong in this process, or None.
+        kind: The class of the error.
 
     Raises:
         AdapterError: A process has a failure; the message is that of the first one.
     """
     failures = [text for text in gather_objects(failure) if text is not None]
     if failures:
-        raise AdapterError(failures[0])
+        raise kind(failures[0])

@@ -1,0 +1,129 @@
+"""Keep what a run of a study leaves: metrics, values for each test item, learning curves, parameters, memory.
+
+`lit_adapters.study` adds this callback to every run. It needs nothing of the LightningModule; values for each item are
+taken from what `test_step` or `validation_step` returns, if that is a mapping of tensors with one value an item.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lit_adapters.errors import NotFiniteError
+
+CHECKPOINT = "study.ckpt"
+FIT = "fit.json"
+EVALUATION = "evaluation.json"
+FAILURE = "failure.json"
+ITEMS = "items.npz"
+_POINTS = 50  # of a learning curve
+
+
+class RunRecord(Callback):
+    """Writes what a run leaves into its folder.
+
+    `fit` leaves fit.json, and study.ckpt with the last weights; `validate` and `test` leave evaluation.json and
+    items.npz. A run that ends by an exception leaves failure.json.
+
+    Args:
+        folder: Where to; it exists.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self._curve: list[dict[str, float]] = []
+        self._sums: dict[str, list[Any]] = {}
+        self._start = 0.0
+        self._items: dict[str, list[np.ndarray]] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Take the means of what is logged, over a fiftieth of the training each."""
+        for name, value in trainer.callback_metrics.items():
+            if value.numel() == 1:
+                total = self._sums.setdefault(name, [0.0, 0])
+                total[0] = total[0] + value.detach().double()
+                total[1] += 1
+        steps = trainer.estimated_stepping_batches
+        every = max(1, math.ceil(steps / _POINTS)) if math.isfinite(steps) else 100
+        if self._sums and trainer.global_step and trainer.global_step % every == 0:
+            self._end_window(trainer.global_step)
+
+    def _end_window(self, step: int) -> None:
+        means = {name: float(total) / count for name, (total, count) in self._sums.items()}
+        self._curve.append({"step": step, **means})
+        self._sums = {}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write fit.json and the weights."""
+        if self._sums:
+            self._end_window(trainer.global_step)
+        trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=True)
+        trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        report = getattr(pl_module, "report", None)
+        values = {
+            "curve": self._curve,
+            "steps": trainer.global_step,
+            "seconds": time.perf_counter() - self._start,
+            "parameters": {
+                "trainable": trainable,
+                "without_head": getattr(report, "trainable_without_head", trainable),
+            },
+        }
+        self._write(trainer, FIT, values)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        """Take the values for each item."""
+        if isinstance(outputs, Mapping):
+            for name, value in outputs.items():
+                if isinstance(value, Tensor) and value.dim() == 1:
+                    self._items.setdefault(str(name), []).append(_compact(value))
+
+    on_validation_batch_end = on_test_batch_end
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the values of an earlier epoch."""
+        self._items = {}
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write evaluation.json and items.npz."""
+        metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if v.numel() == 1}
+        if trainer.is_global_zero and self._items:
+            np.savez(self.folder / ITEMS, **{name: np.concatenate(parts) for name, parts in self._items.items()})
+        self._write(trainer, EVALUATION, {"metrics": metrics})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same, if this is not the validation of a training."""
+        if trainer.state.fn == "validate":
+            self.on_test_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write failure.json: a run whose values are not finite has an outcome, any other exception is a mistake."""
+        values = {"diverged": isinstance(exception, NotFiniteError), "message": str(exception)}
+        self._write(trainer, FAILURE, values)
+
+    def _write(self, trainer: Trainer, name: str, values: Mapping[str, Any]) -> None:
+        if trainer.is_global_zero:
+            (self.folder / name).write_text(json.dumps(values), encoding="utf-8")
+
+
+def _compact(value: Tensor) -> np.ndarray:
+    """Values as they are stored: truth as it is, numbers in half the size of float32 where they stay finite."""
+    value = value.detach().cpu()
+    if value.is_floating_point():
+        half = value.to(torch.float16)
+        value = half if bool(torch.isfinite(half).all()) else value.float()
+    array: np.ndarray = value.numpy()
+    return array

@@ -1,0 +1,66 @@
+"""A run on disk: its folder holds what the process needs, and in the end its record."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_adapters.study.planning import Run
+from lit_adapters.study.records import RECORD, RUNS
+
+JOB = "job.json"
+RECIPE = "recipe.yaml"
+LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is to be carried out.
+
+    Attributes:
+        folder: Its folder.
+        threads: Threads of its process.
+        options: Of the executor.
+    """
+
+    folder: Path
+    threads: int
+    options: Mapping[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """Whether its record is there."""
+        return (self.folder / RECORD).exists()
+
+    def log_tail(self, lines: int = 3) -> str:
+        """The last lines that the process printed."""
+        path = self.folder / LOG
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+
+
+def prepare(run: Run, program: str, paths: Mapping[str, str], folder: Path, options: Mapping[str, Any]) -> Job:
+    """Make the folder of a run, anew if an earlier process left it unfinished."""
+    place = (folder / RUNS / run.id).resolve()
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    (place / RECIPE).write_text(yaml.safe_dump(dict(run.recipe), sort_keys=False), encoding="utf-8")
+    described = {
+        "id": run.id,
+        "arm": run.arm,
+        "stage": run.stage,
+        "set": run.set,
+        "seed": run.seed,
+        "rates": dict(run.rates),
+        "program": program,
+        "paths": dict(paths),
+        "threads": run.threads,
+    }
+    (place / JOB).write_text(json.dumps(described, indent=1), encoding="utf-8")
+    return Job(place, run.threads, options)

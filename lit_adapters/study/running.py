@@ -1,0 +1,160 @@
+"""Carry out a study: start what is due, collect what has ended, and say how long it will take."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lit_adapters.errors import AdapterError
+from lit_adapters.study.executors import Executor, create_executor
+from lit_adapters.study.jobs import LOG, Job, prepare
+from lit_adapters.study.planning import Plan
+from lit_adapters.study.records import ITEMS, RECORD, Record, Results, read_items, read_record
+from lit_adapters.study.settings import Study
+
+_WAIT = 5.0  # seconds between two estimates of the time left
+_PACK_EVERY = 300.0  # seconds between two writings of the packed files
+
+
+def run_study(study: Study, folder: Path, workers: int | None = None, hours: float | None = None) -> Results:
+    """Carry out all runs that are not finished.
+
+    Args:
+        study: The study.
+        folder: Where results go; the finished runs in it are not run again.
+        workers: Runs at a time; the study's own number by default.
+        hours: Start no run after this time.
+
+    Returns:
+        All results.
+
+    Raises:
+        AdapterError: Another process runs this study, a run ends with an error other than values that are not finite,
+            or a file is damaged.
+    """
+    plan = Plan(study)
+    workers = study.run.workers if workers is None else workers
+    with _alone(folder):
+        results = Results.load(folder)
+        executor = create_executor(study.run.executor, workers, study.run.options)
+        try:
+            _Loop(plan, results, executor, workers, hours).run()
+        finally:
+            executor.stop()
+            results.save()
+    return results
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from running the study of a folder at the same time.
+
+    Raises:
+        AdapterError: One does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise AdapterError(f"another process runs the study of {folder}: wait for it, or stop it") from error
+        yield
+
+
+class _Loop:
+    def __init__(self, plan: Plan, results: Results, executor: Executor, workers: int, hours: float | None) -> None:
+        self.plan, self.results, self.executor, self.workers = plan, results, executor, workers
+        self.running: dict[Path, str] = {}
+        self.end = None if hours is None else time.monotonic() + 3600 * hours
+        self.packed = time.monotonic()
+        self.failure: Job | None = None
+
+    def run(self) -> None:
+        left = self.plan.expected(self.results)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TextColumn("{task.fields[left]}"), console=Console(stderr=True)) as progress:
+            done = len(self.results.records)
+            task = progress.add_task(self.plan.study.name, total=done + left, completed=done, left="")
+            while self._start() or self.running:
+                for job in self.executor.ended(_WAIT):
+                    self._collect(job, progress)
+                left = self.plan.expected(self.results)
+                seconds = seconds_left(self.plan, self.results) / self.workers
+                progress.update(
+                    task,
+                    completed=len(self.results.records),
+                    total=len(self.results.records) + left,
+                    left=f"about {duration(seconds)} left",
+                )
+        if self.failure is not None:
+            raise AdapterError(
+                f"the run {self.failure.folder.name} failed: {self.failure.log_tail(1)} (all of it: "
+                f"{self.failure.folder / LOG}). Mend it and run the study again; finished runs are kept"
+            )
+
+    def _start(self) -> bool:
+        """Start what is due and has room; whether anything was started."""
+        late = self.end is not None and time.monotonic() > self.end
+        if self.failure is not None or late or len(self.running) >= self.workers:
+            return False
+        study, folder = self.plan.study, self.results.folder
+        assert folder is not None
+        running = set(self.running.values())
+        waiting = [run for run in self.plan.due(self.results) if run.id not in running]
+        started = waiting[: self.workers - len(self.running)]
+        for run in started:
+            job = prepare(run, study.program, study.paths, folder, study.run.options)
+            self.running[job.folder] = run.id
+            self.executor.submit(job)
+        return bool(started)
+
+    def _collect(self, job: Job, progress: Progress) -> None:
+        self.running.pop(job.folder)
+        if not job.finished:
+            self.failure = self.failure or job
+            return
+        record = read_record(job.folder / RECORD)
+        self.results.add(record, read_items(job.folder / ITEMS))
+        progress.console.print(describe(self.plan.study, record), highlight=False)
+        if time.monotonic() - self.packed > _PACK_EVERY:
+            self.results.save()
+            self.packed = time.monotonic()
+
+
+def describe(study: Study, record: Record) -> str:
+    """A finished run in a line."""
+    metric = study.search.metric if record.stage == "search" and study.search is not None else study.metric
+    rates = ", ".join(f"{group} {rate:g}" for group, rate in record.rates.items())
+    value = record.metrics.get(metric.name)
+    outcome = record.message if record.status == "diverged" or value is None else f"{metric.name} {value:.4f}"
+    return f"{record.stage} {record.arm} set {record.set} ({rates}): {outcome}, {record.seconds['total']:.0f} s"
+
+
+def seconds_left(plan: Plan, results: Results) -> float:
+    """Seconds of all runs that are left, one after the other: as long as earlier ones of the arm or stage took."""
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for record in results.records:
+        for key in ((record.stage, record.arm), (record.stage, ""), ("", "")):
+            times[key].append(record.seconds["total"])
+    due = plan.due(results)
+    known = sum(_mean(times, run.stage, run.arm) for run in due)
+    return known + (plan.expected(results) - len(due)) * _mean(times, "final", "")
+
+
+def _mean(times: Mapping[tuple[str, str], list[float]], stage: str, arm: str) -> float:
+    values = times.get((stage, arm)) or times.get((stage, "")) or times.get(("", "")) or [0.0]
+    return sum(values) / len(values)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,128 @@
+"""One run of a study: python -m lit_adapters.study.worker FOLDER
+
+The process calls the study's program as its users do, with `fit` and then with `validate` (in the search) or `test`.
+It writes the record when both have ended.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_adapters.lightning.run_record import CHECKPOINT, EVALUATION, FAILURE, FIT, ITEMS
+from lit_adapters.study.environment import environment, peak_memory_mib
+from lit_adapters.study.jobs import JOB, RECIPE
+from lit_adapters.study.records import Record, write_items, write_record
+
+_RECORDER = "lit_adapters.lightning.run_record.RunRecord"
+
+
+def arguments(folder: Path, stage: str, paths: dict[str, str]) -> tuple[list[str], list[str]]:
+    """The command lines of the training and of the evaluation, without the program."""
+    common = [
+        f"--config={folder / RECIPE}",
+        f"--trainer.default_root_dir={folder}",
+        f"--trainer.callbacks+={_RECORDER}",
+        f"--trainer.callbacks.folder={folder}",
+        *(f"--{key}={value}" for key, value in paths.items()),
+    ]
+    evaluation = "validate" if stage == "search" else "test"
+    return ["fit", *common], [evaluation, *common, f"--ckpt_path={folder / CHECKPOINT}"]
+
+
+def call(program: str, args: list[str]) -> None:
+    """Call a program as from a command line: a module, or a .py file.
+
+    Raises:
+        SystemExit: The program ended with an error.
+    """
+    sys.argv = [program, *args]
+    try:
+        if program.endswith(".py"):
+            sys.path.insert(0, str(Path(program).resolve().parent))
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        if ended.code not in (None, 0):
+            raise
+
+
+def run(folder: Path) -> None:
+    """Carry out the run that a folder describes, and write its record.
+
+    Raises:
+        SystemExit: The program ended with an error that is not about values that are not finite.
+    """
+    import torch
+
+    job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    torch.set_num_threads(job["threads"])
+    start = time.perf_counter()
+    fit, evaluation = arguments(folder, job["stage"], job["paths"])
+    status, message = "done", ""
+    try:
+        call(job["program"], fit)
+        call(job["program"], evaluation)
+    except BaseException:
+        failure = _read(folder / FAILURE)
+        if not failure.get("diverged"):
+            raise
+        status, message = "diverged", str(failure["message"])
+    fitted, metrics = _read(folder / FIT), _read(folder / EVALUATION).get("metrics", {})
+    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if status == "done" and broken and len(broken) == len(metrics):
+        status, message = "diverged", f"{broken[0]} is {metrics[broken[0]]}"
+    record = Record(
+        id=job["id"],
+        arm=job["arm"],
+        stage=job["stage"],
+        set=job["set"],
+        seed=job["seed"],
+        rates=job["rates"],
+        status=status,  # type: ignore[arg-type]
+        metrics=metrics,
+        curve=_rounded(fitted.get("curve", [])),
+        parameters=fitted.get("parameters", {}),
+        seconds={"fit": round(fitted.get("seconds", 0.0), 1), "total": round(time.perf_counter() - start, 1)},
+        peak_memory_mib=round(peak_memory_mib()),
+        environment=environment(),
+        message=message,
+    )
+    _pack(folder)
+    write_record(folder, record)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def _rounded(curve: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: float(f"{value:.5g}") for name, value in point.items()} for point in curve]
+
+
+def _pack(folder: Path) -> None:
+    """Compress the values for each item, and remove checkpoints, which would fill the disk."""
+    if (folder / ITEMS).exists():
+        with np.load(folder / ITEMS) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        write_items(folder / ITEMS, arrays)
+    for name in (FIT, EVALUATION, FAILURE):
+        (folder / name).unlink(missing_ok=True)
+    for checkpoint in folder.rglob("*.ckpt"):
+        checkpoint.unlink()
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # at once, whatever threads the program has left
