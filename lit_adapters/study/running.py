@@ -43,7 +43,7 @@ def run_study(study: Study, folder: Path, workers: int | None = None, hours: flo
     workers = study.run.workers if workers is None else workers
     with _alone(folder):
         results = Results.load(folder)
-        executor = create_executor(study.run.executor, workers, study.run.options)
+        executor = create_executor(study.run.executor, workers, study.program, study.run.options)
         try:
             _Loop(plan, results, executor, workers, hours).run()
         finally:

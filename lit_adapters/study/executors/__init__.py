@@ -25,12 +25,13 @@ class Executor(Protocol):
         """End all jobs."""
 
 
-def create_executor(name: Literal["local", "ray", "slurm"], workers: int, options: Mapping[str, Any]) -> Executor:
+def create_executor(name: Literal["local", "ray", "slurm"], workers: int, program: str, options: Mapping[str, Any]) -> Executor:
     """The executor of a name.
 
     Args:
         name: "local", "ray" or "slurm".
         workers: Runs at a time.
+        program: What the runs call.
         options: Of the executor.
 
     Raises:
@@ -38,4 +39,4 @@ def create_executor(name: Literal["local", "ray", "slurm"], workers: int, option
     """
     from lit_adapters.study.executors.local import LocalExecutor
 
-    return LocalExecutor(workers)
+    return LocalExecutor(workers, program)

@@ -1,28 +1,24 @@
-"""Runs as processes of this machine."""
+"""Runs as processes of this machine.
+
+The processes are forked from one that has imported the program already: importing torch, Lightning and a model library
+takes as long as a short training.
+"""
 
 from __future__ import annotations
 
+import ast
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from importlib.util import find_spec
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from lit_adapters.study.jobs import LOG, Job
 
 _INTERVAL = 0.2  # seconds between two looks at the processes
-
-
-def command(job: Job) -> list[str]:
-    """The command line of a run."""
-    return [sys.executable, "-m", "lit_adapters.study.worker", str(job.folder)]
-
-
-def variables(job: Job) -> Mapping[str, str]:
-    """The environment of a run: its number of threads, and programs of the working directory can be imported."""
-    path = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "OMP_NUM_THREADS": str(job.threads), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 class LocalExecutor:
@@ -30,12 +26,16 @@ class LocalExecutor:
 
     Args:
         workers: Processes at a time.
+        program: What the runs call; imported beforehand if that runs nothing.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, program: str) -> None:
         self._workers = workers
         self._waiting: deque[Job] = deque()
-        self._running: list[tuple[Job, subprocess.Popen[bytes]]] = []
+        self._running: list[tuple[Job, BaseProcess]] = []
+        # Forking a process that has threads is not safe; the server that is forked here has none.
+        self._context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        self._context.set_forkserver_preload(["lit_adapters.study.worker", *_importable(program)])
 
     def submit(self, job: Job) -> None:
         """Start a job as soon as there is room."""
@@ -46,8 +46,8 @@ class LocalExecutor:
         """Jobs that have ended since the last call, well or not; waits up to `timeout` seconds for the first one."""
         end = time.monotonic() + timeout
         while True:
-            ended = [job for job, process in self._running if process.poll() is not None]
-            self._running = [(job, process) for job, process in self._running if process.returncode is None]
+            ended = [job for job, process in self._running if process.exitcode is not None]
+            self._running = [(job, process) for job, process in self._running if process.exitcode is None]
             self._fill()
             if ended or time.monotonic() > end:
                 return ended
@@ -59,18 +59,43 @@ class LocalExecutor:
         for _, process in self._running:
             process.terminate()
         for _, process in self._running:
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
+            process.join(5)
+            if process.exitcode is None:
                 process.kill()
-                process.wait()
+                process.join()
         self._running = []
 
     def _fill(self) -> None:
         while self._waiting and len(self._running) < self._workers:
             job = self._waiting.popleft()
-            with (job.folder / LOG).open("wb") as log:
-                process = subprocess.Popen(
-                    command(job), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables(job)
-                )
+            process = self._context.Process(target=_run, args=(job.folder, os.getcwd()), daemon=False)
+            process.start()
             self._running.append((job, process))
+
+
+def _run(folder: Path, directory: str) -> None:
+    """Carry out a run in this process, and write what it prints into its log."""
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(directory)
+    from lit_adapters.study.worker import run
+
+    run(folder)
+
+
+def _importable(program: str) -> list[str]:
+    """The module that `python -m PROGRAM` runs, if it keeps its work behind `if __name__ == "__main__"`."""
+    if program.endswith(".py"):
+        return []
+    for name in (f"{program}.__main__", program):
+        try:
+            spec = find_spec(name)
+        except ModuleNotFoundError:
+            continue
+        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+            continue
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+        guarded = any(isinstance(node, ast.If) and "__name__" in ast.dump(node.test) for node in tree.body)
+        return [name] if guarded else []
+    return []
