@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +28,7 @@ def environment() -> dict[str, Any]:
         "cores": len(models),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        "commit": _commit(),
         **{name: found for name in _PACKAGES if (found := _version(name)) is not None},
     }
 
@@ -35,6 +37,15 @@ def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package is in; None for an installed copy."""
+    line = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(line, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
 
 
