@@ -61,6 +61,17 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, batch["labels"][learned], reduction="none"), learned
 
 
+def row_means(losses: Tensor, learned: Tensor) -> Tensor:
+    """The mean loss of each row that has a learned token, (rows,), in their order.
+
+    Args:
+        losses: The losses (n,) of `token_losses`.
+        learned: Its learned tokens (B, T).
+    """
+    of_row = learned.sum(1).tolist()
+    return torch.stack([row.mean() for row in losses.split(of_row) if len(row)])
+
+
 def learned_logits(forward: Callable[[Batch, Tensor], Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits that predict the learned tokens, float32 (n, V), row by row, and which tokens these are, bool (B, T).
 

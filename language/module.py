@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 import lit_adapters as la
 from language.generate import generate, prompt_rows
-from language.loss import Batch, read, token_losses
+from language.loss import Batch, read, row_means, token_losses
 from language.meaning import apply_meaning
 from language.means import Means
 from language.measured import check_causal, check_packing
@@ -43,6 +43,13 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
 
     A batch holds input_ids and labels, int64 (B, T), and attention_mask (B, T); a packed one holds position_ids (B, T),
     which begin anew with each document, in place of attention_mask. Labels stand at the places of their own tokens.
+
+    Validation and tests log, as `val/...` and `test/...`:
+
+    - `loss`: -log p in nats, the mean over all learned tokens; a long answer counts more than a short one.
+    - `perplexity`: exp(loss).
+    - `row_loss`: the mean over rows of each row's own mean loss; every row counts the same. A test returns it row by
+      row.
 
     Optimiser and schedule come from the YAML of `python -m language`. In Python give the model a
     `configure_optimizers`; `lit_adapters.lightning.build_optimizers` makes what it returns from the same sections.
@@ -105,7 +112,7 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
         self.model: nn.Module | None = None
         self.report: la.AdapterReport | None = None
         self.learned_tokens = 0
-        self.measure("loss")
+        self.measure("loss", "row_loss", items=["row_loss"])
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -201,8 +208,13 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.val_means.update(self._measured(batch))
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.test_means.update(self._measured(batch))
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Measure a batch.
+
+        Returns:
+            One value for each row, (B,), by the name of the metric that is their mean; callbacks may add to it.
+        """
+        return self._test(self._measured(batch))
 
     def on_validation_epoch_end(self) -> None:
         self._log_means("val", self.val_means)
@@ -238,9 +250,15 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
         self._hand_over_meaning("the checkpoint")
         self.learned_tokens = checkpoint["learned_tokens"] if self.global_rank == 0 else 0
 
-    def measure(self, *names: str) -> None:
-        """Say what validation and tests average: the names of the values that `_measured` returns."""
+    def measure(self, *names: str, items: Sequence[str] = ()) -> None:
+        """Say what validation and tests average.
+
+        Args:
+            names: Names of the values that `_measured` returns.
+            items: Those with one value for each row, question or pair, which tests return.
+        """
         self.val_means, self.test_means = Means(*names), Means(*names)
+        self.item_names = list(items)
 
     def _losses(self, batch: Batch) -> Tensor:
         """The loss of each learned token of a batch, -log p in nats, float32 (n,)."""
@@ -248,7 +266,13 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
 
     def _measured(self, batch: Batch) -> dict[str, Tensor]:
         """What validation and tests average over a batch, (n,) by name."""
-        return {"loss": self._losses(batch)}
+        losses, learned = token_losses(self._built, batch)
+        return {"loss": losses, "row_loss": row_means(losses, learned)}
+
+    def _test(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add what was measured of a test batch to the means, and give its per-item values."""
+        self.test_means.update(values)
+        return {name: values[name] for name in self.item_names}
 
     def _log_means(self, split: str, means: Means) -> None:
         found = means.compute()

@@ -121,7 +121,8 @@ class DPOTuner(CausalLMTuner):
             raise AdapterError(f"label_smoothing {label_smoothing} must be at least 0 and below 0.5")
         super().__init__(**settings)
         self.save_hyperparameters({"beta": beta, "label_smoothing": label_smoothing})
-        self.measure("loss", "reward_accuracy", "reward_margin", "kl")
+        of_pairs = ["loss", "reward_accuracy", "reward_margin"]
+        self.measure(*of_pairs, "kl", items=of_pairs)
         self.reference: Reference | None = None
 
     def configure_model(self) -> None:

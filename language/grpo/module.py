@@ -13,6 +13,7 @@ middle of a batch's iterations; tests compare loss and gradient with trl's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from language.models import context_length
 from language.module import CausalLMTuner
 from language.reference import Reference
 from lit_adapters.errors import shown
+from lit_adapters.files.atomic import write_text_atomically
 from lit_adapters.lightning.resume.sampler import hash_key
 from lit_adapters.model.modes import evaluating
 from lit_adapters.training.nonfinite import nonfinite_values
@@ -103,6 +105,9 @@ class GRPOTuner(CausalLMTuner):
     A batch holds input_ids and attention_mask, int64 (B, T), of prompts padded on the right, and answers, a list of B
     texts (`language.grpo.QuestionDataModule`).
 
+    A test writes the likeliest completions to `answers.jsonl` in the folder of the run's logs, one line a question:
+    prompt, answer, completion and reward; and it returns all rewards question by question.
+
     Logged, `val/...` and `test/...` for the likeliest completions (greedy) of held-out questions:
 
     - `train/reward`, `train/<function>`, and `val/`, `test/`: means over the completions of the weighted sum and of
@@ -170,7 +175,9 @@ class GRPOTuner(CausalLMTuner):
                 "iterations": iterations,
             }
         )
-        self.measure(*self.rewards.names, "reward")
+        measured = [*self.rewards.names, "reward"]
+        self.measure(*measured, items=measured)
+        self.answered: list[dict[str, Any]] = []  # the questions of a test, in this process
         self.reference: Reference | None = None
         self.rollout: dict[str, Tensor] | None = None
 
@@ -284,10 +291,37 @@ class GRPOTuner(CausalLMTuner):
 
     def _measured(self, batch: Batch) -> dict[str, Tensor]:
         """The rewards of the likeliest completions, (B,) for each function and for their weighted sum."""
-        texts = generate(self._built, self.tokenizer, prompt_rows(batch), self.hparams["max_new_tokens"])
+        return self._rewarded(self._likeliest(batch), batch)
+
+    def _likeliest(self, batch: Batch) -> list[str]:
+        """The greedy completion of each prompt."""
+        return generate(self._built, self.tokenizer, prompt_rows(batch), self.hparams["max_new_tokens"])
+
+    def _rewarded(self, texts: list[str], batch: Batch) -> dict[str, Tensor]:
         parts = self.rewards(texts, batch["answers"])  # type: ignore[arg-type]
         values = [*parts.T, parts @ self.rewards.weights]
         return {name: v.to(self.device) for name, v in zip([*self.rewards.names, "reward"], values, strict=True)}
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the answers of an earlier test."""
+        self.answered = []
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """As `CausalLMTuner`; keep the answers."""
+        texts = self._likeliest(batch)
+        values = self._rewarded(texts, batch)
+        prompts = self.tokenizer.batch_decode(prompt_rows(batch))
+        rows = zip(prompts, batch["answers"], texts, values["reward"].tolist(), strict=True)
+        self.answered += [dict(zip(("prompt", "answer", "completion", "reward"), row, strict=True)) for row in rows]
+        return self._test(values)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means, and write the answers."""
+        super().on_test_epoch_end()
+        folder, parts = self.trainer.log_dir, gather_objects(self.answered)
+        if folder is not None and self.trainer.is_global_zero:
+            lines = [json.dumps(answered, ensure_ascii=False) for part in parts for answered in part]
+            write_text_atomically(Path(folder) / "answers.jsonl", "\n".join([*lines, ""]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the completions of each process, where further steps are to use them."""

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
@@ -100,17 +100,33 @@ def test_how_the_model_is_called():
             assert kwargs["position_ids"] is given.get("position_ids")
 
 
+class Items(Callback):
+    """What `test_step` returns, batch by batch."""
+
+    def __init__(self):
+        self.outputs = []
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, *rest):
+        self.outputs.append(outputs)
+
+
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_perplexity_is_exact_over_uneven_batches(tmp_path, split):
+def test_losses_are_exact_over_uneven_batches(tmp_path, split):
     module = moved(built())
     batches = [batch(30, 12), batch(5), packed(9, 9, 4)]
+    batches[0]["labels"][1] = -100  # a row without a learned token has no loss
     with torch.no_grad():
-        losses = [module.eval()._losses(b).double() for b in batches]
-    loss = torch.cat(losses).mean()
-    run = trainer(tmp_path)
+        losses = [module.eval()._losses(b).double() for b in batches]  # of three rows with learned tokens
+    loss, rows = torch.cat(losses).mean(), [row.mean().item() for row in losses]
+    items = Items()
+    run = trainer(tmp_path, callbacks=[items])
     evaluate = run.validate if split == "val" else run.test
     measured = evaluate(module, loader(*batches), verbose=False)[0]
-    assert measured == pytest.approx({f"{split}/loss": loss.item(), f"{split}/perplexity": math.exp(loss)}, rel=1e-5)
+    expected = {"loss": loss.item(), "perplexity": math.exp(loss), "row_loss": sum(rows) / 3}
+    assert measured == pytest.approx({f"{split}/{name}": value for name, value in expected.items()}, rel=1e-5)
+    assert abs(expected["loss"] - expected["row_loss"]) > 1e-3 * expected["loss"]
+    if split == "test":
+        assert torch.cat([found["row_loss"] for found in items.outputs]).tolist() == pytest.approx(rows, rel=1e-5)
     assert evaluate(module, loader(batches[1]), verbose=False)[0][f"{split}/loss"] == pytest.approx(
         losses[1].mean().item(), rel=1e-5
     )

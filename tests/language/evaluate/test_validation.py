@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
@@ -82,6 +83,37 @@ def test_training_raises_the_accuracy_and_logs_it(tmp_path, colours):
         sum(row.index(max(row)) == a for row, a in zip(scores, answers, strict=True)) / len(answers)
     )
     assert module.training
+
+
+class Items(Callback):
+    """What `test_step` returns and callbacks before this one add."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, *rest):
+        self.values += outputs["classification_accuracy"].tolist()
+
+
+def test_a_test_asks_every_row(tmp_path, colours, write):
+    """In the order of the test split, and as `choice_questions` asks, whatever the batches are."""
+    given = colours(test_path=write(ROWS, "test.jsonl"), max_length=20, max_answer_length=8, batch_size=7)
+    module, items = moved(built()), Items()
+    run = trainer(tmp_path, callbacks=[ChoiceValidation(limit=2), items])
+    measured = run.test(module, datamodule=given, verbose=False)[0]
+    questions, answers = choice_questions(given, "test")
+    scores = score_tokens(module.model, questions)
+    right = [row.index(max(row)) == answer for row, answer in zip(scores, answers, strict=True)]
+    assert items.values == right
+    assert 0 < sum(right) < len(right) == 24
+    assert measured["test/classification_accuracy"] == pytest.approx(sum(right) / 24)
+
+
+@pytest.mark.parametrize("changes", [{"packing": "packed"}, {"mask_prompt": False}])
+def test_rows_whose_class_cannot_be_told_apart_are_not_tested(tmp_path, colours, write, changes):
+    given = colours(test_path=write(ROWS, "test.jsonl"), max_length=64, **changes)
+    with pytest.raises(la.DataError, match="ChoiceValidation asks for the class of each test row"):
+        trainer(tmp_path, callbacks=[ChoiceValidation()]).test(tuner(), datamodule=given, verbose=False)
 
 
 def test_questions_of_a_benchmark(tmp_path, write):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -47,6 +48,14 @@ def test_the_smoke_recipe_fits_and_is_tested(tmp_path):
     assert set(tested.trainer.callback_metrics) == {
         f"test/{name}" for name in ("reward", "exact_number", "marked_number", "brevity")
     }
+    rows = [json.loads(line) for line in (log_dir(tested) / "answers.jsonl").read_text().splitlines()]
+    examples = tested.datamodule.examples("test")
+    assert [(row["prompt"], row["answer"]) for row in rows] == [(e.prompt, e.response) for e in examples]
+    assert rows[0].keys() == {"prompt", "answer", "completion", "reward"}
+    rewards = tested.model.rewards([row["completion"] for row in rows], [row["answer"] for row in rows])
+    assert [row["reward"] for row in rows] == pytest.approx((rewards @ tested.model.rewards.weights).tolist())
+    mean = sum(row["reward"] for row in rows) / len(rows)
+    assert tested.trainer.callback_metrics["test/reward"].item() == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("folder", ["smollm2", "llama3_8b"])
