@@ -33,6 +33,7 @@ METHODS: dict[str, la.Method] = {
     "nora": la.NoRA(groups=4),
     "nora++": la.NoRAPlusPlus(nora=la.NoRA(groups=4), lora=la.LoRA(rank=2)),
     "bitfit": la.BitFit(add_missing=True),
+    "group_affine": la.GroupAffine(groups=4),
 }
 VARIANTS: dict[str, la.Method] = {
     "rslora": la.LoRA(rank=3, alpha=4.0, rslora=True),

@@ -116,8 +116,9 @@ def test_a_graph_of_fx(method):
     assert_alike(graph, model, (x, 3 * x))
 
 
-def test_a_merged_nora(tmp_path):
-    model, examples = network("nora"), inputs()
+@pytest.mark.parametrize("method", ["nora", "group_affine"])
+def test_a_merged_function(method, tmp_path):
+    model, examples = network(method), inputs()
     la.merge(model)
     assert_alike(torch.jit.trace(model, examples[0]), model, examples)
     assert_alike(export(model, examples[0]).module(), model, examples)
@@ -139,7 +140,7 @@ def test_the_formula_does_not_overflow(form, degrees):
     assert fits.sum() >= 18
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "loran", "afa", "vera", "bitfit", "nora", "peft"])
+@pytest.mark.parametrize("method", ["lora", "dora", "loran", "afa", "vera", "bitfit", "nora", "group_affine", "peft"])
 def test_symbols_and_scripts_are_refused(method):
     model = network(method)
     with pytest.raises(la.AdapterError, match=r"torch\.fx\.symbolic_trace cannot follow '\d'.* use torch\.export"):
@@ -149,14 +150,15 @@ def test_symbols_and_scripts_are_refused(method):
     assert_alike(model, model, inputs())  # still whole
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "loran", "vera", "bitfit", "nora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "loran", "vera", "bitfit", "nora", "group_affine"])
 def test_symbols_and_scripts_of_a_merged_model(method):
     model, examples = network(method), inputs()
     la.merge(model)
-    if method == "nora":
-        with pytest.raises(la.AdapterError, match="symbolic_trace cannot follow 'RationalActivation'"):
+    if method in ("nora", "group_affine"):
+        left = {"nora": "RationalActivation", "group_affine": "AffineActivation"}[method]
+        with pytest.raises(la.AdapterError, match=f"symbolic_trace cannot follow '{left}'"):
             torch.fx.symbolic_trace(model)
-        with pytest.raises(la.AdapterError, match="script cannot compile 'RationalActivation'"):
+        with pytest.raises(la.AdapterError, match=f"script cannot compile '{left}'"):
             torch.jit.script(model)
         return
     assert_alike(torch.fx.symbolic_trace(model), model, examples)
@@ -209,11 +211,12 @@ def test_onnx_by_export(method, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", [la.NoRA, la.GroupAffine])
 @pytest.mark.parametrize("channel_dim", [1, -3])
-def test_channels_that_are_not_last_with_the_older_onnx_exporter(channel_dim, tmp_path):
+def test_channels_that_are_not_last_with_the_older_onnx_exporter(method, channel_dim, tmp_path):
     """It cannot exchange dimensions that are counted from the end."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GELU(), nn.Conv2d(4, 3, 1)).eval()
-    la.attach(model, la.NoRA(groups=2, targets=["1"], channel_dim=channel_dim))
+    la.attach(model, method(groups=2, targets=["1"], channel_dim=channel_dim))
     move(model)
     examples = torch.randn(2, 3, 5, 5), torch.randn(2, 3, 5, 5)
     torch.onnx.export(model, examples[:1], tmp_path / "m.onnx", dynamo=False)

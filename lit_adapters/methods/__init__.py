@@ -4,6 +4,7 @@ from lit_adapters.methods.afa import AFALoRA
 from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.bitfit import BitFit
 from lit_adapters.methods.dora import DoRA
+from lit_adapters.methods.group_affine import GroupAffine
 from lit_adapters.methods.lora import LoRA
 from lit_adapters.methods.loran import LoRAN
 from lit_adapters.methods.nora import NoRA
@@ -17,6 +18,7 @@ __all__ = [
     "AdapterModule",
     "BitFit",
     "DoRA",
+    "GroupAffine",
     "LoRA",
     "LoRAN",
     "Method",

@@ -23,42 +23,34 @@ preset knows its form, its interval and its largest error.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lit_adapters.activations import RationalActivation, fit_for, is_known_activation
-from lit_adapters.activations.coefficients import PARTS, normal_density, normal_inputs, set_base, set_scale
+from lit_adapters.activations import RationalActivation, fit_for
+from lit_adapters.activations.coefficients import PARTS, normal_inputs, set_base, set_scale
 from lit_adapters.errors import AdapterError, shown
-from lit_adapters.methods.base import AdapterModule, Method
-from lit_adapters.methods.channels import channel_layout
-from lit_adapters.methods.description import AdapterSummary, LearnedFunctions, each_layer
-from lit_adapters.methods.hooks import copy_hooks, has_own_forward, move_hooks
+from lit_adapters.methods.activation_adapter import ASSUMED_STD, LEAST_SPREAD, SAMPLE, ActivationAdapter
+from lit_adapters.methods.activation_method import ActivationMethod
+from lit_adapters.methods.description import AdapterSummary, each_layer
+from lit_adapters.methods.hooks import move_hooks
 from lit_adapters.ops import Denominator, fixed_rational, rational
-from lit_adapters.ops._context import has_sizes
 from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.rational import MAX_DEGREE
-from lit_adapters.ops.statistics import drift, histogram, regular_sample, slope_bound
+from lit_adapters.ops.statistics import regular_sample
 from lit_adapters.values import LARGEST, check_choice, check_factor, check_number, check_whole
 
 PRESET_RANGE = (-6.0, 6.0)
-_GRID = 256  # points on which functions and densities are kept
-_SAMPLE = 1 << 14  # inputs that `observe` and `input_histogram` take
-_ASSUMED_STD = 2.0  # of the inputs before any were seen; normal with mean 0
-_LEAST_SPREAD = 1e-3  # width of the range of inputs; narrower ones are refused
 _FARTHEST = 1e4  # end of a range that a function can be fitted on
-_MOST_GROUPS = 1 << 16
 _MOST_RANK = 1 << 10  # a coefficient update has at most MAX_DEGREE + 1 columns
-_MOST_DIMS = 8
 
 
 @dataclass
-class NoRA(Method):
+class NoRA(ActivationMethod):
     """Configuration of NoRA.
 
     Args:
@@ -80,8 +72,6 @@ class NoRA(Method):
     """
 
     name: ClassVar[str] = "nora"
-    merges: ClassVar[str] = "no, it stays a function"
-    kind: ClassVar[str] = "activation"
 
     groups: int = 8
     rank: int | None = 3
@@ -101,7 +91,7 @@ class NoRA(Method):
         self.degrees = _degrees(self.degrees)
         if self.fit_range != "calibrate":
             self.fit_range = _interval(self.fit_range)
-        check_whole("groups", self.groups, high=_MOST_GROUPS)
+        self.check_groups()
         if self.rank is not None:
             check_whole("rank", self.rank, 1, _MOST_RANK, "or None to train the coefficients directly")
         check_factor("alpha", self.alpha)
@@ -112,41 +102,12 @@ class NoRA(Method):
         }
         for field, allowed in choices.items():
             check_choice(field, getattr(self, field), allowed)
-        if self.channel_dim != "auto":
-            check_whole("channel_dim", self.channel_dim, -_MOST_DIMS, _MOST_DIMS, "or 'auto'")
         check_number("scale", self.scale, low=1 / LARGEST)
 
-    def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> AdapterModule:
-        if not is_known_activation(base):
-            raise AdapterError(
-                f"NoRA adapts pointwise activations; {qualified_name!r} is a {type(base).__name__}. "
-                f"Leave it out with exclude=[{qualified_name!r}]"
-            )
-        if has_own_forward(base):
-            raise AdapterError(
-                f"the `forward` of {qualified_name!r} was replaced on this one {type(base).__name__}, so that its "
-                f"class does not tell its function; put the class's own back, or set exclude=[{qualified_name!r}]"
-            )
-        layout = channel_layout(parent, qualified_name.rpartition(".")[2])
-        channel_dim = layout.channel_dim if self.channel_dim == "auto" else self.channel_dim
-        if channel_dim is None:
-            raise AdapterError(
-                f"cannot tell which dimension of the input of {qualified_name!r} holds the channels ({layout.reason}); "
-                "set channel_dim to 1 (after convolutions) or -1 (after linear layers)"
-            )
-        if layout.channels is not None and layout.channels % self.groups:
-            raise AdapterError(
-                f"{self.groups} groups do not divide the {layout.channels} channels of {qualified_name!r}; "
-                f"choose groups among the divisors of {layout.channels}"
-            )
-        device = next((t.device for t in (*parent.parameters(), *parent.buffers())), torch.device("cpu"))
-        return NoRAActivation(base, qualified_name, self, channel_dim, device)
-
-    def placeholder(
-        self, qualified_name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
-    ) -> AdapterModule:
-        """As for any method. GELU takes the place of the activation, as the tensors in a file do not depend on it."""
-        return NoRAActivation(nn.GELU(), qualified_name, self, -1, torch.device("meta"))
+    def adapter(
+        self, base: nn.Module, qualified_name: str, groups: int, channel_dim: int, device: torch.device
+    ) -> NoRAActivation:
+        return NoRAActivation(base, qualified_name, self, groups, channel_dim, device)
 
 
 def _interval(ends: Any) -> tuple[float, float]:
@@ -154,9 +115,9 @@ def _interval(ends: Any) -> tuple[float, float]:
         raise AdapterError(f"fit_range {shown(ends)} must be an interval (low, high) or 'calibrate'")
     for end in ends:
         check_number("fit_range: the end", end, -_FARTHEST, _FARTHEST)
-    if not ends[1] - ends[0] >= _LEAST_SPREAD:
+    if not ends[1] - ends[0] >= LEAST_SPREAD:
         raise AdapterError(
-            f"fit_range {tuple(ends)} must be an interval (low, high), {_LEAST_SPREAD} wide or more, or 'calibrate'"
+            f"fit_range {tuple(ends)} must be an interval (low, high), {LEAST_SPREAD} wide or more, or 'calibrate'"
         )
     return float(ends[0]), float(ends[1])
 
@@ -170,47 +131,39 @@ def _degrees(degrees: Any) -> tuple[int, int]:
     return degrees[0], degrees[1]
 
 
-class NoRAActivation(AdapterModule):
+class NoRAActivation(ActivationAdapter):
     """One adapted activation: (..., D, ...) -> the same shape and dtype."""
 
     method = "nora"
-    decays = False
-    _has_handles = False  # whether the handles of the original's hooks act on the hooks here
     base_numerator: Tensor
     base_denominator: Tensor
     numerator_scale: Tensor
     denominator_scale: Tensor
     fit_range: Tensor
-    grid_range: Tensor
-    density: Tensor
-    calibrated: Tensor
 
     def __init__(
-        self, base: nn.Module, qualified_name: str, config: NoRA, channel_dim: int, device: torch.device
+        self,
+        base: nn.Module,
+        qualified_name: str,
+        config: NoRA,
+        groups: int,
+        channel_dim: int,
+        device: torch.device,
     ) -> None:
-        # A copy, because several layers may share one activation object.
-        super().__init__(copy.copy(base), qualified_name)
-        self.__dict__["original"] = base
-        copy_hooks(nn.Module(), self.base)  # `adopt` takes those of the original
-        if getattr(base, "inplace", False):  # it would overwrite the input that backward needs
-            self.base.inplace = False
+        super().__init__(base, qualified_name, groups, channel_dim)
         self.config = config
-        self.channel_dim = channel_dim
         self._function: Cache[Callable[[Tensor], Tensor]] = Cache()  # R with the present coefficients
         m, n = config.degrees
         for part, width in zip(PARTS, (m + 1, n), strict=True):
             self.add_buffer(f"base_{part}", torch.zeros(width, device=device))
             self.add_buffer(f"{part}_scale", torch.ones(width, device=device))
             if config.rank is None:
-                self.add_parameter(f"{part}_delta", torch.empty(config.groups, width, device=device))
+                self.add_parameter(f"{part}_delta", torch.empty(groups, width, device=device))
             else:
                 self.add_parameter(f"{part}_A", torch.empty(config.rank, width, device=device))
-                self.add_parameter(f"{part}_B", torch.empty(config.groups, config.rank, device=device))
+                self.add_parameter(f"{part}_B", torch.empty(groups, config.rank, device=device))
         self.add_buffer("fit_range", torch.zeros(2, device=device))
-        self.add_buffer("grid_range", torch.zeros(2, device=device))
-        self.add_buffer("density", torch.zeros(_GRID, device=device))
-        # A whole number, as averages of weights cannot subtract booleans; files hold a boolean.
-        self.add_buffer("calibrated", torch.tensor(0, device=device))
+        self.add_density_buffers(device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -220,7 +173,7 @@ class NoRAActivation(AdapterModule):
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
             else:
                 nn.init.zeros_(parameter)
-        x, weights = normal_inputs(_ASSUMED_STD)
+        x, weights = normal_inputs(ASSUMED_STD)
         interval = PRESET_RANGE if isinstance(self.config.fit_range, str) else self.config.fit_range
         self._fit(interval, x, weights, (x[0].item(), x[-1].item()), None)
         with torch.no_grad():
@@ -243,17 +196,7 @@ class NoRAActivation(AdapterModule):
                 f"{self.qualified_name!r} has been trained ({moved[0]} is not zero): calibrating now would change its "
                 "function. Calibrate once, right after attach"
             )
-        values = values.detach().double().flatten().cpu()
-        if not torch.isfinite(values).all() or len(values) < 2:
-            raise AdapterError(f"the inputs seen by {self.qualified_name!r} are empty or not finite; check the batches")
-        sample = values[:: max(1, len(values) // 1_000_000)]
-        span = (torch.quantile(sample, 5e-4).item(), torch.quantile(sample, 1 - 5e-4).item())
-        if span[1] - span[0] < _LEAST_SPREAD:
-            raise AdapterError(
-                f"the inputs seen by {self.qualified_name!r} are constant, {span[0]:g}, so that nothing can be "
-                "measured on them. Give batches of real data, or exclude this layer"
-            )
-        histogram = torch.histc(values, bins=_GRID, min=span[0], max=span[1])
+        values, span, histogram = self.measured(values)
         if isinstance(self.config.fit_range, str):
             self._fit(span, values, torch.ones_like(values), span, histogram, histogram)
         else:
@@ -274,13 +217,9 @@ class NoRAActivation(AdapterModule):
         self.stand_alone()
         config = self.config
         fit = fit_for(self.base_copy(), interval, config.degrees, config.denominator, density=fit_density)
-        grid = torch.linspace(*grid_range, _GRID, dtype=torch.float64, device="cpu")
-        if density is None:
-            density = normal_density(grid, _ASSUMED_STD)
         with torch.no_grad():
             self.fit_range.copy_(torch.tensor(interval, device="cpu"))
-            self.grid_range.copy_(torch.tensor(grid_range, device="cpu"))
-            self.density.copy_(density / density.sum())
+        self.set_density(grid_range, density)
         set_base((self.base_numerator, self.base_denominator), fit)
         if config.scaling == "density":
             set_scale((self.numerator_scale, self.denominator_scale), config.scale, fit, x, weights)
@@ -300,8 +239,7 @@ class NoRAActivation(AdapterModule):
 
     def base_coefficients(self) -> tuple[Tensor, Tensor]:
         """The frozen fit of the pretrained activation, repeated for every group: (G, m+1) and (G, n)."""
-        groups = self.config.groups
-        return self.base_numerator.expand(groups, -1), self.base_denominator.expand(groups, -1)
+        return self.base_numerator.expand(self.groups, -1), self.base_denominator.expand(self.groups, -1)
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """The effective numerator (G, m+1) and denominator (G, n), float32 and differentiable."""
@@ -338,16 +276,7 @@ class NoRAActivation(AdapterModule):
                 f"{self.qualified_name!r} has fit_range='calibrate' and was not calibrated; call "
                 "lit_adapters.calibrate(model, batches) before training, or train with AdapterCallback, which does"
             )
-        if has_sizes() and not -x.dim() <= self.channel_dim < x.dim():
-            raise AdapterError(
-                f"the input of {self.qualified_name!r} has the shape {tuple(x.shape)}, without a dimension "
-                f"{self.channel_dim}; set another channel_dim"
-            )
-        if has_sizes() and x.shape[self.channel_dim] % self.config.groups:
-            raise AdapterError(
-                f"{self.config.groups} groups do not divide the {x.shape[self.channel_dim]} channels of "
-                f"{self.qualified_name!r} (input {tuple(x.shape)}, channel_dim {self.channel_dim})"
-            )
+        self.check_channels(x)
 
     def _cached_function(self) -> Callable[[Tensor], Tensor]:
         # Read from the table itself: looking attributes up takes longer than computing one token. Buffers need not be
@@ -357,11 +286,6 @@ class NoRAActivation(AdapterModule):
     def _fixed(self) -> Callable[[Tensor], Tensor]:
         a, b = self.coefficients()
         return fixed_rational(a, b, self.config.denominator, self.channel_dim, self._subtracted())
-
-    def grid(self) -> Tensor:
-        """The points (D,) on which `density` is given, float64 on the CPU."""
-        low, high = self.grid_range.tolist()
-        return torch.linspace(low, high, _GRID, dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
     def learned_change(self, x: Tensor, coefficients: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -375,7 +299,7 @@ class NoRAActivation(AdapterModule):
         """
         a, b = (c.double().cpu() for c in coefficients or self.coefficients())
         a0, b0 = (c.double().cpu() for c in self.base_coefficients())
-        columns = x[:, None].expand(-1, self.config.groups)
+        columns = x[:, None].expand(-1, self.groups)
         return rational(columns, a, b, self.config.denominator, base=(a0, b0)).T
 
     @torch.no_grad()
@@ -386,25 +310,8 @@ class NoRAActivation(AdapterModule):
         if self.config.base == "anchored":
             return grid, initial, initial + self.learned_change(grid)
         a, b = (c.double().cpu() for c in self.coefficients())
-        columns = grid[:, None].expand(-1, self.config.groups)
+        columns = grid[:, None].expand(-1, self.groups)
         return grid, initial, rational(columns, a, b, self.config.denominator).T
-
-    def statistics(self) -> dict[str, float]:
-        """How far the functions are from the pretrained activation, for the group that differs most.
-
-        drift, relative_drift and sup_drift are l2, relative and sup of `lit_adapters.ops.statistics.drift` under the
-        layer's density. max_slope is max |phi'| on the grid, and relative_max_slope its ratio to the pretrained one's.
-        """
-        grid, initial, current = self.functions()
-        moved = drift(current, initial, self.density.double().cpu())
-        slope = slope_bound(current, grid).max()
-        return {
-            "drift": moved.l2.max().item(),
-            "relative_drift": moved.relative.max().item(),
-            "sup_drift": moved.sup.max().item(),
-            "max_slope": slope.item(),
-            "relative_max_slope": (slope / slope_bound(initial, grid)).item(),
-        }
 
     def singular_values(self) -> dict[str, Tensor]:
         """The singular values of the updates of numerator (G, m+1) and denominator (G, n), before scaling.
@@ -415,14 +322,9 @@ class NoRAActivation(AdapterModule):
             updates = {p: self._update(p) / getattr(self, f"{p}_scale") for p in PARTS}
         return {part: torch.linalg.svdvals(update.double().cpu()) for part, update in updates.items()}
 
-    def input_histogram(self, x: Tensor) -> Tensor:
-        """Counts (D + 2,) on the CPU for a regular sample of x: below the grid, in each of its D parts, above it."""
-        low, high = self.grid_range.tolist()
-        return histogram(regular_sample(x, _SAMPLE), low, high, _GRID).cpu()
-
     def observe(self, x: Tensor) -> dict[str, float]:
         """outside_range: the share of the inputs outside the interval of the fit."""
-        values = regular_sample(x, _SAMPLE)
+        values = regular_sample(x, SAMPLE)
         low, high = self.fit_range.tolist()
         return {"outside_range": ((values < low) | (values > high)).float().mean().item()}
 
@@ -442,44 +344,14 @@ class NoRAActivation(AdapterModule):
         move_hooks(self, activation)
         return activation.requires_grad_(False).train(self.training)
 
-    def unwrapped(self) -> nn.Module:
-        original: nn.Module = self.__dict__["original"]
-        vars(original).pop("_first_adapter", None)
-        if self._has_handles:
-            copy_hooks(nn.Module(), original)
-            move_hooks(self, original)
-        return original.train(self.training)
-
-    def adopt(self) -> None:
-        """As for every adapter. Of layers that share the activation object, the first gets the hooks, others copies."""
-        super().adopt()
-        original = self.__dict__["original"]
-        first, hooked = vars(original).setdefault("_first_adapter", self.qualified_name), nn.Module()
-        self._has_handles = first == self.qualified_name
-        copy_hooks(original, hooked)
-        move_hooks(original if self._has_handles else hooked, self)
-        copy_hooks(hooked, original)
-
     def _load_from_state_dict(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(*args, **kwargs)
         if self.config.fit_range == "calibrate" and not self.calibrated.is_meta:
             self._awaits_calibration = not bool(self.calibrated.item())
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}calibrated"] = self.calibrated.bool()
-
-    def adapter_tensors(self) -> dict[str, Tensor]:
-        """As for every adapter; `calibrated` is a boolean."""
-        return super().adapter_tensors() | {"calibrated": self.calibrated.bool()}
-
     def extra_repr(self) -> str:
         c = self.config
-        return f"{type(self.base).__name__}, groups={c.groups}, rank={c.rank}, degrees={c.degrees}, base={c.base}"
-
-    def learned_functions(self) -> LearnedFunctions:
-        """This adapter, which has the methods of `LearnedFunctions`."""
-        return self
+        return f"{type(self.base).__name__}, groups={self.groups}, rank={c.rank}, degrees={c.degrees}, base={c.base}"
 
     def fitted_range(self) -> tuple[float, float]:
         """The ends of the interval on which the rational function was fitted to the pretrained activation."""
@@ -490,7 +362,7 @@ class NoRAActivation(AdapterModule):
         """As for any learned functions, with their degrees and rank."""
         c = self.config
         rank = "" if c.rank is None else f", r = {c.rank}"
-        return replace(super().summary(), size=f"{c.groups} groups, {c.degrees[0]}/{c.degrees[1]}{rank}")
+        return replace(super().summary(), size=f"{self.groups} groups, {c.degrees[0]}/{c.degrees[1]}{rank}")
 
     def merge_obstacle(self) -> str:
         """No parameter of the model holds a function."""

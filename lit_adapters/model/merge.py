@@ -25,7 +25,7 @@ class MergeReport:
         max_abs_error: The largest |stored - exact| over all merged parameters, with the exact value in float64.
         max_rel_error: The same relative to the largest value of the parameter.
         merged: The names of the layers whose parameters now hold the update.
-        kept: The names of the layers that stay nonlinear: NoRA's functions, now with plain coefficients.
+        kept: The names of the activations that keep their learned functions, now with plain coefficients.
         dequantised: The names of the merged layers whose weight was quantised and is a plain one now.
     """
 
@@ -77,9 +77,9 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
     Args:
         model: The module given to `attach`.
         unload: True removes the adapters for good: linear layers are the base's own again, adapted activations become
-            `RationalActivation`, quantised weights become plain ones, and `requires_grad` is as before `attach`. False
-            keeps the adapters and puts a merged weight beside every pretrained one, so that `unmerge` restores the
-            model bit for bit.
+            `RationalActivation` or `AffineActivation`, quantised weights become plain ones, and `requires_grad` is as
+            before `attach`. False keeps the adapters and puts a merged weight beside every pretrained one, so that
+            `unmerge` restores the model bit for bit.
 
     Returns:
         The errors of the merge and the names of the layers.

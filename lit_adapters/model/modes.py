@@ -146,7 +146,8 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
 def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any] | None = None) -> None:
     """Run batches through the model before training, so that adapters can measure their inputs.
 
-    NoRA measures the density of its inputs and, with fit_range="calibrate", their range; others measure nothing.
+    NoRA and GroupAffine measure the density of their inputs, NoRA with fit_range="calibrate" also their range for its
+    fit; others measure nothing.
 
     Args:
         model: An adapted model.

@@ -1,6 +1,6 @@
 """Keeps `save_pretrained` of an adapted transformers model from writing a directory that loads as the base model.
 
-The same holds for a merged model in which functions of NoRA stay.
+The same holds for a merged model in which learned functions stay, such as NoRA's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_adapters.activations import RationalActivation
+from lit_adapters.activations import LEARNED_ACTIVATIONS
 from lit_adapters.errors import AdapterError
 
 _METHOD = "save_pretrained"
@@ -24,7 +24,7 @@ class SaveGuard:
 
     Args:
         model: The model.
-        functions: Whether the adapters are merged and their functions (NoRA) are what stays.
+        functions: Whether the adapters are merged and their functions (NoRA's, say) are what stays.
     """
 
     def __init__(self, model: nn.Module, functions: bool = False) -> None:
@@ -69,7 +69,7 @@ def guard_saving(model: nn.Module, functions: bool = False) -> None:
     """
     for module in model.modules():
         saves = callable(getattr(type(module), _METHOD, None)) and hasattr(module, "config")
-        if saves and (not functions or any(isinstance(m, RationalActivation) for m in module.modules())):
+        if saves and (not functions or any(isinstance(m, LEARNED_ACTIVATIONS) for m in module.modules())):
             vars(module)[_METHOD] = SaveGuard(module, functions)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_adapters.activations import RationalActivation
+from lit_adapters.activations import LEARNED_ACTIVATIONS
 from lit_adapters.errors import AdapterError
 from lit_adapters.model.attach import adapters
 
@@ -40,8 +40,8 @@ def parameter_groups(
     for name, value in {"weight_decay": weight_decay, **{f"lr_scale of {k!r}": v for k, v in scale.items()}}.items():
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             raise AdapterError(f"{name} {value!r} must be a finite number of at least 0")
-    rational = (p for m in model.modules() if isinstance(m, RationalActivation) for p in m.parameters())
-    undecayed = {id(p) for p in rational}
+    functions = (m for m in model.modules() if isinstance(m, LEARNED_ACTIVATIONS))
+    undecayed = {id(p) for m in functions for p in m.parameters()}
     kind: dict[int, str] = {}
     for _, adapter in adapters(model):
         kind |= {id(p): adapter.method for p in adapter.adapter_parameters().values()}

@@ -22,7 +22,7 @@ RECIPES = sorted(
 )
 SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
 REAL = [name for name in RECIPES if name not in SMOKE]
-ARMS = {"lora", "dora", "vera", "loran", "afa", "nora", "nora_plus_plus", "bitfit", "qlora"}
+ARMS = {"lora", "dora", "vera", "loran", "afa", "nora", "nora_plus_plus", "bitfit", "group_affine", "qlora"}
 OVERRIDES = [
     "--model.model=tiny_llama",
     "--data.format=alpaca",
@@ -66,14 +66,17 @@ def test_the_recipes_are_complete():
         assert {name.split("/")[1] for name in RECIPES if name.startswith(f"{group}/")} >= wanted, group
 
 
-@pytest.mark.parametrize("name", SMOKE)
+SLOW_SMOKE = {"smoke/group_affine"}  # close to smoke/nora
+
+
+@pytest.mark.parametrize("name", [n if n not in SLOW_SMOKE else pytest.param(n, marks=pytest.mark.slow) for n in SMOKE])
 def test_smoke_recipes_fit_and_load(tmp_path, name):
     fitted = command("fit", name, tmp_path)
     assert fitted.trainer.global_step == 4
     board = events(log_dir(fitted))
     tags = board.Tags()
     assert {"train/loss", "train/learned_tokens", "val/loss", "val/perplexity"} <= set(tags["scalars"])
-    assert ("adapter/functions" in tags["images"]) == ("nora" in name)
+    assert ("adapter/functions" in tags["images"]) == ("nora" in name or "affine" in name)
     assert any(t.startswith("adapter/summary/") for t in tags["scalars"]) == (name != "smoke/full")
     rates = [tag for tag in tags["scalars"] if tag.startswith("lr-")]
     assert rates
@@ -149,7 +152,7 @@ def test_other_recipes_fit_their_own_model(name):
             found = [target for target, _ in part.find(model, section.get("train", ()))]
             places = {t.name.split(".layers.")[1].partition(".")[2] for t in found}
             assert len(found) == blocks * len(places)
-            if part.name == "nora":
+            if part.name in ("nora", "group_affine"):
                 assert places == {"mlp.act_fn"}
                 assert SHAPES[section["model"]]["intermediate_size"] % part.groups == 0
             elif arm in ("loran", "qlora"):

@@ -18,7 +18,7 @@ from vision.data import CIFARDataModule
 RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
 REAL = [name for name in RECIPES if name not in SMOKE]
-ARMS = {"head", "full", "lora", "dora", "vera", "loran", "afa", "nora", "nora_plus_plus", "bitfit"}
+ARMS = {"head", "full", "lora", "dora", "vera", "loran", "afa", "nora", "nora_plus_plus", "bitfit", "group_affine"}
 OVERRIDES = [
     "--model.backbone=test_vit",
     "--model.pretrained=false",
@@ -51,7 +51,7 @@ def test_smoke_recipes_fit_and_test(smoke_run, name):
     tags = board.Tags()
     assert {"train/loss", "val/loss", "val/acc1", "val/acc5"} <= set(tags["scalars"])
     assert "hp_metric" not in tags["scalars"]
-    assert ("adapter/functions" in tags["images"]) == ("nora" in name)
+    assert ("adapter/functions" in tags["images"]) == ("nora" in name or "affine" in name)
     assert any(t.startswith("adapter/summary/") for t in tags["scalars"]) == (name not in ("smoke/head", "smoke/full"))
     rates = [tag for tag in tags["scalars"] if tag.startswith("lr-")]
     assert rates
@@ -95,7 +95,7 @@ def test_other_recipes_fit_their_own_backbone(name):
         for part in method.parts():
             found = part.find(backbone, model["train"])
             # Of each block: its activation; 4 linear layers; these and 2 norms, and 2 layers outside the blocks.
-            assert len(found) == {"nora": 12, "bitfit": 74}.get(part.name, 48)
+            assert len(found) == {"nora": 12, "group_affine": 12, "bitfit": 74}.get(part.name, 48)
     expected = resolve_model_data_config(backbone)
     settings = CIFARDataModule(**data)
     assert tuple(settings.mean) == expected["mean"]
