@@ -28,7 +28,7 @@ from lit_adapters.lightning.checkpoint_arguments import arguments_of_checkpoint
 from lit_adapters.lightning.optimizers import TOTALS, build_optimizers
 from lit_adapters.lightning.recipe_sections import check_sections, recipes
 from lit_adapters.methods.base import Method, to_methods
-from lit_adapters.optimizers.groups import HEAD
+from lit_adapters.optimizers.groups import BASE, HEAD
 from lit_adapters.training.checkpoint import check_recipe, class_path
 from lit_adapters.training.hyperparameters import KEY, read_hyperparameters
 
@@ -86,7 +86,9 @@ class AdapterCLI(LightningCLI):
             "--lr_scale",
             type=dict[str, float],
             default={},
-            help=f"Factor on the learning rate by group, such as {{nora: 3.0, head: 0.5}}. Groups: {_groups()}.",
+            help=f"Factor on the learning rate by group, such as {{nora: 3.0, head: 10.0}}. Groups: {_groups()}. Any "
+            "other key is a regular expression for whole names of parameters, which wins over groups and over earlier "
+            "expressions.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -269,7 +271,7 @@ def _groups() -> str:
     kinds = [kind for kind in vars(methods).values() if isinstance(kind, type) and issubclass(kind, Method)]
     # A method that is composed of others has no group of its own.
     names = [kind.name for kind in kinds if kind is not Method and kind.parts is Method.parts]
-    return f"{', '.join(sorted(names))} (the adapters of a method), {HEAD} (everything that is not an adapter)"
+    return f"{', '.join(sorted(names))} (the adapters of a method), {HEAD} (the prediction head), {BASE} (all else)"
 
 
 def run(main: Callable[[], Any]) -> None:

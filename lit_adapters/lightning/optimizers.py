@@ -19,7 +19,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.optimizers.groups import parameter_groups
+from lit_adapters.optimizers.groups import scaled_groups
 
 # What schedulers call their length. Never typed: the trainer knows it.
 TOTALS = ("total_steps", "T_max", "total_iters")
@@ -46,14 +46,13 @@ def build_optimizers(
         module: Holds the trainable parameters; it belongs to a trainer.
         optimizer: `{class_path, init_args}`, without `params`.
         lr_scheduler: `{class_path, init_args}`, without `optimizer` and without the length, which is filled in.
-        lr_scale: Factor on the learning rate by group; see `parameter_groups`.
+        lr_scale: Factor on the learning rate by group or regular expression; see `parameter_groups`.
 
     Raises:
-        AdapterError: Nothing trains, `lr_scale` names an unknown group, the learning rate is missing, a rate, scale or
-            decay is negative or not finite, a class refuses its arguments, a schedule fails or leaves the positive
-            numbers in its first steps, or it needs the last step of a trainer without an end.
+        AdapterError: Nothing trains, a key of `lr_scale` is no group and matches nothing, the learning rate is missing,
+            a rate, scale or decay is negative or not finite, a class refuses its arguments, a schedule fails or leaves
+            the positive numbers in its first steps, or it needs the last step of a trainer without an end.
     """
-    scale = dict(lr_scale or {})
     cls, arguments = _class_and_arguments(optimizer)
     rate = arguments.pop("lr", None)
     if rate is None:
@@ -61,8 +60,8 @@ def build_optimizers(
         if known is None or not isinstance(known.default, (int, float)):
             raise AdapterError(f"{cls.__name__} has no default learning rate: set lr in the optimizer's init_args")
         rate = known.default
-    groups = parameter_groups(module, rate, arguments.pop("weight_decay", 0.0), scale)
-    built = _build(cls, groups, lr=rate, **arguments)
+    groups = scaled_groups(module, rate, arguments.pop("weight_decay", 0.0), lr_scale)
+    built = _build(cls, [group for group, _ in groups], lr=rate, **arguments)
     if lr_scheduler is None:
         return built
     cls, arguments = _class_and_arguments(lr_scheduler)
@@ -76,7 +75,7 @@ def build_optimizers(
         arguments |= dict.fromkeys(totals, _steps(module, cls.__name__))
     for name in _RATES:
         if isinstance(arguments.get(name), (int, float)):
-            arguments[name] = [arguments[name] * scale.get(group["name"], 1.0) for group in groups]
+            arguments[name] = [arguments[name] * factor for _, factor in groups]
     if issubclass(cls, OneCycleLR) and arguments.get("pct_start", _WARM_UP) * arguments["total_steps"] == 1:
         # Its warm-up of exactly one step would divide by zero; this one is shorter by a rounding error.
         arguments["pct_start"] = arguments.get("pct_start", _WARM_UP) * (1 - 1e-12)

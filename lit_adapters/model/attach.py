@@ -72,6 +72,13 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
             yield name, module
 
 
+def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that were given to `attach`, as (qualified name, module): the model itself, or parts of it."""
+    for name, module in model.named_modules():
+        if _STATE in module.__dict__:
+            yield name, module
+
+
 def attachment(model: nn.Module) -> Attachment:
     """The record that `attach` left on `model`.
 
@@ -80,7 +87,7 @@ def attachment(model: nn.Module) -> Attachment:
     """
     state = model.__dict__.get(_STATE)
     if state is None:
-        inside = next((name for name, m in model.named_modules() if _STATE in m.__dict__), None)
+        inside = next((name for name, _ in attached(model)), None)
         fix = f"give its part {inside!r}, which has them" if inside else "call lit_adapters.attach(model, ...) first"
         raise AdapterError(f"{type(model).__name__} has no adapters of its own; {fix}")
     return state

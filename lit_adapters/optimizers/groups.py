@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 
 from lit_adapters.activations import LEARNED_ACTIVATIONS
 from lit_adapters.errors import AdapterError
-from lit_adapters.model.attach import adapters
+from lit_adapters.methods.patterns import fullmatch
+from lit_adapters.methods.targets import head_modules
+from lit_adapters.model.attach import adapters, attached
 
-HEAD = "head"  # the group of everything that trains and is not an adapter: the modules of `train`
+HEAD = "head"  # the group of the prediction head; with BASE, where their rates do not differ
+BASE = "base"  # the group of everything else that trains and is not an adapter
 
 
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.0, lr_scale: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """The trainable parameters in groups, as an optimiser takes them: one group for each method, and the head.
+    """The trainable parameters in groups, as an optimiser takes them: one group for each method, and the rest.
 
+    Everything that is not an adapter is one group, "head", unless `lr_scale` gives its parts different rates.
     Parameters for which decay makes no sense (`AdapterModule.undecayed_parameters`) are in groups of their own, without
     it. A rational function with a coefficient of zero, say, is not a simpler one.
 
@@ -27,12 +31,26 @@ def parameter_groups(
         model: A module whose tree may hold adapters.
         lr: The common learning rate.
         weight_decay: The decay of everything that may decay.
-        lr_scale: The factor on `lr` by group: a method's name ("nora", "lora"), or "head" for everything that is not an
-            adapter.
+        lr_scale: The factor on `lr` by group: a method's name ("nora", "lora"); "head" for the prediction head, which
+            timm's `get_classifier` or transformers' `get_output_embeddings` names; "base" for everything else that
+            trains and is not an adapter. In a model that names no head, all of `train` counts as the head, unless that
+            is the whole model. Any other key is a regular expression for whole names of parameters, which are those
+            that `train` of `attach` uses. An expression wins over a group, and a later expression over an earlier one.
 
     Raises:
-        AdapterError: Nothing trains, `lr_scale` names a group that does not exist, the learning rate is not a finite
-            number above 0, or a scale or the decay not one of at least 0.
+        AdapterError: Nothing trains, a key of `lr_scale` is no group that trains and matches no parameter that trains,
+            the learning rate is not a finite number above 0, or a scale or the decay not one of at least 0.
+    """
+    return [group for group, _ in scaled_groups(model, lr, weight_decay, lr_scale)]
+
+
+def scaled_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, lr_scale: Mapping[str, float] | None = None
+) -> list[tuple[dict[str, Any], float]]:
+    """The groups of `parameter_groups`, each with its factor on `lr`.
+
+    Raises:
+        AdapterError: As `parameter_groups`.
     """
     scale = dict(lr_scale or {})
     if isinstance(lr, (int, float)) and not 0 < lr < math.inf:
@@ -42,28 +60,102 @@ def parameter_groups(
             raise AdapterError(f"{name} {value!r} must be a finite number of at least 0")
     functions = (m for m in model.modules() if isinstance(m, LEARNED_ACTIVATIONS))
     undecayed = {id(p) for m in functions for p in m.parameters()}
-    kind: dict[int, str] = {}
     for _, adapter in adapters(model):
-        kind |= {id(p): adapter.method for p in adapter.adapter_parameters().values()}
         undecayed |= {id(p) for p in adapter.undecayed_parameters()}
+    labels = _labels(model, scale)
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            key = (kind.get(id(parameter), HEAD), id(parameter) not in undecayed)
-            groups.setdefault(key, []).append(parameter)
-    if not groups:
-        raise AdapterError("nothing trains: give `adapters`, or name modules in `train`")
-    present = {name for name, _ in groups}
-    unknown = sorted(scale.keys() - present)
-    if unknown:
-        raise AdapterError(f"lr_scale names {unknown[0]!r}; the trainable groups are {', '.join(sorted(present))}")
+            groups.setdefault((labels[id(parameter)], id(parameter) not in undecayed), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            # Lightning wants names to differ; where all of a method's parameters are alike, it keeps its own.
-            "name": name if decays or (name, True) not in groups else f"{name}/no_decay",
-            "lr": lr * scale.get(name, 1.0),
-            "weight_decay": weight_decay if decays else 0.0,
-        }
+        (
+            {
+                "params": parameters,
+                # Lightning wants names to differ; where all of a group's parameters are alike, it keeps its own.
+                "name": name if decays or (name, True) not in groups else f"{name}/no_decay",
+                "lr": lr * scale.get(name, 1.0),
+                "weight_decay": weight_decay if decays else 0.0,
+            },
+            scale.get(name, 1.0),
+        )
         for (name, decays), parameters in groups.items()
     ]
+
+
+def _labels(model: nn.Module, scale: Mapping[str, float]) -> dict[int, str]:
+    """The name of its group for each parameter that trains, by id: a part of the model or an expression of `scale`.
+
+    Parameters of equal rates are in the same groups as without `scale`, so that earlier checkpoints can be resumed.
+
+    Raises:
+        AdapterError: Nothing trains, or a key of `scale` is no group that trains and matches nothing that trains.
+    """
+    parts = _parts(model, tell_head=bool(scale))
+    if not parts:
+        raise AdapterError("nothing trains: give `adapters`, or name modules in `train`")
+    present = set(parts.values())
+    apart = scale.get(HEAD, 1.0) != scale.get(BASE, 1.0) if HEAD in present else BASE in scale
+    groups = {key: HEAD if part == BASE and not apart else part for key, part in parts.items()}
+    labels = dict(groups)
+    expressions = [key for key in scale if key not in present]
+    names = _names(model, parts) if expressions else {}
+    for expression in expressions:
+        matched = set() if expression in (HEAD, BASE) else _matching(expression, names)
+        if not matched:
+            raise _unknown(expression, present, names)
+        for key in matched:
+            labels[key] = groups[key] if scale[expression] == scale.get(groups[key], 1.0) else expression
+    return labels
+
+
+def _parts(model: nn.Module, tell_head: bool) -> dict[int, str]:
+    """The part of the model of each parameter that trains, by id: the adapters of a method, the head or the base.
+
+    Args:
+        model: The model.
+        tell_head: Whether head and base are told apart; otherwise both are the head.
+    """
+    methods = {id(p): adapter.method for _, adapter in adapters(model) for p in adapter.adapter_parameters().values()}
+    others = {id(p): p.requires_grad for p in model.parameters() if id(p) not in methods}
+    head = set(others)
+    if tell_head:
+        known = {id(p) for module in head_modules(model) for p in module.parameters()}
+        if known or all(others.values()):
+            head = known
+    training = [id(p) for p in model.parameters() if p.requires_grad]
+    return {key: methods.get(key, HEAD if key in head else BASE) for key in training}
+
+
+def _names(model: nn.Module, parts: Mapping[int, str]) -> dict[str, int]:
+    """The ids of the parameters that train, by name in the module that was given to `attach`, else in the model."""
+    inside: set[int] = set()
+    names: dict[str, int] = {}
+    for module in [*(module for _, module in attached(model)), model]:
+        found = [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)]
+        names |= {name: key for name, key in found if key in parts and key not in inside}
+        inside |= {key for _, key in found}
+    return names
+
+
+def _matching(expression: str, names: Mapping[str, int]) -> set[int]:
+    try:
+        return {key for name, key in names.items() if fullmatch(expression, name)}
+    except AdapterError as error:
+        # The message ends with a hint for `targets` and `train`, where a list may stand instead.
+        problem = str(error).rpartition("; ")[0]
+        raise AdapterError(f"lr_scale: no group is called {expression!r}, and {problem}; correct the key") from error
+
+
+def _unknown(key: str, groups: Collection[str], names: Mapping[str, int]) -> AdapterError:
+    message = f"lr_scale names {key!r}; the trainable groups are {', '.join(sorted(groups))}"
+    if key == HEAD:
+        return AdapterError(
+            f"{message}: the head is frozen, or the model does not name it by get_classifier or "
+            "get_output_embeddings; in the second case give a regular expression for the names of its parameters"
+        )
+    if key == BASE:
+        return AdapterError(f"{message}: nothing trains but adapters and the head")
+    return AdapterError(
+        f"{message}; as a regular expression it matches no name of a parameter that trains, such as "
+        f"{next(iter(names))!r}"
+    )

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
-from lit_adapters.model.attach import adapters, attachment
+from lit_adapters.model.attach import adapters, attached
 
 
 def attached_models(module: nn.Module) -> dict[str, nn.Module]:
     """Every model of the tree that was given to `attach`, by qualified name ("" for `module` itself)."""
-    return {name: model for name, model in module.named_modules() if _is_attached(model)}
-
-
-def _is_attached(model: nn.Module) -> bool:
-    try:
-        attachment(model)
-    except AdapterError:
-        return False
-    return True
+    return dict(attached(module))
 
 
 def adapter_layers(module: nn.Module) -> dict[str, AdapterModule]:

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LearningRateMonitor
 
 import lit_adapters as la
 from lit_adapters import AdapterCallback, AdapterError
 from lit_adapters.lightning.optimizers import build_optimizers
-from tests.lightning.tiny_task import Task, fit, loader, trainer
+from tests.lightning.tiny_task import Task, fit, loader, tensorboard, trainer
 
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "weight_decay": 0.01}}
 
@@ -104,6 +105,26 @@ def test_groups_have_their_scales(tmp_path):
         for step in rates(tmp_path, ADAMW, section, scale).steps:
             assert step["nora"] == pytest.approx(3 * step["head"], rel=1e-4, abs=1e-6)
             assert step["lora"] == pytest.approx(0.5 * step["head"], rel=1e-4, abs=1e-6)
+
+
+def test_every_group_has_its_own_highest_rate(tmp_path):
+    """Also the parts of a method that do not decay, and what a regular expression chooses."""
+    scale = {"dora": 3.0, "head": 0.5, r"blocks\.1\..*": 7.0}
+    task = Sectioned(ADAMW, schedule("OneCycleLR", max_lr=0.2), scale, methods=la.DoRA(rank=2))
+    groups = {g["name"]: g for g in fit(tmp_path, task).optimizers[0].param_groups}
+    factors = {"dora": 3.0, "dora/no_decay": 3.0, "head": 0.5, r"blocks\.1\..*": 7.0, r"blocks\.1\..*/no_decay": 7.0}
+    assert {name: group["max_lr"] for name, group in groups.items()} == {n: 0.2 * f for n, f in factors.items()}
+
+
+def test_the_rate_of_each_group_is_logged(tmp_path):
+    class Headed(Sectioned):
+        def get_classifier(self):
+            return self.net.head
+
+    task = Headed(ADAMW, None, {"head": 300.0, r"norm\.weight": 2.0}, methods=[], train=".*")
+    shown = tensorboard(tmp_path, task, LearningRateMonitor())
+    rates = {tag: shown.Scalars(tag)[0].value for tag in shown.Tags()["scalars"] if tag.startswith("lr-")}
+    assert rates == pytest.approx({"lr-AdamW/base": 0.1, "lr-AdamW/head": 30.0, r"lr-AdamW/norm\.weight": 0.2})
 
 
 def test_only_what_trains_is_given_and_rational_coefficients_never_decay(tmp_path):

@@ -119,6 +119,7 @@ def test_help_is_still_there(capsys):
     assert end.value.code == 0
     shown = capsys.readouterr().out
     assert "--lr_scale" in shown
+    assert "any other key is a regular expression" in " ".join(shown.lower().split())
     assert "--model.adapters" in shown
     assert "total_steps" not in shown
 
