@@ -111,8 +111,8 @@ def test_an_unfinished_study_says_so_and_compares_what_both_arms_have(tmp_path):
     text = page_text(study, results)
     assert "**Unfinished:** 7 of 12 final runs" in text
     assert "n = 3 of 4 training sets" in sentences(study, results)[0]
-    assert "**Gamma**: not run yet, 0 of 4 final runs." in text
-    assert "**Alpha**: 3 of 4 final runs so far." in text
+    assert "**Not run yet** (0 of 4 final runs): Gamma." in text
+    assert re.search(r"\| Alpha \|.*\| 3 of 4 \|", text.replace("*", ""))
 
 
 @pytest.mark.parametrize("runs", ["none", "searches"])

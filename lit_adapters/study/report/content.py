@@ -111,6 +111,8 @@ def _contrasts(summary: Summary) -> list[Block]:
         return []
     blocks: list[Block] = [Heading("Contrasts named before the first run")]
     measured = [contrast for contrast in summary.contrasts if contrast.comparison is not None]
+    if not measured and all(contrast.verdict() == "pending" for contrast in summary.contrasts):
+        return [*blocks, Points([contrast_name(contrast) for contrast in summary.contrasts])]
     places = places_of(summary.contrasts)
     if measured:
         draw = partial(forest_figure, measured, study.metric, study.margin, places)
@@ -254,14 +256,13 @@ def _remarks(summary: Summary, arms: list[ArmSummary]) -> list[Inline]:
     for arm in arms:
         if arm.failure:
             remarks.append([Strong(arm.title), f": {arm.failure}."])
-        elif not arm.finals:
-            remarks.append([Strong(arm.title), f": not run yet, 0 of {arm.due} final runs."])
         elif arm.diverged():
             remarks.append([Strong(arm.title), f": {_divergence(summary, arm)}"])
-        elif not arm.complete():
-            remarks.append([Strong(arm.title), f": {len(arm.finals)} of {arm.due} final runs so far."])
-        elif summary.study.metric.name not in arm.estimates:
+        elif arm.finals and summary.study.metric.name not in arm.estimates:
             remarks.append([Strong(arm.title), f": its runs have no {summary.study.metric.name}."])
+    absent = [arm.title for arm in arms if not arm.finals and not arm.failure]
+    if absent:
+        remarks.append([Strong("Not run yet"), f" (0 of {arms[0].due} final runs): {'; '.join(absent)}."])
     single = [arm.title for arm in arms if any(estimate.n == 1 for estimate in arm.estimates.values())]
     if single:
         remarks.append(f"One {summary.over.removesuffix('s')} only, so no interval: {enumeration(single)}.")
@@ -342,15 +343,25 @@ def _exploratory(summary: Summary) -> list[Block]:
     estimates = [{study.metric.name: _estimate_of(c), **c.also} for c in shown]
     places = [_places_of_estimates([e[m.name] for e in estimates if m.name in e]) for m in metrics]
     heads = [f">{m.title or m.name} ({m.better} is better)" for m in metrics]
-    rows: list[list[Inline]] = [
-        [contrast_name(c), *(_difference(e.get(m.name), p) for m, p in zip(metrics, places, strict=True))]
-        for c, e in zip(shown, estimates, strict=True)
-    ]
+    cells = [[_difference(e.get(m.name), p) for m, p in zip(metrics, places, strict=True)] for e in estimates]
     text = (
         "Not named beforehand, so nothing here is tested. Among many differences some are large by chance: read an"
         " interval without 0 as a hint for the next study."
     )
-    return [Heading("Exploratory: other differences"), Paragraph(text), Table(["first minus second", *heads], rows)]
+    blocks: list[Block] = [Heading("Exploratory: other differences"), Paragraph(text)]
+    reference = next(iter(summary.arms.values()))
+    named: list[list[Inline]] = []
+    against: list[list[Inline]] = []
+    for contrast, row in zip(shown, cells, strict=True):
+        if contrast.second is reference:
+            against.append([contrast.first.title, *row])
+        else:
+            named.append([contrast_name(contrast), *row])
+    if named:
+        blocks.append(Table(["first minus second", *heads], named))
+    if against:
+        blocks.append(Table([f"minus {reference.title}", *heads], against))
+    return blocks
 
 
 def _estimate_of(contrast: Contrast) -> Estimate:
@@ -396,13 +407,15 @@ def _costs(summary: Summary) -> list[Block]:
             f"{arm.memory:,.0f} MiB" if math.isfinite(arm.memory) else "-",
         ]
         for arm in _by_parameters(summary)
+        if any(record.arm == arm.key for record in summary.records)
     ]
     if rows:
         blocks.append(Table(["arm", ">search runs", ">final runs", ">time of a final run", ">peak memory"], costs))
     environment = _environment(summary.records)
     if environment:
         blocks.append(Paragraph("; ".join(environment) + ".", small=True))
-    blocks.append(Code(f"lit-adapters study run {shlex.quote(str(study.path))}"))
+    places = "".join(f" --path {shlex.quote(key)}=DIR" for key in study.paths)
+    blocks.append(Code(f"lit-adapters study run {shlex.quote(study.path.name)}{places}"))
     file: Inline = ["Study file ", Literal(study.path.name), ", SHA-256 begins with ", Literal(study.digest()), "."]
     blocks.append(Paragraph(file, small=True))
     return blocks
@@ -424,7 +437,7 @@ def _environment(records: list[Record]) -> list[str]:
                 known.append(value)
     texts = []
     for name, known in values.items():
-        ordered = sorted(map(str, known))
+        ordered = sorted({True: "yes", False: "no"}[v] if isinstance(v, bool) else str(v) for v in known)
         shown = ordered[0] if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"
         texts.append(f"{name.replace('_', ' ')} {shown}")
     return texts

@@ -18,6 +18,7 @@ from lit_adapters.study.report.summary import ArmSummary, Summary
 
 _PANEL = 2.05  # inches wide, at least
 _POINTS = 60  # of a curve; more cannot be told apart in a panel
+_WIDEST = 2.8
 _HEIGHT = 1.15
 _NOT_CURVES = ("step", "epoch")
 
@@ -33,7 +34,7 @@ def _panels(titles: Sequence[str], width: float, room: int = 4) -> tuple[Figure,
     figure.subplots_adjust(
         0.68 / width,
         0.55 / height,
-        1 - 0.08 / width,
+        min(1 - 0.08 / width, (0.68 + _WIDEST * columns) / width),
         1 - (head + 0.04) / height,
         wspace=0.08,
         hspace=(head + 0.12) / _HEIGHT,
@@ -126,8 +127,10 @@ def _with_room(low: float, high: float) -> tuple[float, float]:
 
 def _axis_titles(figure: Figure, below: str, left: str) -> None:
     width, height = figure.get_size_inches()
-    figure.text(0.5, 0.08 / height, below, ha="center", va="bottom", fontsize=9)
-    figure.text(0.06 / width, 0.5, left, ha="left", va="center", rotation="vertical", fontsize=9)
+    middle = (figure.subplotpars.left + figure.subplotpars.right) / 2
+    figure.text(middle, 0.08 / height, below, ha="center", va="bottom", fontsize=9)
+    upright = (figure.subplotpars.bottom + figure.subplotpars.top) / 2
+    figure.text(0.06 / width, upright, left, ha="left", va="center", rotation="vertical", fontsize=9)
 
 
 def curve_names(summary: Summary) -> list[str]:
