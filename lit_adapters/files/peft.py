@@ -24,6 +24,7 @@ from lit_adapters.files.atomic import write_together
 from lit_adapters.files.peft_lora import CONFIG, LAYER_KEY, PREFIX, TENSORS, read_lora
 from lit_adapters.methods.afa import AFAAdapter
 from lit_adapters.methods.base import to_methods
+from lit_adapters.methods.biased import BiasedAdapter
 from lit_adapters.methods.dora import DoRA, DoRAAdapter
 from lit_adapters.methods.lora import LoRA, LoRAAdapter
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
@@ -117,6 +118,8 @@ def check_expressible(name: str, adapter: Any) -> LowRankAdapter:
     """
     if not isinstance(adapter, (LoRAAdapter, DoRAAdapter, AFAAdapter)):
         raise AdapterError(f"{name!r} has {adapter.method}, which the LoRA format of peft cannot express")
+    if isinstance(adapter, BiasedAdapter):
+        raise AdapterError(f"{name!r} has a bias of BitFit, which `export_peft` does not write; train without BitFit")
     adapter.check_linear()
     if adapter.merged:
         raise AdapterError(f"{name!r} is merged; call lit_adapters.unmerge(model) before exporting")

@@ -20,6 +20,7 @@ from lit_adapters.files.adapters import TENSORS, read_checkpoint_file, read_dire
 from lit_adapters.files.checkpoint_schema import RECORD
 from lit_adapters.files.peft_lora import CONFIG
 from lit_adapters.methods.base import AdapterModule, Method, to_methods
+from lit_adapters.methods.biased import BIAS, with_bias
 from lit_adapters.methods.targets import KEYWORDS, matches, within
 
 _BASE_PARAMETERS = ("weight", "bias")  # names that plain layers give their own parameters
@@ -152,6 +153,8 @@ def _layers(
             adapter = None if method is None else method.placeholder(name, local, _base_shapes(name, local, shapes))
         except AdapterError as error:
             raise AdapterError(f"{str(path)!r} does not fit its own description: {error}") from error
+        if adapter is not None and BIAS in local:  # of BitFit, beside the method that `kind` names
+            adapter = with_bias(adapter) or adapter
         merges = "" if method is None else method.merges
         if adapter is None:
             own = {k: t for k, t in local.items() if k not in _BASE_PARAMETERS}

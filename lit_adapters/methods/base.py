@@ -74,6 +74,14 @@ class Method:
         """
         raise AdapterError(f"{type(self).__name__} is a composition of methods; attach it to a model instead")
 
+    def extend(self, adapter: AdapterModule) -> AdapterModule | None:
+        """Add this method to the adapter of another one, for a layer that both want; None, the default, if it cannot.
+
+        Args:
+            adapter: Freshly built by the other method; it may become the result.
+        """
+        return None
+
     def forget_unmatched(self, model: nn.Module) -> None:
         """Take names that match nothing out of a list of targets; files of earlier versions may hold such names."""
         if not isinstance(self.targets, str):
@@ -256,6 +264,10 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that this adapter trains, by local name."""
         return {name: getattr(self, name) for name in self._adapter_parameters}
+
+    def method_of(self, name: str) -> str:
+        """The method that an adapter parameter belongs to, by its local name; in `lr_scale` and reports."""
+        return self.method
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of this adapter, by local name: what an adapter file keeps."""

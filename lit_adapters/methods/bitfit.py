@@ -7,7 +7,8 @@ layer. Where a linear layer has no bias, as in LLaMA, `add_missing` gives it one
 
 Every module outside the head with a parameter named `bias` has one: linear layers, convolutions, LayerNorm, BatchNorm,
 and so on. Other names stay frozen. `nn.MultiheadAttention` reads its biases without calling a layer and is refused; so
-is a bias that two modules share. d stays in float32, so in a bfloat16 model steps that are small against b0 add up.
+is a bias that two modules share. Where LoRA or its kin adapts the weight of the layer, its adapter takes up d: see
+`biased.py`. d stays in float32, so in a bfloat16 model steps that are small against b0 add up.
 Weight decay draws d to zero, the pretrained bias.
 
 In a merge an added bias becomes a bias of the layer. In a model of transformers the final merge turns on the switches
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from lit_adapters.errors import AdapterError, TargetsNotFound
 from lit_adapters.methods.base import AdapterModule, Factory, Method
 from lit_adapters.methods.bias_switches import add_biases, check_switches
+from lit_adapters.methods.biased import BIAS, BiasedAdapter, with_bias
 from lit_adapters.methods.channels import is_linear
 from lit_adapters.methods.description import each_layer, mean_over_layers
 from lit_adapters.methods.matrix_layers import LinearLayer, is_quantised, matrix_layer
@@ -128,11 +130,15 @@ class BitFit(Method):
             raise AdapterError(f"{qualified_name!r} holds a bias beside layers with biases of their own; {leave_out}")
         return BitFitAdapter(base, qualified_name)
 
+    def extend(self, adapter: AdapterModule) -> AdapterModule | None:
+        """The adapter of a weight, with a change of the bias beside it."""
+        return with_bias(adapter)
+
     def placeholder(
         self, qualified_name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
     ) -> BitFitAdapter:
         """An adapter around the bias alone: what is saved tells its size."""
-        if "delta_bias" not in tensors:
+        if BIAS not in tensors:
             raise AdapterError(f"{qualified_name!r}: the file holds no delta_bias")
         base = nn.Module()
         base.bias = nn.Parameter(torch.empty(tensors["delta_bias"].shape, device="meta"))
@@ -145,7 +151,8 @@ class BitFit(Method):
             AdapterError: A saved model would lose these biases.
         """
         layers = {n: model.get_submodule(n) for n in merged}
-        check_switches(model, [n for n, a in layers.items() if isinstance(a, BitFitAdapter) and a.unbiased is not None])
+        adapters = {n: a for n, a in layers.items() if isinstance(a, (BitFitAdapter, BiasedAdapter))}
+        check_switches(model, [n for n, a in adapters.items() if a.adds_bias])
 
     def finish_merge(self, model: nn.Module, merged: Sequence[str]) -> None:
         """Turn on the configuration's switches for the added biases; other layers that a switch covers get zeros."""
@@ -208,7 +215,7 @@ class BitFitAdapter(AdapterModule):
             d = torch.empty_like(self.base.bias, requires_grad=False)
         else:
             d = torch.empty(unbiased.size(base)[0], device=self.base.weight.device)
-        self.add_parameter("delta_bias", d)
+        self.add_parameter(BIAS, d)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -223,6 +230,11 @@ class BitFitAdapter(AdapterModule):
         b0: Tensor = self.base.bias
         bias = self.adapted_bias(torch.promote_types(b0.dtype, torch.float32)).to(b0.dtype)  # b0 + d
         return self.call_base_with({"bias": bias}, args, kwargs)
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether the layer has no bias of its own."""
+        return self.unbiased is not None
 
     def adds_to_output(self) -> bool:
         """Whether d is added to the output (..., out) of a linear layer, and not to its bias.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class WeightAdapter(AdapterModule):
         AdapterError: The base holds no weight matrix, or does not multiply by it as a plain layer does.
     """
 
-    merges_into = ("weight",)
+    merges_into: Sequence[str] = ("weight",)
     merged_weight: Tensor
 
     def __init__(self, base: nn.Module, qualified_name: str) -> None:

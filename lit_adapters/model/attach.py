@@ -115,8 +115,9 @@ def attach(
     Raises:
         TargetsNotFound: A method, a name in its list of targets, or `train` matches nothing.
         AdapterError: The model has adapters already or is wrapped for DDP, weights are offloaded or only partly
-            loaded, two methods want the same layer, a layer at two places is chosen at one of them only, a method
-            cannot adapt a layer, or `train` names a parameter that is tied to a frozen one or cannot train.
+            loaded, two methods want the same layer (LoRA and its kin share layers with BitFit alone), a layer at two
+            places is chosen at one of them only, a method cannot adapt a layer, or `train` names a parameter that is
+            tied to a frozen one or cannot train.
     """
     if _STATE in model.__dict__ or any(True for _ in adapters(model)):
         raise AdapterError(
@@ -192,12 +193,21 @@ def attach(
     # Without a known head, everything in `train` counts as the head.
     of_head = {n for n in sizes if id(named[n]) in head} if head else set(sizes)
     return AdapterReport(
-        adapters=[(n, a.method, sum(p.numel() for p in a.adapter_parameters().values())) for n, a in adapters(model)],
+        adapters=[(n, kind, size) for n, a in adapters(model) for kind, size in _sizes(a).items()],
         trained={n: size for n, size in sizes.items() if n not in of_head},
         head={n: size for n, size in sizes.items() if n in of_head},
         total=sum(_logical_size(p) for p in model.parameters()),
         left={n: _logical_size(named[n]) for n in left},
     )
+
+
+def _sizes(adapter: AdapterModule) -> dict[str, int]:
+    """The number of trained parameters of each method in an adapter."""
+    sizes = {adapter.method: 0}
+    for name, parameter in adapter.adapter_parameters().items():
+        kind = adapter.method_of(name)
+        sizes[kind] = sizes.get(kind, 0) + parameter.numel()
+    return sizes
 
 
 def _logical_size(parameter: nn.Parameter) -> int:
@@ -216,29 +226,55 @@ def _assign(model: nn.Module, methods: list[Method], train: str | Sequence[str])
     A layer at several places is adapted once, an activation once for each place.
 
     Raises:
-        AdapterError: Two methods want the same layer, or a layer at several places is not chosen at all of them.
+        AdapterError: Two methods that cannot share a layer want the same one, or a layer at several places is not
+            chosen at all of them.
     """
-    owner: dict[tuple[int, str], Method] = {}
-    assigned: list[tuple[Target, Method, Factory]] = []
+    owners: dict[tuple[int, str], list[Method]] = {}
+    assigned: dict[tuple[int, str], tuple[Target, Factory]] = {}
     for method in methods:
         for target, build in method.find(model, train):
             key = (id(target.parent), target.attribute)
-            if key in owner:
-                raise AdapterError(
-                    f"{type(owner[key]).__name__} and {type(method).__name__} both want {target.name!r}; "
-                    "give them different targets, or exclude the layer from one"
-                )
-            owner[key] = method
-            assigned.append((target, method, build))
-    chosen = {id(t.module): (t, m) for t, m, _ in assigned if _has_parameters(t.module)}
+            if key in assigned:
+                _, build_first = assigned[key]
+                build = _build_both(target.name, [(m, build_first) for m in owners[key]] + [(method, build)])
+            owners.setdefault(key, []).append(method)
+            assigned[key] = target, build
+    chosen = {id(t.module): (t, owners[key]) for key, (t, _) in assigned.items() if _has_parameters(t.module)}
     for place in places(model):
-        first, adapted_by = chosen.get(id(place.module), (place, None))
-        if adapted_by and adapted_by is not owner.get((id(place.parent), place.attribute)):
+        first, adapted_by = chosen.get(id(place.module), (place, []))
+        here = owners.get((id(place.parent), place.attribute), [])
+        if adapted_by and list(map(id, adapted_by)) != list(map(id, here)):
             raise AdapterError(
                 f"{place.name!r} and {first.name!r} are one and the same layer; give both to the same method, "
                 "or exclude both"
             )
-    return [(target, build) for target, _, build in assigned]
+    return list(assigned.values())
+
+
+def _build_both(name: str, wanting: list[tuple[Method, Factory]]) -> Factory:
+    """What builds the one adapter of a layer that several methods want.
+
+    Raises:
+        AdapterError: At once, or when it builds: these methods cannot share a layer.
+    """
+    second, build_second = wanting[-1]
+    # Of two that share the layer already, the one that does not share it is in the way.
+    first, build_first = next((w for w in wanting[:-1] if type(w[0]).extend is Method.extend), wanting[0])
+    error = AdapterError(
+        f"{type(first).__name__} and {type(second).__name__} both want {name!r}; "
+        "give them different targets, or exclude the layer from one"
+    )
+    if len(wanting) > 2 or all(type(m).extend is Method.extend for m in (first, second)):
+        raise error
+
+    def build() -> AdapterModule:
+        adapters = build_first(), build_second()  # both, as each method checks the layer
+        both = second.extend(adapters[0]) or first.extend(adapters[1])
+        if both is None:
+            raise error
+        return both
+
+    return build
 
 
 def _find_trained(model: nn.Module, train: str | Sequence[str]) -> set[str]:

@@ -115,7 +115,9 @@ def _parts(model: nn.Module, tell_head: bool) -> dict[int, str]:
         model: The model.
         tell_head: Whether head and base are told apart; otherwise both are the head.
     """
-    methods = {id(p): adapter.method for _, adapter in adapters(model) for p in adapter.adapter_parameters().values()}
+    methods: dict[int, str] = {}
+    for _, adapter in adapters(model):
+        methods |= {id(p): adapter.method_of(name) for name, p in adapter.adapter_parameters().items()}
     others = {id(p): p.requires_grad for p in model.parameters() if id(p) not in methods}
     head = set(others)
     if tell_head:

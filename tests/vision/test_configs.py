@@ -76,6 +76,22 @@ def test_other_recipes_run_on_a_tiny_backbone(tmp_path, name):
     assert set(rates.values()) == {cli.config.fit.optimizer.init_args.lr}
 
 
+@pytest.mark.slow
+def test_a_list_of_methods_each_at_its_rate(tmp_path):
+    """LoRA and BitFit share the linear layers."""
+    recipe = yaml.safe_load((CONFIGS / "offline" / "lora.yaml").read_text())
+    affine = {"class_path": "lit_adapters.GroupAffine", "init_args": {"groups": 4}}
+    recipe["model"]["adapters"] = [recipe["model"]["adapters"], {"class_path": "lit_adapters.BitFit"}, affine]
+    recipe["lr_scale"] = {"lora": 0.1, "bitfit": 0.3, "group_affine": 1.0}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    cli = command("fit", str(path.with_suffix("")), tmp_path, *OVERRIDES)
+    lr = recipe["optimizer"]["init_args"]["lr"]
+    rates = {g["name"]: g["max_lr"] for g in cli.trainer.optimizers[0].param_groups}
+    assert {name: rates[name] / lr for name in recipe["lr_scale"]} == pytest.approx(recipe["lr_scale"])
+    assert cli.trainer.global_step == 1
+
+
 @functools.cache
 def meta_backbone(name: str, num_classes: int, image_size: int) -> torch.nn.Module:
     with torch.device("meta"):
