@@ -55,6 +55,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -367,6 +368,7 @@ def _holm(p_values: Sequence[float], family: int) -> list[float]:
     return [math.nan if math.isnan(p) else float(q) for p, q in zip(p_values, adjusted, strict=False)]
 
 
+@lru_cache
 def _scales(df: int) -> tuple[Array, Array]:
     """Return nodes and weights of 1 / sqrt(chi2(df) / df), whose product with a normal variable follows T(df).
 
