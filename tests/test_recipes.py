@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from configs.generate import CONFIGS, SOURCE, fill, recipes
 
 
 def test_the_committed_recipes_are_the_generated_ones():
     generated = {f"{path}.yaml": text for path, text in recipes().items()}
-    paths = [path for path in CONFIGS.rglob("*.yaml") if SOURCE not in path.parents]
+    by_hand = {SOURCE, CONFIGS / "studies"}
+    paths = [path for path in CONFIGS.rglob("*.yaml") if by_hand.isdisjoint(path.parents)]
     assert {str(path.relative_to(CONFIGS)): path.read_text(encoding="utf-8") for path in paths} == generated, (
         "run python -m configs.generate; delete files that configs/source no longer names"
     )
@@ -19,6 +21,14 @@ def test_each_recipe_begins_with_its_launch_command():
     for path, text in recipes().items():
         commands = [line for line in text.splitlines() if line.startswith("#   python -m ")]
         assert f" fit --config configs/{path}.yaml" in commands[0]
+
+
+def test_the_head_of_every_vision_recipe_has_a_rate_near_a_hundredth():
+    for path, text in recipes().items():
+        if path.startswith("vision/"):
+            recipe = yaml.safe_load(text)
+            rate = recipe["optimizer"]["init_args"]["lr"] * recipe.get("lr_scale", {}).get("head", 1.0)
+            assert 8e-3 <= rate <= 2e-2, path
 
 
 def test_a_value_of_several_lines_repeats_what_stands_before_it():

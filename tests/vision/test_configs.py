@@ -72,8 +72,9 @@ def test_other_recipes_run_on_a_tiny_backbone(tmp_path, name):
     assert type(optimizer) is torch.optim.AdamW
     assert scheduler.interval == "step"
     assert scheduler.scheduler.total_steps == 1
-    rates = {g["name"]: g["max_lr"] for g in optimizer.param_groups}
-    assert set(rates.values()) == {cli.config.fit.optimizer.init_args.lr}
+    rate, scale = cli.config.fit.optimizer.init_args.lr, cli.config.fit.lr_scale
+    for group in optimizer.param_groups:
+        assert group["max_lr"] == rate * scale.get(group["name"].removesuffix("/no_decay"), 1.0)
 
 
 @pytest.mark.slow
