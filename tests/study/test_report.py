@@ -3,13 +3,17 @@
 import html
 import re
 from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
 
 import pytest
+import yaml
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.study.records import Results
 from lit_adapters.study.report.content import study_page
 from lit_adapters.study.report.digits import count, decimals, duration, enumeration, number, probability, rate
+from lit_adapters.study.report.front import front_figure
 from lit_adapters.study.report.html import html_page
 from lit_adapters.study.report.markdown import markdown_page
 from lit_adapters.study.report.page import write_report
@@ -18,6 +22,7 @@ from lit_adapters.study.report.summary import summarise
 from lit_adapters.study.settings import Arm, Metric, NoiseFloor, Repeat, Search
 from tests.study.synthetic import LOSS, finished, searched, synthetic_study
 
+ROOT = Path(__file__).parents[2]
 ARMS = {"a": "Alpha", "b": "Beta"}
 
 
@@ -233,6 +238,23 @@ def test_runs_with_other_test_data_are_refused(tmp_path):
         summarise(study, results)
 
 
+@pytest.mark.parametrize("width", [8.4, 3.7])
+def test_labels_of_the_front_cover_neither_each_other_nor_points(tmp_path, width):
+    arms = {f"arm{i}": f"LoRA, r = {i}, and more" for i in range(10)}
+    study = synthetic_study(tmp_path, arms)
+    sizes = {key: (70_000 + 900 * i, 400 * 5**i)[i % 2] for i, key in enumerate(arms)}
+    means = {key: 60 + i % 3 for i, key in enumerate(arms)}
+    figure = front_figure(summarise(study, finished(study, means, parameters=sizes)), width)
+    axes = figure.axes[0]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == len(arms)
+    assert not [1 for a, b in combinations(boxes, 2) if a.overlaps(b)]
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    centres = axes.transData.transform([(line.get_xdata()[0], line.get_ydata()[0]) for line in points])
+    assert not [1 for box in boxes for centre in centres if box.contains(*centre)]
+    assert all(axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1) for box in boxes)
+
+
 HOSTILE = '<script>alert("1")</script> | **x** [y](http://z) `c` $1'
 
 
@@ -298,3 +320,8 @@ def test_the_report_is_complete_without_a_network(tmp_path):
 )
 def test_numbers_have_the_digits_that_say_something(function, value, text):
     assert function(value) == text
+
+
+def test_the_example_of_the_docs_is_the_smoke_study():
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "studies.md").read_text(), re.DOTALL)
+    assert yaml.safe_load(example) == yaml.safe_load((ROOT / "configs" / "studies" / "smoke.yaml").read_text())

@@ -6,7 +6,6 @@ dependency for one figure.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,10 +18,10 @@ _DISTANCES = (7.0, 12.0, 18.0, 25.0, 33.0, 43.0, 55.0, 70.0, 88.0)  # points fro
 _DIRECTIONS = 24
 _SWEEPS = 8
 _GAP = 1.5  # points around a label
-_SHORT = 9.0  # points; a label that is nearer needs no line
-# Costs, where a point of distance costs 1: a point beyond the frame, a square point of overlap, a line through labels,
-# and a line through other markers and bars.
-_OUTSIDE, _COVERED, _CROSSED, _PASSED = 60.0, 8.0, 150.0, 30.0
+_SHORT = 11.0  # points; a label that is nearer needs no line
+# Costs, where a point of distance costs 1: a label beyond the frame; a square point that it covers of a marker or another
+# label, and of a bar; a line through labels, and through other markers.
+_OUTSIDE, _COVERED, _HIDDEN, _CROSSED, _PASSED = 2000.0, 8.0, 0.4, 150.0, 60.0
 
 
 def place_labels(
@@ -52,12 +51,12 @@ def place_labels(
         box = probe.get_window_extent(renderer)
         sizes.append((box.width + 2 * _GAP * dot, box.height + 2 * _GAP * dot))
         probe.remove()
-    obstacles = np.array([_bar_box(axes, point, bar, dot) for point, bar in zip(points, bars, strict=True)])
+    markers = np.concatenate([centres - 4 * dot, centres + 4 * dot], axis=-1)
+    drawn = np.array([_bar_box(axes, point, bar, dot) for point, bar in zip(points, bars, strict=True)])
     offsets = [_offsets(size, dot) for size in sizes]
     boxes = [_boxes(*each) for each in zip(centres, offsets, sizes, strict=True)]
     lines = [_lines(*each) for each in zip(centres, offsets, sizes, strict=True)]
-    own = [_own_costs(boxes[i], lines[i], frame.extents, np.delete(obstacles, i, 0), dot) for i in range(len(texts))]
-    own = [costs + _COVERED * _overlap(boxes[i], obstacles[i]) / dot**2 for i, costs in enumerate(own)]
+    own = [_own_costs(*each, frame.extents, markers, drawn, dot) for each in zip(boxes, lines, strict=True)]
     chosen = [int(np.argmin(costs)) for costs in own]
     for _ in range(_SWEEPS):
         before = list(chosen)
@@ -85,14 +84,15 @@ def place_labels(
             ha="center",
             va="center",
             fontsize=8,
+            bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.3},
+            zorder=2.6,
             **style,
         )
 
 
 def _bar_box(axes: Axes, point: tuple[float, float], bar: tuple[float, float], dot: float) -> list[float]:
-    x, y = axes.transData.transform(point)
-    ends = [axes.transData.transform((point[0], end))[1] for end in bar if math.isfinite(end)]
-    return [x - 4 * dot, min([y - 4 * dot, *ends]), x + 4 * dot, max([y + 4 * dot, *ends])]
+    (x, low), (_, high) = axes.transData.transform([(point[0], end) for end in bar])
+    return [x - 2 * dot, low, x + 2 * dot, high]
 
 
 def _offsets(size: tuple[float, float], dot: float) -> np.ndarray:
@@ -125,17 +125,18 @@ def _lines(centre: np.ndarray, offsets: np.ndarray, size: tuple[float, float]) -
 
 
 def _own_costs(
-    boxes: np.ndarray, lines: np.ndarray, frame: tuple[float, ...], others: np.ndarray, dot: float
+    boxes: np.ndarray, lines: np.ndarray, frame: Sequence[float], markers: np.ndarray, bars: np.ndarray, dot: float
 ) -> np.ndarray:
-    """Costs (P,) that other labels do not change: distance, the frame's edge, and other markers and bars."""
+    """Costs (P,) that other labels do not change: distance, the frame's edge, markers and bars."""
     costs = np.hypot(*(lines[:, -1] - lines[:, 0]).T) / dot
     left, bottom, right, top = frame
     beyond = np.clip(left - boxes[:, 0], 0, None) + np.clip(boxes[:, 2] - right, 0, None)
     beyond += np.clip(bottom - boxes[:, 1], 0, None) + np.clip(boxes[:, 3] - top, 0, None)
-    costs += _OUTSIDE * beyond / dot
-    for obstacle in others:
-        costs += _COVERED * _overlap(boxes, obstacle) / dot**2
-        costs += _PASSED * _share_inside(lines[:, 4:], obstacle)
+    costs += _OUTSIDE * (beyond > 0) + beyond / dot
+    for marker in markers:
+        costs += _COVERED * _overlap(boxes, marker) / dot**2 + _PASSED * _share_inside(lines[:, 6:], marker)
+    for bar in bars:
+        costs += _HIDDEN * _overlap(boxes, bar) / dot**2
     return costs
 
 
