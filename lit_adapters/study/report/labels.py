@@ -19,8 +19,8 @@ _DIRECTIONS = 24
 _SWEEPS = 8
 _GAP = 1.5  # points around a label
 _SHORT = 11.0  # points; a label that is nearer needs no line
-# Costs, where a point of distance costs 1: a label beyond the frame; a square point that it covers of a marker or another
-# label, and of a bar; a line through labels, and through other markers.
+# Costs, where a point of distance costs 1: a label beyond the frame; a square point that it covers of a marker or
+# another label, and of a bar; a line through labels, and through other markers.
 _OUTSIDE, _COVERED, _HIDDEN, _CROSSED, _PASSED = 2000.0, 8.0, 0.4, 150.0, 60.0
 
 
