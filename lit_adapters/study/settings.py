@@ -202,6 +202,18 @@ class Study:
         return hashlib.sha256(self.path.read_bytes()).hexdigest()[:12]
 
 
+# The classes of sections, wherever they stand.
+_SECTIONS: dict[str, type] = {
+    "metric": Metric,
+    "also": Metric,
+    "arms": Arm,
+    "search": Search,
+    "repeat": Repeat,
+    "noise_floor": NoiseFloor,
+    "run": Running,
+}
+
+
 def read_study(path: str | Path) -> Study:
     """Read the file of a study.
 
@@ -217,13 +229,32 @@ def read_study(path: str | Path) -> Study:
         raise AdapterError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(document, dict):
         raise AdapterError(f"{path} holds {shown(document)}; a study has question, program, recipe, metric, arms, ...")
-    unknown = document.keys() - {f.name for f in fields(Study)} | (document.keys() & {"path"})
-    if unknown:
-        known = ", ".join(f.name for f in fields(Study) if f.name != "path")
-        raise AdapterError(f"{path}: {shown(sorted(map(str, unknown))[0])} is unknown; a study has {known}")
+    _check_names(document, Study, "", path)
     study = _parse(document, path)
     _check(study)
     return study
+
+
+def _check_names(document: Any, cls: type, where: str, path: Path) -> None:
+    """Check the names in a section and those inside it; jsonargparse passes over unknown ones without a value.
+
+    Raises:
+        AdapterError: A name is unknown.
+    """
+    if not isinstance(document, Mapping):
+        return  # jsonargparse says what is wrong
+    known = [f.name for f in fields(cls) if f.name != "path"]
+    for name, value in document.items():
+        if name not in known:
+            place = f"section {where}" if where else "a study"
+            raise AdapterError(f"{path}: {shown(name)} is unknown; {place} has {', '.join(known)}")
+        inner = _SECTIONS.get(name)
+        if inner is None:
+            continue
+        parts = value.items() if name == "arms" and isinstance(value, Mapping) else [("", value)]
+        for key, part in parts:
+            for one in part if isinstance(part, list) else [part]:
+                _check_names(one, inner, f"{where}.{name}.{key}".strip("."), path)
 
 
 def _parse(document: Mapping[str, Any], path: Path) -> Study:
@@ -233,7 +264,7 @@ def _parse(document: Mapping[str, Any], path: Path) -> Study:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Study, "study", skip={"path"})
     try:
-        parsed = parser.instantiate_classes(parser.parse_object({"study": {**document}}))
+        parsed = parser.instantiate(parser.parse_object({"study": {**document}}))
     except (ArgumentError, ValueError, TypeError) as error:
         raise AdapterError(f"{path}: {one_line(error)}") from error
     study: Study = parsed.study

@@ -25,7 +25,9 @@ class Executor(Protocol):
         """End all jobs."""
 
 
-def create_executor(name: Literal["local", "ray", "slurm"], workers: int, program: str, options: Mapping[str, Any]) -> Executor:
+def create_executor(
+    name: Literal["local", "ray", "slurm"], workers: int, program: str, options: Mapping[str, Any]
+) -> Executor:
     """The executor of a name.
 
     Args:

@@ -1,0 +1,201 @@
+"""Which runs a study makes: what is searched, on which data, how far, and what counts as the same run."""
+
+import math
+
+import pytest
+import yaml
+
+from lit_adapters.errors import AdapterError
+from lit_adapters.study.planning import Plan
+from lit_adapters.study.records import Results
+from lit_adapters.study.settings import Search
+from tests.study.studies import STUDY, finish, write_study
+
+RATE = "optimizer.init_args.lr"
+GRID = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+
+
+def searched(folder, best, extensions=2, grid=GRID, **changes):
+    """The study's plan and results after a search whose validation loss is least at the rate `best`."""
+    search = {**STUDY["search"], "grid": grid, "extensions": extensions, **changes}
+    plan, results = Plan(write_study(folder, search=search)), Results()
+    runs = finish(plan, results, lambda run: {"val/loss": abs(math.log(run.rates[RATE] / best)), "test/loss": 1.0})
+    return plan, results, runs
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "edge"),
+    [
+        (1e-3, GRID, False),
+        (3e-5, [1e-5, 3e-5, *GRID], False),
+        (3e-2, [*GRID, 3e-2, 1e-1], False),
+        (1e-7, [1e-5, 3e-5, *GRID], True),  # two extensions are not enough, and the report says so
+    ],
+)
+def test_the_grid_is_extended_until_the_best_rate_is_inside(tmp_path, best, tried, edge):
+    plan, results, _ = searched(tmp_path, best)
+    chosen = plan.chosen(results, "narrow")
+    assert sorted(t.rates[RATE] for t in chosen.tried) == tried
+    assert chosen.rates == {RATE: pytest.approx(max(best, 1e-5))}
+    assert bool(chosen.edge) is edge
+    assert chosen.runs == len(tried)
+
+
+@pytest.mark.parametrize(
+    ("rates", "up", "expected"), [([1, 3, 10], True, 30), ([1, 3], False, 1 / 3), ([2, 4, 8], True, 16)]
+)
+def test_a_grid_goes_on_in_its_own_steps(rates, up, expected):
+    assert Search.next_rate(rates, up) == pytest.approx(expected, rel=1e-3)
+
+
+def test_every_arm_has_the_same_first_grid_and_two_sets(tmp_path):
+    arms = {name: {"rates": {RATE: "search"}, "set": {"model.width": width}} for width, name in enumerate("ab", 1)}
+    study = write_study(tmp_path, arms=arms, contrasts=None, search={**STUDY["search"], "sets": [7, 8]})
+    due = Plan(study).due(Results())
+    assert {(run.arm, run.rates[RATE], run.set) for run in due} == {
+        (arm, rate, number) for arm in "ab" for rate in (0.01, 0.1) for number in (7, 8)
+    }
+
+
+def test_a_rate_is_judged_by_its_mean_over_the_tuning_sets(tmp_path):
+    plan, results = Plan(write_study(tmp_path, search={**STUDY["search"], "sets": [7, 8], "extensions": 0})), Results()
+    losses = {(0.01, 7): 0.0, (0.01, 8): 3.0, (0.1, 7): 1.0, (0.1, 8): 1.0}
+    finish(plan, results, lambda run: {"val/loss": losses.get((run.rates[RATE], run.set), 0.0)})
+    assert plan.chosen(results, "narrow").rates == {RATE: 0.1}
+
+
+def test_a_rate_that_diverges_is_not_chosen(tmp_path):
+    plan, results = Plan(write_study(tmp_path, search={**STUDY["search"], "grid": GRID, "extensions": 0})), Results()
+    finish(plan, results, lambda run: None if run.rates[RATE] > 5e-4 else {"val/loss": 1.0 - run.rates[RATE]})
+    assert plan.chosen(results, "narrow").rates == {RATE: 3e-4}
+    assert [t.mean for t in plan.chosen(results, "narrow").tried][2:] == [math.inf] * 3
+
+
+def test_a_search_that_only_diverges_is_an_error(tmp_path):
+    plan, results = Plan(write_study(tmp_path)), Results()
+    with pytest.raises(AdapterError, match=r"arm 'narrow': every rate from 0\.\d+ to \d+\.?\d* diverged"):
+        finish(plan, results, lambda run: None if run.stage == "search" else {"test/loss": 1.0})
+
+
+def test_groups_are_searched_one_after_the_other(tmp_path):
+    arms = {"both": {"rates": {"model.a": "search", "model.b": "search"}}}
+    search = {**STUDY["search"], "grid": [1.0, 3.0, 10.0], "extensions": 0}
+    plan, results = Plan(write_study(tmp_path, arms=arms, contrasts=None, search=search)), Results()
+    runs = finish(
+        plan, results, lambda run: {"val/loss": abs(run.rates["model.a"] - 10) + abs(run.rates["model.b"] - 1)}
+    )
+    pairs = [(run.rates["model.a"], run.rates["model.b"]) for run in runs if run.stage == "search"]
+    # The second group starts at the middle; the first stays at its best; (10, 3) is the same run in both searches.
+    assert pairs == [(1, 3), (3, 3), (10, 3), (10, 1), (10, 10)]
+    assert plan.chosen(results, "both").rates == {"model.a": 10, "model.b": 1}
+
+
+def test_the_rates_of_groups_become_lr_scale(tmp_path):
+    recipe = {
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0}},
+        "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": {"max_lr": 1.0}},
+        "lr_scale": {"lora": 7.0},
+    }
+    study = write_study(tmp_path, base=recipe, arms={"a": {"rates": {"nora": 1e-3, "head": 1e-2}}}, contrasts=None)
+    (run, *_) = Plan(study).due(Results())
+    assert run.recipe["optimizer"]["init_args"]["lr"] == 1e-3
+    assert run.recipe["lr_scheduler"]["init_args"]["max_lr"] == 1e-3
+    assert run.recipe["lr_scale"] == {"nora": 1.0, "head": pytest.approx(10.0)}
+
+
+def test_final_runs_are_made_set_after_set(tmp_path):
+    _, _, runs = searched(tmp_path, 1e-3)
+    finals = [(run.set, run.arm) for run in runs if run.stage == "final"]
+    assert [run for run in finals if run[1] == "narrow"] == [(0, "narrow"), (1, "narrow")]
+    assert all(run.recipe["data"]["subset"] == run.set for run in runs)
+
+
+def test_seeds_differ_between_sets_and_within(tmp_path):
+    study = write_study(tmp_path, repeat={"sets": [0, 1], "set_keys": ["data.subset"], "seeds": [0, 1]}, search=None,
+                        arms={"wide": {"rates": {RATE: 0.1}}}, contrasts=None)  # fmt: skip
+    runs = Plan(study).due(Results())
+    assert [run.recipe["seed_everything"] for run in runs] == [0, 1, 1000, 1001]
+
+
+def test_what_changes_the_outcome_changes_the_run(tmp_path):
+    def names(**changes):
+        return [run.id for run in Plan(write_study(tmp_path, **changes)).due(Results())]
+
+    same = names()
+    assert names(question="another", margin=0.1, paths={"data.root": "elsewhere"}, run={"workers": 4}) == same
+    assert not set(names(set={"trainer.max_epochs": 3})) & set(same)
+    only_wide = names(arms={**STUDY["arms"], "wide": {"set": {"model.width": 4}, "rates": {RATE: 0.1}}})
+    assert [new == old for new, old in zip(only_wide, same, strict=True)] == ["narrow" in name for name in same]
+
+
+def test_the_recipe_is_changed_by_class_and_not_mixed(tmp_path):
+    recipe = {"model": {"adapters": {"class_path": "a.A", "init_args": {"x": 1}}}}
+    arms = {"b": {"set": {"model.adapters": {"class_path": "b.B"}}}, "c": {"set": {"model.adapters.init_args.x": 2}}}
+    study = write_study(tmp_path, base=recipe, arms=arms, contrasts=None, search=None)
+    recipes = {run.arm: run.recipe["model"]["adapters"] for run in Plan(study).due(Results())}
+    assert recipes["b"] == {"class_path": "b.B"}
+    assert recipes["c"] == {"class_path": "a.A", "init_args": {"x": 2}}
+
+
+def test_a_noise_floor_runs_an_arm_again(tmp_path):
+    floor = {"arm": "wide", "threads": 2}
+    plan, results = Plan(write_study(tmp_path, noise_floor=floor)), Results()
+    runs = finish(plan, results, lambda run: {"val/loss": 1.0, "test/loss": 1.0})
+    noise = [run for run in runs if run.stage == "noise"]
+    assert {run.threads for run in noise} == {2}
+    final = {run.set: run for run in runs if run.stage == "final" and run.arm == "wide"}
+    assert all(run.recipe == final[run.set].recipe for run in noise)
+    assert len(plan.final_records(results, "noise")["wide"]) == 2
+    assert plan.final_records(results, "noise")["narrow"] == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run": {"worker": None}}, "section run has workers"),
+        ({"metrc": 1}, "'metrc' is unknown; a study has question"),
+        ({"arms": {}}, "arms is empty"),
+        ({"arms": {"a b": {}}}, "arm 'a b' must be a name"),
+        ({"arms": {"a": {"rates": {RATE: "serch"}}}}, "serch"),
+        ({"arms": {"a": {"rates": {RATE: -1.0}}}}, "give a number above 0"),
+        ({"arms": {"a": {"sett": {"x": 1}}}}, "sett"),
+        ({"arms": {"a": {"sett": {}}}}, "sett"),
+        ({"contrasts": [["narrow", "wiide"]]}, "a contrast names 'wiide'; the arms are narrow, wide"),
+        ({"contrasts": [["wide", "wide"]]}, "compares an arm with itself"),
+        ({"contrasts": [["wide", "narrow"], ["narrow", "wide"]]}, "two contrasts compare the same arms"),
+        ({"margin": 0.0}, "margin 0.0 must be a number above 0"),
+        ({"repeat": {"sets": [0, 0], "set_keys": ["data.subset"]}}, "different numbers"),
+        ({"repeat": {"sets": [0, 1]}}, "set_keys is empty, so that all sets would be equal"),
+        ({"repeat": {"sets": [7], "set_keys": ["data.subset"]}}, "training set 7 is used in the search and in final"),
+        ({"search": {**STUDY["search"], "grid": [0.1, 0.01]}}, "rising rates"),
+        ({"search": {**STUDY["search"], "grid": [0.1]}}, "two or more"),
+        ({"search": {**STUDY["search"], "metric": {"name": "test/loss"}}}, "is of the test split"),
+        ({"search": None}, "searches a rate and there is no section search"),
+        ({"noise_floor": {"arm": "wide"}}, "noise_floor changes nothing"),
+        ({"metric": {"name": "test/loss", "better": "smaller"}}, "smaller"),
+        ({"recipe": "missing.yaml"}, r"missing.yaml does not exist"),
+    ],
+)
+def test_a_study_is_checked_before_it_runs(tmp_path, changes, message):
+    with pytest.raises(AdapterError, match=message):
+        Plan(write_study(tmp_path, **changes))
+
+
+def test_a_study_file_runs_nothing(tmp_path):
+    called = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(tmp_path / "touched")]}}
+    study = write_study(tmp_path, set={"model.x": called}, final={"model.y": [called]})
+    assert study.set["model.x"] == called
+    assert not (tmp_path / "touched").exists()
+
+
+def test_the_studies_of_the_project_can_be_read():
+    from pathlib import Path
+
+    files = sorted((Path(__file__).parents[2] / "configs/studies").glob("*.yaml"))
+    assert files
+    for path in files:
+        from lit_adapters.study.settings import read_study
+
+        study = read_study(path)
+        assert Plan(study).due(Results())
+        assert yaml.safe_load(path.read_text())["question"] == study.question
