@@ -26,6 +26,7 @@ from language.gguf_files import converted
 from language.meaning import check_meaning
 from lit_adapters.assets.hub import short_hub_waits
 from lit_adapters.assets.package_index import is_package_address, resolve
+from lit_adapters.console import one_line
 from lit_adapters.errors import AdapterError, AssetError
 from lit_adapters.files.meaning import read_meaning, set_meaning
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
@@ -54,6 +55,7 @@ def create_model(
     dtype: Dtype = "float32",
     quantization: Quantization | None = None,
     gradient_checkpointing: bool = False,
+    attention: str | None = None,
 ) -> Any:
     """Build a transformers causal language model, in eval mode.
 
@@ -65,6 +67,8 @@ def create_model(
         quantization: "nf4" packs the weights of all linear layers but the head into 4 bit, with double quantisation
             (arXiv 2305.14314).
         gradient_checkpointing: Whether to compute each block anew in the backward pass of training.
+        attention: The implementation of attention by its name in transformers, such as "sdpa" or "eager"; None leaves
+            the choice to transformers.
 
     Raises:
         AssetError: The weights cannot be fetched, or a file is missing or torn.
@@ -90,6 +94,8 @@ def create_model(
     for module in model.modules():
         if is_quantised(module):
             stop_repacking(module)
+    if attention is not None:
+        _set_attention(model, attention)
     if gradient_checkpointing:
         _checkpoint_blocks(model)
     return model.eval()
@@ -124,6 +130,13 @@ def context_length(model: nn.Module) -> int | None:
 def default_device() -> str:
     """cuda where there is one, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _set_attention(model: Any, name: str) -> None:
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise AdapterError(f"attention {name!r} cannot be used: {one_line(error)}") from error
 
 
 def _checkpoint_blocks(model: Any) -> None:

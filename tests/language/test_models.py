@@ -146,6 +146,13 @@ def test_torn_files(directory, tmp_path, monkeypatch):
         create_model(directory)
 
 
+def test_the_implementation_of_attention():
+    assert create_model(TINY_LLAMA, attention="eager").config._attn_implementation == "eager"
+    assert create_model(TINY_LLAMA).config._attn_implementation == "sdpa"
+    with pytest.raises(la.AdapterError, match="attention 'eagre' cannot be used: "):
+        create_model(TINY_LLAMA, attention="eagre")
+
+
 def test_values_out_of_range():
     with pytest.raises(la.AdapterError, match="dtype 'float8' is unknown: use float32"):
         create_model(TINY_LLAMA, dtype="float8")
