@@ -13,6 +13,7 @@ from torch import nn
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import describe
 from lit_adapters.files.checkpoint_schema import RECORD, RECORD_FORMAT
+from lit_adapters.methods.base import to_methods
 from lit_adapters.model.attach import attachment, frozen_keys
 from lit_adapters.renamed import current, recorded
 from lit_adapters.training.attached import attached_models
@@ -135,13 +136,23 @@ def check_settings(written: Any, present: Any, path: str | Path) -> None:
     Raises:
         AdapterError: They differ; the message names both.
     """
-    written, present = (json.loads(json.dumps(side, default=str)) for side in (written, present))
+    written, present = (json.loads(json.dumps(side, default=str)) for side in (_complete(written), present))
     if written == present:
         return
     raise AdapterError(
         f"{str(path)!r} was trained with {_words(written, present)}, the model has {_words(present, written)}; "
         "resume with the settings it was trained with"
     )
+
+
+def _complete(settings: Any) -> Any:
+    """Methods with the defaults of settings that an earlier version did not write; anything else as it is."""
+    if not _are_methods(settings):
+        return settings
+    try:
+        return [method.to_config() for method in to_methods(settings)]
+    except AdapterError:  # not a method of this program: compared as it was written
+        return settings
 
 
 def _words(own: Any, other: Any) -> str:
