@@ -34,6 +34,7 @@ class LayerSummary:
         learned: What the adapter says of what it has learned.
         merges: "yes" or "no"; for a method that was not built here, what `Method.merges` says.
         obstacle: Why the layer does not merge into its parameters; empty if it does.
+        linear: Why a nonlinear method is linear here in bfloat16; empty if it is not.
     """
 
     name: str
@@ -42,6 +43,7 @@ class LayerSummary:
     learned: AdapterSummary
     merges: str
     obstacle: str = ""
+    linear: str = ""
 
     @property
     def stable_rank(self) -> float:
@@ -66,7 +68,8 @@ def _summary(name: str, layer: SavedLayer) -> LayerSummary:
     obstacle = layer.adapter.merge_obstacle()
     merges = "no" if obstacle else "yes"
     with computable(repr(name)):
-        return LayerSummary(name, layer.method, layer.parameters, layer.adapter.summary(), merges, obstacle)
+        learned, linear = layer.adapter.summary(), layer.adapter.nearly_linear(torch.bfloat16)
+    return LayerSummary(name, layer.method, layer.parameters, learned, merges, obstacle, linear)
 
 
 def learned_functions(saved: SavedAdapters) -> dict[str, LearnedFunctions]:
@@ -116,6 +119,11 @@ def report(saved: SavedAdapters, summaries: Sequence[LayerSummary]) -> str:
             obstacles.setdefault(summary.obstacle.replace(repr(summary.name), ""), []).append(summary)
     for hindered in obstacles.values():
         lines.append(f"no merging into weights, {len(hindered)} layers: {hindered[0].obstacle}")
+    if linear := [summary for summary in summaries if summary.linear]:
+        lines.append(
+            f"warning: {len(linear)} layers of a nonlinear method do what LoRA does; in {linear[0].name!r}, "
+            f"{linear[0].linear}"
+        )
     if functions := list(learned_functions(saved).values()):
         with computable("the functions of all layers"):
             lines.append(_subspace_line(learned_subspace(functions)))

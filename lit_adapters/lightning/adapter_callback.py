@@ -12,6 +12,7 @@ from lit_adapters.lightning.annealing import Annealing
 from lit_adapters.lightning.averaging import Averaging
 from lit_adapters.lightning.calibration import Calibration
 from lit_adapters.lightning.checks import Finiteness, Participation, Settings
+from lit_adapters.lightning.linearity import Linearity
 from lit_adapters.lightning.parts import CallbackOfParts
 from lit_adapters.lightning.recording import Recording
 from lit_adapters.lightning.resume.adapters_only import AdaptersOnly
@@ -44,6 +45,9 @@ class AdapterCallback(CallbackOfParts):
     recipe, and the final metrics in the table of hyperparameters (with `default_hp_metric=False`). It gets figures and
     histograms at the end of the training, and at the end of an epoch once fifty times the drawing time has passed
     since the last ones.
+
+    A warning comes once, after a fifth of the steps, if LoRAN's function is linear at the size that B A x
+    it then does what LoRA does.
 
     Example:
         >>> trainer = Trainer(callbacks=[AdapterCallback(log_every_n_steps=10)])
@@ -105,6 +109,7 @@ class AdapterCallback(CallbackOfParts):
             Averaging(),
             Participation(self.allow_unused),
             Finiteness(),
+            Linearity(),
             self._recording,
             Resuming(),  # restores random states at the start of a training, so after all that might draw from them
             *([AdaptersOnly()] if self.save_adapters_only else []),

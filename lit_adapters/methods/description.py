@@ -167,6 +167,14 @@ class Describing(nn.Module):
         """Scalars that say what this adapter does to its own input x of the present batch; by default none."""
         return {}
 
+    def nearly_linear(self, dtype: torch.dtype | None = None) -> str:
+        """Why a method that should be nonlinear is linear at present, in a few words; empty if it is not.
+
+        Args:
+            dtype: What the layer computes in; by default found from the base and autocast.
+        """
+        return ""
+
     def low_rank_update(self) -> LowRankUpdate | None:
         """The learned update of a weight as its factors; spectra, ranks and comparisons follow from it."""
         return None

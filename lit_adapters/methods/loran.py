@@ -7,10 +7,18 @@ f is Sinter, f(z) = z + a z sin(w z), with the constants of the released adapter
 less than bfloat16 can represent; run function="identity" as a control. The update is a change of the weight, so that it
 can be merged for every f.
 
+frequency="calibrate" (ours) lets f act at the size that B A has at present: f_1(w z) / w in place of f(z), with f_1 the
+function at frequency 1 and w = 1 / rms(B A). w is computed from A and B in every forward, through r x r products, and
+is a constant for the gradient. So it is always current, no file holds it, and merging uses the value of training.
+
+start_size > 0 (ours) starts at B0 A0 other than 0 and subtracts what that does: h = (W0 + s f(B A) - s f(B0 A0)) x.
+W0 is not touched, so that it may be quantised; A0 and B0 are buffers.
+
 One weight is formed for each forward, in float32, and the input is multiplied by it once. Training with dropout > 0
 takes a second product, as dropout must not act on the path through W0. Parameters for each layer: r (in + out), and one
-more with "sine", whose frequency is learned. Backward forms the weight again, so that nothing of its size is kept. The
-phase w z is computed in float32 whatever the dtype of the model, and in float64 by the C++ kernel, which CPUs use.
+more with "sine", whose frequency is learned unless it is calibrated. Backward forms the weight again, so that nothing
+of its size is kept. The phase w z is computed in float32 whatever the dtype of the model, and in float64 by the C++
+kernel, which CPUs use.
 
 The released merge adds the transposed update, and so works on square layers only; here any (out, in) merges.
 """
@@ -19,24 +27,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_adapters.activations.weight_functions import WEIGHT_FUNCTIONS, WeightUpdate
-from lit_adapters.errors import AdapterError
+from lit_adapters.activations.weight_functions import (
+    WEIGHT_FUNCTIONS,
+    WeightUpdate,
+    calibrated_frequency,
+    rms_of_product,
+)
+from lit_adapters.errors import AdapterError, shown
 from lit_adapters.methods.description import AdapterSummary, each_layer
 from lit_adapters.methods.hooks import has_own_forward
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.matrix_layers import ConvolutionLayer
-from lit_adapters.ops._context import transformed, without_autocast
+from lit_adapters.ops._context import autocast_dtype, transformed, without_autocast
 from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.merged_linear import merged_linear, merged_weight
+from lit_adapters.ops.statistics import regular_sample
 from lit_adapters.values import check_choice, check_flag, check_number
 
 _NUDGE = 1e-3  # size of B A at the start where f is flat at 0, as a share of a freshly initialised weight
+_LEAST_PHASE = 0.1  # radians; below, a sine differs from its argument by less than a hundredth
+_SAMPLE = 64  # rows of B A from which `nonlinear_share` is computed
 
 
 @dataclass
@@ -46,13 +62,19 @@ class LoRAN(LowRank):
     Args:
         function: The name of f: sinter, sine, cos, identity, sigmoid, tanh, relu, silu, swish25 or gaussian.
             swish25 is our reading of the released code's "swish(25x)" as z sigmoid(25 z).
-        amplitude: a of Sinter.
-        frequency: w of Sinter and of cos; the starting value for "sine".
+        amplitude: a of Sinter: the largest share of B A by which it changes B A, with every frequency. Other functions
+            have no amplitude; a calibrated sine has the gain 1 / w, which keeps its slope at 0 at 1.
+        frequency: w of Sinter and of cos; the starting value for "sine". "calibrate" keeps w at 1 / rms(B A), for every
+            function: f(w z) / w with w = 1 inside f. Set amplitude to about 1 with it, as Sinter is linear otherwise.
         centered: Whether to use f(z) - f(0), so that B = 0 gives the pretrained layer for every f (ours); sigmoid(0) =
             0.5 would otherwise shift every weight at the start. relu is flat at 0 and would hold B there, so its B
-            starts random and small, and the start is not exactly the pretrained layer.
+            starts random and small, and the start is not exactly the pretrained layer unless `start_size` is given.
         cache_weight: Whether to keep the formed weight (out * in values for each layer) while A and B stay the same,
             over the micro-batches of an accumulated gradient. In eval mode without gradients it is always kept.
+        start_size: 0 starts at B = 0. Otherwise B starts random, and what B A does at the start is subtracted, so that
+            the start is the pretrained layer up to rounding for every f, centred or not. The number is the root mean
+            square of B A at the start over that of a freshly initialised weight, 1 / sqrt(3 in); 0.01 is about what
+            training reaches. Adds r (in + out) fixed numbers to the file.
 
     Raises:
         AdapterError: A value is out of range.
@@ -63,19 +85,27 @@ class LoRAN(LowRank):
 
     function: str = "sinter"
     amplitude: float = 5e-5
-    frequency: float = 1e4
+    frequency: float | Literal["calibrate"] = 1e4
     centered: bool = True
     cache_weight: bool = False
+    start_size: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("function", self.function, WEIGHT_FUNCTIONS)
         check_number("amplitude", self.amplitude)
-        check_number("frequency", self.frequency)
+        if isinstance(self.frequency, str) and self.frequency != "calibrate":
+            raise AdapterError(f"frequency {shown(self.frequency)} must be a finite number or 'calibrate'")
+        if not isinstance(self.frequency, str):
+            check_number("frequency", self.frequency)
         check_flag("centered", self.centered)
         check_flag("cache_weight", self.cache_weight)
+        check_number("start_size", self.start_size, 0.0, 1e3)
         if self.function == "sine" and self.frequency == 0:
-            raise AdapterError("frequency 0 makes sine zero everywhere, and it would never learn; try 10 to 200")
+            raise AdapterError(
+                "frequency 0 makes sine zero everywhere, and it would never learn; use 'calibrate', or 1,000 to 5,000 "
+                "with alpha divided by the frequency"
+            )
 
     def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> LoRANAdapter:
         return LoRANAdapter(base, qualified_name, self)
@@ -85,34 +115,63 @@ class LoRANAdapter(LowRankAdapter):
     """h = (W0 + s f(B A)) x + bias for one layer; (..., in) -> (..., out)."""
 
     method = "loran"
-    frequency: Tensor
+    frequency: Tensor  # not there if it is calibrated
+    start_A: Tensor  # (r, in), and start_B (out, r): only with `start_size`
+    start_B: Tensor
 
     def __init__(self, base: nn.Module, qualified_name: str, config: LoRAN) -> None:
         super().__init__(base, qualified_name, config)
-        self.update = WeightUpdate(config.function, self.scaling, config.amplitude, config.centered)
+        calibrated = config.frequency == "calibrate"
+        self.update = WeightUpdate(config.function, self.scaling, config.amplitude, config.centered, calibrated)
         self.cache_while_training = config.cache_weight
-        self.initial_frequency = config.frequency
+        self.initial_frequency = 1.0 if isinstance(config.frequency, str) else config.frequency
+        self.start_size = config.start_size
         self.calls_base = has_own_forward(base)  # a replaced `forward` may do more than multiply
         self._formed_weight: Cache[Tensor] = Cache()  # W0 + s f(B A) in the dtype of the products
-        add = self.add_parameter if self.update.learns_frequency else self.add_buffer
-        add("frequency", torch.empty((), device=self.lora_A.device))
+        if not calibrated:
+            add = self.add_parameter if self.update.learns_frequency else self.add_buffer
+            add("frequency", torch.empty((), device=self.lora_A.device))
+        if self.start_size:
+            self.add_buffer("start_A", torch.empty_like(self.lora_A))
+            self.add_buffer("start_B", torch.empty_like(self.lora_B))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A Kaiming-uniform, B zero; small and random instead if f is flat at 0, where B = 0 would never train."""
+        """A Kaiming-uniform, B zero; small and random instead with `start_size`, or if f is flat at 0."""
         super().reset_parameters()
         with torch.no_grad():
-            self.frequency.fill_(self.initial_frequency)
-            if self.update.f.flat_at_zero:
+            if not self.update.calibrated:
+                self.frequency.fill_(self.initial_frequency)
+            if self.start_size:
+                self.lora_B.normal_(std=self.start_size / math.sqrt(self.rank))
+                self.start_A.copy_(self.lora_A)
+                self.start_B.copy_(self.lora_B)
+            elif self.update.f.flat_at_zero:  # B = 0 would never train
                 self.lora_B.normal_(std=_NUDGE / math.sqrt(self.rank))
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """The frequency if it is learned."""
-        return [self.frequency] if isinstance(self.frequency, nn.Parameter) else []
+        return [self.frequency] if self.update.learns_frequency else []  # type: ignore[list-item]
+
+    def current_frequency(self, dtype: torch.dtype) -> Tensor:
+        """w, a tensor of no dimension."""
+        if self.update.calibrated:
+            return calibrated_frequency(self.lora_B, self.lora_A).to(dtype)
+        return self.frequency.to(dtype)
+
+    def start_frequency(self, dtype: torch.dtype) -> Tensor:
+        """w at the start; for `start_size` only."""
+        if self.update.calibrated:
+            return calibrated_frequency(self.start_B, self.start_A).to(dtype)
+        return torch.full((), self.initial_frequency, dtype=dtype, device=self.start_A.device)
 
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """s f(B A), (out, in)."""
-        return self.update.value(self.product(dtype), self.frequency.to(dtype))
+        """s f(B A), or s f(B A) - s f(B0 A0) with `start_size`, (out, in)."""
+        update = self.update.value(self.product(dtype), self.current_frequency(dtype))
+        if self.start_size:
+            start = self.start_B.to(dtype) @ self.start_A.to(dtype)
+            update = update - self.update.value(start, self.start_frequency(dtype))
+        return update
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.in_effect:
@@ -159,7 +218,7 @@ class LoRANAdapter(LowRankAdapter):
             bias,
             self.lora_A.to(wide),
             self.lora_B.to(wide),
-            self.frequency.to(wide),
+            self.current_frequency(wide),
             self.update,
             self._to_matrix,
             formed,
@@ -168,42 +227,102 @@ class LoRANAdapter(LowRankAdapter):
             y = self.base(x) + y
         return y.to(given) if self.layer.keeps_dtype else y
 
-    def _to_matrix(self, weight: Tensor) -> Tensor:
-        return self.layer.matrix(self.base, weight)
+    def _to_matrix(self, weight: Tensor | None) -> Tensor | None:
+        """W0 (out, in), or W0 - s f(B0 A0) with `start_size`, for the parameter that holds W0; None is zero."""
+        matrix = None if weight is None else self.layer.matrix(self.base, weight)
+        if not self.start_size:
+            return matrix
+        wide = torch.promote_types(self.layer.dtype(self.base), torch.float32)
+        minus = replace(self.update, scaling=-self.scaling)
+        a, b = self.start_A.to(wide), self.start_B.to(wide)
+        return merged_weight(matrix, a, b, self.start_frequency(wide), minus, wide)
 
     def _cached_weight(self, dtype: torch.dtype) -> Tensor | None:
         """W0 + s f(B A) in `dtype`, computed once; None if it must not be kept."""
         if not self.may_cache():
             return None
-        sources = [self.base.weight, self.lora_A, self.lora_B, self.frequency]
+        sources = [self.base.weight, *self.adapter_parameters().values(), *self.adapter_buffers().values()]
         return self._formed_weight.get(sources, lambda: self._form_weight(dtype), key=dtype)
 
     def _form_weight(self, dtype: torch.dtype) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
         with without_autocast(self.lora_A):
-            a, b, frequency = self.lora_A.to(wide), self.lora_B.to(wide), self.frequency.to(wide)
-            return merged_weight(self.base_matrix(), a, b, frequency, self.update, dtype)
+            a, b, frequency = self.lora_A.to(wide), self.lora_B.to(wide), self.current_frequency(wide)
+            return merged_weight(self._to_matrix(self.base.weight), a, b, frequency, self.update, dtype)
 
     @torch.no_grad()
     def update_size(self) -> tuple[float, float]:
-        """||s f(B A)||_F and ||f(B A) - B A||_F / ||B A||_F, from the whole product."""
+        """||dW||_F for the whole update dW, and ||f(B A) - B A||_F / ||B A||_F, from the whole product."""
         product = self.product(torch.float32)
-        update = self.update.value(product, self.frequency)
+        update = self.update.value(product, self.current_frequency(torch.float32))
         residual = (update / self.scaling - product).norm() / product.norm().clamp_min(torch.finfo(torch.float32).tiny)
-        return update.norm().item(), residual.item()
+        size = self.delta_weight().norm() if self.start_size else update.norm()
+        return size.item(), residual.item()
+
+    def phase(self) -> float:
+        """|w| rms(B A), the size of the argument of f, in radians; 1 if w is calibrated and B is not 0."""
+        return (rms_of_product(self.lora_B, self.lora_A) * self.current_frequency(torch.float64).abs()).item()
+
+    @torch.no_grad()
+    def nonlinear_share(self) -> float:
+        """||f - c B A||_F / ||f||_F for f = f(B A) - f(0) and the best number c, in float64 on a sample of rows.
+
+        Between 0 and 1. LoRA with another factor does everything but this share of the update. 0 where B A is 0.
+        """
+        rows = regular_sample(torch.arange(len(self.lora_B), device=self.lora_B.device), _SAMPLE)
+        z = self.lora_B[rows].double() @ self.lora_A.double()
+        f = replace(self.update, centered=True).value(z, self.current_frequency(torch.float64))
+        if not z.any() or not f.any():
+            return 0.0
+        c = (f * z).sum() / z.square().sum()
+        return ((f - c * z).norm() / f.norm()).item()
+
+    def nearly_linear(self, dtype: torch.dtype | None = None) -> str:
+        """See `Describing.nearly_linear`."""
+        if self.update.is_linear or not bool(self.lora_B.any()):
+            return ""
+        if dtype is None:
+            dtype = autocast_dtype(self.lora_A) or self.layer.dtype(self.base)
+        share, rounding = self.nonlinear_share(), torch.finfo(dtype).eps / 2
+        if share < rounding:
+            name = str(dtype).removeprefix("torch.")
+            return f"all but {share:.1e} of f(BA) is a multiple of BA, and {name} resolves {rounding:.1e}"
+        if self.update.f.periodic and (phase := self.phase()) < _LEAST_PHASE:
+            return f"w rms(BA) is {phase:.1e}, where f is almost linear; it should be about 1"
+        return ""
 
     def statistics(self) -> dict[str, float]:
-        """relative_norm: ||s f(B A)||_F / ||W0||_F; nonlinearity: ||f(B A) - B A||_F / ||B A||_F."""
+        """Size and nonlinearity of the update.
+
+        Returns:
+            relative_norm: ||s f(B A)||_F / ||W0||_F; nonlinearity: ||f(B A) - B A||_F / ||B A||_F; nonlinear_share;
+            phase, where f depends on a frequency; frequency, where it changes.
+        """
         size, residual = self.update_size()
-        return {"relative_norm": size / self.base_norm(), "nonlinearity": residual}
+        statistics = {
+            "relative_norm": size / self.base_norm(),
+            "nonlinearity": residual,
+            "nonlinear_share": self.nonlinear_share(),
+        }
+        if self.update.f.periodic:
+            statistics["phase"] = self.phase()
+        if self.update.calibrated or self.update.learns_frequency:
+            statistics["frequency"] = self.current_frequency(torch.float64).item()
+        return statistics
 
     @torch.no_grad()
     def summary(self) -> AdapterSummary:
         """The norm of s f(B A), and the spectrum of s B A."""
         change, residual = self.update_size()
-        return replace(super().summary(), change=change, note=f"|f(BA) - BA| / |BA| = {residual:.1e}")
+        note = f"|f(BA) - BA| / |BA| = {residual:.1e}"
+        if self.update.f.periodic:
+            note += f", w rms(BA) = {self.phase():.1e}"
+        return replace(super().summary(), change=change, note=note)
 
     def charts(self) -> dict[str, str]:
         """As for any low-rank pair, and how far f(B A) is from linear."""
         title = "AFA, LoRAN: distance from linear, each layer"
-        return {title: each_layer("nonlinearity")} | super().charts()
+        charts = {title: each_layer("nonlinearity")}
+        if self.update.f.periodic:
+            charts["LoRAN: w rms(BA), each layer"] = each_layer("phase")
+        return charts | super().charts()

@@ -128,7 +128,7 @@ def _check(model: nn.Module) -> None:
         if parameter.dim() == 0:
             raise AdapterError(
                 f"{name!r} is a single number, which FSDP2 cannot shard (LoRAN learns one with function='sine'); use "
-                "another function, or the strategy ddp"
+                "frequency='calibrate', another function, or the strategy ddp"
             )
         if not parameter.is_floating_point():
             raise AdapterError(f"{name!r} is quantised, which is not supported with FSDP2; use the strategy ddp")

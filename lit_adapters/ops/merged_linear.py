@@ -29,8 +29,7 @@ class Update(Protocol):
     def learns_frequency(self) -> bool:
         """Whether w is trained."""
 
-    @property
-    def sinusoid(self) -> native.Sinusoid | None:
+    def sinusoid(self, frequency: float) -> native.Sinusoid | None:
         """c1, c2, c3 and phase if s f(z) = c1 z + (c2 + c3 z) sin(w z + phase); None for other functions."""
 
     def value(self, z: Tensor, frequency: Tensor) -> Tensor:
@@ -67,10 +66,11 @@ def merged_weight(
 
 def _merge(z: Tensor, matrix: Tensor | None, merged: Tensor, frequency: Tensor, update: Update) -> None:
     """Write W0 + s f(z) to `merged`, (rows, in)."""
-    sinusoid = update.sinusoid
-    can_run = sinusoid is not None and native.can_run(z, matrix, merged)
-    if can_run and native.merge(z, matrix, merged, sinusoid, frequency.item()):  # type: ignore[arg-type]
-        return
+    if native.can_run(z, matrix, merged):
+        w = frequency.item()
+        sinusoid = update.sinusoid(w)
+        if sinusoid is not None and native.merge(z, matrix, merged, sinusoid, w):
+            return
     change = update.value(z, frequency)
     merged.copy_(change if matrix is None else matrix + change)
 
@@ -82,12 +82,14 @@ def _differentiate(
 
     Also writes W0 + s f(z) to `merged` if it is given.
     """
-    sinusoid = update.sinusoid
-    if sinusoid is not None and native.can_run(z, matrix, merged, gradient) and gradient.dtype == z.dtype:
-        gradient = gradient.contiguous()
-        total = native.backward(z, gradient, matrix, merged, sinusoid, frequency.item(), update.learns_frequency)
-        if total is not None:
-            return gradient, total
+    if native.can_run(z, matrix, merged, gradient) and gradient.dtype == z.dtype:
+        w = frequency.item()
+        sinusoid = update.sinusoid(w)
+        if sinusoid is not None:
+            gradient = gradient.contiguous()
+            total = native.backward(z, gradient, matrix, merged, sinusoid, w, update.learns_frequency)
+            if total is not None:
+                return gradient, total
     if merged is not None:
         _merge(z, matrix, merged, frequency, update)
     by_frequency = (gradient * update.by_frequency(z, frequency)).sum() if update.learns_frequency else 0.0
@@ -118,7 +120,7 @@ class _MergedLinear(torch.autograd.Function):
         b: Tensor,
         frequency: Tensor,
         update: Update,
-        to_matrix: Callable[[Tensor], Tensor],
+        to_matrix: Callable[[Tensor | None], Tensor | None],
         merged: Tensor | None,
     ) -> Tensor:
         ctx.update, ctx.to_matrix, ctx.merged = update, to_matrix, merged
@@ -127,7 +129,7 @@ class _MergedLinear(torch.autograd.Function):
         ctx.packed = weight if hasattr(weight, "quant_state") else None
         ctx.save_for_backward(x, None if ctx.packed is not None else weight, a, b, frequency)
         if merged is None:
-            merged = merged_weight(_matrix(weight, to_matrix), a, b, frequency, update, x.dtype)
+            merged = merged_weight(to_matrix(weight), a, b, frequency, update, x.dtype)
         return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -137,14 +139,10 @@ class _MergedLinear(torch.autograd.Function):
             return _backward(ctx, gradients[0])
 
 
-def _matrix(weight: Tensor | None, to_matrix: Callable[[Tensor], Tensor]) -> Tensor | None:
-    return None if weight is None else to_matrix(weight)
-
-
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, a, b, frequency = ctx.saved_tensors
     weight = ctx.packed if ctx.packed is not None else weight
-    matrix = _matrix(weight, ctx.to_matrix)
+    matrix = ctx.to_matrix(weight)
     g, x2 = gradient.reshape(-1, b.shape[0]), x.reshape(-1, a.shape[1])
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     update: Update = ctx.update
@@ -177,7 +175,7 @@ def merged_linear(
     b: Tensor,
     frequency: Tensor,
     update: Update,
-    to_matrix: Callable[[Tensor], Tensor],
+    to_matrix: Callable[[Tensor | None], Tensor | None],
     merged: Tensor | None = None,
 ) -> Tensor:
     """y = x (W0 + s f(B A))^T + bias.
@@ -190,7 +188,7 @@ def merged_linear(
         b: B (out, r), in the dtype of A.
         frequency: The frequency w, a tensor of no dimension in the dtype of A; it may require a gradient.
         update: s f and its derivatives.
-        to_matrix: Returns W0 (out, in) for `weight`.
+        to_matrix: Returns W0 (out, in) for `weight`, or None for zero. It may subtract a constant from W0.
         merged: W0 + s f(B A) (out, in) in the dtype of x, if it was computed before.
 
     Returns:
@@ -198,7 +196,7 @@ def merged_linear(
     """
     if transformed():
         with without_autocast(x):
-            matrix, change = _matrix(weight, to_matrix), update.value(b @ a, frequency)
+            matrix, change = to_matrix(weight), update.value(b @ a, frequency)
             formed = (change if matrix is None else matrix + change).to(x.dtype)
             return F.linear(x, formed, None if bias is None else bias.to(x.dtype))
     # Flattened outside the Function: F.linear would flatten a contiguous input inside it and return a view, and PyTorch

@@ -216,3 +216,16 @@ def test_an_evaluation_leaves_layers_without_an_adapter_alone():
     assert torch.equal(gradient, expected)
     assert torch.equal(model(x), value)
     assert not any(model[i].support_avx512bf16_for_cpu for i in (2, 4))
+
+
+def test_loran_that_starts_away_from_zero():
+    model, x = network(), inputs()
+    before = model(x)
+    la.attach(model, la.LoRAN(rank=4, function="relu", frequency="calibrate", start_size=0.01))
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+    move(model)
+    y = model(x)
+    y.square().sum().backward()
+    assert model[0].lora_A.grad.any()
+    la.merge(model)
+    torch.testing.assert_close(model(x), y.detach(), rtol=1e-4, atol=1e-4)

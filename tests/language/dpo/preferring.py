@@ -20,7 +20,7 @@ METHODS = {
     "dora": la.DoRA(rank=2, dropout=0.2),
     "nora_plus_plus": la.NoRAPlusPlus(nora=la.NoRA(groups=4), lora=la.LoRA(rank=2, dropout=0.2)),
     # At the default frequency of 1e4 a step of Adam turns the phase by hundreds of radians: learning is then chance.
-    "loran": la.LoRAN(rank=2, dropout=0.2, function="sine", frequency=1.0),
+    "loran": la.LoRAN(rank=2, dropout=0.2, function="sine", frequency="calibrate"),
     "afa": la.AFALoRA(rank=2, dropout=0.2),
 }
 tuner = partial(tiny.tuner, DPOTuner)
