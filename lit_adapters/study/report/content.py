@@ -31,7 +31,7 @@ from lit_adapters.study.report.summary import ArmSummary, Contrast, Estimate, Su
 from lit_adapters.study.settings import Metric
 
 _MOST_CURVES = 3
-_FEW_SETS = 5  # below, a deviation is hardly known
+_FEW_SETS = 5  # below, intervals are several times as wide as with many
 
 
 def study_page(summary: Summary) -> Page:
@@ -118,7 +118,7 @@ def _contrasts(summary: Summary) -> list[Block]:
         draw = partial(forest_figure, measured, study.metric, study.margin, places)
         shade = f" Shaded: within {with_unit(f'{study.margin:g}', study.metric)}." if study.margin is not None else ""
         caption = f"Differences, first arm minus second, with 95% intervals. Blue and bold: found after Holm.{shade}"
-        alt = f"{len(measured)} differences between arms with their intervals; the table below has the numbers"
+        alt = "the difference of each contrast with its interval; the table below has the numbers"
         blocks.append(Picture("contrasts", alt, draw, caption))
     columns = ["first minus second", ">difference", ">95% interval", ">n", ">p", ">p, Holm"]
     columns += [">p, equivalent"] if study.margin is not None else []
@@ -236,7 +236,7 @@ def _arms(summary: Summary) -> list[Block]:
                 str(len(arm.finals)) if arm.complete() else f"{len(arm.finals)} of {arm.due}",
             ]
         )
-    columns = ["arm", ">parameters", *heads, ">rates", ">runs"]
+    columns = ["arm", ">parameters", *heads, "rates", ">runs"]
     legend = f"Means over {summary.over} and 95% intervals. Bold: on the front. Parameters: trained, without the head."
     blocks: list[Block] = [Heading("Arms"), Table(columns, rows), Paragraph(legend, small=True)]
     remarks = _remarks(summary, arms)
@@ -266,6 +266,11 @@ def _remarks(summary: Summary, arms: list[ArmSummary]) -> list[Inline]:
     single = [arm.title for arm in arms if any(estimate.n == 1 for estimate in arm.estimates.values())]
     if single:
         remarks.append(f"One {summary.over.removesuffix('s')} only, so no interval: {enumeration(single)}.")
+    name = summary.study.metric.name
+    levels = [(arm.title, arm.estimates[name]) for arm in arms if name in arm.estimates]
+    equal = [title for title, level in levels if level.n > 1 and not math.isfinite(level.low)]
+    if equal:
+        remarks.append(f"The same value on all {summary.over}, so no interval: {enumeration(equal)}.")
     return remarks
 
 
@@ -377,7 +382,7 @@ def _limits(summary: Summary) -> list[Block]:
         limits.append("There is one training set: intervals and tests hold for it, not for other training sets.")
     n = len(repeat.sets) if summary.over == "training sets" else len(repeat.seeds)
     if 1 < n < _FEW_SETS:
-        limits.append(f"With n = {n} the spread of differences is hardly known, so intervals are rough.")
+        limits.append(f"With n = {n} intervals are wide, and the detectable differences are rough.")
     if any(arm.exploratory for arm in summary.arms.values()):
         late = enumeration([arm.title for arm in summary.arms.values() if arm.exploratory])
         limits.append(f"Added after results of other arms were known, so exploratory: {late}.")
