@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_adapters.errors import NotFiniteError
+from lit_adapters.files.arrays import write_arrays
 
 CHECKPOINT = "study.ckpt"
 FIT = "fit.json"
@@ -91,7 +92,11 @@ class RunRecord(Callback):
                 if isinstance(value, Tensor) and value.dim() == 1:
                     self._items.setdefault(str(name), []).append(_compact(value))
 
-    on_validation_batch_end = on_test_batch_end
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """The same."""
+        self.on_test_batch_end(trainer, pl_module, outputs)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the values of an earlier epoch."""
@@ -101,7 +106,7 @@ class RunRecord(Callback):
         """Write evaluation.json and items.npz."""
         metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if v.numel() == 1}
         if trainer.is_global_zero and self._items:
-            np.savez(self.folder / ITEMS, **{name: np.concatenate(parts) for name, parts in self._items.items()})
+            write_arrays(self.folder / ITEMS, {name: np.concatenate(parts) for name, parts in self._items.items()})
         self._write(trainer, EVALUATION, {"metrics": metrics})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

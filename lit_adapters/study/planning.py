@@ -278,9 +278,9 @@ def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     merged = dict(first)
     for name, value in second.items():
         old = merged.get(name)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if both and value.get("class_path", old.get("class_path")) == old.get("class_path"):
-            merged[name] = _merged(old, value)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            same_class = value.get("class_path", old.get("class_path")) == old.get("class_path")
+            merged[name] = _merged(old, value) if same_class else value
         else:
             merged[name] = value
     return merged

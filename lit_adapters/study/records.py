@@ -7,7 +7,6 @@ A study's folder holds `runs/ID/` (log, recipe and record of each run) and, pack
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.files.arrays import read_arrays, write_arrays
 from lit_adapters.files.atomic import write_atomically, write_together
 
 RECORD = "record.json"
@@ -92,11 +92,11 @@ class Results:
         for path in sorted((folder / RUNS).glob(f"*/{RECORD}")):
             record = read_record(path)
             if record.id not in results:
-                results.add(record, read_items(path.with_name(ITEMS)))
+                results.add(record, read_arrays(path.with_name(ITEMS)))
         return results
 
     def _read_items(self, path: Path) -> None:
-        for name, values in read_items(path).items():
+        for name, values in read_arrays(path).items():
             identity, _, item = name.rpartition(_SEPARATOR)
             self._items.setdefault(identity, {})[item] = values
 
@@ -138,7 +138,7 @@ class Results:
         write_together(
             self.folder,
             {
-                ITEMS: lambda path: write_items(path, arrays),
+                ITEMS: lambda path: write_arrays(path, arrays),
                 RESULTS: lambda path: path.write_text(text, encoding="utf-8"),
             },
         )
@@ -156,31 +156,6 @@ def read_record(path: Path) -> Record:
         AdapterError: The file is damaged.
     """
     return _record(_read_json(path), path)
-
-
-def write_items(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays, compressed, under dates that do not change the file."""
-    with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, values in arrays.items():
-            entry = zipfile.ZipInfo(f"{name}.npy")
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            with archive.open(entry, "w", force_zip64=True) as inside:
-                np.lib.format.write_array(inside, np.asarray(values), allow_pickle=False)
-
-
-def read_items(path: Path) -> dict[str, np.ndarray]:
-    """Read arrays; empty if there is no such file.
-
-    Raises:
-        AdapterError: The file is damaged.
-    """
-    if not path.exists():
-        return {}
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise AdapterError(f"{path} is damaged: {error}; delete it and run the study again") from error
 
 
 def _read_json(path: Path) -> Any:

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.files.arrays import read_arrays
 from lit_adapters.study.executors import Executor, create_executor
 from lit_adapters.study.jobs import LOG, Job, prepare
 from lit_adapters.study.planning import Plan
-from lit_adapters.study.records import ITEMS, RECORD, Record, Results, read_items, read_record
+from lit_adapters.study.records import ITEMS, RECORD, Record, Results, read_record
 from lit_adapters.study.settings import Study
 
 _WAIT = 5.0  # seconds between two estimates of the time left
@@ -121,7 +122,7 @@ class _Loop:
             self.failure = self.failure or job
             return
         record = read_record(job.folder / RECORD)
-        self.results.add(record, read_items(job.folder / ITEMS))
+        self.results.add(record, read_arrays(job.folder / ITEMS))
         progress.console.print(describe(self.plan.study, record), highlight=False)
         if time.monotonic() - self.packed > _PACK_EVERY:
             self.results.save()

@@ -15,12 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lit_adapters.lightning.run_record import CHECKPOINT, EVALUATION, FAILURE, FIT, ITEMS
+from lit_adapters.lightning.run_record import CHECKPOINT, EVALUATION, FAILURE, FIT
 from lit_adapters.study.environment import environment, peak_memory_mib
 from lit_adapters.study.jobs import JOB, RECIPE
-from lit_adapters.study.records import Record, write_items, write_record
+from lit_adapters.study.records import Record, write_record
 
 _RECORDER = "lit_adapters.lightning.run_record.RunRecord"
 
@@ -97,7 +95,7 @@ def run(folder: Path) -> None:
         environment=environment(),
         message=message,
     )
-    _pack(folder)
+    _tidy(folder)
     write_record(folder, record)
 
 
@@ -110,12 +108,8 @@ def _rounded(curve: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: float(f"{value:.5g}") for name, value in point.items()} for point in curve]
 
 
-def _pack(folder: Path) -> None:
-    """Compress the values for each item, and remove checkpoints, which would fill the disk."""
-    if (folder / ITEMS).exists():
-        with np.load(folder / ITEMS) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        write_items(folder / ITEMS, arrays)
+def _tidy(folder: Path) -> None:
+    """Remove what the record holds, and checkpoints, which would fill the disk."""
     for name in (FIT, EVALUATION, FAILURE):
         (folder / name).unlink(missing_ok=True)
     for checkpoint in folder.rglob("*.ckpt"):

@@ -15,6 +15,7 @@ from collections import deque
 from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from lit_adapters.study.jobs import LOG, Job
 
@@ -34,7 +35,7 @@ class LocalExecutor:
         self._waiting: deque[Job] = deque()
         self._running: list[tuple[Job, BaseProcess]] = []
         # Forking a process that has threads is not safe; the server that is forked here has none.
-        self._context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        self._context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         self._context.set_forkserver_preload(["lit_adapters.study.worker", *_importable(program)])
 
     def submit(self, job: Job) -> None:
