@@ -62,8 +62,10 @@ def _inline(text: Inline) -> str:
 
 def _piece(piece: str) -> str:
     if isinstance(piece, Strong):
-        return f"<strong>{escape(piece)}</strong>"
-    return f"<code>{escape(piece)}</code>" if isinstance(piece, Literal) else escape(piece)
+        return f"<strong>{_piece(str(piece))}</strong>"
+    if isinstance(piece, Literal):
+        return f"<code>{escape(piece)}</code>"
+    return escape(piece).replace(" = ", "&nbsp;=&nbsp;")  # "n = 8" stays on one line
 
 
 def _table(table: Table) -> str:
