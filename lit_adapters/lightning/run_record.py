@@ -43,6 +43,8 @@ class RunRecord(Callback):
         self.folder = Path(folder)
         self._curve: list[dict[str, float]] = []
         self._sums: dict[str, list[Any]] = {}
+        self._validated: set[str] = set()  # what a validation in the course of the training logs
+        self._seen: set[str] = set()
         self._start = 0.0
         self._items: dict[str, list[np.ndarray]] = {}
 
@@ -53,10 +55,11 @@ class RunRecord(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Take the means of what is logged, over a fiftieth of the training each."""
         for name, value in trainer.callback_metrics.items():
-            if value.numel() == 1:
+            if value.numel() == 1 and name not in self._validated:
                 total = self._sums.setdefault(name, [0.0, 0])
                 total[0] = total[0] + value.detach().double()
                 total[1] += 1
+                self._seen.add(name)
         steps = trainer.estimated_stepping_batches
         every = max(1, math.ceil(steps / _POINTS)) if math.isfinite(steps) else 100
         if self._sums and trainer.global_step and trainer.global_step % every == 0:
@@ -110,9 +113,15 @@ class RunRecord(Callback):
         self._write(trainer, EVALUATION, {"metrics": metrics})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, if this is not the validation of a training."""
+        """The same; in the course of a training, a point of the learning curve."""
         if trainer.state.fn == "validate":
             self.on_test_end(trainer, pl_module)
+            return
+        metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if v.numel() == 1 and n not in self._seen}
+        self._validated |= metrics.keys()
+        self._items = {}
+        if metrics and not trainer.sanity_checking:
+            self._curve.append({"step": trainer.global_step, **metrics})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write failure.json: a run whose values are not finite has an outcome, any other exception is a mistake."""

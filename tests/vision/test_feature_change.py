@@ -1,0 +1,75 @@
+"""What FeatureChange measures, on features of known change, and through a test of the application."""
+
+import math
+
+import pytest
+import torch
+
+from vision.feature_change import change
+
+
+@pytest.fixture
+def before():
+    torch.manual_seed(0)
+    return torch.randn(400, 12, dtype=torch.float64)
+
+
+def test_nothing_changed(before):
+    values = change(before, before.clone())
+    assert values == pytest.approx(
+        {"feature_change": 0, "feature_shift": 0, "feature_cosine": 1, "feature_rank": 0, "feature_alignment": 0}
+    )
+
+
+def test_a_shift_of_all_images(before):
+    shift = torch.zeros(12, dtype=torch.float64)
+    shift[0] = 2.0
+    values = change(before, before + shift)
+    spread = (before - before.mean(0)).square().sum(1).mean().sqrt()
+    assert values["feature_change"] == pytest.approx(float(2 / spread))
+    assert values["feature_shift"] == pytest.approx(1.0)
+
+
+def test_a_change_in_two_directions(before):
+    directions = torch.linalg.qr(torch.randn(12, 2, dtype=torch.float64)).Q
+    amounts = torch.randn(400, 2, dtype=torch.float64)
+    values = change(before, before + amounts @ directions.T)
+    assert values["feature_rank"] == pytest.approx(2.0, abs=0.05)
+    assert values["feature_shift"] < 0.1
+
+
+def test_a_change_along_what_was_there():
+    torch.manual_seed(0)
+    before = torch.zeros(400, 12, dtype=torch.float64)
+    before[:, :3] = torch.randn(400, 3, dtype=torch.float64)
+    inside, outside = before.clone(), before.clone()
+    inside[:, 0] *= 3
+    outside[:, 11] += torch.randn(400, dtype=torch.float64)
+    assert change(before, inside)["feature_alignment"] == pytest.approx(1.0)
+    assert change(before, outside)["feature_alignment"] == pytest.approx(0.0, abs=1e-12)
+    assert change(before, 2 * before)["feature_cosine"] == pytest.approx(1.0)
+
+
+def test_it_is_logged_by_a_test(tmp_path, monkeypatch):
+    from vision.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    cli = main(
+        [
+            "test",
+            "--model.backbone=test_vit",
+            "--model.pretrained=false",
+            "--model.init_seed=3",
+            "--data.source=random",
+            "--data.image_size=32",
+            "--data.test_subset=20",
+            "--trainer.accelerator=cpu",
+            "--trainer.logger=false",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.callbacks=vision.feature_change.FeatureChange",
+            "--trainer.callbacks.images=15",
+        ]
+    )
+    logged = cli.trainer.callback_metrics
+    assert all(math.isfinite(logged[f"test/feature_{name}"]) for name in ("change", "shift", "cosine", "rank"))
+    assert 0 < logged["test/feature_alignment"] <= 1

@@ -1,0 +1,104 @@
+"""How far, and in how many directions, a training moved the features of a backbone.
+
+With f0(x) the features of the pretrained backbone and f(x) those after the training, both what the head reads, on N
+test images, and all means over images:
+
+    feature_change     rms |f(x) - f0(x)| / rms |f0(x) - mean f0|   size of the change, of the spread of the features
+    feature_shift      |mean (f(x) - f0(x))| / rms |f(x) - f0(x)|    share of the change that all images have in common
+    feature_cosine     mean cos(f(x), f0(x))                         direction
+    feature_rank       effective rank of the change around its mean (exponential of the entropy of squared singular
+                       values): in how many directions it differs from image to image
+    feature_alignment  share of the change around its mean in the `rank(f0)` leading directions of the pretrained
+                       features, with rank(f0) their effective rank: does it use what was there?
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from lit_adapters.errors import AdapterError
+from lit_adapters.model.modes import evaluating
+from lit_adapters.ops.statistics import effective_rank
+from vision.backbones import create_backbone
+
+
+class FeatureChange(Callback):
+    """Logs at the end of a test how the features changed against the pretrained backbone.
+
+    Args:
+        images: N, the number of test images, the first ones.
+
+    Raises:
+        AdapterError: `images` is below 2, or the module has no timm backbone.
+    """
+
+    def __init__(self, images: int = 1000) -> None:
+        if images < 2:
+            raise AdapterError(f"images {images} must be at least 2")
+        self.images = images
+        self._inputs: list[Tensor] = []
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        self._inputs = []
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        """Keep the first images."""
+        missing = self.images - sum(map(len, self._inputs))
+        if missing > 0:
+            self._inputs.append(batch[0][:missing])
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the features, and log."""
+        model, settings = getattr(pl_module, "model", None), pl_module.hparams
+        if not hasattr(model, "forward_head") or "backbone" not in settings:
+            raise AdapterError("FeatureChange needs a timm backbone: use it with vision.module.ViTClassifier")
+        assert isinstance(model, nn.Module)
+        pretrained = create_backbone(
+            settings["backbone"],
+            num_classes=settings["num_classes"],
+            pretrained=settings["pretrained"],
+            image_size=settings["image_size"],
+        ).to(self._inputs[0].device)
+        with trainer.precision_plugin.forward_context():
+            after, before = _features(model, self._inputs), _features(pretrained, self._inputs)
+        self._inputs = []
+        for name, value in change(before, after).items():
+            pl_module.log(f"test/{name}", value, rank_zero_only=True)
+
+
+@torch.no_grad()
+def _features(model: nn.Module, inputs: list[Tensor]) -> Tensor:
+    """What the head reads, (N, D) in float64."""
+    with evaluating(model):
+        parts = [model.forward_head(model.forward_features(batch), pre_logits=True) for batch in inputs]  # type: ignore[operator]
+    return torch.cat(parts).double().cpu()
+
+
+def change(before: Tensor, after: Tensor) -> dict[str, float]:
+    """The values of the module's docstring, for features (N, D) before and after a training.
+
+    Where nothing changed, the shares and the rank of the change are 0.
+    """
+    difference = after - before
+    spread = (before - before.mean(0)).square().sum(1).mean().sqrt()
+    size = difference.square().sum(1).mean().sqrt()
+    shared = difference.mean(0)
+    centred = difference - shared
+    _, singular, directions = torch.linalg.svd(before - before.mean(0), full_matrices=False)
+    leading = directions[: max(1, round(effective_rank(singular)))]
+    energy = centred.square().sum()
+    moved = bool(energy > 0)
+    return {
+        "feature_change": float(size / spread),
+        "feature_shift": float(shared.norm() / size) if size > 0 else 0.0,
+        "feature_cosine": float(torch.cosine_similarity(before, after, dim=1).mean()),
+        "feature_rank": effective_rank(torch.linalg.svdvals(centred)) if moved else 0.0,
+        "feature_alignment": float((centred @ leading.T).square().sum() / energy) if moved else 0.0,
+    }
