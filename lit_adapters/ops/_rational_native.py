@@ -1,6 +1,7 @@
 """The path of `rational` in C++, on the CPU: rational.cpp, compiled at first use for each form and its degrees.
 
-Runs for float32 and bfloat16 inputs with groups of at least 8 elements; rational.py lists the other paths. If the
+Runs for float32 and bfloat16 inputs with groups of at least 8 elements, or of one channel that is last in memory;
+rational.py lists the other paths. If the
 kernel cannot be built or loaded, there is one warning, and _rational_blocks.py takes over.
 """
 
@@ -18,6 +19,7 @@ from lit_adapters.ops._rational_math import Coefficients
 NAME = "rational"
 _CHUNK = 1 << 15  # elements of a chunk of rows in backward; x, dy and dx of a chunk fit a core's second-level cache
 _SHORTEST = 8  # elements of a group that are neighbours in memory; fewer would not fill a vector
+_MOST_CHUNKS = 64  # of rows where each channel is a group; each has sums of its own in backward
 
 Shape = tuple[int, int, int]  # outer, G, K
 # The function, the addresses of the coefficients, and the coefficients themselves, which must stay referenced.
@@ -26,7 +28,7 @@ _Kernel = tuple[Any, list[int | None], list[Tensor | None]]
 
 def can_run(x: Tensor, shape: Shape) -> bool:
     """Whether the kernel can compute for `x` in this shape: on the CPU, in a dtype it has, with groups long enough."""
-    return usable(NAME) and x.device.type == "cpu" and x.dtype in DTYPES and shape[2] >= _SHORTEST
+    return usable(NAME) and x.device.type == "cpu" and x.dtype in DTYPES and (shape[2] >= _SHORTEST or shape[2] == 1)
 
 
 def _library(coefficients: Coefficients, form: str) -> ctypes.CDLL | None:
@@ -44,6 +46,17 @@ def _as_float(c: Tensor) -> Tensor:
         raise RuntimeError(f"the coefficients of a rational function are on {c.device}, its input on the CPU")
     # The test saves time: for a single token, three conversions that change nothing take longer than the function.
     return c if c.dtype == torch.float32 and c.is_contiguous() else c.detach().to(torch.float32).contiguous()
+
+
+def _columns(coefficients: list[Tensor | None]) -> list[Tensor | None]:
+    """The coefficients of each degree side by side in memory, (degree, G)."""
+    return [None if c is None else c.detach().T.contiguous() for c in coefficients]
+
+
+def _rows(shape: Shape) -> int:
+    """Rows of a chunk where each channel is a group."""
+    outer, groups, _ = shape
+    return max(1, _CHUNK // max(1, groups), -(-outer // _MOST_CHUNKS))
 
 
 def forward(
@@ -67,9 +80,14 @@ def forward(
     """
     if (functions := _library(coefficients, form)) is None:
         return False
-    kernel = function(functions, f"forward_{DTYPES[x.dtype]}", pointers=6, sizes=3)
     floats = _floats(coefficients, base)  # referenced until the kernel has run
-    kernel(*pointers(x, y, *floats), *shape, threads(x.numel()))
+    if shape[2] == 1:
+        kernel = function(functions, f"forward_channels_{DTYPES[x.dtype]}", pointers=6, sizes=3)
+        floats = _columns(floats)
+        kernel(*pointers(x, y, *floats), *shape[:2], _rows(shape), threads(x.numel()))
+    else:
+        kernel = function(functions, f"forward_{DTYPES[x.dtype]}", pointers=6, sizes=3)
+        kernel(*pointers(x, y, *floats), *shape, threads(x.numel()))
     return True
 
 
@@ -118,11 +136,16 @@ def backward(
     if (functions := _library(coefficients, form)) is None:
         return None
     outer, groups, length = shape
-    rows = max(1, _CHUNK // max(1, groups * length))
+    rows = _rows(shape) if length == 1 else max(1, _CHUNK // max(1, groups * length))
     width = coefficients[0].shape[1] + coefficients[1].shape[1]
     chunks = -(-outer // rows)
     sums = torch.zeros(chunks, groups, width, dtype=torch.float64, device="cpu") if need_coefficients else None
-    kernel = function(functions, f"backward_{DTYPES[x.dtype]}", pointers=8, sizes=4)
     floats = _floats(coefficients, base)
-    kernel(*pointers(grad, x, grad_x, sums, *floats), *shape, rows, threads(x.numel()))
+    if length == 1:
+        kernel = function(functions, f"backward_channels_{DTYPES[x.dtype]}", pointers=8, sizes=3)
+        floats = _columns(floats)
+        kernel(*pointers(grad, x, grad_x, sums, *floats), outer, groups, rows, threads(x.numel()))
+    else:
+        kernel = function(functions, f"backward_{DTYPES[x.dtype]}", pointers=8, sizes=4)
+        kernel(*pointers(grad, x, grad_x, sums, *floats), *shape, rows, threads(x.numel()))
     return torch.zeros(groups, width, dtype=torch.float64, device="cpu") if sums is None else sums.sum(0)

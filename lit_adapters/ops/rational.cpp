@@ -4,14 +4,23 @@
 //
 // Tensors are (outer, G, K), contiguous, float32 or bfloat16; coefficients are (G, degree), float32. LANES neighbouring
 // elements of a group are computed at a time: in float32, or in float64 if the powers of one of them might overflow.
+// Where each channel is a group (K = 1), they are elements of LANES groups, and coefficients are vectors.
 #include "vectors.h"
 
 constexpr int WIDTH = M + 1 + N;  // coefficients of a group
+constexpr int IN_FLOAT = 16;      // terms of a channel that are added up in float32
 constexpr float LARGE = 1e4f;     // powers up to 7 are far from overflow for |x| <= LARGE
 
-struct Group {  // coefficients of one group, and those of the base, the function that is subtracted; null without one
-    const float *a, *b, *a0, *b0;
+// Coefficients of one group, and those of the base, the function that is subtracted; null without one. C is float, or a
+// vector of the coefficients of LANES groups.
+template <class C> struct Group {
+    const C *a, *b, *a0, *b0;
 };
+
+template <class V> static inline V spread(float c) { return all<V>(c); }
+template <class V> static inline V spread(V c) { return c; }
+static inline Floats absolute_of(Floats c) { return absolute(c); }
+static inline Doubles absolute_of(Doubles c) { return absolute(c); }
 
 template <class V> struct Point {
     V reciprocal, y, slope, by_b1, power;  // 1/Q, R, dR/dx; dR/db_j = -by_b1 power^(j-1) R / Q
@@ -19,14 +28,14 @@ template <class V> struct Point {
 
 // EXACT divides by Q: a multiplication by 1/Q might be fused with a subtraction that follows, and the difference of two
 // equal functions would not be 0.
-template <bool EXACT, class V> static inline Point<V> value_and_slope(V x, const float *a, const float *b) {
-    V p = all<V>(a[M]), p_slope = {};
+template <bool EXACT, class V, class C> static inline Point<V> value_and_slope(V x, const C *a, const C *b) {
+    V p = spread<V>(a[M]), p_slope = {};
     for (int i = M - 1; i >= 0; --i) {
         p_slope = p_slope * x + p;
         p = p * x + a[i];
     }
 #if ABS_OF_SUM
-    V power = x, v = all<V>(b[N - 1]), v_slope = {};
+    V power = x, v = spread<V>(b[N - 1]), v_slope = {};
     for (int j = N - 2; j >= 0; --j) {
         v_slope = v_slope * power + v;
         v = v * power + b[j];
@@ -34,7 +43,7 @@ template <bool EXACT, class V> static inline Point<V> value_and_slope(V x, const
     V inner = power * v, sign = inner >= 0 ? all<V>(1) : all<V>(-1);
     V q = sign * inner + 1, q_slope = sign * (v + power * v_slope), by_b1 = sign * x;
 #else
-    V power = absolute(x), v = all<V>(absolute_of(b[N - 1])), v_slope = {};
+    V power = absolute(x), v = spread<V>(absolute_of(b[N - 1])), v_slope = {};
     for (int j = N - 2; j >= 0; --j) {
         v_slope = v_slope * power + v;
         v = v * power + absolute_of(b[j]);
@@ -47,13 +56,13 @@ template <bool EXACT, class V> static inline Point<V> value_and_slope(V x, const
     return {reciprocal, y, EXACT ? slope / q : slope * reciprocal, by_b1, power};
 }
 
-template <class V> static inline V value(V x, const Group &c) {
+template <class V, class C> static inline V value(V x, const Group<C> &c) {
     if (!c.a0) return value_and_slope<false>(x, c.a, c.b).y;
     return value_and_slope<true>(x, c.a, c.b).y - value_and_slope<true>(x, c.a0, c.b0).y;
 }
 
 // The gradient of x. Adds the gradients of the coefficients to `sums`, lane by lane.
-template <class V> static inline V gradient(V g, V x, const Group &c, V *sums) {
+template <class V, class C> static inline V gradient(V g, V x, const Group<C> &c, V *sums) {
     Point<V> at = c.a0 ? value_and_slope<true>(x, c.a, c.b) : value_and_slope<false>(x, c.a, c.b);
     if (sums) {
         V term = g * at.reciprocal, other = -term * at.y * at.by_b1;
@@ -69,12 +78,12 @@ template <class V> static inline V gradient(V g, V x, const Group &c, V *sums) {
     return g * (c.a0 ? at.slope - value_and_slope<true>(x, c.a0, c.b0).slope : at.slope);
 }
 
-static inline Floats value_of(Floats x, const Group &c) {
+static inline Floats value_of(Floats x, const Group<float> &c) {
     if (__builtin_expect(all_within(x, LARGE), 1)) return value(x, c);
     return __builtin_convertvector(value(__builtin_convertvector(x, Doubles), c), Floats);
 }
 
-static inline Floats gradient_of(Floats g, Floats x, const Group &c, Floats *lanes, double *total) {
+static inline Floats gradient_of(Floats g, Floats x, const Group<float> &c, Floats *lanes, double *total) {
     if (__builtin_expect(all_within(x, LARGE), 1)) return gradient(g, x, c, lanes);
     Doubles sums[WIDTH] = {};
     Doubles d = gradient(__builtin_convertvector(g, Doubles), __builtin_convertvector(x, Doubles), c,
@@ -84,7 +93,7 @@ static inline Floats gradient_of(Floats g, Floats x, const Group &c, Floats *lan
     return __builtin_convertvector(d, Floats);
 }
 
-static inline Group group(const float *a, const float *b, const float *a0, const float *b0, int64_t g) {
+static inline Group<float> group(const float *a, const float *b, const float *a0, const float *b0, int64_t g) {
     return {a + g * (M + 1), b + g * N, a0 ? a0 + g * (M + 1) : nullptr, b0 ? b0 + g * N : nullptr};
 }
 
@@ -93,7 +102,7 @@ static void forward(const T *x, T *y, const float *a, const float *b, const floa
                     int64_t G, int64_t K, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < outer * G; ++row) {
-        const Group c = group(a, b, a0, b0, row % G);
+        const Group<float> c = group(a, b, a0, b0, row % G);
         const T *from = x + row * K;
         T *to = y + row * K;
         int64_t k = 0;
@@ -117,7 +126,7 @@ static void backward(const T *g, const T *x, T *d, double *sums, const float *a,
         double *totals = sums ? sums + chunk * G * WIDTH : nullptr;
         for (int64_t row = chunk * rows; row < last; ++row)
             for (int64_t i = 0; i < G; ++i) {
-                const Group c = group(a, b, a0, b0, i);
+                const Group<float> c = group(a, b, a0, b0, i);
                 const int64_t at = (row * G + i) * K;
                 const T *from = x + at, *grad = g + at;
                 T *to = d + at;
@@ -139,6 +148,95 @@ static void backward(const T *g, const T *x, T *d, double *sums, const float *a,
     }
 }
 
+// The functions of LANES neighbouring channels; coefficients are (degree, D) in memory.
+template <class V> struct Columns {
+    V a[M + 1], b[N], a0[M + 1], b0[N];
+    bool subtracts;
+
+    Group<V> group() const { return {a, b, subtracts ? a0 : nullptr, subtracts ? b0 : nullptr}; }
+};
+
+static inline Columns<Floats> columns(const float *a, const float *b, const float *a0, const float *b0, int64_t d,
+                                      int64_t D) {
+    Columns<Floats> c = {};
+    c.subtracts = a0 != nullptr;
+    for (int i = 0; i <= M; ++i) c.a[i] = take(a + i * D, d, D);
+    for (int j = 0; j < N; ++j) c.b[j] = take(b + j * D, d, D);
+    for (int i = 0; a0 && i <= M; ++i) c.a0[i] = take(a0 + i * D, d, D);
+    for (int j = 0; a0 && j < N; ++j) c.b0[j] = take(b0 + j * D, d, D);
+    return c;
+}
+
+static inline Columns<Doubles> widened(const Columns<Floats> &c) {
+    Columns<Doubles> wide = {};
+    wide.subtracts = c.subtracts;
+    for (int i = 0; i <= M; ++i) wide.a[i] = __builtin_convertvector(c.a[i], Doubles);
+    for (int j = 0; j < N; ++j) wide.b[j] = __builtin_convertvector(c.b[j], Doubles);
+    for (int i = 0; i <= M; ++i) wide.a0[i] = __builtin_convertvector(c.a0[i], Doubles);
+    for (int j = 0; j < N; ++j) wide.b0[j] = __builtin_convertvector(c.b0[j], Doubles);
+    return wide;
+}
+
+// Tensors are (outer, D). Threads take chunks of `rows` rows; the coefficients of LANES channels are loaded once a chunk.
+template <class T>
+static void forward_channels(const T *x, T *y, const float *a, const float *b, const float *a0, const float *b0,
+                             int64_t outer, int64_t D, int64_t rows, int threads) {
+    const int64_t chunks = (outer + rows - 1) / rows;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t last = (chunk + 1) * rows < outer ? (chunk + 1) * rows : outer;
+        for (int64_t d = 0; d < D; d += LANES) {
+            const Columns<Floats> c = columns(a, b, a0, b0, d, D);
+            for (int64_t row = chunk * rows; row < last; ++row) {
+                Floats at = take(x + row * D, d, D), result;
+                if (__builtin_expect(all_within(at, LARGE), 1))
+                    result = value(at, c.group());
+                else
+                    result = __builtin_convertvector(
+                        value(__builtin_convertvector(at, Doubles), widened(c).group()), Floats);
+                put(y + row * D, result, d, D);
+            }
+        }
+    }
+}
+
+// As `backward`, for one function a channel: the sums of the chunks are (chunks, D, WIDTH).
+template <class T>
+static void backward_channels(const T *g, const T *x, T *dx, double *sums, const float *a, const float *b,
+                              const float *a0, const float *b0, int64_t outer, int64_t D, int64_t rows, int threads) {
+    const int64_t chunks = (outer + rows - 1) / rows;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t last = (chunk + 1) * rows < outer ? (chunk + 1) * rows : outer;
+        for (int64_t d = 0; d < D; d += LANES) {
+            const Columns<Floats> c = columns(a, b, a0, b0, d, D);
+            Floats lanes[WIDTH] = {};
+            Doubles totals[WIDTH] = {};
+            for (int64_t row = chunk * rows; row < last; ++row) {
+                Floats at = take(x + row * D, d, D), grad = take(g + row * D, d, D), result;
+                if (__builtin_expect(all_within(at, LARGE), 1)) {
+                    result = gradient(grad, at, c.group(), sums ? lanes : nullptr);
+                } else {
+                    const Columns<Doubles> wide = widened(c);
+                    result = __builtin_convertvector(
+                        gradient(__builtin_convertvector(grad, Doubles), __builtin_convertvector(at, Doubles),
+                                 wide.group(), sums ? totals : nullptr),
+                        Floats);
+                }
+                put(dx + row * D, result, d, D);
+                if (sums && ((row + 1) % IN_FLOAT == 0 || row + 1 == last))
+                    for (int w = 0; w < WIDTH; ++w) {
+                        totals[w] += __builtin_convertvector(lanes[w], Doubles);
+                        lanes[w] = Floats{};
+                    }
+            }
+            for (int l = 0; sums && l < LANES && d + l < D; ++l)
+                for (int w = 0; w < WIDTH; ++w)
+                    sums[(chunk * D + d + l) * WIDTH + w] = totals[w][l];
+        }
+    }
+}
+
 extern "C" {
 void forward_float32(const float *x, float *y, const float *a, const float *b, const float *a0, const float *b0,
                      int64_t outer, int64_t G, int64_t K, int threads) {
@@ -157,4 +255,16 @@ void backward_bfloat16(const uint16_t *g, const uint16_t *x, uint16_t *d, double
                        int threads) {
     backward(g, x, d, sums, a, b, a0, b0, outer, G, K, rows, threads);
 }
+#define CHANNELS(NAME, T)                                                                                              \
+    void forward_channels_##NAME(const T *x, T *y, const float *a, const float *b, const float *a0, const float *b0,    \
+                                 int64_t outer, int64_t D, int64_t rows, int threads) {                                \
+        forward_channels(x, y, a, b, a0, b0, outer, D, rows, threads);                                                 \
+    }                                                                                                                  \
+    void backward_channels_##NAME(const T *g, const T *x, T *d, double *sums, const float *a, const float *b,          \
+                                  const float *a0, const float *b0, int64_t outer, int64_t D, int64_t rows,            \
+                                  int threads) {                                                                       \
+        backward_channels(g, x, d, sums, a, b, a0, b0, outer, D, rows, threads);                                       \
+    }
+CHANNELS(float32, float)
+CHANNELS(bfloat16, uint16_t)
 }

@@ -29,8 +29,23 @@ def test_rows_of_any_length_in_one_or_several_chunks(length, rows, form, monkeyp
         assert normwise(value, reference) <= tolerance
 
 
-def test_the_result_does_not_depend_on_the_number_of_threads():
-    a, b = coefficients(8)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("channels", [1, 16, 37])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_one_function_for_each_channel(rows, channels, form, monkeypatch):
+    monkeypatch.setattr(native, "_CHUNK", 1 << 10)
+    ran = calls(monkeypatch)
+    a, b = coefficients(channels)
+    x, grad = torch.randn(rows, channels) * 4, torch.randn(rows, channels)
+    got, expected = run(rational, x, a, b, grad, form=form), yardstick(x, a, b, grad, form=form)
+    assert len(ran) == 2
+    for value, reference, tolerance in zip(got, expected, (1e-6, 1e-6, 5e-6, 5e-6), strict=True):
+        assert normwise(value, reference) <= tolerance
+
+
+@pytest.mark.parametrize("groups", [8, 192])
+def test_the_result_does_not_depend_on_the_number_of_threads(groups):
+    a, b = coefficients(groups)
     x, grad = torch.randn(700, 192), torch.randn(700, 192)
     threads, results = torch.get_num_threads(), []
     try:
@@ -42,9 +57,10 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
     assert all(torch.equal(s, t) for other in results[1:] for s, t in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("groups", [4, 48])
 @pytest.mark.parametrize("form", FORMS)
-def test_bfloat16_is_rounded_once(form):
-    a, b = coefficients(4)
+def test_bfloat16_is_rounded_once(form, groups):
+    a, b = coefficients(groups)
     x, grad = (torch.randn(50, 48) * 4).bfloat16(), torch.randn(50, 48).bfloat16()
     got = run(rational, x, a, b, grad, form=form)
     y, dx, *sums = yardstick(x, a, b, grad, form=form)
@@ -54,8 +70,9 @@ def test_bfloat16_is_rounded_once(form):
         assert normwise(value, reference) <= 5e-6
 
 
-def test_a_number_too_large_for_float32_powers_and_a_nan_beside_others():
-    a, b = coefficients(2)
+@pytest.mark.parametrize("groups", [2, 32])
+def test_a_number_too_large_for_float32_powers_and_a_nan_beside_others(groups):
+    a, b = coefficients(groups)
     x, grad = torch.randn(5, 32), torch.randn(5, 32)
     x[0, 3], x[2, 31], x[4, 0] = 3e8, -1e30, 2e4
     got, expected = run(rational, x, a, b, grad), yardstick(x, a, b, grad)
@@ -68,8 +85,9 @@ def test_a_number_too_large_for_float32_powers_and_a_nan_beside_others():
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_functions_differ_by_exactly_zero_in_value_and_gradient(form, dtype):
-    a, b = coefficients(3)
+@pytest.mark.parametrize("groups", [3, 111])
+def test_equal_functions_differ_by_exactly_zero_in_value_and_gradient(groups, form, dtype):
+    a, b = coefficients(groups)
     x = (torch.randn(200, 3 * 37) * 4).to(dtype).requires_grad_()
     y = rational(x, a.clone().requires_grad_(), b, form=form, base=(a, b))
     y.sum().backward()
