@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lit_adapters.methods.description import LearnedFunctions, relative_drift
 
+_MOST_CURVES = 64  # of a panel; of more functions every n-th is drawn
 _COLUMNS = 4
 _SEEN = 1e-3  # of the largest density: where inputs are rarer, a function is not shown
 _DENSITY_HEIGHT = 0.3  # of a panel
@@ -74,8 +75,9 @@ def _draw(panel: Axes, adapter: LearnedFunctions, what: What, seen: Tensor | Non
     if seen is not None:
         height = seen.numpy()[shown] / seen.max().item() * _DENSITY_HEIGHT
         panel.plot(x, height, color="tab:orange", linewidth=0.8, transform=transform)
-    for row, colour in zip(current[:, shown], _palette(len(current)), strict=True):
-        panel.plot(x, row, color=colour, linewidth=1.0)
+    colours = _palette(len(current))
+    for group in range(0, len(current), -(-len(current) // _MOST_CURVES)):
+        panel.plot(x, current[group, shown], color=colours[group], linewidth=1.0)
     panel.plot(x, initial[shown], color="black", linewidth=1.0, linestyle="--")
     for end in adapter.fitted_range() or ():
         if x[0] < end < x[-1]:

@@ -13,6 +13,7 @@ from lit_adapters.ops.statistics import FunctionalSubspace, functional_subspace
 
 _POINTS = 1024  # of the grid on which the functions of all layers are compared
 _LEAST_POINTS = 32  # in the range of each layer
+_MOST_FUNCTIONS = 2048  # of all layers together; of more, every n-th of each layer is taken
 
 Change = Callable[[LearnedFunctions, Tensor], Tensor]
 
@@ -50,6 +51,8 @@ def learned_subspace(
 ) -> FunctionalSubspace:
     """The space spanned by the learned changes of all groups of all layers, each under its layer's own density.
 
+    Of more than 2,048 functions a regular sample is taken, as the time for the space grows with their number.
+
     Args:
         layers: The adapted activations.
         k: The number of leading directions to keep.
@@ -57,5 +60,7 @@ def learned_subspace(
     """
     grid, shares = common_grid(layers)
     changes = [change(layer, grid) for layer in layers]
+    step = -(-sum(map(len, changes)) // _MOST_FUNCTIONS)
+    changes = [values[::step] for values in changes]
     weights = [share.expand(len(change), -1) for share, change in zip(shares, changes, strict=True)]
     return functional_subspace(torch.cat(changes), torch.cat(weights), grid, k)

@@ -15,6 +15,7 @@ from lit_adapters.methods.description import LearnedFunctions, relative_drift
 from lit_adapters.ops.statistics import FunctionalSubspace, components, effective_rank
 
 _TINY = 1e-12
+_MOST_COLUMNS = 64  # of a map
 _SHOWN = 10  # singular values of the functional subspace: as many as a function has coefficients
 
 
@@ -54,13 +55,19 @@ def functional_subspace_figure(space: FunctionalSubspace, layers: Mapping[str, L
 
 
 def drift_map(layers: Mapping[str, LearnedFunctions]) -> Figure:
-    """A map of layers by groups: the drift of each function from the pretrained one, relative to that one."""
+    """A map of layers by groups: the drift of each function from the pretrained one, relative to that one.
+
+    Where a layer has more than 64 groups, a cell shows the largest drift of several neighbours.
+    """
     rows = {name: relative_drift(layer).numpy() for name, layer in layers.items()}
+    joined = -(-max(len(row) for row in rows.values()) // _MOST_COLUMNS)
+    rows = {name: np.maximum.reduceat(row, range(0, len(row), joined)) for name, row in rows.items()}
     width = max(len(row) for row in rows.values())
     values = np.full((len(rows), width), np.nan)
     for place, row in enumerate(rows.values()):
         values[place, : len(row)] = row
-    return _map(values, list(rows), [str(g + 1) for g in range(width)], "group", "relative drift of the function")
+    axis = "group" if joined == 1 else f"first of {joined} groups"
+    return _map(values, list(rows), [str(g * joined + 1) for g in range(width)], axis, "relative drift of the function")
 
 
 def norm_map(norms: Mapping[str, float]) -> Figure:

@@ -15,6 +15,7 @@ from lit_adapters.methods.channels import Layout, channel_layout
 from lit_adapters.methods.hooks import has_own_forward
 from lit_adapters.values import check_whole
 
+CHANNELS = "channels"  # value of `groups`
 _MOST_GROUPS = 1 << 16
 _MOST_DIMS = 8
 
@@ -23,14 +24,16 @@ class ActivationMethod(Method):
     """Base of the methods that give each of G contiguous groups of channels an activation function of its own.
 
     Attributes:
-        groups: G; must divide the channels of every adapted layer.
+        groups: G; must divide the channels of every adapted layer. "channels" gives each channel its own function.
         channel_dim: The dimension of the activation's input that holds the channels, or "auto".
+        one_row_a_group: Names of tensors in files that have a row for each group.
     """
 
     merges: ClassVar[str] = "no, it stays a function"
     kind: ClassVar[str] = "activation"
+    one_row_a_group: ClassVar[tuple[str, ...]]
 
-    groups: int
+    groups: int | Literal["channels"]
     channel_dim: int | Literal["auto"]
 
     def adapter(
@@ -53,7 +56,8 @@ class ActivationMethod(Method):
         Raises:
             AdapterError: `groups` or `channel_dim` is out of range.
         """
-        check_whole("groups", self.groups, high=_MOST_GROUPS)
+        if self.groups != CHANNELS:
+            check_whole("groups", self.groups, high=_MOST_GROUPS, otherwise=f"or {CHANNELS!r}")
         if self.channel_dim != "auto":
             check_whole("channel_dim", self.channel_dim, -_MOST_DIMS, _MOST_DIMS, "or 'auto'")
 
@@ -86,6 +90,13 @@ class ActivationMethod(Method):
         return self.adapter(base, qualified_name, groups, channel_dim, device)
 
     def _groups_of(self, layout: Layout, qualified_name: str) -> int:
+        if isinstance(self.groups, str):
+            if layout.channels is None:
+                raise AdapterError(
+                    f"cannot tell how many channels {qualified_name!r} has; set groups to their number instead of "
+                    f"{CHANNELS!r}"
+                )
+            return layout.channels
         if layout.channels is not None and layout.channels % self.groups:
             raise AdapterError(
                 f"{self.groups} groups do not divide the {layout.channels} channels of {qualified_name!r}; "
@@ -96,5 +107,15 @@ class ActivationMethod(Method):
     def placeholder(
         self, qualified_name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
     ) -> AdapterModule:
-        """As for any method. GELU takes the place of the activation, as the tensors in a file do not depend on it."""
-        return self.adapter(nn.GELU(), qualified_name, self.groups, -1, torch.device("meta"))
+        """As for any method. GELU takes the place of the activation, as the tensors in a file do not depend on it.
+
+        Raises:
+            AdapterError: `groups` is "channels", and the tensors do not tell their number.
+        """
+        groups = self.groups
+        if isinstance(groups, str):
+            sizes = [t.shape[0] for name, t in tensors.items() if name in self.one_row_a_group and t.dim()]
+            if not sizes or not 1 <= sizes[0] <= _MOST_GROUPS:
+                raise AdapterError(f"{qualified_name!r} lacks the tensors of its groups")
+            groups = sizes[0]
+        return self.adapter(nn.GELU(), qualified_name, groups, -1, torch.device("meta"))

@@ -35,7 +35,8 @@ class GroupAffine(ActivationMethod):
     """Configuration of GroupAffine.
 
     Args:
-        groups: G, the number of functions for each layer; must divide the layer's channels.
+        groups: G, the number of functions for each layer; must divide the layer's channels. "channels" gives each
+            channel its own function.
         targets: "activations" (those of the MLPs), a list of name suffixes, or a regular expression for whole names.
         exclude: Name suffixes of modules to leave alone.
         channel_dim: The dimension that holds the channels; "auto" takes 1 after convolutions, -1 after linear layers.
@@ -45,8 +46,9 @@ class GroupAffine(ActivationMethod):
     """
 
     name: ClassVar[str] = "group_affine"
+    one_row_a_group: ClassVar[tuple[str, ...]] = ("input_gain",)
 
-    groups: int = 8
+    groups: int | Literal["channels"] = 8
     targets: str | Sequence[str] = "activations"
     exclude: Sequence[str] = ()
     channel_dim: int | Literal["auto"] = "auto"

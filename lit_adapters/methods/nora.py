@@ -54,7 +54,8 @@ class NoRA(ActivationMethod):
     """Configuration of NoRA.
 
     Args:
-        groups: G, the number of functions for each layer; must divide the layer's channels.
+        groups: G, the number of functions for each layer; must divide the layer's channels. "channels" gives each
+            channel its own function.
         rank: r, the rank of the coefficient updates; None trains the coefficients directly.
         alpha: The updates are multiplied by alpha / rank.
         degrees: The degrees (m, n) of numerator and denominator.
@@ -72,8 +73,9 @@ class NoRA(ActivationMethod):
     """
 
     name: ClassVar[str] = "nora"
+    one_row_a_group: ClassVar[tuple[str, ...]] = ("numerator_B", "numerator_delta")
 
-    groups: int = 8
+    groups: int | Literal["channels"] = 8
     rank: int | None = 3
     alpha: float = 6.0
     degrees: tuple[int, int] = (5, 4)

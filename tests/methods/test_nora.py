@@ -32,7 +32,7 @@ def adapted_activation(moved: float = 0.1, activation: nn.Module | None = None, 
 
 def oracle(adapter: NoRAActivation, x: torch.Tensor, factors: dict[str, torch.Tensor]) -> torch.Tensor:
     """The equations of the module's docstring, element by element of the coefficients, in float64."""
-    config, groups = adapter.config, adapter.config.groups
+    config, groups = adapter.config, adapter.groups
     updates = {}
     for part in ("numerator", "denominator"):
         if config.rank is None:

@@ -81,7 +81,7 @@ def test_other_recipes_run_on_a_tiny_backbone(tmp_path, name):
 def test_a_list_of_methods_each_at_its_rate(tmp_path):
     """LoRA and BitFit share the linear layers."""
     recipe = yaml.safe_load((CONFIGS / "offline" / "lora.yaml").read_text())
-    affine = {"class_path": "lit_adapters.GroupAffine", "init_args": {"groups": 4}}
+    affine = {"class_path": "lit_adapters.GroupAffine", "init_args": {"groups": "channels"}}
     recipe["model"]["adapters"] = [recipe["model"]["adapters"], {"class_path": "lit_adapters.BitFit"}, affine]
     recipe["lr_scale"] = {"lora": 0.1, "bitfit": 0.3, "group_affine": 1.0}
     path = tmp_path / "recipe.yaml"
