@@ -14,9 +14,9 @@ from lit_adapters.study.settings import read_study
 from tests.language.tiny import QUIET, ROWS, quick_main
 
 STUDIES = Path(__file__).parents[2] / "configs" / "studies"
-NAMES = ["language_gap", "language_smoke", "rewards"]
+NAMES = ["language_gap", "language_smoke", "newsgroups_loran", "rewards"]
 ARMS = [(name, arm) for name in NAMES for arm in read_study(STUDIES / f"{name}.yaml").arms]
-QUICK = {("language_gap", "full")}  # the others are in the slow tier
+QUICK = {("language_gap", "full"), ("newsgroups_loran", "tanh")}  # the others are in the slow tier
 
 
 class Items(Callback):
