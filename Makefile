@@ -31,15 +31,12 @@ lint: $(ENVIRONMENT)
 docs: $(ENVIRONMENT)  ## the site from docs/ and the docstrings, in site/; warnings and dead links are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# ROOT holds cifar10/ (train and test, folders or .tar.gz), alpaca_demo/, dolly_hhrlhf_small/, hh_helpful/, mmlu/,
-# mt_bench/, newsgroups20/ and samsum/.
-bench: $(ENVIRONMENT)  ## measure everything that docs/ shows: hours
-	@test -n "$(ROOT)" || { echo 'error: make bench ROOT=DIR, the folder with cifar10/, alpaca_demo/, mmlu/, ...'; exit 1; }
+# ROOT holds cifar10/ (train and test, folders or .tar.gz) and alpaca_demo/. Methods are compared by configs/studies.
+bench: $(ENVIRONMENT)  ## measure speed, memory and what is learned: hours
+	@test -n "$(ROOT)" || { echo 'error: make bench ROOT=DIR, the folder with cifar10/ and alpaca_demo/'; exit 1; }
 	for model in vit smollm2; do for precision in fp32 bf16; do \
 		$(BIN)/python -m benchmarks.step_time --model $$model --precision $$precision || exit 1; done; done
 	$(BIN)/python -m benchmarks.cifar10_accuracy --root $(ROOT)/cifar10
-	for task in alpaca newsgroups samsum; do \
-		$(BIN)/python -m benchmarks.language_tuning --root $(ROOT) --task $$task || exit 1; done
 	$(BIN)/python -m benchmarks.subspace --root $(ROOT)
 	$(BIN)/python -m benchmarks.callback_overhead --root $(ROOT)
 	$(BIN)/python -m benchmarks.healthy_and_sick --root $(ROOT)/cifar10
@@ -49,9 +46,6 @@ bench: $(ENVIRONMENT)  ## measure everything that docs/ shows: hours
 	$(BIN)/python -m benchmarks.peft_memory --models vit llama --precisions fp32 bf16 --checkpointing
 	for question in rational_speed time_shares loran_speed inference startup growth; do \
 		$(BIN)/python -m benchmarks.$$question || exit 1; done
-	$(BIN)/python -m benchmarks.preferences --root $(ROOT)
-	$(BIN)/python -m benchmarks.reinforcement
-	$(BIN)/python -m benchmarks.speculative --root $(ROOT)
 	$(BIN)/python -m benchmarks.tables
 
 # The marker is written last, so that an interrupted installation is repeated.

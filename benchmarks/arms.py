@@ -10,9 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 import lit_adapters as la
 
-# accuracy: CIFAR-10 (cifar10_accuracy). language: SmolLM2 on three tasks (language_tuning). regimes: preferences,
-# reinforcement and speculative decoding. steps vit, steps smollm2: the models of step_time.
-Table = Literal["accuracy", "language", "regimes", "steps vit", "steps smollm2"]
+# accuracy: CIFAR-10 (cifar10_accuracy). steps vit, steps smollm2: the models of step_time.
+Table = Literal["accuracy", "steps vit", "steps smollm2"]
 
 # The table of each model of step_time.
 STEPS: dict[str, Table] = {"vit": "steps vit", "smollm2": "steps smollm2"}
@@ -40,8 +39,6 @@ class Arm:
         method: The class of the method; None for a control.
         vision: Settings of the method for a ViT, in `step_time`.
         language: Settings of the method for a language model, in `step_time`.
-        recipe: File in configs/vision/offline or configs/language/smollm2, without .yaml; by default the arm's name.
-        changes: Command line options that change the recipe.
         rates: Learning rates that `cifar10_accuracy` compares.
     """
 
@@ -50,24 +47,12 @@ class Arm:
     method: type[la.Method] | None = None
     vision: dict[str, Any] = field(default_factory=dict)
     language: dict[str, Any] = field(default_factory=dict)
-    recipe: str = ""
-    changes: tuple[str, ...] = ()
     rates: tuple[float, ...] = ()
 
 
 _LORAN = {"rank": 64, "alpha": 16.0, "dropout": 0.2, "targets": ["q_proj", "v_proj"]}
 
 ARMS = {
-    # The language model at its start, before any adapter has learned.
-    "untouched": Arm(
-        rows={"language": Row(0, "untouched model"), "regimes": Row(0, "untouched")},
-        recipe="lora",
-    ),
-    # The draft of speculative decoding at its start.
-    "none": Arm(
-        rows={"regimes": Row(1, "no adapter")},
-        recipe="lora",
-    ),
     "head": Arm(
         rows={
             "accuracy": Row(0, "head only"),
@@ -91,8 +76,6 @@ ARMS = {
     "lora": Arm(
         rows={
             "accuracy": Row(1, "LoRA, r = 8"),
-            "language": Row(1, "LoRA"),
-            "regimes": Row(2, "LoRA"),
             "steps vit": Row(3, "LoRA"),
             "steps smollm2": Row(3, "LoRA"),
         },
@@ -104,8 +87,6 @@ ARMS = {
     ),
     "dora": Arm(
         rows={
-            "language": Row(4, "DoRA"),
-            "regimes": Row(4, "DoRA"),
             "steps vit": Row(5, "DoRA"),
             "steps smollm2": Row(5, "DoRA"),
         },
@@ -116,8 +97,6 @@ ARMS = {
     ),
     "loran": Arm(
         rows={
-            "language": Row(5, "LoRAN, r = 64, q and v"),
-            "regimes": Row(6, "LoRAN, r = 64, q and v"),
             "steps vit": Row(9, "LoRAN"),
             "steps smollm2": Row(9, "LoRAN, r = 64, q and v"),
         },
@@ -126,12 +105,6 @@ ARMS = {
         vision={"rank": 8},
         language=_LORAN,
     ),
-    # Sinter's control: the same without its sine.
-    "loran_identity": Arm(
-        rows={"language": Row(6, "LoRAN, amplitude 0")},
-        recipe="loran",
-        changes=("--model.adapters.init_args.amplitude=0.0",),
-    ),
     "lora_like_loran": Arm(
         rows={"steps smollm2": Row(10, "LoRA, r = 64, q and v")},
         method=la.LoRA,
@@ -139,8 +112,6 @@ ARMS = {
     ),
     "afa": Arm(
         rows={
-            "language": Row(2, "AFA-LoRA"),
-            "regimes": Row(3, "AFA-LoRA"),
             "steps vit": Row(4, "AFA-LoRA"),
             "steps smollm2": Row(4, "AFA-LoRA"),
         },
@@ -176,8 +147,6 @@ ARMS = {
     "nora_plus_plus": Arm(
         rows={
             "accuracy": Row(8, "NoRA++, scaled"),
-            "language": Row(3, "NoRA++, anchored"),
-            "regimes": Row(5, "NoRA++"),
             "steps vit": Row(8, "NoRA++"),
             "steps smollm2": Row(8, "NoRA++"),
         },
@@ -196,16 +165,6 @@ def names(table: Table) -> dict[str, str]:
     return {key: row.name for key, row in sorted(of_table.items(), key=lambda item: item[1].place)}
 
 
-def adapted(table: Table) -> list[str]:
-    """The arms of a table that have an adapter."""
-    return [key for key in names(table) if ARMS[key].method is not None]
-
-
 def methods() -> dict[str, type[la.Method]]:
     """Every method once, by the arm that has it at its default settings."""
     return {key: arm.method for key, arm in ARMS.items() if arm.method is not None and arm.name}
-
-
-def recipe_of(arm: str) -> str:
-    """Name of the recipe of an arm, without folder and .yaml."""
-    return ARMS[arm].recipe or arm

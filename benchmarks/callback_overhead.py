@@ -21,8 +21,8 @@ import torch
 from lightning.pytorch import Callback
 
 import lit_adapters as la
-from benchmarks.language_tuning import DATA
 from benchmarks.results_file import RESULTS, append, environment
+from benchmarks.smollm2 import alpaca_rows
 from language.__main__ import main as language
 from lit_adapters.methods.afa import AFAAdapter
 from lit_adapters.methods.nora import NoRAActivation
@@ -93,7 +93,7 @@ def run(model: str, root: Path) -> dict[str, Any]:
 
     Recorder.draw = draw  # type: ignore[method-assign]
     main = vision if model == "vit" else language
-    data = [f"--data.root={root}/cifar10"] if model == "vit" else [o.format(root=root) for o in DATA["alpaca"]]
+    data = [f"--data.root={root}/cifar10"] if model == "vit" else alpaca_rows(root)
     length = [f"--trainer.max_epochs={epochs}"]
     length = length if model == "vit" else ["--trainer.max_epochs=-1", "--trainer.max_steps=60"]
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arms import ARMS, names, recipe_of
+from benchmarks.arms import ARMS, names
 from benchmarks.results_file import RESULTS, environment
 from benchmarks.runner import QUIET, Runner, Steps, parser, rate_options
 from benchmarks.timing import peak_memory_mib
@@ -38,8 +38,7 @@ def run(arm: str, protocol: str, rate: float, order: int, root: str) -> dict[str
     cli = vision(
         [
             "fit",
-            f"--config=configs/vision/offline/{recipe_of(arm)}.yaml",
-            *ARMS[arm].changes,
+            f"--config=configs/vision/offline/{arm}.yaml",
             f"--data.root={root}",
             "--data.source=folder",
             f"--data.order_seed={order}",

@@ -12,10 +12,18 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.arms import names
 from lit_adapters.learned.pictures import save_figure
 
-NAMES = names("language")
+# The arms and their names, in the order of the rows.
+NAMES = {
+    "untouched": "untouched model",
+    "lora": "LoRA",
+    "afa": "AFA-LoRA",
+    "nora_plus_plus": "NoRA++, anchored",
+    "dora": "DoRA",
+    "loran": "LoRAN, r = 64, q and v",
+    "loran_identity": "LoRAN, amplitude 0",  # Sinter's control: the same without its sine
+}
 # Metrics that only the untouched model has, and their names.
 ONLY_UNTOUCHED = {"accuracy by likelihood": "by likelihood"}
 CATEGORIES = ("STEM", "Humanities", "Social Sciences", "Other")

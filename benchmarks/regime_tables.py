@@ -1,4 +1,4 @@
-"""The tables and the plot of docs/regimes.md: preferences, reinforcement and speculative decoding."""
+"""The tables and the plot of preferences, reinforcement and speculative decoding; called by `benchmarks.tables`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.arms import names
 from lit_adapters.learned.pictures import save_figure
 
 Record = dict[str, Any]
-NAMES = names("regimes")
+# The arms and their names, in the order of the rows.
+NAMES = {
+    "untouched": "untouched",
+    "none": "no adapter",
+    "lora": "LoRA",
+    "afa": "AFA-LoRA",
+    "dora": "DoRA",
+    "nora_plus_plus": "NoRA++",
+    "loran": "LoRAN, r = 64, q and v",
+}
 
 
 def _estimate(metric: Record, digits: int = 3) -> str:

@@ -78,34 +78,15 @@ class Runner:
         return [record for record in load(self.path) if key.items() <= record.items()]
 
 
-def metric_values(record: Record) -> str:
-    """All metrics of a record, to four decimals."""
-    return ", ".join(f"{name} {metric['value']:.4f}" for name, metric in record["metrics"].items())
-
-
-def loss_of(record: Record) -> float:
-    """The loss of a record."""
-    loss: float = record["metrics"]["loss"]["value"]
-    return loss
-
-
-def parser(
-    description: str | None, arms: Iterable[str], default: Iterable[str] | None = None
-) -> argparse.ArgumentParser:
-    """A command line with the options that all training benchmarks have: arms and threads.
+def parser(description: str | None, arms: Iterable[str]) -> argparse.ArgumentParser:
+    """A command line with the options of a benchmark that trains: arms and threads.
 
     Args:
         description: The docstring of the benchmark.
         arms: The arms to choose from.
-        default: The arms that are run by default; all of them without it.
     """
     arms = list(arms)
     created = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    created.add_argument("--arms", nargs="+", default=list(default or arms), choices=arms)
+    created.add_argument("--arms", nargs="+", default=arms, choices=arms)
     created.add_argument("--threads", type=int, default=torch.get_num_threads())
     return created
-
-
-def add_precision(created: argparse.ArgumentParser) -> None:
-    """The option `--precision` of the benchmarks that train a language model."""
-    created.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 import lit_adapters as la
-from benchmarks.language_tuning import DATA
 from benchmarks.results_file import RESULTS, append, environment, load
 from benchmarks.runner import rate_options
+from benchmarks.smollm2 import alpaca_rows
 from language.__main__ import main as language
 from lit_adapters.learned.subspace import learned_subspace
 from lit_adapters.methods.nora import NoRAActivation
@@ -79,7 +79,7 @@ def train(application: str, recipe: str, options: tuple[str, ...], root: Path, f
     if application == "language":
         main = language
         recipes = "language/smollm2"
-        data = [option.format(root=root) for option in DATA["alpaca"]]
+        data = alpaca_rows(root)
     return main(
         [
             "fit",

@@ -274,7 +274,7 @@ def language() -> None:
 
 def regimes() -> None:
     """Fill the blocks of preferences, reinforcement and speculative decoding."""
-    page = ROOT / "docs" / "regimes.md"
+    page = ROOT / "docs" / "results-language.md"
     r = regime_tables
     if records := load(RESULTS / "preferences.json"):
         shown = table(r.PREFERENCES, r.preference_rows(records))
