@@ -311,7 +311,8 @@ class GRPOTuner(CausalLMTuner):
         texts = self._likeliest(batch)
         values = self._rewarded(texts, batch)
         prompts = self.tokenizer.batch_decode(prompt_rows(batch))
-        rows = zip(prompts, batch["answers"], texts, values["reward"].tolist(), strict=True)
+        rewards = [round(reward, 6) for reward in values["reward"].tolist()]
+        rows = zip(prompts, batch["answers"], texts, rewards, strict=True)
         self.answered += [dict(zip(("prompt", "answer", "completion", "reward"), row, strict=True)) for row in rows]
         return self._test(values)
 
