@@ -44,7 +44,21 @@ numbers are NaN. Runs that are identical (every difference 0) are the exception:
 Why this is not the percentile interval of the two-way bootstrap (sets and items resampled independently): where sets
 decide, that interval lies between the smallest and the largest difference, which enclose the true one in 75 of 100
 studies with three sets, and in 94 with five. Where items decide it is too wide, as it counts what varies with set and
-item together three times.
+item together three times. This is how often each interval held the true difference in 1500 simulated studies (300 for
+the bootstrap) of two arms, right or wrong on 1000 items, at 60% accuracy, with 20% of the items right in one arm alone;
+sd is what the training set changes in a difference, in points, and the shared error from items is 0.7 points:
+
+    sets               |         3         |         4         |         5         |         8
+    sd                 |  0.5   2.5   10   |  0.5   2.5   10   |  0.5   2.5   10   |  0.5   2.5   10
+    bootstrap          | .987  .913  .747  | .987  .933  .810  | .980  .937  .870  | .980  .937  .900
+    paired t           | .905  .947  .949  | .880  .937  .943  | .857  .931  .949  | .782  .905  .950
+    t of Satterthwaite | .929  .928  .939  | .947  .938  .939  | .943  .944  .945  | .945  .947  .951
+    this interval      | .962  .962  .951  | .973  .959  .948  | .961  .963  .953  | .953  .960  .954
+
+With six contrasts of equal arms, `p_holm` was below 0.05 for any in 2 to 4 of 100 studies of 3 to 8 sets, and
+`t_p_holm` in 4 to 36. Arms exactly a margin apart were called equivalent in 3 to 6. The limit: if the differences of
+sets are strongly skewed (near 100% accuracy, with large effects of the set), that was 9 of 100; it was 9 to 10 with the
+paired t too.
 
 `two_way_bootstrap` computes the percentiles, for readers who want them beside. No library has a two-way interval for
 few sets. The paired t test comes from scipy and Holm's procedure from statsmodels.
