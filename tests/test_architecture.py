@@ -18,7 +18,7 @@ LANGUAGE = ["meaning", "gguf_files", "models", "measured", "loss", "means", "gen
 LANGUAGE += ["prompt", "cli", "evaluate", "dpo", "grpo", "draft", "__main__", "demo"]
 LAYERS = {"lit_adapters": LIBRARY, "language": LANGUAGE}
 FOREIGN = {"timm", "transformers", "torchvision", "vision", "language"}
-EXTRAS = {"peft", "bitsandbytes"}  # imported where they are needed, never with the library
+EXTRAS = {"peft", "bitsandbytes", "ray", "submitit"}  # imported where they are needed, never with the library
 
 
 def imported(path, anywhere=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +44,11 @@ def study_command(args: argparse.Namespace) -> None:
             raise AdapterError(f"--workers {args.workers} must be at least 1")
         if args.executor is not None:
             study = replace(study, run=replace(study.run, executor=args.executor))
-        results = run_study(study, folder, args.workers, args.hours)
+        try:
+            results = run_study(study, folder, args.workers, args.hours)
+        except KeyboardInterrupt:
+            print("stopped: finished runs are kept, and the same command goes on", file=sys.stderr)
+            sys.exit(130)
         print(status(study, results))
         print(f"lit-adapters study report {args.file} shows what was found")
         return

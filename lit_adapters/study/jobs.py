@@ -7,16 +7,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from lit_adapters.study.attempt import JOB, LOG, RECIPE
 from lit_adapters.study.planning import Run
 from lit_adapters.study.records import RECORD, RUNS
-
-JOB = "job.json"
-RECIPE = "recipe.yaml"
-LOG = "log.txt"
 
 
 @dataclass(frozen=True)
@@ -26,12 +22,10 @@ class Job:
     Attributes:
         folder: Its folder.
         threads: Threads of its process.
-        options: Of the executor.
     """
 
     folder: Path
     threads: int
-    options: Mapping[str, Any]
 
     @property
     def finished(self) -> bool:
@@ -45,7 +39,26 @@ class Job:
         return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
 
 
-def prepare(run: Run, program: str, paths: Mapping[str, str], folder: Path, options: Mapping[str, Any]) -> Job:
+@dataclass(frozen=True)
+class Ended:
+    """A job that has ended; whether it is finished is read from its folder.
+
+    Attributes:
+        job: The job.
+        reason: Why it is not finished, where its log does not tell.
+    """
+
+    job: Job
+    reason: str = ""
+
+    def failure(self) -> str:
+        """Why it is not finished, in a line."""
+        reason = self.reason or self.job.log_tail(1) or "its process ended without a message"
+        log = self.job.folder / LOG
+        return f"{reason} (all of it: {log})" if log.exists() else reason
+
+
+def prepare(run: Run, program: str, paths: Mapping[str, str], folder: Path) -> Job:
     """Make the folder of a run, anew if an earlier process left it unfinished."""
     place = (folder / RUNS / run.id).resolve()
     shutil.rmtree(place, ignore_errors=True)
@@ -63,4 +76,4 @@ def prepare(run: Run, program: str, paths: Mapping[str, str], folder: Path, opti
         "threads": run.threads,
     }
     (place / JOB).write_text(json.dumps(described, indent=1), encoding="utf-8")
-    return Job(place, run.threads, options)
+    return Job(place, run.threads)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.arrays import read_arrays
 from lit_adapters.study.executors import Executor, create_executor
-from lit_adapters.study.jobs import LOG, Job, prepare
+from lit_adapters.study.jobs import Ended, prepare
 from lit_adapters.study.planning import Plan
 from lit_adapters.study.records import ITEMS, RECORD, Record, Results, read_record
 from lit_adapters.study.settings import Study
@@ -44,7 +44,7 @@ def run_study(study: Study, folder: Path, workers: int | None = None, hours: flo
     workers = study.run.workers if workers is None else workers
     with _alone(folder):
         results = Results.load(folder)
-        executor = create_executor(study.run.executor, workers, study.program, study.run.options)
+        executor = create_executor(study.run.executor, study.program, study.run.options)
         try:
             _Loop(plan, results, executor, workers, hours).run()
         finally:
@@ -75,7 +75,7 @@ class _Loop:
         self.running: dict[Path, str] = {}
         self.end = None if hours is None else time.monotonic() + 3600 * hours
         self.packed = time.monotonic()
-        self.failure: Job | None = None
+        self.failure: Ended | None = None
 
     def run(self) -> None:
         left = self.plan.expected(self.results)
@@ -84,8 +84,8 @@ class _Loop:
             done = len(self.results.records)
             task = progress.add_task(self.plan.study.name, total=done + left, completed=done, left="")
             while self._start() or self.running:
-                for job in self.executor.ended(_WAIT):
-                    self._collect(job, progress)
+                for ended in self.executor.ended(_WAIT):
+                    self._collect(ended, progress)
                 left = self.plan.expected(self.results)
                 seconds = seconds_left(self.plan, self.results) / self.workers
                 progress.update(
@@ -96,8 +96,8 @@ class _Loop:
                 )
         if self.failure is not None:
             raise AdapterError(
-                f"the run {self.failure.folder.name} failed: {self.failure.log_tail(1)} (all of it: "
-                f"{self.failure.folder / LOG}). Mend it and run the study again; finished runs are kept"
+                f"the run {self.failure.job.folder.name} failed: {self.failure.failure()}. Mend it and run the study "
+                "again; finished runs are kept"
             )
 
     def _start(self) -> bool:
@@ -111,15 +111,16 @@ class _Loop:
         waiting = [run for run in self.plan.due(self.results) if run.id not in running]
         started = waiting[: self.workers - len(self.running)]
         for run in started:
-            job = prepare(run, study.program, study.paths, folder, study.run.options)
+            job = prepare(run, study.program, study.paths, folder)
             self.running[job.folder] = run.id
             self.executor.submit(job)
         return bool(started)
 
-    def _collect(self, job: Job, progress: Progress) -> None:
+    def _collect(self, ended: Ended, progress: Progress) -> None:
+        job = ended.job
         self.running.pop(job.folder)
         if not job.finished:
-            self.failure = self.failure or job
+            self.failure = self.failure or ended
             return
         record = read_record(job.folder / RECORD)
         self.results.add(record, read_arrays(job.folder / ITEMS))

@@ -1,7 +1,8 @@
-"""One run of a study: python -m lit_adapters.study.worker FOLDER
+"""One run of a study: python -m lit_adapters.study.worker FOLDER [PARENT OWNER]
 
 The process calls the study's program as its users do, with `fit` and then with `validate` (in the search) or `test`.
-It writes the record when both have ended.
+It writes the record when both have ended. With the number of its parent process, and the content of owner.txt in the
+folder, it ends when the parent ends or another process is given the run.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapters.lightning.run_record import CHECKPOINT, EVALUATION, FAILURE, FIT
+from lit_adapters.study.attempt import JOB, RECIPE, owns
 from lit_adapters.study.environment import environment, peak_memory_mib
-from lit_adapters.study.jobs import JOB, RECIPE
+from lit_adapters.study.orphans import end_with
 from lit_adapters.study.records import Record, write_record
 
 _RECORDER = "lit_adapters.lightning.run_record.RunRecord"
@@ -116,7 +118,20 @@ def _tidy(folder: Path) -> None:
         checkpoint.unlink()
 
 
+def main(folder: str, parent: str = "", owner: str = "") -> None:
+    """Carry out a run as a process of its own.
+
+    Args:
+        folder: The run's folder.
+        parent: Number of the process that waits for this one; without it the run ends by itself only.
+        owner: What owner.txt in the folder holds while the run belongs to this process.
+    """
+    if parent:
+        end_with(lambda: os.getppid() == int(parent) and owns(folder, owner))
+    run(Path(folder))
+
+
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
+    main(*sys.argv[1:])
     sys.stdout.flush()
     os._exit(0)  # at once, whatever threads the program has left

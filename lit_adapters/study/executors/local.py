@@ -11,77 +11,71 @@ import multiprocessing
 import os
 import sys
 import time
-from collections import deque
 from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from lit_adapters.study.jobs import LOG, Job
+from lit_adapters.study.attempt import LOG, kill_group, why
+from lit_adapters.study.jobs import Ended, Job
 
 _INTERVAL = 0.2  # seconds between two looks at the processes
 
 
 class LocalExecutor:
-    """Starts a process for each run, `workers` at a time.
+    """Starts a process for each run.
 
     Args:
-        workers: Processes at a time.
         program: What the runs call; imported beforehand if that runs nothing.
     """
 
-    def __init__(self, workers: int, program: str) -> None:
-        self._workers = workers
-        self._waiting: deque[Job] = deque()
+    def __init__(self, program: str) -> None:
         self._running: list[tuple[Job, BaseProcess]] = []
         # Forking a process that has threads is not safe; the server that is forked here has none.
         self._context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         self._context.set_forkserver_preload(["lit_adapters.study.worker", *_importable(program)])
 
     def submit(self, job: Job) -> None:
-        """Start a job as soon as there is room."""
-        self._waiting.append(job)
-        self._fill()
+        """Start a job."""
+        process = self._context.Process(target=_run, args=(job.folder, os.getcwd()), daemon=False)
+        process.start()
+        self._running.append((job, process))
 
-    def ended(self, timeout: float) -> list[Job]:
+    def ended(self, timeout: float) -> list[Ended]:
         """Jobs that have ended since the last call, well or not; waits up to `timeout` seconds for the first one."""
         end = time.monotonic() + timeout
         while True:
-            ended = [job for job, process in self._running if process.exitcode is not None]
-            self._running = [(job, process) for job, process in self._running if process.exitcode is None]
-            self._fill()
+            codes = [(job, process, process.exitcode) for job, process in self._running]
+            self._running = [(job, process) for job, process, code in codes if code is None]
+            ended = [Ended(job, why(code)) for job, _, code in codes if code is not None]
             if ended or time.monotonic() > end:
                 return ended
             time.sleep(_INTERVAL)
 
     def stop(self) -> None:
-        """End all jobs."""
-        self._waiting.clear()
+        """End all jobs. None could end by itself: records are whole or absent, and everything else is made anew."""
         for _, process in self._running:
-            process.terminate()
+            assert process.pid is not None
+            kill_group(process.pid)
+            process.kill()  # it may not lead its group yet
         for _, process in self._running:
-            process.join(5)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
+            process.join()
         self._running = []
-
-    def _fill(self) -> None:
-        while self._waiting and len(self._running) < self._workers:
-            job = self._waiting.popleft()
-            process = self._context.Process(target=_run, args=(job.folder, os.getcwd()), daemon=False)
-            process.start()
-            self._running.append((job, process))
 
 
 def _run(folder: Path, directory: str) -> None:
     """Carry out a run in this process, and write what it prints into its log."""
+    os.setpgrp()  # Ctrl-C in a terminal is for the study, which ends its runs
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(directory)
+    from lit_adapters.study.orphans import end_with
     from lit_adapters.study.worker import run
 
+    study = multiprocessing.parent_process()
+    assert study is not None
+    end_with(study.is_alive)
     run(folder)
 
 
