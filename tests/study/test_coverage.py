@@ -52,7 +52,7 @@ def contrast(right, first, second, margin=None):
 def test_intervals_hold_the_true_difference_in_95_of_100_studies(sets, set_sd):
     random = np.random.default_rng(sets)
     held = []
-    for _ in range(400):
+    for _ in range(300):
         right = simulate(random, sets, set_sd, (3, 0))
         found = contrast(right, 0, 1)
         _, low, high = interval(right[1].mean(1), right[1])
@@ -86,7 +86,7 @@ def test_holm_finds_nothing_where_nothing_is(sets):
     random = np.random.default_rng(sets)
     pairs = [(0, 1), (0, 2), (0, 3), (4, 5), (4, 6), (5, 6)]
     wrong = []
-    for _ in range(200):
+    for _ in range(150):
         right = simulate(random, sets, 1.0, (0,) * 7)
         found = holm([contrast(right, *pair) for pair in pairs])
         wrong.append((min(c.p_holm for c in found) < 0.05, min(c.t_p_holm for c in found) < 0.05))
@@ -99,7 +99,7 @@ def test_holm_finds_nothing_where_nothing_is(sets):
 def test_arms_as_far_apart_as_the_margin_are_seldom_called_equivalent(sets):
     random = np.random.default_rng(sets)
     at_margin, equal = [], []
-    for _ in range(400):
+    for _ in range(300):
         right = simulate(random, sets, 0.5, (6, 0, 0))
         at_margin.append(contrast(right, 0, 1, margin=6).p_equivalent < 0.05)
         equal.append(contrast(right, 1, 2, margin=6).p_equivalent < 0.05)
