@@ -60,7 +60,7 @@ With six contrasts of equal arms, `p_holm` was below 0.05 for any in 2 to 4 of 1
 sets are strongly skewed (near 100% accuracy, with large effects of the set), that was 9 of 100; it was 9 to 10 with the
 paired t too.
 
-`two_way_bootstrap` computes the percentiles, for readers who want them beside. No library has a two-way interval for
+`bootstrap` has these percentiles, for readers who want them beside. No library has a two-way interval for
 few sets. The paired t test comes from scipy and Holm's procedure from statsmodels.
 """
 
@@ -112,6 +112,7 @@ class Comparison:
         better: Whether higher or lower values are better.
         margin: The margin of the equivalence test; None without one.
         p_equivalent: The p-value of a difference as large as the margin or larger; None without a margin.
+        bootstrap: The 2.5 and 97.5 percentiles of the two-way bootstrap; None without items, or if not asked for.
         p_holm: `p` after Holm's procedure; None until `holm` was called.
         t_p_holm: `t_p` after Holm's procedure; None until `holm` was called.
     """
@@ -132,6 +133,7 @@ class Comparison:
     better: Literal["higher", "lower"] = "higher"
     margin: float | None = None
     p_equivalent: float | None = None
+    bootstrap: tuple[float, float] | None = None
     p_holm: float | None = None
     t_p_holm: float | None = None
 
@@ -180,6 +182,7 @@ def compare(
     items_b: Array | None = None,
     margin: float | None = None,
     better: Literal["higher", "lower"] = "higher",
+    resamples: int = 0,
 ) -> Comparison:
     """Compare two arms that ran on the same training sets.
 
@@ -191,6 +194,7 @@ def compare(
         items_b: Those of the second arm, for the same items in the same order.
         margin: Of the equivalence test, in the metric's unit.
         better: Whether higher or lower values are better.
+        resamples: Of the two-way bootstrap; 0 leaves it out.
 
     Raises:
         AdapterError: A value is not finite; the shapes do not fit; the mean of items is not the metric; the margin is
@@ -206,6 +210,7 @@ def compare(
     if margin is not None and not 0 < margin < math.inf:
         raise AdapterError(f"margin {margin} must be a number above 0, in the metric's unit")
     size = float(max(np.abs(first).max(), np.abs(second).max()))
+    bootstrap = None
     if items_a is None or items_b is None:
         estimate = _estimate(first - second, None, size)
     else:
@@ -215,6 +220,7 @@ def compare(
                 f"items_a has {both[0].shape[1]} items and items_b {both[1].shape[1]}; give those of one test split"
             )
         estimate = _estimate(first - second, both[0] - both[1], size)
+        bootstrap = two_way_bootstrap(both[0] - both[1], resamples) if resamples and len(first) > 1 else None
     low, high = _interval(estimate)
     p, p_equivalent, t, t_p, t_low, t_high = (math.nan,) * 6
     if estimate.testable:
@@ -243,6 +249,7 @@ def compare(
         better=better,
         margin=margin,
         p_equivalent=None if margin is None else p_equivalent,
+        bootstrap=bootstrap,
     )
 
 

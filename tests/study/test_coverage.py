@@ -6,8 +6,6 @@ arm's own strength on the item, an effect of the training set, and noise of each
 
 from __future__ import annotations
 
-import gc
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -71,16 +69,7 @@ def test_percentiles_of_the_bootstrap_do_not():
     assert np.mean(held) < 0.85
 
 
-@pytest.fixture
-def few_objects():
-    """Statsmodels collects garbage in each call, which takes long among all objects of a test run."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.parametrize("sets", [4, 8])
-@pytest.mark.usefixtures("few_objects")
 def test_holm_finds_nothing_where_nothing_is(sets):
     """Six contrasts among seven equal arms: any finding is false. The paired t knows nothing of the choice of items."""
     random = np.random.default_rng(sets)

@@ -122,7 +122,7 @@ def _contrasts(summary: Summary) -> list[Block]:
         blocks.append(Picture("contrasts", alt, draw, caption))
     columns = ["first minus second", ">difference", ">95% interval", ">n", ">p", ">p, Holm"]
     columns += [">p, equivalent"] if study.margin is not None else []
-    columns += [">detectable", "result"]
+    columns += [">detectable", ">bootstrap, 95%", "result"]
     blocks.append(Table(columns, [_contrast_row(summary, contrast, places) for contrast in summary.contrasts]))
     blocks.append(Paragraph(_explanation(summary), small=True))
     if study.also and measured:
@@ -152,18 +152,24 @@ def _contrast_row(summary: Summary, contrast: Contrast, places: int) -> list[Inl
     if c is not None and contrast.verdict() == "found":
         result = Strong("better" if c.gain > 0 else "worse")
     if c is None:
-        empty: list[Inline] = ["-"] * (7 if margin is not None else 6)
+        empty: list[Inline] = ["-"] * (8 if margin is not None else 7)
         return [contrast_name(contrast), *empty, result]
-    ends = f"{number(c.low, places, sign=True)} to {number(c.high, places, sign=True)}"
     row: list[Inline] = [
         contrast_name(contrast),
         number(c.difference, places, sign=True),
-        ends if math.isfinite(c.low) else "-",
+        _ends((c.low, c.high), places),
         str(c.n),
         _p(c.p),
         _p(c.p_holm),
     ]
-    return [*row, *([_p(c.p_equivalent)] if margin is not None else []), number(c.detectable, places), result]
+    row += [_p(c.p_equivalent)] if margin is not None else []
+    return [*row, number(c.detectable, places), _ends(c.bootstrap, places), result]
+
+
+def _ends(interval: tuple[float, float] | None, places: int) -> str:
+    if interval is None or not math.isfinite(interval[0]):
+        return "-"
+    return f"{number(interval[0], places, sign=True)} to {number(interval[1], places, sign=True)}"
 
 
 def _p(p: float | None) -> str:
@@ -177,7 +183,8 @@ def _explanation(summary: Summary) -> str:
     text = (
         f"Differences {unit}, paired over {summary.over}. Interval and p cover the choice of {_chance(summary)}."
         f" Holm: p corrected for {family} contrast{'s' if family > 1 else ''}; a difference is found if it is below"
-        " 0.05. Detectable: the difference that one test at 5% would find with 80% power at this n and spread."
+        " 0.05. Detectable: the difference that one test at 5%, before Holm, would find with 80% power at this n and"
+        " spread. Bootstrap: percentiles when sets and items are resampled; with few sets they are not a 95% interval."
     )
     if study.margin is not None:
         margin = with_unit(f"{study.margin:g}", study.metric)

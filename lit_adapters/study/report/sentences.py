@@ -134,7 +134,8 @@ def _single(summary: Summary, verdict: str, contrast: Contrast) -> Inline:
     seen = with_unit(number(c.detectable, places), study.metric)
     return [
         Strong(f"No difference was seen between {_pair(contrast)}"),
-        f" ({difference}, {details}, {_p_after_holm(c)}); one of {seen} would have been seen with 80% power.",
+        f" ({difference}, {details}, {_p_after_holm(c)}); one of {seen} would have been seen"
+        " by one test with 80% power.",
     ]
 
 
@@ -179,7 +180,7 @@ def _shared(summary: Summary, verdict: str, contrasts: list[Contrast]) -> Inline
         sizes_seen = [c.detectable for c in comparisons if math.isfinite(c.detectable)] or [math.nan]
         smallest, largest = number(min(sizes_seen), places), number(max(sizes_seen), places)
         sizes = with_unit(smallest if smallest == largest else f"{smallest} to {largest}", study.metric)
-        words = f"; one of {sizes} would have been seen with 80% power."
+        words = f"; one of {sizes} would have been seen by one test with 80% power."
         return [Strong("No difference was seen between"), " ", _semicolons(contrasts), words]
     if verdict == "unclear":
         words = ", with p below 0.05 alone but not after Holm."

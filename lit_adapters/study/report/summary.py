@@ -17,6 +17,7 @@ from lit_adapters.study.statistics import Comparison, compare, holm, interval
 
 LEVEL = 0.05  # of the tests
 _AGREE = 5e-4  # between a metric and the mean of its items: logged values are rounded
+_RESAMPLES = 2000  # of the bootstrap in the table of contrasts
 
 Finals: TypeAlias = Mapping[tuple[int, int], Record]
 
@@ -329,7 +330,8 @@ def _comparison(
     if items_a is None or items_b is None:
         items_a = items_b = None
     margin = study.margin if metric is study.metric else None
-    return compare(a, b, items_a, items_b, margin=margin, better=metric.better)
+    resamples = _RESAMPLES if metric is study.metric else 0
+    return compare(a, b, items_a, items_b, margin=margin, better=metric.better, resamples=resamples)
 
 
 def _noise_floor(plan: Plan, results: Results, arms: Mapping[str, ArmSummary]) -> NoiseFloor | None:
