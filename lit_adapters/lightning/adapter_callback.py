@@ -46,8 +46,8 @@ class AdapterCallback(CallbackOfParts):
     histograms at the end of the training, and at the end of an epoch once fifty times the drawing time has passed
     since the last ones.
 
-    A warning comes once, after a fifth of the steps, if LoRAN's function is linear at the size that B A x
-    it then does what LoRA does.
+    A warning comes once, after a fifth of the steps (at least 10), if LoRAN's function is linear at the size that B A
+    has by then, so that it does what LoRA does.
 
     Example:
         >>> trainer = Trainer(callbacks=[AdapterCallback(log_every_n_steps=10)])

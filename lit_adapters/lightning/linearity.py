@@ -11,7 +11,7 @@ from lit_adapters.training.linearity import linear_layers, step_to_look_at
 
 
 class Linearity(Callback):
-    """Looks at the adapters once, when a fifth of the optimiser steps is done (or 100, if no end is known)."""
+    """Looks at the adapters once, when a fifth of the optimiser steps is done, at least 10 (100 if no end is known)."""
 
     def __init__(self) -> None:
         self._step: int | None = None

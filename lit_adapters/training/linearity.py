@@ -11,13 +11,14 @@ from lit_adapters.model.sharding import gathered
 from lit_adapters.training.attached import adapter_layers
 
 _SHARE = 0.2  # of the training; by then the rate has warmed up, and updates are of the size they will have
+_LEAST_STEPS = 10  # before these, updates are of no size yet; a shorter training is not looked at
 _STEPS = 100  # where the length of the training is not known
 
 
 def step_to_look_at(total_steps: float) -> int:
     """The optimiser step after which `linear_layers` tells something, for a training of `total_steps`."""
     known = math.isfinite(total_steps) and total_steps > 0
-    return max(1, math.ceil(_SHARE * total_steps)) if known else _STEPS
+    return max(_LEAST_STEPS, math.ceil(_SHARE * total_steps)) if known else _STEPS
 
 
 def linear_layers(model: nn.Module) -> str:

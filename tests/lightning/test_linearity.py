@@ -23,7 +23,7 @@ def warned(tmp_path, method: la.Method, **changes) -> list[str]:
 
 def test_sinter_at_its_published_constants_is_linear_to_bfloat16(tmp_path):
     (text,) = warned(tmp_path, la.LoRAN(rank=2, frequency=1e5), **BFLOAT16)
-    assert text.startswith("step 2: 4 of 4 adapters of the method loran are linear so far: in 'blocks.0.fc1', all")
+    assert text.startswith("step 10: 4 of 4 adapters of the method loran are linear so far: in 'blocks.0.fc1', all")
     assert "is a multiple of BA, and bfloat16 resolves 3.9e-03" in text
     assert "frequency='calibrate'" in text
 
@@ -38,14 +38,12 @@ def test_a_frequency_that_is_too_low_for_the_size_of_the_product(tmp_path):
     [
         la.LoRAN(rank=2, function="sine", frequency="calibrate"),
         la.LoRAN(rank=2, amplitude=1.0, frequency="calibrate"),
-        la.LoRAN(rank=2, function="tanh", frequency="calibrate", start_size=0.01),
         la.LoRAN(rank=2, function="relu", start_size=0.01),
         la.LoRAN(rank=2, function="identity"),
-        la.LoRA(rank=2),
     ],
 )
 def test_what_is_nonlinear_or_linear_by_choice(tmp_path, method):
-    assert warned(tmp_path, method, max_steps=3, **BFLOAT16) == []
+    assert warned(tmp_path, method, **BFLOAT16) == []
 
 
 def test_the_share_and_the_phase_are_logged(tmp_path):

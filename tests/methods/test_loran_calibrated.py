@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lit_adapters as la
+from tests.lightning.tiny_task import Task, assert_equal_bits, fit, state
 from tests.methods.loran_layer import layer
 from tests.methods.test_loran import FORMULAS
 
@@ -107,6 +109,15 @@ def test_recomputing_changes_nothing():
     expected = torch.autograd.grad(adapter(x).square().sum(), variables)
     again = torch.autograd.grad(checkpoint(adapter, x, use_reentrant=False).square().sum(), variables)
     assert all(torch.equal(got, want) for got, want in zip(again, expected, strict=True))
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_broken_off(tmp_path):
+    method = la.LoRAN(rank=2, function="sine", start_size=0.01, **SETTINGS)
+    whole, resumed = Task([method]), Task([method])
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    fit(tmp_path, whole, la.AdapterCallback(), saving)
+    fit(tmp_path, resumed, ckpt=tmp_path / "step=3.ckpt")
+    assert_equal_bits(state(whole), state(resumed))
 
 
 @pytest.mark.slow

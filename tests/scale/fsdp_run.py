@@ -15,8 +15,8 @@ from tests.scale import applications
 from tests.scale.ddp_run import Broken
 from tests.scale.tasks import METHODS, Task, loader, trainer
 
-CASES = [("llama", name) for name in ("lora", "dora", "vera", "loran", "loran-calibrated", "afa", "nora++")]
-CASES += [("vit", name) for name in ("nora", "nora++-dora", "afa-rational", "calibrated")]
+CASES = [("llama", name) for name in ("lora", "dora", "vera", "loran", "afa", "nora++")]
+CASES += [("vit", name) for name in ("nora", "nora++-dora", "loran-calibrated", "afa-rational", "calibrated")]
 
 
 def strategy(**changes: Any) -> ModelParallelStrategy:
