@@ -15,6 +15,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.study import running
 from lit_adapters.study.attempt import Attempt, claim, repeats, why
 from lit_adapters.study.executors import create_executor
+from lit_adapters.study.executors.ray import _recorded
 from lit_adapters.study.executors.slurm import SlurmExecutor
 from lit_adapters.study.jobs import Job
 from lit_adapters.study.running import run_study
@@ -106,6 +107,14 @@ def test_a_preempted_run_is_repeated_three_times(tmp_path, job_folder):
         assert not (job_folder / "half").exists()
     assert repeats(str(job_folder)) == 3
     assert attempt.checkpoint() is None
+
+
+def test_a_ray_that_has_crashed_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert _recorded() == "auto"
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+    assert _recorded() == "local"
 
 
 def test_signals_are_named():
@@ -207,6 +216,23 @@ def test_ray_repeats_what_was_killed_and_computes_the_same(tmp_path, monkeypatch
     assert len(list(tmp_path.glob("node-*"))) == 2
     assert gone(hung[0])
     assert len(list((tmp_path / "ray").rglob("log.[123].txt"))) == 3
+
+
+@pytest.mark.slow
+def test_a_stopped_study_ends_its_tasks(tmp_path):
+    pytest.importorskip("ray")
+    program = HEAD + 'if first("stopped"):\n    time.sleep(300)\n' + PROGRAM
+    study = write_study(tmp_path, program, arms={"wide": WIDE}, search=None, contrasts=None)
+    line = [sys.executable, "-m", "lit_adapters.cli", "study", "run", str(study.path), "--executor", "ray"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    started = subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    run, task = pids(tmp_path / "stopped")
+    started.send_signal(signal.SIGINT)
+    said = started.communicate(timeout=120)[1]
+    assert "this machine alone" in said
+    assert "goes on" in said
+    assert started.returncode == 130
+    wait_for(lambda: gone(run) and gone(task))
 
 
 @pytest.mark.slow

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from rich.console import Console
 
 from lit_adapters.console import one_line
 from lit_adapters.errors import AdapterError, shown
@@ -47,19 +50,25 @@ class RayExecutor(ClusterExecutor[Any]):
     def _connect(self) -> None:
         ray = self._ray
         quiet = {"log_to_driver": False, "logging_level": "warning"}
-        address = os.environ.get("RAY_ADDRESS") or "auto"
-        if address != "auto":
-            _check_reachable(address)  # Ray itself tries for minutes, and then ends the process
+        address = os.environ.get("RAY_ADDRESS") or _recorded()
+        _check_reachable(address)  # Ray itself tries for minutes, and then ends the process
         try:
-            ray.init(address=address, **quiet)
+            if address != "local":
+                ray.init(address=address, **quiet)
         except ConnectionError as error:
             if address != "auto":
                 raise _unreachable(address, error) from error
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            ray.init(address="local", include_dashboard=False, object_store_memory=_STORE, **quiet)
-            self._own = True
-        except (RuntimeError, ValueError) as error:
+            address = "local"
+        except (RuntimeError, ValueError, SystemExit, ray.exceptions.RayError) as error:
             raise _unreachable(address, error) from error
+        if address == "local":
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            ray.init(address=address, include_dashboard=False, object_store_memory=_STORE, **quiet)
+            self._own = True
+        resources = ray.cluster_resources()
+        where = "no cluster is running, so Ray uses this machine alone" if self._own else f"Ray cluster at {address}"
+        has = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
+        Console(stderr=True).print(f"{where}: {has}", highlight=False, markup=False, soft_wrap=True)
 
     def _start(self, job: Job, attempt: Attempt) -> Any:
         self._check_room(job)
@@ -110,6 +119,17 @@ def _check(options: Mapping[str, Any]) -> None:
             raise AdapterError(f"run.options.{name} is {shown(value)}; give a number, or a number for each resource")
 
 
+def _recorded() -> str:
+    """Where to look for a cluster that `ray start` started here; "local" if the one that it recorded has crashed."""
+    record = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    if record.exists():
+        try:
+            _check_reachable(record.read_text().strip())
+        except AdapterError:
+            return "local"
+    return "auto"
+
+
 def _check_reachable(address: str) -> None:
     """Raise if nobody listens at an address; one without host and port is left to Ray."""
     parts = urlsplit(address if "://" in address else f"ray://{address}")
@@ -121,6 +141,6 @@ def _check_reachable(address: str) -> None:
         raise _unreachable(address, error) from error
 
 
-def _unreachable(address: str, error: Exception) -> AdapterError:
+def _unreachable(address: str, error: BaseException) -> AdapterError:
     hint = "start it with `ray start --head`, or correct RAY_ADDRESS"
     return AdapterError(f"no Ray cluster can be used at {address}: {one_line(error)}; {hint}")
