@@ -151,20 +151,32 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     building = needs_x and merged is None
     if building:
         merged = _empty(matrix, a, b, x.dtype)
-    d_weight = torch.empty_like(matrix) if needs_weight and matrix is not None else None
+    d_matrix = torch.empty_like(matrix) if needs_weight and matrix is not None else None
     d_a, d_b, d_frequency = torch.zeros_like(a), torch.empty_like(b), torch.zeros_like(frequency)
     for rows in _row_blocks(b.shape[0], a.shape[1]):
         d_merged = (g[:, rows].t() @ x2).to(a.dtype)
-        if d_weight is not None:
-            d_weight[rows] = d_merged.to(d_weight.dtype)
+        if d_matrix is not None:
+            d_matrix[rows] = d_merged.to(d_matrix.dtype)
         raw, written = None if matrix is None else matrix[rows], merged[rows] if building else None
         d_z, by_frequency = _differentiate(b[rows] @ a, d_merged, raw, written, frequency, update)
         d_frequency = d_frequency + by_frequency
         d_b[rows] = d_z @ a.t()
         d_a = d_a + b[rows].t() @ d_z
     d_x = (g @ merged).view(x.shape) if needs_x else None
+    d_weight = None if d_matrix is None else _of_weight(ctx.to_matrix, weight, d_matrix)
     d_bias = g.sum(0, dtype=a.dtype).to(ctx.bias_dtype) if needs_bias else None
     return d_x, d_weight, d_bias, d_a, d_b, d_frequency, None, None, None
+
+
+def _of_weight(to_matrix: Callable[[Tensor | None], Tensor | None], weight: Tensor, d_matrix: Tensor) -> Tensor:
+    """The gradient of a parameter that holds the matrix in another layout, such as Conv1D's (in, out)."""
+    with torch.enable_grad():
+        leaf = weight.detach().requires_grad_()
+        matrix = to_matrix(leaf)
+    assert matrix is not None
+    create_graph = torch.is_grad_enabled()
+    (d_weight,) = torch.autograd.grad(matrix, leaf, d_matrix, create_graph=create_graph)
+    return d_weight
 
 
 def merged_linear(
