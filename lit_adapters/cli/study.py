@@ -9,9 +9,9 @@ from pathlib import Path
 
 from lit_adapters import console
 from lit_adapters.errors import AdapterError
-from lit_adapters.study.planning import Plan
+from lit_adapters.study.planning import AllDivergedError, Plan
 from lit_adapters.study.records import Results
-from lit_adapters.study.running import duration, run_study, seconds_left
+from lit_adapters.study.running import check_owner, duration, run_study, seconds_left
 from lit_adapters.study.settings import Study, read_study
 
 
@@ -36,6 +36,7 @@ def study_command(args: argparse.Namespace) -> None:
     """`study`: carry out a comparison of methods, and report it."""
     study = _moved(read_study(args.file), args.path)
     folder = args.out or study.folder
+    check_owner(folder, study.name)
     if args.action == "status":
         print(status(study, Results.load(folder)))
         return
@@ -76,21 +77,31 @@ def _moved(study: Study, paths: list[str]) -> Study:
 def status(study: Study, results: Results) -> str:
     """How far a study is: a table with a row for each arm, and the time left."""
     plan = Plan(study)
-    finals = plan.final_records(results)
+    used = plan.used(results)
+    stuck = False
     needed = len(study.repeat.sets) * len(study.repeat.seeds)
     rows = [("arm", "search", "rates", "final runs", "diverged")]
     for key in study.arms:
-        chosen = plan.chosen(results, key)
+        try:
+            chosen = plan.chosen(results, key)
+        except AllDivergedError:
+            runs = sum(record.arm == key and record.stage == "search" for record in results.records)
+            stuck = True
+            rows.append((key, f"{runs} of {runs}", "every rate diverged", f"0 of {needed}", ""))
+            continue
+        finals = {} if chosen.rates is None else plan.finished(results, key, chosen.rates)
         search = f"{chosen.runs} of {chosen.runs + len(chosen.due)}" if chosen.tried else "none"
         rates = "searching" if chosen.rates is None else ", ".join(f"{g} {r:g}" for g, r in chosen.rates.items())
         rates += " (at the edge of the grid)" if chosen.edge else ""
-        diverged = sum(record.status == "diverged" for record in finals[key].values())
-        rows.append((key, search, rates, f"{len(finals[key])} of {needed}", str(diverged or "")))
+        diverged = sum(record.status == "diverged" for record in finals.values())
+        rows.append((key, search, rates, f"{len(finals)} of {needed}", str(diverged or "")))
     left = plan.expected(results)
-    seconds = seconds_left(plan, results) / study.run.workers
-    spent = sum(record.seconds["total"] for record in results.records)
-    more = f"; about {duration(seconds)} left with {study.run.workers} at a time" if left and results.records else ""
+    seconds = 0.0 if stuck else seconds_left(plan, results) / study.run.workers
+    spent = sum(record.seconds.get("total", 0.0) for record in results.records if record.id in used)
+    others = len(results.records) - len(used)
+    unused = f"; {others} more are of an earlier version of the file, and are not used" if others else ""
+    more = f"; about {duration(seconds)} left with {study.run.workers} at a time" if left and used and not stuck else ""
     return (
-        f"{console.text_table(rows)}\n{len(results.records)} runs finished in {duration(spent)}, {left} left"
-        f" (and extensions of grids){more}"
+        f"{console.text_table(rows)}\n{len(used)} runs finished in {duration(spent)}, {left} left"
+        f" (and extensions of grids){more}{unused}"
     )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from lit_adapters.errors import AdapterError
+
+# What numpy and zipfile raise for bytes that were changed.
+_DAMAGED = (OSError, EOFError, ValueError, RuntimeError, KeyError, SyntaxError, zlib.error, zipfile.BadZipFile)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -30,7 +34,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     if not path.exists():
         return {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array, not several by name")
+        with archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise AdapterError(f"{path} is damaged: {error}; delete it, and run again what wrote it") from error

@@ -1,7 +1,8 @@
 """Keep what a run of a study leaves: metrics, values for each test item, learning curves, parameters, memory.
 
 `lit_adapters.study` adds this callback to every run. It needs nothing of the LightningModule; values for each item are
-taken from what `test_step` or `validation_step` returns, if that is a mapping of tensors with one value an item.
+taken from what `test_step` or `validation_step` returns, if that is a mapping of tensors with one value an item. They
+are compared between runs item by item, so none are kept of items in a random order.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import RandomSampler
 
 from lit_adapters.errors import NotFiniteError
 from lit_adapters.files.arrays import write_arrays
@@ -88,18 +90,40 @@ class RunRecord(Callback):
         }
         self._write(trainer, FIT, values)
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any = None,
+        batch_idx: int = 0,
+        dataloader_idx: int = 0,
+    ) -> None:
         """Take the values for each item."""
-        if isinstance(outputs, Mapping):
-            for name, value in outputs.items():
-                if isinstance(value, Tensor) and value.dim() == 1:
-                    self._items.setdefault(str(name), []).append(_compact(value))
+        self._take(outputs, trainer.test_dataloaders, dataloader_idx)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any = None,
+        batch_idx: int = 0,
+        dataloader_idx: int = 0,
     ) -> None:
         """The same."""
-        self.on_test_batch_end(trainer, pl_module, outputs)
+        if trainer.state.fn == "validate":
+            self._take(outputs, trainer.val_dataloaders, dataloader_idx)
+
+    def _take(self, outputs: Any, loaders: Any, index: int) -> None:
+        """Keep the 1-D tensors of a mapping; several loaders have names as those of Lightning's metrics."""
+        several = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+        if not isinstance(outputs, Mapping) or isinstance(getattr(several[index], "sampler", None), RandomSampler):
+            return
+        suffix = f"/dataloader_idx_{index}" if len(several) > 1 else ""
+        for name, value in outputs.items():
+            if isinstance(value, Tensor) and value.dim() == 1:
+                self._items.setdefault(f"{name}{suffix}", []).append(_compact(value))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the values of an earlier epoch."""
@@ -134,10 +158,12 @@ class RunRecord(Callback):
 
 
 def _compact(value: Tensor) -> np.ndarray:
-    """Values as they are stored: truth as it is, numbers in half the size of float32 where they stay finite."""
+    """Values as they are stored: truth as it is, numbers in half the size of float32 where they keep their mean."""
     value = value.detach().cpu()
     if value.is_floating_point():
         half = value.to(torch.float16)
-        value = half if bool(torch.isfinite(half).all()) else value.float()
+        exact, rounded = value.double().mean(), half.double().mean()
+        keeps = bool(torch.isfinite(half).all()) and bool(torch.isclose(rounded, exact, rtol=5e-4, atol=0.0))
+        value = half if keeps else value.float()
     array: np.ndarray = value.numpy()
     return array

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +11,13 @@ from pathlib import Path
 
 import yaml
 
+from lit_adapters.console import one_line
 from lit_adapters.study.attempt import JOB, LOG, RECIPE
 from lit_adapters.study.planning import Run
 from lit_adapters.study.records import RECORD, RUNS
+
+_ERROR = re.compile(r"\s*(error|[\w.]*(Error|Exception))\b")  # how the message of an error begins
+_ERROR_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,12 @@ class Job:
         return (self.folder / RECORD).exists()
 
     def log_tail(self, lines: int = 3) -> str:
-        """The last lines that the process printed."""
+        """The last lines that the process printed; more where its last error has more than one."""
         path = self.folder / LOG
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+        kept = [line for line in text.splitlines() if line.strip()][-_ERROR_LINES:]
+        errors = [place for place, line in enumerate(kept) if _ERROR.match(line)]
+        return one_line("\n".join(kept[min(errors[-1] if errors else len(kept), len(kept) - lines) :])) if kept else ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ def prepare(run: Run, program: str, paths: Mapping[str, str], folder: Path) -> J
         "program": program,
         "paths": dict(paths),
         "threads": run.threads,
+        "protocol": dict(run.protocol),
     }
     (place / JOB).write_text(json.dumps(described, indent=1), encoding="utf-8")
     return Job(place, run.threads)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+import numpy as np
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.study.document import read_yaml
+from lit_adapters.study.protocol import protocol_of
 from lit_adapters.study.records import Record, Results, Stage
-from lit_adapters.study.settings import SEARCH, Arm, Search, Study, digest_of
+from lit_adapters.study.settings import SEARCH, Arm, Metric, Search, Study, digest_of
 
 # What the tool itself sets, below everything that a study says: nothing on the terminal, logs in the run's folder.
 _QUIET: dict[str, Any] = {
@@ -25,6 +27,12 @@ _QUIET: dict[str, Any] = {
     "trainer.enable_model_summary": False,
     "trainer.num_sanity_val_steps": 0,
 }
+# Relative difference between a metric and the mean of its items: bfloat16 rounds by half of it.
+_MEAN_AGREES = 1e-2
+
+
+class AllDivergedError(AdapterError):
+    """Every rate that the search of an arm tried has diverged."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Run:
         rates: Learning rate of each group.
         recipe: The whole recipe, without paths.
         threads: Threads of its process.
+        protocol: What the study has named beforehand; empty in the search.
     """
 
     id: str
@@ -50,6 +59,7 @@ class Run:
     rates: Mapping[str, float]
     recipe: Mapping[str, Any]
     threads: int
+    protocol: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,20 +105,28 @@ class Plan:
         study: The study.
 
     Raises:
-        AdapterError: A recipe is missing or is not YAML.
+        AdapterError: A recipe is missing or is not YAML, or two arms are the same.
     """
 
     def __init__(self, study: Study) -> None:
         self.study = study
         self._recipes: dict[str, dict[str, Any]] = {}
-        for arm in study.arms.values():
-            self._base(arm)
+        equal: dict[str, str] = {}
+        for key, arm in study.arms.items():
+            content = digest_of([self._run(key, "final", 0, 0, {}).recipe, list(arm.rates.items())])
+            if content in equal:
+                raise AdapterError(
+                    f"{study.path}: the arms {equal[content]!r} and {key!r} have the same recipe and the same rates; "
+                    "correct one, or leave it out"
+                )
+            equal[content] = key
 
     def chosen(self, results: Results, key: str) -> Chosen:
         """What the search of an arm has found, and the search runs that are due next.
 
         Raises:
-            AdapterError: Every rate of the first grid diverged.
+            AllDivergedError: Every rate of the first grid diverged.
+            AdapterError: The search metric was not logged.
         """
         arm, search = self.study.arms[key], self.study.search
         stated = {group: rate for group, rate in arm.rates.items() if rate != SEARCH}
@@ -135,8 +153,9 @@ class Plan:
                 return Chosen(None, tried, edge, runs, due)
             best = _best(search, means)
             if not math.isfinite(means[best] or 0.0):
-                raise AdapterError(
-                    f"arm {key!r}: every rate from {min(means):g} to {max(means):g} diverged; look at its settings"
+                raise AllDivergedError(
+                    f"arm {key!r}: every rate from {min(means):g} to {max(means):g} diverged; look at its settings, "
+                    "or take the arm out"
                 )
             found[group] = best
             if best in (min(means), max(means)):
@@ -144,7 +163,11 @@ class Plan:
         return Chosen({g: float({**stated, **found}[g]) for g in arm.rates}, tried, edge, runs, [])
 
     def due(self, results: Results) -> list[Run]:
-        """Runs that are not finished and could start now: searches first, then final runs, set after set."""
+        """Runs that are not finished and could start now: searches first, then final runs, set after set.
+
+        One final run is made early, after the first run of the search, or a wrong name of its metric would be found
+        after all searches only.
+        """
         searches: list[Run] = []
         finals: list[tuple[int, int, int, Run]] = []
         for position, key in enumerate(self.study.arms):
@@ -155,13 +178,19 @@ class Plan:
                     for place, run in enumerate(self.final_runs(key, chosen.rates, stage)):
                         if run.id not in results:
                             finals.append((place, stage == "noise", position, run))
-        return searches + [run for *_, run in sorted(finals, key=lambda entry: entry[:3])]
+        later = [run for *_, run in sorted(finals, key=lambda entry: entry[:3])]
+        stages = {record.stage for record in results.records}
+        early = 1 if "search" in stages and "final" not in stages else 0
+        return later[:early] + searches + later[early:]
 
     def expected(self, results: Results) -> int:
-        """How many runs are left, extensions of the grid not counted."""
+        """How many runs are left, without extensions of the grid and arms of which every rate diverged."""
         left = 0
         for key, arm in self.study.arms.items():
-            chosen = self.chosen(results, key)
+            try:
+                chosen = self.chosen(results, key)
+            except AllDivergedError:
+                continue
             left += len(chosen.due)
             finals = len(self.study.repeat.sets) * len(self.study.repeat.seeds)
             if chosen.rates is None:
@@ -185,9 +214,62 @@ class Plan:
         found: dict[str, dict[tuple[int, int], Record]] = {}
         for key in self.study.arms:
             rates = self.chosen(results, key).rates
-            runs = self.final_runs(key, rates, stage) if rates is not None and stage in self._final_stages(key) else ()
-            found[key] = {(run.set, run.seed): results[run.id] for run in runs if run.id in results}
+            found[key] = {} if rates is None else self.finished(results, key, rates, stage)
         return found
+
+    def finished(
+        self, results: Results, key: str, rates: Mapping[str, float], stage: Stage = "final"
+    ) -> dict[tuple[int, int], Record]:
+        """The finished final runs of an arm at its rates, by (set, seed); one whose metric is not finite diverged."""
+        if stage not in self._final_stages(key):
+            return {}
+        runs = self.final_runs(key, rates, stage)
+        return {(r.set, r.seed): _judged(results[r.id], self.study.metric) for r in runs if r.id in results}
+
+    def used(self, results: Results) -> set[str]:
+        """Names of the finished runs that the study as it is now uses; others are of an earlier version of its file."""
+        used: set[str] = set()
+        for key in self.study.arms:
+            try:
+                chosen = self.chosen(results, key)
+            except AllDivergedError:
+                used |= {record.id for record in results.records if record.arm == key}
+                continue
+            sets = self.study.search.sets if self.study.search is not None else []
+            used |= {self._run(key, "search", number, 0, t.rates).id for t in chosen.tried for number in sets}
+            for stage in self._final_stages(key) if chosen.rates is not None else ():
+                used |= {run.id for run in self.final_runs(key, chosen.rates or {}, stage)}
+        return used & {record.id for record in results.records}
+
+    def check(self, record: Record, items: Mapping[str, Any]) -> None:
+        """Check that a finished run left what the study compares.
+
+        Raises:
+            AdapterError: It did not log a metric of the study, or left no values for each test item whose mean is the
+                metric.
+        """
+        if record.status != "done":
+            return
+        if record.stage == "search":
+            assert self.study.search is not None
+            _logged(record, self.study.search.metric, "search.metric")
+            return
+        for place, metric in (("metric", self.study.metric), *(("also", metric) for metric in self.study.also)):
+            value = _logged(record, metric, place)
+            if metric.items is None:
+                continue
+            if metric.items not in items:
+                raise AdapterError(
+                    f"{place}: the run {record.id} left no values {metric.items!r} for each test item, but "
+                    f"{', '.join(sorted(items)) or 'none'}; correct `items` or leave it out. `test_step` must return a "
+                    "mapping of 1-D tensors, and the test items must not be shuffled"
+                )
+            mean = float(np.mean(items[metric.items], dtype=np.float64))
+            if math.isfinite(value) and not math.isclose(mean, value, rel_tol=_MEAN_AGREES):
+                raise AdapterError(
+                    f"{place}: the mean of the items {metric.items!r} of the run {record.id} is {mean:g}, but "
+                    f"{metric.name} is {value:g}; correct `items` or leave it out"
+                )
 
     def _final_stages(self, key: str) -> list[Stage]:
         floor = self.study.noise_floor
@@ -208,7 +290,7 @@ class Plan:
     @staticmethod
     def _mean(search: Search, records: list[Record]) -> float:
         worst = -search.metric.sign() * math.inf
-        values = [r.metrics.get(search.metric.name, math.nan) if r.status == "done" else worst for r in records]
+        values = [_logged(r, search.metric, "search.metric") if r.status == "done" else worst for r in records]
         return sum(values) / len(values) if all(map(math.isfinite, values)) else worst
 
     def _base(self, arm: Arm) -> dict[str, Any]:
@@ -236,11 +318,34 @@ class Plan:
             **dict.fromkeys(repeat.seed_keys, 1000 * number + seed),
         }
         base = self._base(arm)
-        recipe = _overridden(base, {**_QUIET, **overrides, **_rate_overrides(base, rates)})
+        recipe = _overridden(base, {**_QUIET, **overrides})
+        recipe = _overridden(recipe, _rate_overrides(recipe, rates))
         threads = study.run.threads if floor is None or floor.threads is None else floor.threads
         identity = [study.program, recipe, stage, *([threads] if floor is not None else [])]
         name = f"{key}-{stage}-{number}-{seed}-{digest_of(identity)}"
-        return Run(name, key, stage, number, seed, dict(rates), recipe, threads)
+        protocol = {} if stage == "search" else protocol_of(study)
+        return Run(name, key, stage, number, seed, dict(rates), recipe, threads, protocol)
+
+
+def _logged(record: Record, metric: Metric, place: str) -> float:
+    """The value of a metric of a run.
+
+    Raises:
+        AdapterError: The run did not log it.
+    """
+    if metric.name not in record.metrics:
+        raise AdapterError(
+            f"{place}: the run {record.id} did not log {metric.name!r}; it logged "
+            f"{', '.join(sorted(record.metrics)) or 'nothing'}. Correct the name in the study"
+        )
+    return record.metrics[metric.name]
+
+
+def _judged(record: Record, metric: Metric) -> Record:
+    value = record.metrics.get(metric.name, 0.0)
+    if record.status == "diverged" or math.isfinite(value):
+        return record
+    return replace(record, status="diverged", message=f"{metric.name} is {value}")
 
 
 def _best(search: Search, means: Mapping[float, float | None]) -> float:
@@ -248,26 +353,21 @@ def _best(search: Search, means: Mapping[float, float | None]) -> float:
     return max(values, key=values.__getitem__)
 
 
-def _rate_overrides(base: Mapping[str, Any], rates: Mapping[str, float]) -> dict[str, Any]:
+def _rate_overrides(recipe: Mapping[str, Any], rates: Mapping[str, float]) -> dict[str, Any]:
     """Rates as overrides: the first group's in the optimiser and the schedule, the others as `lr_scale`."""
     overrides: dict[str, Any] = {name: rate for name, rate in rates.items() if "." in name}
     groups = {name: rate for name, rate in rates.items() if "." not in name}
     if groups:
         common = next(iter(groups.values()))
         overrides["optimizer.init_args.lr"] = common
-        if "max_lr" in ((base.get("lr_scheduler") or {}).get("init_args") or {}):
+        if "max_lr" in ((recipe.get("lr_scheduler") or {}).get("init_args") or {}):
             overrides["lr_scheduler.init_args.max_lr"] = common
         overrides["lr_scale"] = {name: rate / common for name, rate in groups.items()}
     return overrides
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise AdapterError(f"the recipe {path} does not exist; correct `recipe` in the study") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise AdapterError(f"the recipe {path} cannot be read: {error}") from error
+    recipe = read_yaml(path, "does not exist; correct `recipe` in the study")
     if not isinstance(recipe, dict):
         raise AdapterError(f"the recipe {path} holds no sections")
     return recipe

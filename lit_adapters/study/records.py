@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lit_adapters.errors import AdapterError
+from lit_adapters.errors import AdapterError, shown
 from lit_adapters.files.arrays import read_arrays, write_arrays
 from lit_adapters.files.atomic import write_atomically, write_together
 
@@ -23,6 +23,8 @@ ITEMS = "items.npz"
 RESULTS = "results.json"
 RUNS = "runs"
 _SEPARATOR = "|"
+# The packed files are written anew from the folders of runs, as far as these are still there.
+_AGAIN = "delete it, and run the study again"
 
 Stage = Literal["search", "final", "noise"]
 
@@ -46,6 +48,7 @@ class Record:
         peak_memory_mib: Largest resident memory of the process.
         environment: Versions, processor, threads, date.
         message: Why a run diverged.
+        protocol: What the study had named beforehand when a final run was started.
     """
 
     id: str
@@ -62,6 +65,7 @@ class Record:
     peak_memory_mib: float = 0.0
     environment: dict[str, Any] = field(default_factory=dict)
     message: str = ""
+    protocol: dict[str, Any] = field(default_factory=dict)
 
 
 class Results:
@@ -86,17 +90,20 @@ class Results:
         results = cls(folder)
         packed = folder / RESULTS
         if packed.exists():
-            for values in _read_json(packed):
+            entries = _read_json(packed)
+            if not isinstance(entries, list):
+                raise AdapterError(f"{packed} does not hold records of a study; {_AGAIN}")
+            for values in entries:
                 results.add(_record(values, packed))
             results._read_items(folder / ITEMS)
         for path in sorted((folder / RUNS).glob(f"*/{RECORD}")):
             record = read_record(path)
-            if record.id not in results:
-                results.add(record, read_arrays(path.with_name(ITEMS)))
+            if record.id not in results or not results.items(record):
+                results.add(record, _checked(read_arrays(path.with_name(ITEMS)), path.with_name(ITEMS)))
         return results
 
     def _read_items(self, path: Path) -> None:
-        for name, values in read_arrays(path).items():
+        for name, values in _checked(read_arrays(path), path).items():
             identity, _, item = name.rpartition(_SEPARATOR)
             self._items.setdefault(identity, {})[item] = values
 
@@ -128,7 +135,7 @@ class Results:
             AdapterError: They cannot be written.
         """
         assert self.folder is not None
-        records = [asdict(record) for record in self.records]
+        records = [_plain(record) for record in self.records]
         text = "[\n" + ",\n".join(json.dumps(record, sort_keys=True) for record in records) + "\n]\n"
         arrays = {
             f"{identity}{_SEPARATOR}{name}": values
@@ -146,7 +153,7 @@ class Results:
 
 def write_record(folder: Path, record: Record) -> None:
     """Write the record of a run into its folder; a run is finished when it is there."""
-    write_atomically(folder / RECORD, lambda path: path.write_text(json.dumps(asdict(record), indent=1) + "\n"))
+    write_atomically(folder / RECORD, lambda path: path.write_text(json.dumps(_plain(record), indent=1) + "\n"))
 
 
 def read_record(path: Path) -> Record:
@@ -162,11 +169,52 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is damaged: {error}; delete it and run the study again") from error
+        raise AdapterError(f"{path} is damaged: {error}; {_AGAIN}") from error
 
 
 def _record(values: Any, path: Path) -> Record:
     known = {f.name for f in fields(Record)}
     if not isinstance(values, dict) or not {"id", "arm", "stage", "set", "seed", "status"} <= values.keys() <= known:
-        raise AdapterError(f"{path} does not hold records of a study; delete it and run the study again")
-    return Record(**values)
+        raise AdapterError(f"{path} does not hold records of a study; {_AGAIN}")
+    record = Record(**values)
+    wrong = _wrong_field(record)
+    if wrong:
+        raise AdapterError(f"{path} is damaged: {wrong} of the run {shown(record.id)} is wrong; {_AGAIN}")
+    return record
+
+
+def _wrong_field(record: Record) -> str:
+    """The name of a field whose value no run can have left; empty if there is none."""
+    numbers = {"rates", "metrics", "parameters", "seconds"}
+    for name in (*numbers, "environment", "protocol"):
+        values = getattr(record, name)
+        if not isinstance(values, dict) or (name in numbers and not all(map(_is_number, values.values()))):
+            return name
+    points = record.curve if isinstance(record.curve, list) else [None]
+    if not all(isinstance(point, dict) and all(map(_is_number, point.values())) for point in points):
+        return "curve"
+    if record.status not in ("done", "diverged"):
+        return "status"
+    beginning = f"{record.arm}-{record.stage}-{record.set}-{record.seed}-"
+    if record.stage not in ("search", "final", "noise") or not str(record.id).startswith(beginning):
+        return "id"
+    if not all(isinstance(number, int) for number in (record.set, record.seed)):
+        return "set"
+    return "" if _is_number(record.peak_memory_mib) else "peak_memory_mib"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    """A record as it is stored: without a protocol in the search."""
+    values = asdict(record)
+    return values if record.protocol else {name: value for name, value in values.items() if name != "protocol"}
+
+
+def _checked(arrays: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
+    for name, values in arrays.items():
+        if values.ndim != 1 or values.dtype.kind not in "biuf":
+            raise AdapterError(f"{path} is damaged: {name!r} is no list of numbers; {_AGAIN}")
+    return arrays

@@ -8,16 +8,16 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from lit_adapters.console import one_line
 from lit_adapters.errors import AdapterError, shown
+from lit_adapters.study.document import check_shape, leaves, read_yaml
 
 SEARCH = "search"
-_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,79}")
 _MOST_RUNS = 100_000
 
 
@@ -151,7 +151,8 @@ class Study:
 
     Attributes:
         question: The head of the report.
-        program: A module, run as `python -m PROGRAM`, or a .py file; its command line is a LightningCLI's.
+        program: A module, run as `python -m PROGRAM`, or a .py file, relative to the study's file; its command line is
+            a LightningCLI's.
         recipe: The recipe that arms change, relative to the study's file; later files win.
         metric: The metric of the contrasts.
         arms: By key.
@@ -161,7 +162,8 @@ class Study:
         contrasts: Pairs of arms that are compared, first minus second; named before the first run.
         margin: Of the equivalence test, in the metric's unit.
         set: Overrides of the recipe in all runs, by dotted key.
-        paths: Overrides that say where data are. They are no part of a run's identity.
+        paths: Overrides that say where data are, relative to the working directory, as on the program's own command
+            line. They are no part of a run's identity.
         final: Overrides in final runs.
         noise_floor: Runs that differ by rounding only.
         run: How runs are carried out.
@@ -197,6 +199,28 @@ class Study:
         """Where results go by default: beside the file."""
         return self.path.with_suffix("")
 
+    def called(self) -> str:
+        """The program as runs call it: a module's name, or the whole path of a .py file.
+
+        Raises:
+            AdapterError: There is no such file or module.
+        """
+        if self.program.endswith(".py"):
+            file = (self.path.parent / self.program).resolve()
+            if not file.is_file():
+                raise AdapterError(f"{self.path}: program {file} does not exist; give it relative to the study's file")
+            return str(file)
+        try:
+            found = find_spec(self.program) is not None
+        except (ImportError, ValueError):
+            found = False
+        if not found:
+            raise AdapterError(
+                f"{self.path}: program {self.program!r} is no module that can be imported here; give a module, or the "
+                "path of a .py file relative to the study's file"
+            )
+        return self.program
+
     def digest(self) -> str:
         """The beginning of the file's SHA-256."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()[:12]
@@ -218,43 +242,18 @@ def read_study(path: str | Path) -> Study:
     """Read the file of a study.
 
     Raises:
-        AdapterError: The file is missing or is not YAML, names something unknown, or settings contradict each other.
+        AdapterError: The file is missing, is not YAML or has a key twice, names something unknown, or settings
+            contradict each other.
     """
     path = Path(path)
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path} does not exist; give the YAML file of a study") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise AdapterError(f"{path} cannot be read: {one_line(error)}") from error
+    document = read_yaml(path, "does not exist; give the YAML file of a study")
     if not isinstance(document, dict):
         raise AdapterError(f"{path} holds {shown(document)}; a study has question, program, recipe, metric, arms, ...")
-    _check_names(document, Study, "", path)
+    check_shape(document, Study, _SECTIONS, path)
+    document["arms"] = {key: arm or {} for key, arm in document.get("arms", {}).items()}
     study = _parse(document, path)
     _check(study)
     return study
-
-
-def _check_names(document: Any, cls: type, where: str, path: Path) -> None:
-    """Check the names in a section and those inside it; jsonargparse passes over unknown ones without a value.
-
-    Raises:
-        AdapterError: A name is unknown.
-    """
-    if not isinstance(document, Mapping):
-        return  # jsonargparse says what is wrong
-    known = [f.name for f in fields(cls) if f.name != "path"]
-    for name, value in document.items():
-        if name not in known:
-            place = f"section {where}" if where else "a study"
-            raise AdapterError(f"{path}: {shown(name)} is unknown; {place} has {', '.join(known)}")
-        inner = _SECTIONS.get(name)
-        if inner is None:
-            continue
-        parts = value.items() if name == "arms" and isinstance(value, Mapping) else [("", value)]
-        for key, part in parts:
-            for one in part if isinstance(part, list) else [part]:
-                _check_names(one, inner, f"{where}.{name}.{key}".strip("."), path)
 
 
 def _parse(document: Mapping[str, Any], path: Path) -> Study:
@@ -281,9 +280,14 @@ def _check(study: Study) -> None:
     where = str(study.path)
     if not study.arms:
         raise AdapterError(f"{where}: arms is empty; name what is compared")
+    if not study.question.strip():
+        raise AdapterError(f"{where}: question is empty; say what the study asks, it heads the report")
+    if study.recipe == []:
+        raise AdapterError(f"{where}: recipe is an empty list; name the recipe that arms change")
+    _check_metrics(study)
     for key, arm in study.arms.items():
-        if not _NAME.fullmatch(key):
-            raise AdapterError(f"{where}: arm {shown(key)} must be a name of letters, digits and - _ . +")
+        if not isinstance(key, str) or not _NAME.fullmatch(key):
+            raise AdapterError(f"{where}: arm {shown(key)} must be a name of at most 80 letters, digits and - _ . +")
         for group, rate in arm.rates.items():
             if rate != SEARCH and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
                 raise AdapterError(
@@ -315,8 +319,71 @@ def _check(study: Study) -> None:
         _check_arm(study, study.noise_floor.arm, "noise_floor")
         if not study.noise_floor.set and study.noise_floor.threads is None:
             raise AdapterError(f"{where}: noise_floor changes nothing; give set or threads")
+        if study.noise_floor.threads is not None and study.noise_floor.threads < 1:
+            raise AdapterError(f"{where}: noise_floor.threads {study.noise_floor.threads} must be at least 1")
     if study.run.workers < 1 or study.run.threads < 1:
         raise AdapterError(f"{where}: run.workers and run.threads must be at least 1")
+    _check_overrides(study)
+
+
+def _check_metrics(study: Study) -> None:
+    where = str(study.path)
+    metrics = [study.metric, *study.also]
+    for metric in [*metrics, *([study.search.metric] if study.search is not None else [])]:
+        if not metric.name:
+            raise AdapterError(f"{where}: a metric has no name; give it as the program logs it")
+        if not 0 < metric.scale < math.inf:
+            raise AdapterError(f"{where}: the scale of {metric.name!r} is {metric.scale:g}; give a number above 0")
+    names = [metric.name for metric in metrics]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise AdapterError(f"{where}: metric and also name {twice!r} twice; leave one out")
+
+
+# What the rates of groups decide.
+_GROUP_RATE_KEYS = ("optimizer.init_args.lr", "lr_scheduler.init_args.max_lr", "lr_scale")
+
+
+def _rate_keys(arm: Arm) -> set[str]:
+    """The override keys that the rates of an arm decide."""
+    dotted = {name for name in arm.rates if "." in name}
+    return dotted | (set(_GROUP_RATE_KEYS) if len(dotted) < len(arm.rates) else set())
+
+
+def _check_overrides(study: Study) -> None:
+    """Check that no override is replaced silently, and that rates are stated where the report shows them.
+
+    Raises:
+        AdapterError: A section sets what repeat, paths or rates decide.
+    """
+    numbered = {
+        **dict.fromkeys(study.paths, "paths"),
+        **dict.fromkeys(study.repeat.seed_keys, "repeat.seed_keys"),
+        **dict.fromkeys(study.repeat.set_keys, "repeat.set_keys"),
+    }
+    rate_keys = {key: _rate_keys(arm) for key, arm in study.arms.items()}
+    all_rates = set().union(*rate_keys.values())
+    sections: list[tuple[str, dict, set[str], set[str]]] = [("set", study.set, all_rates, set())]
+    for key, arm in study.arms.items():
+        # A whole optimiser with a rate inside is fine where `rates` replaces that.
+        sections.append((f"arms.{key}.set", arm.set, rate_keys[key], all_rates - rate_keys[key]))
+    sections.append(("final", study.final, all_rates, all_rates))
+    if study.search is not None:
+        sections.append(("search.set", study.search.set, all_rates, all_rates))
+    if study.noise_floor is not None:
+        sections.append(("noise_floor.set", study.noise_floor.set, all_rates, all_rates))
+    for name, values, own, inside in sections:
+        for key in values:
+            lost = next((other for other in values if other.startswith(f"{key}.")), None)
+            if lost is not None:
+                raise AdapterError(f"{study.path}: {name} has {key!r} and {lost!r} inside it; put both in one")
+        found = {*leaves(values), *values}
+        for key in sorted(found):
+            if key in numbered:
+                raise AdapterError(f"{study.path}: {name} sets {key!r}, which {numbered[key]} decides; leave one out")
+            is_rate = any(key == k or key.startswith(f"{k}.") for k in (own if key in values else set()) | inside)
+            if is_rate:
+                raise AdapterError(f"{study.path}: {name} sets the learning rate {key!r}; state it in the arms' rates")
 
 
 def _check_arm(study: Study, key: str, what: str) -> None:
@@ -339,10 +406,22 @@ def _check_search(study: Study, search: Search) -> None:
             f"{where}: the training set {both[0]} is used in the search and in final runs; rates would be chosen on "
             "data that the comparison uses"
         )
-    if search.metric.name.split("/")[0].split("_")[0] == "test":
+    if _is_of_test(search.metric.name):
         raise AdapterError(
             f"{where}: search.metric {search.metric.name!r} is of the test split; give one of validation"
         )
+
+    for key in leaves(search.set):
+        value = search.set.get(key)
+        if _is_of_test(key) or _is_of_test(str(value)):
+            raise AdapterError(
+                f"{where}: search.set has {key!r}: {shown(value)}, which names the test split; rates are chosen on "
+                "validation data alone"
+            )
+
+
+def _is_of_test(name: str) -> bool:
+    return "test" in re.findall(r"[a-z]+", name.lower())
 
 
 def digest_of(value: Any) -> str:

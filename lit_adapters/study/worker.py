@@ -96,6 +96,7 @@ def run(folder: Path) -> None:
         peak_memory_mib=round(peak_memory_mib()),
         environment=environment(),
         message=message,
+        protocol=job.get("protocol", {}),
     )
     _tidy(folder)
     write_record(folder, record)

@@ -1,14 +1,19 @@
 """Which runs a study makes: what is searched, on which data, how far, and what counts as the same run."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
 
+from lit_adapters.cli.study import status
 from lit_adapters.errors import AdapterError
-from lit_adapters.study.planning import Plan
-from lit_adapters.study.records import Results
-from lit_adapters.study.settings import Search
+from lit_adapters.study.planning import AllDivergedError, Plan
+from lit_adapters.study.protocol import changes
+from lit_adapters.study.records import Record, Results
+from lit_adapters.study.running import run_study
+from lit_adapters.study.settings import Search, read_study
 from tests.study.studies import STUDY, finish, write_study
 
 RATE = "optimizer.init_args.lr"
@@ -194,8 +199,142 @@ def test_the_studies_of_the_project_can_be_read():
     files = sorted((Path(__file__).parents[2] / "configs/studies").glob("*.yaml"))
     assert files
     for path in files:
-        from lit_adapters.study.settings import read_study
-
         study = read_study(path)
         assert Plan(study).due(Results())
         assert yaml.safe_load(path.read_text())["question"] == study.question
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("arms: {a: {}, a: {}}\n", "the key 'a' is given twice"),
+        ("set: &a {x: *a}\n", "Circular reference"),
+    ],
+)
+def test_yaml_is_read_strictly(tmp_path, text, message):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(AdapterError, match=message):
+        read_study(tmp_path / "s.yaml")
+
+
+WIDE = STUDY["arms"]["wide"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"set": {"model.width": 1, "model": {"width": 2}}}, "'model' and 'model.width' inside it"),
+        ({"set": {3: 1}}, "3 is no key"),
+        ({"run": {"workers": None}}, "run.workers is empty"),
+        ({"contrasts": "wide - narrow"}, "give a list"),
+        ({"also": [{"name": "test/loss", "scale": 100}]}, "name 'test/loss' twice"),
+        ({"metric": {"name": "test/loss", "scale": -1.0}}, "scale of 'test/loss' is -1; give a number above 0"),
+        ({"search": {**STUDY["search"], "metric": {"name": "acc/Test"}}}, "is of the test split"),
+        ({"search": {**STUDY["search"], "set": {"data.val_split": "test"}}}, "names the test split"),
+        ({"arms": {"narrow": WIDE, "wide": WIDE}}, "'narrow' and 'wide' have the same recipe and the same rates"),
+        ({"arms": {**STUDY["arms"], "wide": {**WIDE, "set": {RATE: 0.3}}}}, "arms.wide.set sets the learning rate"),
+        (
+            {"arms": {**STUDY["arms"], "wide": {"set": {"optimizer.init_args": {"lr": 1}}}}},
+            "sets the learning rate",
+        ),
+        ({"search": {**STUDY["search"], "set": {RATE: 0.3}}}, "search.set sets the learning rate"),
+        ({"final": {"data.subset": 3}}, "final sets 'data.subset', which repeat.set_keys decides"),
+    ],
+)
+def test_nothing_in_a_study_is_replaced_silently(tmp_path, changes, message):
+    with pytest.raises(AdapterError, match=message):
+        Plan(write_study(tmp_path, **changes))
+
+
+def test_the_rate_reaches_a_schedule_that_an_arm_brings(tmp_path):
+    schedule = {"class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": {"max_lr": 7.0}}
+    arms = {"a": {"set": {"lr_scheduler": schedule}, "rates": {"lora": 0.1}}}
+    (run, *_) = Plan(write_study(tmp_path, arms=arms, contrasts=None, search=None)).due(Results())
+    assert run.recipe["lr_scheduler"]["init_args"]["max_lr"] == 0.1
+
+
+def test_a_final_run_is_made_early(tmp_path):
+    plan, results = Plan(write_study(tmp_path)), Results()
+    stages = []
+    while due := plan.due(results):
+        run = due[0]
+        metrics = {"val/loss": 1.0, "test/loss": 1.0}
+        results.add(Record(run.id, run.arm, run.stage, run.set, run.seed, dict(run.rates), "done", metrics))
+        stages.append(run.stage)
+    assert stages[:3] == ["search", "final", "search"]
+    assert stages.count("final") == 4
+
+
+def ended(plan, stage="final", **changes):
+    run = next(run for run in plan.due(Results()) if run.stage == stage)
+    record = Record(run.id, run.arm, stage, run.set, run.seed, dict(run.rates), "done", protocol=dict(run.protocol))
+    return replace(record, **changes)
+
+
+def test_what_a_run_must_leave(tmp_path):
+    plan = Plan(write_study(tmp_path, also=[{"name": "test/top5"}]))
+    whole = ended(plan, metrics={"test/loss": 0.5, "test/top5": 1.0})
+    plan.check(whole, {"error": np.array([0.0, 1.0])})
+    with pytest.raises(AdapterError, match=r"did not log 'test/loss'; it logged loss"):
+        plan.check(replace(whole, metrics={"loss": 1.0}), {})
+    with pytest.raises(AdapterError, match=r"also: .* did not log 'test/top5'"):
+        plan.check(replace(whole, metrics={"test/loss": 0.5}), {"error": np.array([0.5])})
+    with pytest.raises(AdapterError, match=r"left no values 'error' for each test item, but other"):
+        plan.check(whole, {"other": np.array([0.5])})
+    with pytest.raises(AdapterError, match=r"the mean of the items 'error' .* is 1, but test/loss is 0\.5"):
+        plan.check(whole, {"error": np.array([1.0, 1.0])})
+    with pytest.raises(AdapterError, match=r"search\.metric: .* did not log 'val/loss'; it logged val/los"):
+        plan.check(ended(plan, "search", metrics={"val/los": 1.0}), {})
+
+
+def test_a_final_run_whose_metric_is_not_finite_has_diverged(tmp_path):
+    plan, results = Plan(write_study(tmp_path)), Results()
+    finish(plan, results, lambda run: {"val/loss": 1.0, "test/loss": math.nan, "test/other": 1.0})
+    found = plan.final_records(results)["wide"]
+    assert {(record.status, record.message) for record in found.values()} == {("diverged", "test/loss is nan")}
+
+
+def test_runs_of_an_earlier_file_are_told_apart(tmp_path):
+    results = Results()
+    finish(Plan(write_study(tmp_path)), results, lambda run: {"val/loss": 1.0, "test/loss": 1.0})
+    wide = {"set": {"model.width": 4}, "rates": {RATE: 0.1}}
+    later = Plan(write_study(tmp_path, arms={**STUDY["arms"], "wide": wide}))
+    unused = {record.id for record in results.records} - later.used(results)
+    assert len(unused) == 2
+    assert all(name.startswith("wide-final") for name in unused)
+    assert "2 more are of an earlier version of the file" in status(later.study, results)
+
+
+def test_status_shows_a_search_that_only_diverged(tmp_path):
+    study, results = write_study(tmp_path), Results()
+    with pytest.raises(AllDivergedError):
+        finish(Plan(study), results, lambda run: None if run.stage == "search" else {"test/loss": 1.0})
+    assert "every rate diverged" in status(study, results)
+
+
+def test_later_changes_of_what_was_named_are_seen(tmp_path):
+    study = write_study(tmp_path, margin=1.0)
+    records = [ended(Plan(study))]
+    assert changes(study, records) == []
+    later = write_study(tmp_path, margin=2.0, contrasts=[["narrow", "wide"]])
+    assert changes(later, records) == ["the contrasts were wide - narrow before", "the margin was 1 before"]
+    more = write_study(tmp_path, margin=1.0, arms={**STUDY["arms"], "third": {"set": {"model.width": 9}}})
+    assert changes(more, records) == ["arms were added (third), which should say `exploratory: true`"]
+    assert changes(study, [replace(records[0], protocol={})]) == []
+
+
+def test_a_program_is_found_beside_the_study(tmp_path):
+    assert replace(write_study(tmp_path), program="line.py").called() == str((tmp_path / "line.py").resolve())
+    for program, message in (("lines.py", "does not exist; give it relative"), ("visio", "is no module")):
+        with pytest.raises(AdapterError, match=message):
+            replace(write_study(tmp_path), program=program).called()
+
+
+def test_a_folder_belongs_to_one_study(tmp_path):
+    study = write_study(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").write_text("others")
+    with pytest.raises(AdapterError, match="holds the results of the study 'others', and this is 'lines'"):
+        run_study(study, tmp_path / "out")
+    with pytest.raises(AdapterError, match="cannot be written to"):
+        run_study(study, study.path)

@@ -49,3 +49,40 @@ def test_damage_is_named(tmp_path, name, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(AdapterError, match=r"damaged|does not hold records"):
         Results.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text.replace('"loss": 0.5', '"loss": "0.5"'),
+        lambda text: text.replace('"status": "done"', '"status": "good"'),
+        lambda text: text.replace('"arm": "a"', '"arm": "b"'),
+        lambda text: text.replace('"set": 1', '"set": 2'),
+        lambda text: "{}",
+    ],
+)
+def test_edited_records_are_named(tmp_path, edit):
+    path = written(tmp_path) / RESULTS
+    path.write_text(edit(path.read_text()))
+    with pytest.raises(AdapterError, match=r"results\.json (is damaged|does not hold records)"):
+        Results.load(tmp_path)
+
+
+def test_every_changed_byte_of_the_items_is_read_or_named(tmp_path):
+    path = written(tmp_path) / ITEMS
+    data = path.read_bytes()
+    named = 0
+    for place in range(0, len(data), 7):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
+        try:
+            Results.load(tmp_path)
+        except AdapterError:
+            named += 1
+    assert named
+
+
+def test_items_that_are_no_lists_of_numbers_are_named(tmp_path):
+    path = written(tmp_path) / ITEMS
+    write_arrays(path, {f"{RECORDS[0].id}|loss": np.zeros((2, 2))})
+    with pytest.raises(AdapterError, match="is no list of numbers"):
+        Results.load(tmp_path)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.study.protocol import protocol_of
 from lit_adapters.study.records import Results
 from lit_adapters.study.report.content import study_page
 from lit_adapters.study.report.digits import count, decimals, duration, enumeration, number, probability, rate
@@ -20,7 +21,7 @@ from lit_adapters.study.report.page import write_report
 from lit_adapters.study.report.sentences import answer
 from lit_adapters.study.report.summary import summarise
 from lit_adapters.study.settings import Arm, Metric, NoiseFloor, Repeat, Search
-from tests.study.synthetic import LOSS, finished, searched, synthetic_study
+from tests.study.synthetic import LOSS, changed, finished, searched, synthetic_study
 
 ROOT = Path(__file__).parents[2]
 ARMS = {"a": "Alpha", "b": "Beta"}
@@ -319,3 +320,22 @@ def test_numbers_have_the_digits_that_say_something(function, value, text):
 def test_the_example_of_the_docs_is_the_smoke_study():
     (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "studies.md").read_text(), re.DOTALL)
     assert yaml.safe_load(example) == yaml.safe_load((ROOT / "configs" / "studies" / "smoke.yaml").read_text())
+
+
+def test_a_change_after_the_first_final_run_stands_at_the_head(tmp_path):
+    arms = {"a": "Alpha", "b": "Beta"}
+    study = synthetic_study(tmp_path, arms, contrasts=[("a", "b")], margin=1.0)
+    results = finished(study, {"a": 80, "b": 70})
+    results = changed(results, lambda r: replace(r, protocol=protocol_of(study) if r.stage == "final" else {}))
+    words = "Changed after the first final run"
+    assert words not in page_text(study, results)
+    later = replace(study, margin=3.0)
+    assert f"**{words}:** the margin was 1 before" in page_text(later, results)
+
+
+def test_runs_of_an_earlier_file_and_settings_of_one_stage_are_listed(tmp_path):
+    study = synthetic_study(tmp_path, {"a": "Alpha", "b": "Beta"})
+    results = finished(study, {"a": 80, "b": 70})
+    text = page_text(replace(study, final={"trainer.max_epochs": 3}), results)
+    assert "8 finished runs, 8 of them final, are of an earlier version of the study's file" in text
+    assert 'Final runs alone have <code>{"trainer.max_epochs": 3}</code>' in html.unescape(text)

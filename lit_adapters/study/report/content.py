@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from functools import partial
@@ -46,12 +47,16 @@ def study_page(summary: Summary) -> Page:
 
 def _state(summary: Summary) -> list[Block]:
     done, due = summary.finished(), summary.due()
+    blocks: list[Block] = []
+    if summary.changes:
+        changed = f" {'; '.join(summary.changes)}. Contrasts and tests are not what was named beforehand."
+        blocks.append(Paragraph([Strong("Changed after the first final run:"), changed]))
     if done == due:
-        return []
+        return blocks
     words = (
         f" {done} of {due} final runs have finished. Numbers will change; p values of a study that is looked at early"
     )
-    return [Paragraph([Strong("Unfinished:"), f"{words} are too small."])]
+    return [*blocks, Paragraph([Strong("Unfinished:"), f"{words} are too small."])]
 
 
 def _protocol(summary: Summary) -> Paragraph:
@@ -393,8 +398,32 @@ def _limits(summary: Summary) -> list[Block]:
     if any(arm.exploratory for arm in summary.arms.values()):
         late = enumeration([arm.title for arm in summary.arms.values() if arm.exploratory])
         limits.append(f"Added after results of other arms were known, so exploratory: {late}.")
+    limits += _file_limits(summary)
     limits.append("Front and learning curves compare means; neighbours may differ by chance.")
     return [Heading("Limits"), Points(limits)]
+
+
+def _file_limits(summary: Summary) -> list[Inline]:
+    """What a reader should know of the file: its earlier versions, and where runs differ by stage."""
+    study = summary.study
+    limits: list[Inline] = []
+    if summary.unused:
+        finals = sum(record.stage == "final" for record in summary.unused)
+        limits.append(
+            f"{len(summary.unused)} finished runs, {finals} of them final, are of an earlier version of the study's"
+            " file, and are not used."
+        )
+    stages = [("Search runs", study.search.set if study.search is not None else {}), ("Final runs", study.final)]
+    for name, overrides in stages:
+        if overrides:
+            limits.append([f"{name} alone have ", Literal(json.dumps(overrides, default=str)), "."])
+    metric = study.metric
+    if metric.items is not None and not summary.items and summary.finished():
+        limits.append(
+            f"Intervals leave out the chance of test items: some runs have no values {metric.items!r} whose mean is"
+            f" {metric.name}."
+        )
+    return limits
 
 
 def _costs(summary: Summary) -> list[Block]:

@@ -10,8 +10,9 @@ from typing import TypeAlias
 import numpy as np
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.study.planning import Chosen, Plan
-from lit_adapters.study.records import Record, Results, Stage
+from lit_adapters.study.planning import AllDivergedError, Chosen, Plan
+from lit_adapters.study.protocol import changes
+from lit_adapters.study.records import Record, Results
 from lit_adapters.study.settings import Metric, Study
 from lit_adapters.study.statistics import Comparison, compare, holm, interval
 
@@ -142,7 +143,9 @@ class Summary:
 
     Attributes:
         study: The study.
-        records: All finished runs.
+        records: All finished runs of the study as it is now.
+        unused: Finished runs of earlier versions of its file.
+        changes: What the file names otherwise than when final runs were started, as sentences.
         arms: By key, in the order of the file.
         contrasts: Those that were named before the first run.
         exploratory: Other comparisons, for intervals only.
@@ -153,6 +156,8 @@ class Summary:
 
     study: Study
     records: list[Record]
+    unused: list[Record]
+    changes: list[str]
     arms: dict[str, ArmSummary]
     contrasts: list[Contrast]
     exploratory: list[Contrast]
@@ -207,7 +212,11 @@ def summarise(study: Study, results: Results) -> Summary:
     noise_floor = _noise_floor(plan, results, arms)
     over = "training sets" if _over_sets(study) else "seeds"
     items = all(_items(study, results, study.metric, a.finals, _done(a.finals)) is not None for a in arms.values())
-    return Summary(study, results.records, arms, contrasts, exploratory, noise_floor, over, items)
+    used = plan.used(results)
+    records = [record for record in results.records if record.id in used]
+    unused = [record for record in results.records if record.id not in used]
+    changed = changes(study, results.records)
+    return Summary(study, records, unused, changed, arms, contrasts, exploratory, noise_floor, over, items)
 
 
 def _done(finals: Finals) -> list[tuple[int, int]]:
@@ -223,9 +232,9 @@ def _arm(plan: Plan, results: Results, key: str) -> ArmSummary:
     chosen, failure = None, ""
     try:
         chosen = plan.chosen(results, key)
-    except AdapterError as error:  # every rate diverged: the other arms are reported all the same
+    except AllDivergedError as error:  # every rate diverged: the other arms are reported all the same
         failure = str(error)
-    finals = _finished(plan, results, key, chosen, "final")
+    finals = {} if chosen is None or chosen.rates is None else plan.finished(results, key, chosen.rates)
     done = [record for record in finals.values() if record.status == "done"]
     any_run = done or [record for record in results.records if record.arm == key]
     estimates = {}
@@ -247,16 +256,6 @@ def _arm(plan: Plan, results: Results, key: str) -> ArmSummary:
         seconds=float(np.median([record.seconds.get("total", math.nan) for record in done])) if done else math.nan,
         memory=max((record.peak_memory_mib for record in done), default=math.nan),
     )
-
-
-def _finished(
-    plan: Plan, results: Results, key: str, chosen: Chosen | None, stage: Stage
-) -> dict[tuple[int, int], Record]:
-    """The finished runs of an arm at its chosen rates."""
-    if chosen is None or chosen.rates is None:
-        return {}
-    runs = plan.final_runs(key, chosen.rates, stage)
-    return {(run.set, run.seed): results[run.id] for run in runs if run.id in results}
 
 
 def _units(study: Study, keys: list[tuple[int, int]]) -> dict[int, list[tuple[int, int]]]:
@@ -292,7 +291,7 @@ def _items(
         few, many = min(keys, key=lengths.__getitem__), max(keys, key=lengths.__getitem__)
         raise AdapterError(
             f"{name!r} has {lengths[few]} test items in {finals[few].id} and {lengths[many]} in {finals[many].id}; "
-            "delete the folders of the runs with other test data and run the study again"
+            "delete results.json, items.npz and the folders of the runs with other test data, and run the study again"
         )
     means = [row.mean() for row in values.values()]
     if not np.allclose(means, [finals[key].metrics.get(metric.name, math.nan) for key in keys], rtol=_AGREE, atol=0):
@@ -339,7 +338,8 @@ def _noise_floor(plan: Plan, results: Results, arms: Mapping[str, ArmSummary]) -
     if study.noise_floor is None:
         return None
     arm, metric = arms[study.noise_floor.arm], study.metric
-    again = _finished(plan, results, arm.key, arm.chosen, "noise")
+    rates = arm.chosen.rates if arm.chosen is not None else None
+    again = {} if rates is None else plan.finished(results, arm.key, rates, "noise")
     pairs = [(record, arm.finals[key]) for key, record in again.items() if key in arm.finals]
     whole = [pair for pair in pairs if all(r.status == "done" and metric.name in r.metrics for r in pair)]
     if not pairs:
