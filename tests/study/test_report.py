@@ -338,4 +338,4 @@ def test_runs_of_an_earlier_file_and_settings_of_one_stage_are_listed(tmp_path):
     results = finished(study, {"a": 80, "b": 70})
     text = page_text(replace(study, final={"trainer.max_epochs": 3}), results)
     assert "8 finished runs, 8 of them final, are of an earlier version of the study's file" in text
-    assert 'Final runs alone have <code>{"trainer.max_epochs": 3}</code>' in html.unescape(text)
+    assert 'Final runs alone have <code>{"trainer.max_epochs": 3}</code>' in html.unescape(text.replace("\\_", "_"))
