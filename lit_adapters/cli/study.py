@@ -1,4 +1,4 @@
-"""`lit-adapters study`: carry out a comparison of methods, say how far it is, and write its report."""
+"""`lit-adapters study`: carry out a comparison of methods, show its progress, and write its report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lit_adapters.study.settings import Study, read_study
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the commands run, status and report."""
-    parser.add_argument("action", choices=["run", "status", "report"], help="what to do; all can be repeated any time")
+    parser.add_argument("action", choices=["run", "status", "report"], help="what to do; run goes on where it stopped")
     parser.add_argument("file", type=Path, metavar="STUDY.yaml", help="the study; docs/studies.md explains it")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results; default: beside the file")
     parser.add_argument(
@@ -75,7 +75,7 @@ def _moved(study: Study, paths: list[str]) -> Study:
 
 
 def status(study: Study, results: Results) -> str:
-    """How far a study is: a table with a row for each arm, and the time left."""
+    """The progress of a study: a table with a row for each arm, and the time left."""
     plan = Plan(study)
     used = plan.used(results)
     stuck = False

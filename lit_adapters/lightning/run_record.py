@@ -1,8 +1,8 @@
-"""Keep what a run of a study leaves: metrics, values for each test item, learning curves, parameters, memory.
+"""Write what a run of a study leaves: metrics, values for each item, learning curves, numbers of parameters.
 
-`lit_adapters.study` adds this callback to every run. It needs nothing of the LightningModule; values for each item are
-taken from what `test_step` or `validation_step` returns, if that is a mapping of tensors with one value an item. They
-are compared between runs item by item, so none are kept of items in a random order.
+`lit_adapters.study` adds this callback to every run. It works with every LightningModule. Values for each item are
+taken from what `test_step` or `validation_step` returns, if that is a mapping of tensors with one value for each item.
+Studies compare them item by item, so that a loader with a random order leaves none.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class RunRecord(Callback):
     items.npz. A run that ends by an exception leaves failure.json.
 
     Args:
-        folder: Where to; it exists.
+        folder: The run's folder, which exists.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
         self._curve: list[dict[str, float]] = []
         self._sums: dict[str, list[Any]] = {}
-        self._validated: set[str] = set()  # what a validation in the course of the training logs
-        self._seen: set[str] = set()
+        self._validated: set[str] = set()  # names that validations during the training log
+        self._seen: set[str] = set()  # names that training steps log
         self._start = 0.0
         self._items: dict[str, list[np.ndarray]] = {}
 
@@ -111,7 +111,7 @@ class RunRecord(Callback):
         batch_idx: int = 0,
         dataloader_idx: int = 0,
     ) -> None:
-        """The same."""
+        """Take the values for each item; during a training they are not needed."""
         if trainer.state.fn == "validate":
             self._take(outputs, trainer.val_dataloaders, dataloader_idx)
 
@@ -137,7 +137,7 @@ class RunRecord(Callback):
         self._write(trainer, EVALUATION, {"metrics": metrics})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same; in the course of a training, a point of the learning curve."""
+        """Write both files after `validate`; during a training, add a point to the learning curve."""
         if trainer.state.fn == "validate":
             self.on_test_end(trainer, pl_module)
             return
@@ -148,7 +148,7 @@ class RunRecord(Callback):
             self._curve.append({"step": trainer.global_step, **metrics})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write failure.json: a run whose values are not finite has an outcome, any other exception is a mistake."""
+        """Write failure.json. A run whose values are not finite has diverged; another exception is an error."""
         values = {"diverged": isinstance(exception, NotFiniteError), "message": str(exception)}
         self._write(trainer, FAILURE, values)
 
@@ -158,7 +158,7 @@ class RunRecord(Callback):
 
 
 def _compact(value: Tensor) -> np.ndarray:
-    """Values as they are stored: truth as it is, numbers in half the size of float32 where they keep their mean."""
+    """The values as an array (N,): floats as float16 where this keeps their mean, else as float32; others as they are."""
     value = value.detach().cpu()
     if value.is_floating_point():
         half = value.to(torch.float16)

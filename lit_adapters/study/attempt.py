@@ -23,11 +23,11 @@ JOB = "job.json"
 RECIPE = "recipe.yaml"
 LOG = "log.txt"
 OWNER = "owner.txt"
-AGAIN = 3  # times that a run is repeated whose process was killed
+MOST_REPEATS = 3  # of a run whose process was killed
 SLURM = "slurm"  # where submitit keeps its files
 _KEPT = (JOB, RECIPE, OWNER, SLURM)
 _INTERVAL = 0.1  # seconds; short, as Ray interrupts a task only between two calls
-_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # sent by somebody else
+_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # the system, or a user, sends these
 
 
 class Attempt:
@@ -37,7 +37,7 @@ class Attempt:
         folder: Of the run.
         directory: Where the study was started; paths of the study are relative to it.
         owner: What the run's folder holds in owner.txt while this attempt is the one that counts.
-        wait: Seconds until a file that another machine wrote is seen here.
+        wait: Seconds to wait for a file that another machine wrote.
     """
 
     def __init__(self, folder: str, directory: str, owner: str, wait: float = 20.0) -> None:
@@ -80,14 +80,14 @@ class Attempt:
         return {"host": host, "code": process.returncode}
 
     def checkpoint(self) -> Any:
-        """What Slurm shall start after a preemption or at the end of the time; submitit calls it.
+        """What Slurm starts after it preempted the job or ended its time; submitit calls this.
 
         Returns:
-            The same run from its beginning, or None if it was repeated often enough.
+            The same run from its beginning; None if it was repeated `MOST_REPEATS` times or another attempt counts.
         """
         from submitit.helpers import DelayedSubmission
 
-        if repeats(self.folder) >= AGAIN or not owns(self.folder, self.owner):
+        if repeats(self.folder) >= MOST_REPEATS or not owns(self.folder, self.owner):
             return None
         return DelayedSubmission(Attempt(self.folder, self.directory, claim(self.folder), self.wait))
 
@@ -115,7 +115,7 @@ class Attempt:
 
 
 def claim(folder: str) -> str:
-    """Make a new attempt the one that counts; the process of an earlier one ends when it sees that.
+    """Write a new owner into a run's folder: its attempt counts from now on, and processes of earlier ones end.
 
     Returns:
         The new content of owner.txt.
@@ -133,7 +133,7 @@ def owns(folder: str, owner: str) -> bool:
         return (Path(folder) / OWNER).read_text() == owner
     except FileNotFoundError:
         return False
-    except OSError:  # a file system of a network has its moments
+    except OSError:  # network file systems fail now and then; the next look decides
         return True
 
 
@@ -149,12 +149,12 @@ def kill_group(leader: int) -> None:
 
 
 def killed_from_outside(code: int) -> bool:
-    """Whether a signal ended a process that somebody else sent: then the run can succeed another time."""
+    """Whether the system or a user ended a process, by its exit code; the run may succeed another time."""
     return -code in _OUTSIDE
 
 
-def why(code: int) -> str:
-    """What an exit code tells; empty if the log tells more."""
+def exit_reason(code: int) -> str:
+    """Which signal ended a process, by its exit code; empty for other codes, which the log explains."""
     if code >= 0:
         return ""
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"

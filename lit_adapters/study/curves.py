@@ -1,6 +1,6 @@
-"""Two arms at equal accuracy: what another value was when their trainings had come equally far.
+"""Compare two arms at equal accuracy: read another value, such as the loss, where both reached the same accuracy.
 
-A method that learns slower has a lower test loss or a smaller calibration error at the end for that reason alone. Here
+A method that learns more slowly can have a lower test loss or a smaller calibration error for that reason alone. So
 each pair of runs is read at the best accuracy that both reached: at that point of each training the other value is
 interpolated between the two validations around it. `statistics.compare` then compares the values over training sets.
 
@@ -27,8 +27,8 @@ def at_level(
 
     Args:
         curve: The values of a training in its order, as `Record.curve` holds them. Points without both are left out.
-        by: The name of the value that shall be equal, such as `val/acc1`.
-        level: The value that it shall have. A curve that begins better is read at its first point.
+        by: The name of the value that is made equal, such as `val/acc1`.
+        level: The level of `by`. A curve that begins better is read at its first point.
         read: The name of the value that is read, such as `val/loss`.
         better: Whether higher or lower values of `by` are better.
 
@@ -55,7 +55,7 @@ def at_equal(
     Args:
         curve_a: The training of the first arm.
         curve_b: That of the second, on the same training set.
-        by: The name of the value that shall be equal.
+        by: The name of the value that is made equal.
         read: The name of the value that is read.
         better: Whether higher or lower values of `by` are better.
 

@@ -50,7 +50,7 @@ def _commit() -> str | None:
 
 
 def peak_memory_mib() -> float:
-    """Largest resident memory of this process so far."""
+    """Largest resident memory of this process so far, in MiB."""
     import resource
 
     scale = 2**20 if platform.system() == "Darwin" else 2**10  # bytes there, kilobytes elsewhere

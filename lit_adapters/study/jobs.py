@@ -52,7 +52,7 @@ class Ended:
 
     Attributes:
         job: The job.
-        reason: Why it is not finished, where its log does not tell.
+        reason: Why it is not finished; empty if its log shows that.
     """
 
     job: Job

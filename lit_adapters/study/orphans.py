@@ -12,10 +12,10 @@ _INTERVAL = 0.2  # seconds
 
 
 def end_with(alive: Callable[[], bool]) -> None:
-    """End this process as soon as a condition no longer holds: now, or any time later.
+    """End this process as soon as a condition no longer holds; a thread checks it.
 
     Args:
-        alive: Whether somebody still waits for the process.
+        alive: Returns whether the study still waits for the process.
     """
     if not alive():
         _end()

@@ -37,12 +37,12 @@ class AllDivergedError(AdapterError):
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is due, or was.
+    """A run of the study, finished or not.
 
     Attributes:
         id: Its name; see `Record.id`.
         arm: Key of the arm.
-        stage: What it is for.
+        stage: "search", "final" or "noise"; see `Record.stage`.
         set: Number of the training set.
         seed: Number of the seed.
         rates: Learning rate of each group.
@@ -64,7 +64,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Tried:
-    """A rate in the search.
+    """A learning rate of one group that the search tries.
 
     Attributes:
         group: Which group's rate is searched.
@@ -84,7 +84,7 @@ class Chosen:
     """What the search of an arm has found so far.
 
     Attributes:
-        rates: The rate of each group: stated, found, or None while the search goes on.
+        rates: The rate of each group, stated or found; None while the search goes on.
         tried: All rates that were tried, in order.
         edge: Groups whose best rate is at an edge of what was tried, though no extension is left.
         runs: Number of finished search runs.
@@ -184,7 +184,7 @@ class Plan:
         return later[:early] + searches + later[early:]
 
     def expected(self, results: Results) -> int:
-        """How many runs are left, without extensions of the grid and arms of which every rate diverged."""
+        """How many runs are left, without further extensions of the grid and without arms whose every rate diverged."""
         left = 0
         for key, arm in self.study.arms.items():
             try:

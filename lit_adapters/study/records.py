@@ -19,7 +19,7 @@ from lit_adapters.files.arrays import read_arrays, write_arrays
 from lit_adapters.files.atomic import write_atomically, write_together
 
 RECORD = "record.json"
-ITEMS = "items.npz"
+ITEMS = "items.npz"  # also the name that `lit_adapters.lightning.run_record` writes
 RESULTS = "results.json"
 RUNS = "runs"
 _SEPARATOR = "|"
@@ -34,7 +34,7 @@ class Record:
     """One finished run.
 
     Attributes:
-        id: Arm, stage, set, seed, and a digest of everything that decides the outcome.
+        id: Arm, stage, set, seed, and a digest of program, recipe and stage.
         arm: Key of the arm.
         stage: "search" (evaluated on validation data), "final" or "noise" (on test data).
         set: Number of the training set.
@@ -42,10 +42,11 @@ class Record:
         rates: Learning rate of each group.
         status: "done", or "diverged" if values were not finite.
         metrics: What the evaluation logged, unscaled.
-        curve: Means of what the training logged: `{"step": ..., name: value, ...}`.
-        parameters: "trainable", and "without_head".
-        seconds: "fit" and "total".
-        peak_memory_mib: Largest resident memory of the process.
+        curve: Points of the learning curves, `{"step": ..., name: value, ...}`: means of what the training logged
+            between two points, and values of validations during the training.
+        parameters: Numbers of parameters: "trainable", and "without_head", those of them outside the head.
+        seconds: "fit", and "total" with the start and the evaluation.
+        peak_memory_mib: Largest resident memory of the process, in MiB.
         environment: Versions, processor, threads, date.
         message: Why a run diverged.
         protocol: What the study had named beforehand when a final run was started.
@@ -82,7 +83,7 @@ class Results:
 
     @classmethod
     def load(cls, folder: Path) -> Results:
-        """Read the packed files and the folders of runs that were finished after.
+        """Read the packed files, and the folders of runs that finished after these were written.
 
         Raises:
             AdapterError: A file is damaged.
@@ -132,7 +133,7 @@ class Results:
         """Write the packed files.
 
         Raises:
-            AdapterError: They cannot be written.
+            AdapterError: A file cannot be written.
         """
         assert self.folder is not None
         records = [_plain(record) for record in self.records]

@@ -38,8 +38,7 @@ def run_study(study: Study, folder: Path, workers: int | None = None, hours: flo
 
     Raises:
         AdapterError: Another process runs this study, the folder holds another study or cannot be written to, a run
-            ends with an error other than values that are not finite or does not log what the study compares, or a file
-            is damaged.
+            fails (one that diverges does not), a run does not log what the study compares, or a file is damaged.
     """
     plan = Plan(study)
     program = study.called()
@@ -63,7 +62,7 @@ def _alone(folder: Path, name: str) -> Iterator[None]:
     """Keep other processes from running the study of a folder at the same time, and other studies from its folder.
 
     Raises:
-        AdapterError: Another process runs it, the folder is another study's, or it cannot be written to.
+        AdapterError: Another process runs the study, or the folder is another study's or cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +136,7 @@ class _Loop:
             )
 
     def _start(self) -> bool:
-        """Start what is due and has room; whether anything was started."""
+        """Start as many due runs as there is room for, and return whether any was started."""
         late = self.end is not None and time.monotonic() > self.end
         if self.failure is not None or late or len(self.running) >= self.workers:
             return False
@@ -184,7 +183,7 @@ def describe(study: Study, record: Record) -> str:
 
 
 def seconds_left(plan: Plan, results: Results) -> float:
-    """Seconds of all runs that are left, one after the other: as long as earlier ones of the arm or stage took."""
+    """Estimate the seconds that all runs left take one after the other, from earlier runs of the arm or stage."""
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     for record in results.records:
         for key in ((record.stage, record.arm), (record.stage, ""), ("", "")):

@@ -48,7 +48,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: a method with its settings, or a control.
+    """A method with its settings, or a control, that a study compares.
 
     Attributes:
         title: What the report calls it; its key by default.
@@ -57,7 +57,7 @@ class Arm:
             ("head", "base", a method's name); the first one's rate is that of the optimiser and the schedule. A name
             with a dot is an override key, such as `optimizer.init_args.lr`, for programs without `lr_scale`.
         recipe: A recipe of its own, in place of the study's.
-        exploratory: Whether the arm came after the results of others were known; the report says so.
+        exploratory: Whether the arm came after the results of others were known; the report marks it.
     """
 
     title: str = ""
@@ -77,9 +77,9 @@ class Search:
 
     Attributes:
         metric: What `validate` logs.
-        grid: The first rates of every searched group, rising by one factor.
+        grid: The first rates of every searched group, rising, by factors of about 3.
         extensions: How often the grid grows by one rate, while the best one is at its edge.
-        sets: Training sets; a rate is judged by its mean over them.
+        sets: Numbers of training sets; a rate is judged by the mean of the metric over them.
         set: Overrides in search runs.
     """
 
@@ -115,7 +115,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """Runs of an arm again, with a change that only rounds differently: how far do equal runs part?
+    """Repeats the runs of an arm with a change that affects rounding only, to show how much equal runs differ.
 
     Attributes:
         arm: The arm.
@@ -136,7 +136,7 @@ class Running:
         workers: Runs at a time.
         threads: Threads of each run.
         executor: "local" for processes of this machine, "ray" or "slurm" for a cluster.
-        options: Of the executor: Ray's resources of a task, or submitit's parameters of a job.
+        options: What the executor takes for each run: Ray's resources of a task, or submitit's parameters of a job.
     """
 
     workers: int = 1
@@ -160,10 +160,10 @@ class Study:
         repeat: The final runs.
         also: Further metrics of the report.
         contrasts: Pairs of arms that are compared, first minus second; named before the first run.
-        margin: Of the equivalence test, in the metric's unit.
+        margin: Differences below it do not matter: the margin of the equivalence test, in the metric's unit.
         set: Overrides of the recipe in all runs, by dotted key.
         paths: Overrides that say where data are, relative to the working directory, as on the program's own command
-            line. They are no part of a run's identity.
+            line. A run stays the same run if they change.
         final: Overrides in final runs.
         noise_floor: Runs that differ by rounding only.
         run: How runs are carried out.

@@ -27,8 +27,8 @@ In plain words:
   items of this kind.
 - `p`: How often a study without any true difference would show one at least this large. Below 0.05 exactly when the
   interval leaves out 0.
-- `p_holm`: The same for all contrasts named beforehand together: below 0.05 for any of them, without a true
-  difference, in at most 5 of 100 studies.
+- `p_holm`: `p` corrected for the number of contrasts named beforehand. In at most 5 of 100 studies it is below 0.05 for
+  any contrast without a true difference.
 - `p_equivalent`: Below 0.05 says that the true difference is smaller than the margin in size (two one-sided tests). A
   large `p` alone does not say that.
 - `detectable`: The smallest true difference that a study with this many sets and this spread finds with a probability
@@ -38,8 +38,8 @@ In plain words:
   a statement on new items it finds differences that are not there (measured below).
 - `item_error`: The error of the difference from the choice of items, with these very sets.
 
-One set, or equal differences on all sets, have no spread over sets. Then there is no test and no interval: these
-numbers are NaN. Runs that are identical (every difference 0) are the exception: the interval is [0, 0] and `p` is 1.
+With one set the spread over sets is not known, and with equal differences on all sets it is 0. Then there is no test and
+no interval: these numbers are NaN. If runs are identical (every difference 0), the interval is [0, 0] and `p` is 1.
 
 Why this is not the percentile interval of the two-way bootstrap (sets and items resampled independently): where sets
 decide, that interval lies between the smallest and the largest difference, which enclose the true one in 75 of 100
@@ -60,8 +60,8 @@ With six contrasts of equal arms, `p_holm` was below 0.05 for any in 2 to 4 of 1
 sets are strongly skewed (near 100% accuracy, with large effects of the set), that was 9 of 100; it was 9 to 10 with the
 paired t too.
 
-`bootstrap` has these percentiles, for readers who want them beside. No library has a two-way interval for
-few sets. The paired t test comes from scipy and Holm's procedure from statsmodels.
+`bootstrap` has these percentiles, for readers who want to see both. We found no library with a two-way interval for few
+sets. The paired t test comes from scipy and Holm's procedure from statsmodels.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ from statsmodels.stats.multitest import multipletests
 
 from lit_adapters.errors import AdapterError
 
-LEVEL = 0.95
-POWER = 0.8
+LEVEL = 0.95  # of intervals
+POWER = 0.8  # with which a difference is "detectable"
 _ROUNDING = 1e-6  # A spread of differences below this share of the values is rounding of logged values (float32).
 _ITEMS_AGREE = 1e-3  # Means of items and the metric may differ by this share: logged values are rounded.
 _NODES = 256
@@ -293,8 +293,8 @@ def interval(values: Sequence[float] | Array, items: Array | None = None) -> tup
 def two_way_bootstrap(differences: Array, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """Return the 2.5 and 97.5 percentiles of the mean when sets and items are resampled independently.
 
-    With few sets these are no 95% interval; the head of the file has their measured coverage. `Comparison.low` and
-    `high` are one.
+    With few sets they are not a 95% interval; the head of the file has their measured coverage. `Comparison.low` and
+    `high` are the ends of a 95% interval.
 
     Args:
         differences: For each set and item, shape (S, I).
@@ -327,7 +327,7 @@ def _values(values: Sequence[float] | Array, name: str) -> Array:
     if array.ndim != 1 or array.size == 0:
         raise AdapterError(f"{name} has shape {array.shape}; give one value for each training set")
     for index in np.flatnonzero(~np.isfinite(array)):
-        raise AdapterError(f"{name}[{index}] is {array[index]}; a run that diverged has no place in a comparison")
+        raise AdapterError(f"{name}[{index}] is {array[index]}; leave out runs that diverged")
     return array
 
 

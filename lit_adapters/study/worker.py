@@ -60,7 +60,7 @@ def run(folder: Path) -> None:
     """Carry out the run that a folder describes, and write its record.
 
     Raises:
-        SystemExit: The program ended with an error that is not about values that are not finite.
+        SystemExit: The program ended with an error, and its values were finite.
     """
     import torch
 
@@ -124,7 +124,7 @@ def main(folder: str, parent: str = "", owner: str = "") -> None:
 
     Args:
         folder: The run's folder.
-        parent: Number of the process that waits for this one; without it the run ends by itself only.
+        parent: Number of the process that waits for this one; if it ends, this one ends too. Empty for none.
         owner: What owner.txt in the folder holds while the run belongs to this process.
     """
     if parent:
@@ -135,4 +135,4 @@ def main(folder: str, parent: str = "", owner: str = "") -> None:
 if __name__ == "__main__":
     main(*sys.argv[1:])
     sys.stdout.flush()
-    os._exit(0)  # at once, whatever threads the program has left
+    os._exit(0)  # threads that the program started may still run, and would keep the process alive

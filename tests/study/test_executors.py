@@ -13,7 +13,7 @@ import pytest
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.study import running
-from lit_adapters.study.attempt import Attempt, claim, repeats, why
+from lit_adapters.study.attempt import Attempt, claim, exit_reason, repeats
 from lit_adapters.study.executors import create_executor
 from lit_adapters.study.executors.ray import _recorded
 from lit_adapters.study.executors.slurm import SlurmExecutor
@@ -118,10 +118,10 @@ def test_a_ray_that_has_crashed_is_not_waited_for(tmp_path, monkeypatch):
 
 
 def test_signals_are_named():
-    assert "SIGKILL" in why(-signal.SIGKILL)
-    assert "memory" in why(-signal.SIGKILL)
-    assert "SIGSEGV" in why(-signal.SIGSEGV)
-    assert why(1) == ""
+    assert "SIGKILL" in exit_reason(-signal.SIGKILL)
+    assert "memory" in exit_reason(-signal.SIGKILL)
+    assert "SIGSEGV" in exit_reason(-signal.SIGSEGV)
+    assert exit_reason(1) == ""
 
 
 @pytest.mark.parametrize(

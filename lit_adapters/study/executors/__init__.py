@@ -31,7 +31,7 @@ def create_executor(name: Literal["local", "ray", "slurm"], program: str, option
     Args:
         name: "local", "ray" or "slurm".
         program: What the runs call.
-        options: Of the cluster; "local" has none.
+        options: What the cluster takes for each run; "local" ignores them.
 
     Raises:
         AdapterError: The packages of a cluster are not installed, the cluster cannot be reached, or an option is

@@ -11,11 +11,11 @@ from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 
-from lit_adapters.study.attempt import AGAIN, Attempt, claim, killed_from_outside, why
+from lit_adapters.study.attempt import MOST_REPEATS, Attempt, claim, exit_reason, killed_from_outside
 from lit_adapters.study.jobs import Ended, Job
 
 _INTERVAL = 0.5  # seconds between two looks at the cluster
-_VISIBLE = 60.0  # seconds until a record that a node wrote is seen here
+_VISIBLE = 60.0  # seconds to wait for a record that another machine wrote
 
 Handle = TypeVar("Handle")
 
@@ -25,7 +25,7 @@ class Outcome:
     """How an attempt ended.
 
     Attributes:
-        reason: Why it failed; empty if it succeeded, or if its log tells.
+        reason: Why it failed; empty if it succeeded, or if its log shows that.
         lost: Whether it was ended from outside, so that another attempt may succeed.
         complete: Whether the run's process ended without an error.
     """
@@ -75,27 +75,27 @@ class ClusterExecutor(ABC, Generic[Handle]):
             time.sleep(_INTERVAL)
 
     def _repeated(self, job: Job, outcome: Outcome) -> bool:
-        """Start a job again if its attempt was ended from outside, and not too often."""
+        """Start a job again if its attempt was ended from outside, at most `MOST_REPEATS` times; whether it was."""
         end = time.monotonic() + (_VISIBLE if outcome.complete else 0.0)
         while not job.finished and time.monotonic() < end:
             time.sleep(_INTERVAL)
         if job.finished or not outcome.lost:
             return False
         lost = self._lost[job.folder] = self._lost.get(job.folder, 0) + 1
-        if lost > AGAIN:
+        if lost > MOST_REPEATS:
             return False
-        text = f"the run {job.folder.name} is started again ({lost} of at most {AGAIN} times): {outcome.reason}"
+        text = f"the run {job.folder.name} is started again ({lost} of at most {MOST_REPEATS} times): {outcome.reason}"
         Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
         self.submit(job)
         return True
 
 
 def outcome_of(result: dict[str, Any]) -> Outcome:
-    """What an `Attempt` returned."""
+    """The outcome of an attempt, from what `Attempt` returned."""
     if "problem" in result:
         return Outcome(f"on {result['host']} {result['problem']}")
     code = result["code"]
     if code == 0:
         return Outcome("its process ended without an error, but no record of it is seen here", complete=True)
-    reason = why(code)
+    reason = exit_reason(code)
     return Outcome(f"{reason} on {result['host']}" if reason else "", lost=killed_from_outside(code))

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from lit_adapters.study.attempt import LOG, kill_group, why
+from lit_adapters.study.attempt import LOG, exit_reason, kill_group
 from lit_adapters.study.jobs import Ended, Job
 
 _INTERVAL = 0.2  # seconds between two looks at the processes
@@ -26,7 +26,7 @@ class LocalExecutor:
     """Starts a process for each run.
 
     Args:
-        program: What the runs call; imported beforehand if that runs nothing.
+        program: What the runs call; imported beforehand if it keeps its work behind `if __name__ == "__main__"`.
     """
 
     def __init__(self, program: str) -> None:
@@ -47,13 +47,13 @@ class LocalExecutor:
         while True:
             codes = [(job, process, process.exitcode) for job, process in self._running]
             self._running = [(job, process) for job, process, code in codes if code is None]
-            ended = [Ended(job, why(code)) for job, _, code in codes if code is not None]
+            ended = [Ended(job, exit_reason(code)) for job, _, code in codes if code is not None]
             if ended or time.monotonic() > end:
                 return ended
             time.sleep(_INTERVAL)
 
     def stop(self) -> None:
-        """End all jobs. None could end by itself: records are whole or absent, and everything else is made anew."""
+        """Kill all jobs. Nothing is lost: records are written atomically, and an unfinished run starts anew."""
         for _, process in self._running:
             assert process.pid is not None
             kill_group(process.pid)

@@ -9,7 +9,7 @@ from typing import Any
 from lit_adapters.console import one_line
 from lit_adapters.errors import AdapterError
 from lit_adapters.study import attempt as attempts
-from lit_adapters.study.attempt import AGAIN, SLURM, Attempt
+from lit_adapters.study.attempt import MOST_REPEATS, SLURM, Attempt
 from lit_adapters.study.executors.cluster import ClusterExecutor, Outcome, outcome_of
 from lit_adapters.study.jobs import Job
 
@@ -22,8 +22,8 @@ _LOST = ("PREEMPTED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "INTERRUPTED")  # the
 class SlurmExecutor(ClusterExecutor[Any]):
     """Submits a job for each run.
 
-    Slurm or submitit themselves start a job again that was preempted or ran out of time; here that is done for those
-    that ended before they could.
+    Slurm and submitit restart a job that was preempted or ran out of time. If it ended before they could, this class
+    submits it again.
 
     Args:
         options: Parameters of submitit's AutoExecutor, such as `timeout_min`, `gpus_per_node` or `slurm_partition`.
@@ -50,7 +50,9 @@ class SlurmExecutor(ClusterExecutor[Any]):
 
     def _start(self, job: Job, attempt: Attempt) -> Any:
         try:
-            executor = self._submitit.AutoExecutor(job.folder / SLURM, self._cluster, slurm_max_num_timeout=AGAIN)
+            executor = self._submitit.AutoExecutor(
+                job.folder / SLURM, self._cluster, slurm_max_num_timeout=MOST_REPEATS
+            )
             executor.update_parameters(name=job.folder.name, cpus_per_task=job.threads, **self._options)
         except (NameError, ValueError, TypeError, AssertionError) as error:
             raise AdapterError(f"run.options: {one_line(error)}") from error
@@ -74,7 +76,7 @@ class SlurmExecutor(ClusterExecutor[Any]):
             return outcome_of(handle.result())
         if "not requeued" in str(error):
             limit = self._options["timeout_min"]
-            return Outcome(f"it was preempted, or ran out of time, {AGAIN + 1} times (timeout_min: {limit})")
+            return Outcome(f"it was preempted, or ran out of time, {MOST_REPEATS + 1} times (timeout_min: {limit})")
         last = str(error).strip().splitlines()[-1]
         return Outcome(f"its job failed: {last} (logs of Slurm: {handle.paths.folder})")
 

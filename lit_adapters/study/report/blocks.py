@@ -15,13 +15,13 @@ class Strong(str):
     __slots__ = ()
 
 
-class Literal(str):
+class InlineCode(str):
     """Words that are set as code."""
 
     __slots__ = ()
 
 
-# Plain text, or pieces of it in a row. Renderers escape every piece.
+# Text, or its pieces one after the other. Renderers escape every piece.
 Inline: TypeAlias = str | Sequence[str]
 
 
@@ -61,7 +61,7 @@ class Table:
 
     Attributes:
         columns: The headings. One that begins with ">" is aligned on the right, without that sign.
-        rows: As many cells a row as there are columns.
+        rows: The cells of each row, one for each column.
     """
 
     columns: list[str]

@@ -14,7 +14,7 @@ from lit_adapters.study.report.blocks import (
     Code,
     Heading,
     Inline,
-    Literal,
+    InlineCode,
     Page,
     Paragraph,
     Picture,
@@ -101,8 +101,9 @@ def _noise(summary: Summary) -> list[Block]:
     places = decimals([floor.rms])
     rms, largest = with_unit(number(floor.rms, places), metric), number(floor.largest, places)
     pairs = f"{floor.n} pair{'s' if floor.n > 1 else ''} of runs"
-    text = f" runs of {floor.title} that differ by rounding alone part by {rms} (root mean square of {pairs}, largest"
-    text += f" {largest}). The intervals below include this; a difference of two single runs says nothing below it."
+    text = f" results of runs of {floor.title} that differ by rounding alone differ by {rms} (root mean square of"
+    text += f" {pairs}, largest {largest}). The intervals below include this. A smaller difference of two single runs"
+    text += " may be rounding."
     if not floor.n:
         text = f" no pair of runs of {floor.title} could be compared."
     if floor.diverged:
@@ -457,7 +458,13 @@ def _costs(summary: Summary) -> list[Block]:
         blocks.append(Paragraph("; ".join(environment) + ".", small=True))
     places = "".join(f" --path {shlex.quote(key)}=DIR" for key in study.paths)
     blocks.append(Code(f"lit-adapters study run {shlex.quote(study.path.name)}{places}"))
-    file: Inline = ["Study file ", Literal(study.path.name), ", SHA-256 begins with ", Literal(study.digest()), "."]
+    file: Inline = [
+        "Study file ",
+        InlineCode(study.path.name),
+        ", SHA-256 begins with ",
+        InlineCode(study.digest()),
+        ".",
+    ]
     blocks.append(Paragraph(file, small=True))
     return blocks
 

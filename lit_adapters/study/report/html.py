@@ -16,7 +16,7 @@ from lit_adapters.study.report.blocks import (
     Code,
     Heading,
     Inline,
-    Literal,
+    InlineCode,
     Page,
     Paragraph,
     Picture,
@@ -63,7 +63,7 @@ def _inline(text: Inline) -> str:
 def _piece(piece: str) -> str:
     if isinstance(piece, Strong):
         return f"<strong>{_piece(str(piece))}</strong>"
-    if isinstance(piece, Literal):
+    if isinstance(piece, InlineCode):
         return f"<code>{escape(piece)}</code>"
     return escape(piece).replace(" = ", "&nbsp;=&nbsp;")  # "n = 8" stays on one line
 

@@ -10,7 +10,7 @@ from lit_adapters.study.report.blocks import (
     Code,
     Heading,
     Inline,
-    Literal,
+    InlineCode,
     Page,
     Paragraph,
     Picture,
@@ -73,7 +73,7 @@ def _line(text: Inline) -> str:
 def _piece(piece: str) -> str:
     if isinstance(piece, Strong):
         return f"**{_escape(piece.strip())}**"  # with a space inside, the stars would be shown
-    if isinstance(piece, Literal):
+    if isinstance(piece, InlineCode):
         return f"<code>{_escape(piece)}</code>"  # backquotes would need other escapes, in tables too
     return _escape(piece)
 

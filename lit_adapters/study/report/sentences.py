@@ -120,7 +120,7 @@ def _single(summary: Summary, verdict: str, contrast: Contrast) -> Inline:
     margin = "" if c.margin is None else with_unit(f"{c.margin:g}", study.metric)
     within = c.p_equivalent is not None and c.p_equivalent < 0.05
     if verdict == "found":
-        small = f" It is smaller than the margin of {margin} all the same." if within else ""
+        small = f" It is nevertheless smaller than the margin of {margin}." if within else ""
         return [Strong(side(contrast, study.metric, places)), f" ({details}, {_p_after_holm(c)}).{small}"]
     if verdict == "equivalent":
         p = probability(c.p_equivalent if c.p_equivalent is not None else 1.0)

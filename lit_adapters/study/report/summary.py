@@ -16,7 +16,7 @@ from lit_adapters.study.records import Record, Results
 from lit_adapters.study.settings import Metric, Study
 from lit_adapters.study.statistics import Comparison, compare, holm, interval
 
-LEVEL = 0.05  # of the tests
+SIGNIFICANCE = 0.05  # p values below it count
 _AGREE = 5e-4  # between a metric and the mean of its items: logged values are rounded
 _RESAMPLES = 2000  # of the bootstrap in the table of contrasts
 
@@ -53,12 +53,12 @@ class ArmSummary:
         title: Its name in the report.
         exploratory: Whether it came after the results of others were known.
         finals: Its finished final runs by training set and seed.
-        due: How many final runs the study wants.
+        due: How many final runs the study has.
         parameters: Trained parameters without the head; None if no run has finished.
         estimates: Means by name of the metric. An arm with a diverged run has none.
         chosen: What the search has found; None if it failed.
         failure: Why it failed, if it did.
-        seconds: Median time of a final run; NaN without one.
+        seconds: Median time of a final run, in seconds; NaN without one.
         memory: Largest memory of a final run, in MiB; NaN without one.
     """
 
@@ -110,24 +110,24 @@ class Contrast:
         c = self.comparison
         if c is None or math.isnan(c.p):
             return "pending"
-        if (c.p if c.p_holm is None else c.p_holm) < LEVEL:
+        if (c.p if c.p_holm is None else c.p_holm) < SIGNIFICANCE:
             return "found"
-        equivalent = c.p_equivalent is not None and c.p_equivalent < LEVEL
+        equivalent = c.p_equivalent is not None and c.p_equivalent < SIGNIFICANCE
         if equivalent:
             return "equivalent"
-        return "unclear" if c.p < LEVEL else "unseen"
+        return "unclear" if c.p < SIGNIFICANCE else "unseen"
 
 
 @dataclass(frozen=True)
-class NoiseFloor:
-    """How far runs part that differ by rounding only.
+class MeasuredNoise:
+    """How much the results of runs differ if only rounding differs.
 
     Attributes:
         title: The arm.
         rms: Root mean square of the differences of single runs, in the metric's unit.
         largest: The largest difference without its sign.
         n: Pairs of runs.
-        diverged: Pairs of which a run diverged; they do not count.
+        diverged: Pairs in which a run diverged; they are left out of the other numbers.
     """
 
     title: str
@@ -161,7 +161,7 @@ class Summary:
     arms: dict[str, ArmSummary]
     contrasts: list[Contrast]
     exploratory: list[Contrast]
-    noise_floor: NoiseFloor | None
+    noise_floor: MeasuredNoise | None
     over: str
     items: bool
 
@@ -174,7 +174,7 @@ class Summary:
         return sum(len(arm.finals) for arm in self.arms.values())
 
     def due(self) -> int:
-        """How many final runs the study wants."""
+        """How many final runs the study has."""
         return sum(arm.due for arm in self.arms.values())
 
     def front(self) -> list[ArmSummary]:
@@ -232,7 +232,7 @@ def _arm(plan: Plan, results: Results, key: str) -> ArmSummary:
     chosen, failure = None, ""
     try:
         chosen = plan.chosen(results, key)
-    except AllDivergedError as error:  # every rate diverged: the other arms are reported all the same
+    except AllDivergedError as error:  # every rate diverged; the report still shows the other arms
         failure = str(error)
     finals = {} if chosen is None or chosen.rates is None else plan.finished(results, key, chosen.rates)
     done = [record for record in finals.values() if record.status == "done"]
@@ -333,7 +333,7 @@ def _comparison(
     return compare(a, b, items_a, items_b, margin=margin, better=metric.better, resamples=resamples)
 
 
-def _noise_floor(plan: Plan, results: Results, arms: Mapping[str, ArmSummary]) -> NoiseFloor | None:
+def _noise_floor(plan: Plan, results: Results, arms: Mapping[str, ArmSummary]) -> MeasuredNoise | None:
     study = plan.study
     if study.noise_floor is None:
         return None
@@ -347,4 +347,4 @@ def _noise_floor(plan: Plan, results: Results, arms: Mapping[str, ArmSummary]) -
     differences = np.array([a.metrics[metric.name] - b.metrics[metric.name] for a, b in whole]) * metric.scale
     rms = float(np.sqrt(np.mean(differences**2))) if whole else math.nan
     largest = float(np.abs(differences).max()) if whole else math.nan
-    return NoiseFloor(arm.title, rms, largest, len(whole), len(pairs) - len(whole))
+    return MeasuredNoise(arm.title, rms, largest, len(whole), len(pairs) - len(whole))
