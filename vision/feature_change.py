@@ -1,9 +1,9 @@
 """How far, and in how many directions, a training moved the features of a backbone.
 
-With f0(x) the features of the pretrained backbone and f(x) those after the training, both what the head reads, on N
-test images, and all means over images:
+f0(x) are the features that the head of the pretrained model reads for an image x, and f(x) those after the training.
+All means are over N test images:
 
-    feature_change     rms |f(x) - f0(x)| / rms |f0(x) - mean f0|   size of the change, of the spread of the features
+    feature_change     rms |f(x) - f0(x)| / rms |f0(x) - mean f0|   size of the change, relative to the spread of f0
     feature_shift      |mean (f(x) - f0(x))| / rms |f(x) - f0(x)|    share of the change that all images have in common
     feature_cosine     mean cos(f(x), f0(x))                         direction
     feature_rank       effective rank of the change around its mean (exponential of the entropy of squared singular
@@ -30,7 +30,7 @@ class FeatureChange(Callback):
     """Logs at the end of a test how the features changed against the pretrained backbone.
 
     Args:
-        images: N, the number of test images, the first ones.
+        images: N; the first N test images are used.
 
     Raises:
         AdapterError: `images` is below 2, or the module has no timm backbone.
@@ -43,7 +43,9 @@ class FeatureChange(Callback):
         self._inputs: list[Tensor] = []
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew."""
+        """Check the module, and forget the images of an earlier test."""
+        if not hasattr(getattr(pl_module, "model", None), "forward_head") or "backbone" not in pl_module.hparams:
+            raise AdapterError("FeatureChange needs a timm backbone: use it with vision.module.ViTClassifier")
         self._inputs = []
 
     def on_test_batch_end(
@@ -56,9 +58,7 @@ class FeatureChange(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the features, and log."""
-        model, settings = getattr(pl_module, "model", None), pl_module.hparams
-        if not hasattr(model, "forward_head") or "backbone" not in settings:
-            raise AdapterError("FeatureChange needs a timm backbone: use it with vision.module.ViTClassifier")
+        model, settings = pl_module.model, pl_module.hparams
         assert isinstance(model, nn.Module)
         pretrained = create_backbone(
             settings["backbone"],
@@ -69,7 +69,7 @@ class FeatureChange(Callback):
         with trainer.precision_plugin.forward_context():
             after, before = _features(model, self._inputs), _features(pretrained, self._inputs)
         self._inputs = []
-        for name, value in change(before, after).items():
+        for name, value in compare_features(before, after).items():
             pl_module.log(f"test/{name}", value, rank_zero_only=True)
 
 
@@ -81,10 +81,12 @@ def _features(model: nn.Module, inputs: list[Tensor]) -> Tensor:
     return torch.cat(parts).double().cpu()
 
 
-def change(before: Tensor, after: Tensor) -> dict[str, float]:
-    """The values of the module's docstring, for features (N, D) before and after a training.
+def compare_features(before: Tensor, after: Tensor) -> dict[str, float]:
+    """Compute the values that the head of this file defines; shares and rank are 0 if no feature changed.
 
-    Where nothing changed, the shares and the rank of the change are 0.
+    Args:
+        before: Features of N images before the training, (N, D).
+        after: Those after the training, (N, D).
     """
     difference = after - before
     spread = (before - before.mean(0)).square().sum(1).mean().sqrt()

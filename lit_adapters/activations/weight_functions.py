@@ -135,8 +135,8 @@ class WeightUpdate:
         function: The name of f.
         scaling: The factor s.
         amplitude: The constant a.
-        centered: Whether f(z) - f(0) takes the place of f(z).
-        calibrated: Whether f_1(w z) / w takes the place of f(z), with f_1 the function at frequency 1.
+        centered: Whether to use f(z) - f(0) instead of f(z).
+        calibrated: Whether to use f_1(w z) / w instead of f(z), with f_1 the function at frequency 1.
     """
 
     function: str

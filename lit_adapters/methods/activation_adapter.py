@@ -1,4 +1,4 @@
-"""What all adapters around an activation share: the copied activation, its hooks, and what is known of its inputs."""
+"""What all adapters around an activation share: the copied activation, its hooks, and the density of its inputs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lit_adapters.methods.hooks import copy_hooks, move_hooks
 from lit_adapters.ops._context import has_sizes
 from lit_adapters.ops.statistics import drift, histogram, regular_sample, slope_bound
 
-ASSUMED_STD = 2.0  # of the inputs before any were seen; normal with mean 0
-LEAST_SPREAD = 1e-3  # width of the range of inputs; narrower ones are refused
+ASSUMED_STD = 2.0  # inputs are assumed normal, with mean 0 and this deviation, until they are measured
+LEAST_SPREAD = 1e-3  # least width of the range of inputs; an error below
 SAMPLE = 1 << 14  # inputs that `observe` and `input_histogram` take
 _GRID = 256  # points on which functions and densities are kept
 _MOST_MEASURED = 1_000_000  # inputs whose quantiles are computed
 
 
 class ActivationAdapter(AdapterModule):
-    """One adapted activation with G functions: (..., D, ...) -> the same shape and dtype.
+    """One adapted activation with G functions: (..., C, ...) with C channels -> the same shape and dtype.
 
     Subclasses call `add_density_buffers` where these buffers belong among their own, and implement `functions`,
     `coefficients` and `learned_change` of `LearnedFunctions`.
@@ -37,7 +37,7 @@ class ActivationAdapter(AdapterModule):
 
     Attributes:
         grid_range: The ends of the range of inputs, (2,).
-        density: The share of the inputs around each point of `grid`, (D,).
+        density: The share of the inputs around each of the D points of `grid`, (D,).
         calibrated: Whether `density` was measured; a whole number, as averages of weights cannot subtract booleans.
             Files hold a boolean.
     """
@@ -61,7 +61,7 @@ class ActivationAdapter(AdapterModule):
     # ---- the channels
 
     def check_channels(self, x: Tensor) -> None:
-        """Check that x (..., D, ...) has channels, and that the groups divide them.
+        """Check that x (..., C, ...) has channels, and that the groups divide their number C.
 
         Raises:
             AdapterError: x has no such dimension, or the groups do not divide the channels.
@@ -77,7 +77,7 @@ class ActivationAdapter(AdapterModule):
                 f"{self.qualified_name!r} (input {tuple(x.shape)}, channel_dim {self.channel_dim})"
             )
 
-    # ---- what is known of the inputs
+    # ---- the density of the inputs
 
     def add_density_buffers(self, device: torch.device) -> None:
         """Register `grid_range`, `density` and `calibrated`."""
@@ -91,7 +91,7 @@ class ActivationAdapter(AdapterModule):
 
         Args:
             grid_range: The ends of their range.
-            counts: How many lie in each of the D parts of this range, (D,) float64; None takes them for normal.
+            counts: How many lie in each of the D parts of this range, (D,) float64; None assumes a normal density.
         """
         grid = torch.linspace(*grid_range, _GRID, dtype=torch.float64, device="cpu")
         if counts is None:
@@ -100,7 +100,7 @@ class ActivationAdapter(AdapterModule):
         self.density.copy_(counts / counts.sum())
 
     def measured(self, values: Tensor) -> tuple[Tensor, tuple[float, float], Tensor]:
-        """What a sample of inputs tells.
+        """Measure the range and the density of a sample of inputs.
 
         Args:
             values: The sample (N,).
@@ -171,14 +171,14 @@ class ActivationAdapter(AdapterModule):
         }
 
     def learned_functions(self) -> LearnedFunctions:
-        """This adapter, which has the methods of `LearnedFunctions`."""
+        """The adapter itself, which has the methods of `LearnedFunctions`."""
         return self
 
     def fitted_range(self) -> tuple[float, float] | None:
         """The ends of the interval of a fit to the pretrained activation; None if nothing was fitted."""
         return None
 
-    # ---- the activation by itself, and its hooks
+    # ---- the original activation, and its hooks
 
     def unwrapped(self) -> nn.Module:
         original: nn.Module = self.__dict__["original"]

@@ -1,4 +1,4 @@
-"""Configurations of methods that adapt activation functions, each group of channels for itself."""
+"""Base of the configurations of methods that give each group of channels its own activation function."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class ActivationMethod(Method):
         """The adapter around an activation.
 
         Raises:
-            AdapterError: The layer is no known activation, its `forward` was replaced, the dimension of the channels
-                cannot be told, or the groups do not divide the channels.
+            AdapterError: The layer is not a known activation, its `forward` was replaced, the dimension or the number
+                of its channels is not known, or the groups do not divide the channels.
         """
         if not is_known_activation(base):
             raise AdapterError(
@@ -107,10 +107,10 @@ class ActivationMethod(Method):
     def placeholder(
         self, qualified_name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
     ) -> AdapterModule:
-        """As for any method. GELU takes the place of the activation, as the tensors in a file do not depend on it.
+        """As for any method. The activation is GELU, as the tensors in a file do not depend on the activation.
 
         Raises:
-            AdapterError: `groups` is "channels", and the tensors do not tell their number.
+            AdapterError: `groups` is "channels", and no tensor has a row for each group.
         """
         groups = self.groups
         if isinstance(groups, str):

@@ -4,12 +4,12 @@
 
 One (u, v, s, t) for each of G contiguous groups of channels; all of them train and start at zero, where the arithmetic
 is exact: the start is the pretrained model bit for bit in every dtype. The function keeps the shape of act. This is the
-control of NoRA, whose functions can do nearly the same and change their shape too: what NoRA gains beyond it comes from
-the shape.
+control of NoRA, whose functions can do nearly the same and also change their shape: what NoRA gains beyond it comes
+from the shape, or from having more parameters.
 
-Parameters for each activation: 4 G, 32 by default. Where a linear layer before it and one after it see nothing else,
-as in a plain MLP, their weights and biases could hold all four. We do not fold them in, as many models have something
-between (gates, norms, dropout, a second user of the output); merging leaves a plain module.
+Parameters for each activation: 4 G, 32 by default. In a plain MLP the weights and biases of the linear layers before
+and after the activation could hold all four. We do not fold them in, as many models have something between (gates,
+norms, dropout, a second user of the output); merging leaves a plain module.
 """
 
 from __future__ import annotations
@@ -64,7 +64,14 @@ class GroupAffine(ActivationMethod):
 
 
 class GroupAffineActivation(ActivationAdapter):
-    """One adapted activation: (..., D, ...) -> the same shape and dtype."""
+    """One adapted activation: (..., C, ...) with C channels -> the same shape and dtype.
+
+    Attributes:
+        input_gain: u of each group, (G,).
+        input_shift: v of each group, (G,).
+        output_gain: s of each group, (G,).
+        output_shift: t of each group, (G,).
+    """
 
     method = "group_affine"
     input_gain: Tensor
@@ -82,7 +89,7 @@ class GroupAffineActivation(ActivationAdapter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """All zero; inputs are taken for normal until calibration."""
+        """Set all parameters to zero, and assume normal inputs until calibration."""
         for parameter in self.adapter_parameters().values():
             nn.init.zeros_(parameter)
         x, _ = normal_inputs(ASSUMED_STD)
@@ -99,7 +106,7 @@ class GroupAffineActivation(ActivationAdapter):
         return group_affine(y, self.output_gain, self.output_shift, self.channel_dim)  # (1 + s) y + t
 
     def calibrate(self, values: Tensor) -> None:
-        """Measure the density of the inputs on a sample (N,), for statistics and figures; the function stays.
+        """Measure the density of the inputs on a sample (N,), for statistics and figures; functions do not change.
 
         Raises:
             AdapterError: The sample is empty, constant or not finite.
@@ -144,7 +151,7 @@ class GroupAffineActivation(ActivationAdapter):
         return "it changes an activation: merging leaves the activation with its shifts and gains in its place"
 
     def charts(self) -> dict[str, str]:
-        """The drift of the functions."""
+        """One chart: how far the functions are from the pretrained ones."""
         return {"functions: drift from the pretrained ones, each layer": each_layer("relative_drift")}
 
     def extra_repr(self) -> str:

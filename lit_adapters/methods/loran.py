@@ -11,7 +11,7 @@ frequency="calibrate" (ours) lets f act at the size that B A has at present: f_1
 function at frequency 1 and w = 1 / rms(B A). w is computed from A and B in every forward, through r x r products, and
 is a constant for the gradient. So it is always current, no file holds it, and merging uses the value of training.
 
-start_size > 0 (ours) starts at B0 A0 other than 0 and subtracts what that does: h = (W0 + s f(B A) - s f(B0 A0)) x.
+start_size > 0 (ours) starts at a random B0 and subtracts the effect of B0 A0: h = (W0 + s f(B A) - s f(B0 A0)) x.
 W0 is not touched, so that it may be quantised; A0 and B0 are buffers.
 
 One weight is formed for each forward, in float32, and the input is multiplied by it once. Training with dropout > 0
@@ -63,7 +63,7 @@ class LoRAN(LowRank):
         function: The name of f: sinter, sine, cos, identity, sigmoid, tanh, relu, silu, swish25 or gaussian.
             swish25 is our reading of the released code's "swish(25x)" as z sigmoid(25 z).
         amplitude: a of Sinter: the largest share of B A by which it changes B A, with every frequency. Other functions
-            have no amplitude; a calibrated sine has the gain 1 / w, which keeps its slope at 0 at 1.
+            have no amplitude; a calibrated sine is divided by w, so that its slope at 0 is 1.
         frequency: w of Sinter and of cos; the starting value for "sine". "calibrate" keeps w at 1 / rms(B A), for every
             function: f(w z) / w with w = 1 inside f. Set amplitude to about 1 with it, as Sinter is linear otherwise.
         centered: Whether to use f(z) - f(0), so that B = 0 gives the pretrained layer for every f (ours); sigmoid(0) =
@@ -115,9 +115,9 @@ class LoRANAdapter(LowRankAdapter):
     """h = (W0 + s f(B A)) x + bias for one layer; (..., in) -> (..., out)."""
 
     method = "loran"
-    frequency: Tensor  # not there if it is calibrated
-    start_A: Tensor  # (r, in), and start_B (out, r): only with `start_size`
-    start_B: Tensor
+    frequency: Tensor  # w, a scalar; absent if it is calibrated
+    start_A: Tensor  # A0 (r, in); with `start_size` only
+    start_B: Tensor  # B0 (out, r); with `start_size` only
 
     def __init__(self, base: nn.Module, qualified_name: str, config: LoRAN) -> None:
         super().__init__(base, qualified_name, config)
@@ -154,13 +154,13 @@ class LoRANAdapter(LowRankAdapter):
         return [self.frequency] if self.update.learns_frequency else []  # type: ignore[list-item]
 
     def current_frequency(self, dtype: torch.dtype) -> Tensor:
-        """w, a tensor of no dimension."""
+        """w, a scalar tensor."""
         if self.update.calibrated:
             return calibrated_frequency(self.lora_B, self.lora_A).to(dtype)
         return self.frequency.to(dtype)
 
     def start_frequency(self, dtype: torch.dtype) -> Tensor:
-        """w at the start; for `start_size` only."""
+        """w at the start, a scalar tensor; for `start_size` only."""
         if self.update.calibrated:
             return calibrated_frequency(self.start_B, self.start_A).to(dtype)
         return torch.full((), self.initial_frequency, dtype=dtype, device=self.start_A.device)
@@ -191,7 +191,7 @@ class LoRANAdapter(LowRankAdapter):
         return self.layer.apply(self.base, x, self.layer.stored(self.base, weight.to(dtype)))
 
     def can_stream(self) -> bool:
-        """Whether `streamed` may take the place of the formula.
+        """Whether `streamed` may replace the formula.
 
         False for a convolution, whose weight is small compared to its input, under the transforms of torch.func,
         which need plain operations, and where the base has a `forward` of its own.
@@ -267,7 +267,7 @@ class LoRANAdapter(LowRankAdapter):
     def nonlinear_share(self) -> float:
         """||f - c B A||_F / ||f||_F for f = f(B A) - f(0) and the best number c, in float64 on a sample of rows.
 
-        Between 0 and 1. LoRA with another factor does everything but this share of the update. 0 where B A is 0.
+        Between 0 and 1: the share of the update that LoRA with another factor s cannot give. 0 where B A is 0.
         """
         rows = regular_sample(torch.arange(len(self.lora_B), device=self.lora_B.device), _SAMPLE)
         z = self.lora_B[rows].double() @ self.lora_A.double()
@@ -278,7 +278,7 @@ class LoRANAdapter(LowRankAdapter):
         return ((f - c * z).norm() / f.norm()).item()
 
     def nearly_linear(self, dtype: torch.dtype | None = None) -> str:
-        """See `Describing.nearly_linear`."""
+        """As for every adapter; see `Describing.nearly_linear`."""
         if self.update.is_linear or not bool(self.lora_B.any()):
             return ""
         if dtype is None:

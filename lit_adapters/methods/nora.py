@@ -134,7 +134,7 @@ def _degrees(degrees: Any) -> tuple[int, int]:
 
 
 class NoRAActivation(ActivationAdapter):
-    """One adapted activation: (..., D, ...) -> the same shape and dtype."""
+    """One adapted activation: (..., C, ...) with C channels -> the same shape and dtype."""
 
     method = "nora"
     base_numerator: Tensor

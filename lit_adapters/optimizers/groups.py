@@ -14,7 +14,7 @@ from lit_adapters.methods.patterns import fullmatch
 from lit_adapters.methods.targets import head_modules
 from lit_adapters.model.attach import adapters, attached
 
-HEAD = "head"  # the group of the prediction head; with BASE, where their rates do not differ
+HEAD = "head"  # the group of the prediction head, and of BASE too where both have one rate
 BASE = "base"  # the group of everything else that trains and is not an adapter
 
 
@@ -38,8 +38,9 @@ def parameter_groups(
             that `train` of `attach` uses. An expression wins over a group, and a later expression over an earlier one.
 
     Raises:
-        AdapterError: Nothing trains, a key of `lr_scale` is no group that trains and matches no parameter that trains,
-            the learning rate is not a finite number above 0, or a scale or the decay not one of at least 0.
+        AdapterError: Nothing trains; a key of `lr_scale` is neither a group that trains nor an expression that matches
+            a trained parameter; the learning rate is not a finite number above 0; a scale or the decay is negative or
+            not finite.
     """
     return [group for group, _ in scaled_groups(model, lr, weight_decay, lr_scale)]
 
@@ -50,7 +51,7 @@ def scaled_groups(
     """The groups of `parameter_groups`, each with its factor on `lr`.
 
     Raises:
-        AdapterError: As `parameter_groups`.
+        AdapterError: The settings are wrong; see `parameter_groups`.
     """
     scale = dict(lr_scale or {})
     if isinstance(lr, (int, float)) and not 0 < lr < math.inf:
@@ -88,7 +89,8 @@ def _labels(model: nn.Module, scale: Mapping[str, float]) -> dict[int, str]:
     Parameters of equal rates are in the same groups as without `scale`, so that earlier checkpoints can be resumed.
 
     Raises:
-        AdapterError: Nothing trains, or a key of `scale` is no group that trains and matches nothing that trains.
+        AdapterError: Nothing trains, or a key of `scale` is neither a group that trains nor an expression that matches
+            a trained parameter.
     """
     parts = _parts(model, tell_head=bool(scale))
     if not parts:

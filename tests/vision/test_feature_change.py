@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vision.feature_change import change
+from vision.feature_change import compare_features
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def before():
 
 
 def test_nothing_changed(before):
-    values = change(before, before.clone())
+    values = compare_features(before, before.clone())
     assert values == pytest.approx(
         {"feature_change": 0, "feature_shift": 0, "feature_cosine": 1, "feature_rank": 0, "feature_alignment": 0}
     )
@@ -24,7 +24,7 @@ def test_nothing_changed(before):
 def test_a_shift_of_all_images(before):
     shift = torch.zeros(12, dtype=torch.float64)
     shift[0] = 2.0
-    values = change(before, before + shift)
+    values = compare_features(before, before + shift)
     spread = (before - before.mean(0)).square().sum(1).mean().sqrt()
     assert values["feature_change"] == pytest.approx(float(2 / spread))
     assert values["feature_shift"] == pytest.approx(1.0)
@@ -33,7 +33,7 @@ def test_a_shift_of_all_images(before):
 def test_a_change_in_two_directions(before):
     directions = torch.linalg.qr(torch.randn(12, 2, dtype=torch.float64)).Q
     amounts = torch.randn(400, 2, dtype=torch.float64)
-    values = change(before, before + amounts @ directions.T)
+    values = compare_features(before, before + amounts @ directions.T)
     assert values["feature_rank"] == pytest.approx(2.0, abs=0.05)
     assert values["feature_shift"] < 0.1
 
@@ -45,9 +45,9 @@ def test_a_change_along_what_was_there():
     inside, outside = before.clone(), before.clone()
     inside[:, 0] *= 3
     outside[:, 11] += torch.randn(400, dtype=torch.float64)
-    assert change(before, inside)["feature_alignment"] == pytest.approx(1.0)
-    assert change(before, outside)["feature_alignment"] == pytest.approx(0.0, abs=1e-12)
-    assert change(before, 2 * before)["feature_cosine"] == pytest.approx(1.0)
+    assert compare_features(before, inside)["feature_alignment"] == pytest.approx(1.0)
+    assert compare_features(before, outside)["feature_alignment"] == pytest.approx(0.0, abs=1e-12)
+    assert compare_features(before, 2 * before)["feature_cosine"] == pytest.approx(1.0)
 
 
 def test_it_is_logged_by_a_test(tmp_path, monkeypatch):
