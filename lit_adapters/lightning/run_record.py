@@ -158,7 +158,7 @@ class RunRecord(Callback):
 
 
 def _compact(value: Tensor) -> np.ndarray:
-    """The values as an array (N,): floats as float16 where this keeps their mean, else as float32; others as they are."""
+    """The values as an array (N,): floats as float16 if this keeps their mean, else as float32; others as they are."""
     value = value.detach().cpu()
     if value.is_floating_point():
         half = value.to(torch.float16)

@@ -38,8 +38,8 @@ In plain words:
   a statement on new items it finds differences that are not there (measured below).
 - `item_error`: The error of the difference from the choice of items, with these very sets.
 
-With one set the spread over sets is not known, and with equal differences on all sets it is 0. Then there is no test and
-no interval: these numbers are NaN. If runs are identical (every difference 0), the interval is [0, 0] and `p` is 1.
+With one set the spread over sets is not known, and with equal differences on all sets it is 0. Then there is no test
+and no interval: these numbers are NaN. If runs are identical (every difference 0), the interval is [0, 0] and `p` is 1.
 
 Why this is not the percentile interval of the two-way bootstrap (sets and items resampled independently): where sets
 decide, that interval lies between the smallest and the largest difference, which enclose the true one in 75 of 100

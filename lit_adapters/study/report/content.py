@@ -417,7 +417,7 @@ def _file_limits(summary: Summary) -> list[Inline]:
     stages = [("Search runs", study.search.set if study.search is not None else {}), ("Final runs", study.final)]
     for name, overrides in stages:
         if overrides:
-            limits.append([f"{name} alone have ", Literal(json.dumps(overrides, default=str)), "."])
+            limits.append([f"{name} alone have ", InlineCode(json.dumps(overrides, default=str)), "."])
     metric = study.metric
     if metric.items is not None and not summary.items and summary.finished():
         limits.append(
