@@ -64,7 +64,7 @@ def check_shape(document: Any, cls: type, sections: Mapping[str, type], path: Pa
         where: The section's place in the file.
 
     Raises:
-        AdapterError: A name is unknown, a value is missing, or it is no list or no section where one is needed.
+        AdapterError: A name is unknown, a value is missing, or a value is not the list or section that it must be.
     """
     place = where or "a study"
     if not isinstance(document, Mapping):
@@ -100,7 +100,7 @@ def _check_kind(value: Any, annotation: str, what: str) -> None:
             raise AdapterError(f"{what} is {shown(value)}; give a section of names and values")
         for key in value:
             if not isinstance(key, str) or not all(key.split(".")):
-                raise AdapterError(f"{what}: {shown(key)} is no key; give names with dots between them")
+                raise AdapterError(f"{what}: {shown(key)} is not a key; give names with dots between them")
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -165,8 +165,8 @@ class Plan:
     def due(self, results: Results) -> list[Run]:
         """Runs that are not finished and could start now: searches first, then final runs, set after set.
 
-        One final run is made early, after the first run of the search, or a wrong name of its metric would be found
-        after all searches only.
+        One final run is made early, after the first run of the search: it shows a wrong name of the metric before the
+        other searches.
         """
         searches: list[Run] = []
         finals: list[tuple[int, int, int, Run]] = []
@@ -227,7 +227,7 @@ class Plan:
         return {(r.set, r.seed): _judged(results[r.id], self.study.metric) for r in runs if r.id in results}
 
     def used(self, results: Results) -> set[str]:
-        """Names of the finished runs that the study as it is now uses; others are of an earlier version of its file."""
+        """Names of the finished runs that the present study uses; the others belong to earlier versions of its file."""
         used: set[str] = set()
         for key in self.study.arms:
             try:

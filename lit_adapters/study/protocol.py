@@ -21,7 +21,7 @@ def protocol_of(study: Study) -> dict[str, Any]:
 
 
 def changes(study: Study, records: Sequence[Record]) -> list[str]:
-    """Sentences on what the study's file names otherwise than it did when final runs were started."""
+    """Sentences on what has changed in the study's file since its final runs were started."""
     kept = [record.protocol for record in records if record.stage == "final" and record.protocol]
     now = protocol_of(study)
     sentences = []

@@ -217,5 +217,5 @@ def _plain(record: Record) -> dict[str, Any]:
 def _checked(arrays: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
     for name, values in arrays.items():
         if values.ndim != 1 or values.dtype.kind not in "biuf":
-            raise AdapterError(f"{path} is damaged: {name!r} is no list of numbers; {_AGAIN}")
+            raise AdapterError(f"{path} is damaged: {name!r} is not a list of numbers; {_AGAIN}")
     return arrays

@@ -20,6 +20,7 @@ from lit_adapters.study.planning import Plan
 from lit_adapters.study.records import ITEMS, RECORD, Record, Results, read_record
 from lit_adapters.study.settings import Study
 
+_LOCK = ".lock"  # holds the name of the study
 _WAIT = 5.0  # seconds between two estimates of the time left
 _PACK_EVERY = 300.0  # seconds between two writings of the packed files
 
@@ -52,9 +53,6 @@ def run_study(study: Study, folder: Path, workers: int | None = None, hours: flo
             executor.stop()
             results.save()
     return results
-
-
-_LOCK = ".lock"  # holds the name of the study
 
 
 @contextmanager

@@ -216,8 +216,8 @@ class Study:
             found = False
         if not found:
             raise AdapterError(
-                f"{self.path}: program {self.program!r} is no module that can be imported here; give a module, or the "
-                "path of a .py file relative to the study's file"
+                f"{self.path}: program {self.program!r} is not a module that can be imported here; give a module, "
+                "or the path of a .py file relative to the study's file"
             )
         return self.program
 

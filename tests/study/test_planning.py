@@ -224,7 +224,7 @@ WIDE = STUDY["arms"]["wide"]
     ("changes", "message"),
     [
         ({"set": {"model.width": 1, "model": {"width": 2}}}, "'model' and 'model.width' inside it"),
-        ({"set": {3: 1}}, "3 is no key"),
+        ({"set": {3: 1}}, "3 is not a key"),
         ({"run": {"workers": None}}, "run.workers is empty"),
         ({"contrasts": "wide - narrow"}, "give a list"),
         ({"also": [{"name": "test/loss", "scale": 100}]}, "name 'test/loss' twice"),
@@ -325,7 +325,7 @@ def test_later_changes_of_what_was_named_are_seen(tmp_path):
 
 def test_a_program_is_found_beside_the_study(tmp_path):
     assert replace(write_study(tmp_path), program="line.py").called() == str((tmp_path / "line.py").resolve())
-    for program, message in (("lines.py", "does not exist; give it relative"), ("visio", "is no module")):
+    for program, message in (("lines.py", "does not exist; give it relative"), ("visio", "is not a module")):
         with pytest.raises(AdapterError, match=message):
             replace(write_study(tmp_path), program=program).called()
 

@@ -84,5 +84,5 @@ def test_every_changed_byte_of_the_items_is_read_or_named(tmp_path):
 def test_items_that_are_no_lists_of_numbers_are_named(tmp_path):
     path = written(tmp_path) / ITEMS
     write_arrays(path, {f"{RECORDS[0].id}|loss": np.zeros((2, 2))})
-    with pytest.raises(AdapterError, match="is no list of numbers"):
+    with pytest.raises(AdapterError, match="is not a list of numbers"):
         Results.load(tmp_path)

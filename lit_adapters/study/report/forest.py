@@ -16,9 +16,9 @@ _NARROW = 5.0
 _COLOURS = {"found": FRONT, "equivalent": "#3a7d44"}
 
 
-def contrast_name(contrast: Contrast, between: str = " minus ") -> str:
-    """The two arms, first minus second."""
-    return f"{contrast.first.title}{between}{contrast.second.title}"
+def contrast_name(contrast: Contrast) -> str:
+    """The two arms, as "first minus second"."""
+    return f"{contrast.first.title} minus {contrast.second.title}"
 
 
 def forest_figure(

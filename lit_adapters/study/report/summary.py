@@ -145,7 +145,7 @@ class Summary:
         study: The study.
         records: All finished runs of the study as it is now.
         unused: Finished runs of earlier versions of its file.
-        changes: What the file names otherwise than when final runs were started, as sentences.
+        changes: What has changed in the file since final runs were started, as sentences.
         arms: By key, in the order of the file.
         contrasts: Those that were named before the first run.
         exploratory: Other comparisons, for intervals only.
