@@ -193,10 +193,15 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4))
 
 
+QUICK = {"lora", "nora", "group_affine", "loran"}  # a second or more each: the others are in the slow tier
+
+
 @pytest.mark.parametrize(
     ("method", "make", "shape"),
-    [*((m, mlp, (3, 6)) for m in ALL), ("nora++", lambda: build("vit"), (3, 3, 32, 32))],
-    ids=[*ALL, "nora++-vit"],
+    [
+        *(pytest.param(m, mlp, (3, 6), id=m, marks=[] if m in QUICK else pytest.mark.slow) for m in ALL),
+        pytest.param("nora++", lambda: build("vit"), (3, 3, 32, 32), id="nora++-vit", marks=pytest.mark.slow),
+    ],
 )
 def test_compiles_to_one_graph_and_trains(method, make, shape):
     torch._dynamo.reset()

@@ -64,7 +64,11 @@ def test_smoke_recipes_fit_and_test(smoke_run, name):
     assert measured == pytest.approx(again, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", REAL)
+# A second or two each: the others are in the slow tier.
+FAST_REAL = {"offline/full", "offline/nora", "cifar10/lora", "cifar100/nora_plus_plus"}
+
+
+@pytest.mark.parametrize("name", [n if n in FAST_REAL else pytest.param(n, marks=pytest.mark.slow) for n in REAL])
 def test_other_recipes_run_on_a_tiny_backbone(tmp_path, name):
     cli = command("fit", name, tmp_path, *OVERRIDES)
     assert cli.trainer.global_step == 1
