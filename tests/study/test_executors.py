@@ -1,5 +1,6 @@
 """Runs on this machine and on clusters: killed ones, stopped studies, repeats; results are the same everywhere."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -141,12 +142,18 @@ def test_mistakes_are_told_before_anything_starts(name, options, module, words, 
         create_executor(name, "program", options)
 
 
+def start(line, **options):
+    """Start a program that Ctrl-C stops, also where this process was started in the background and ignores it."""
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed, **options)
+
+
 @pytest.mark.slow
 def test_a_killed_run_a_stopped_and_a_killed_study(tmp_path):
     program = HEAD + 'if first("stopped") or first("killed"):\n    time.sleep(60)\n' + PROGRAM
     study = write_study(tmp_path, program, arms={"wide": WIDE}, search=None, contrasts=None)
     line = [sys.executable, "-m", "lit_adapters.cli", "study", "run", str(study.path)]
-    started = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    started = start(line, start_new_session=True)
     run, server = pids(tmp_path / "stopped")
     with pytest.raises(AdapterError, match="another process"):
         run_study(study, study.folder)
@@ -225,7 +232,7 @@ def test_a_stopped_study_ends_its_tasks(tmp_path):
     study = write_study(tmp_path, program, arms={"wide": WIDE}, search=None, contrasts=None)
     line = [sys.executable, "-m", "lit_adapters.cli", "study", "run", str(study.path), "--executor", "ray"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    started = subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    started = start(line, env=environment)
     run, task = pids(tmp_path / "stopped")
     started.send_signal(signal.SIGINT)
     said = started.communicate(timeout=120)[1]
