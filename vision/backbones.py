@@ -205,7 +205,7 @@ def use_eager_attention(model: nn.Module) -> None:
     Raises:
         AdapterError: The model has no attention of timm's that can choose.
     """
-    blocks = [module for module in model.modules() if isinstance(getattr(module, "fused_attn", None), bool)]
+    blocks: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "fused_attn", None), bool)]
     if not blocks:
         raise AdapterError('attention="eager": this model has no attention of timm that can choose; leave it out')
     for module in blocks:
