@@ -51,8 +51,7 @@ class ViTClassifier(LoadsFromFiles, StepMeanModule):
             kept in checkpoints, which hold no frozen parameter, so that loading makes the same ones again. By default
             the seed of torch's global generator, which `seed_everything` sets.
         attention: "fused" is timm's default, one kernel; "eager" computes scores, softmax and values one after the
-            other, in nearly half the time a training step where a CPU with bfloat16 meets small images. Results agree
-            up to rounding.
+            other, which trains faster on a CPU with bfloat16 and small images. Results agree up to rounding.
 
     Raises:
         AdapterError: `adapters` is not a method, or a value is out of range. Errors of the backbone come when it is
