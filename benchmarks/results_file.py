@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lit_adapters.files.atomic import write_atomically
+from lit_adapters.study.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def environment() -> dict[str, Any]:
-    """Versions, processor and threads of this process."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    packages = ("torch", "lightning", "timm", "transformers", "lit-adapters")
-    return {
-        "date": date.today().isoformat(),
-        "cpu": models[0] if models else platform.processor(),
-        "bfloat16": any("bf16" in flag for flag in flags),  # in hardware, else numbers are converted
-        "cores": len(models),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
 
 
 def measurable(precisions: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """How far, and in how many directions, a training moved the features of a backbone.
 
-f0(x) are the features that the head of the pretrained model reads for an image x, and f(x) those after the training.
-All means are over N test images:
+f0(x) are the features that the head of the pretrained model reads for an image x, and f(x) those of the model now. All
+means are over N images of the split that is evaluated:
 
     feature_change     rms |f(x) - f0(x)| / rms |f0(x) - mean f0|   size of the change, relative to the spread of f0
     feature_shift      |mean (f(x) - f0(x))| / rms |f(x) - f0(x)|    share of the change that all images have in common
@@ -27,10 +27,10 @@ from vision.backbones import create_backbone
 
 
 class FeatureChange(Callback):
-    """Logs at the end of a test how the features changed against the pretrained backbone.
+    """Logs at the end of each validation and test how the features changed against the pretrained backbone.
 
     Args:
-        images: N; the first N test images are used.
+        images: N; the first N images of the split are used.
 
     Raises:
         AdapterError: `images` is below 2, or the module has no timm backbone.
@@ -42,22 +42,30 @@ class FeatureChange(Callback):
         self.images = images
         self._inputs: list[Tensor] = []
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the module, and forget the images of an earlier test."""
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the module, and forget the images of an earlier evaluation."""
         if not hasattr(getattr(pl_module, "model", None), "forward_head") or "backbone" not in pl_module.hparams:
             raise AdapterError("FeatureChange needs a timm backbone: use it with vision.module.ViTClassifier")
         self._inputs = []
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep the first images."""
         missing = self.images - sum(map(len, self._inputs))
         if missing > 0:
             self._inputs.append(batch[0][:missing])
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the features, and log."""
+        if trainer.sanity_checking:
+            return
         model, settings = pl_module.model, pl_module.hparams
         assert isinstance(model, nn.Module)
         pretrained = create_backbone(
@@ -70,7 +78,11 @@ class FeatureChange(Callback):
             after, before = _features(model, self._inputs), _features(pretrained, self._inputs)
         self._inputs = []
         for name, value in compare_features(before, after).items():
-            pl_module.log(f"test/{name}", value, rank_zero_only=True)
+            pl_module.log(f"{'test' if trainer.testing else 'val'}/{name}", value, rank_zero_only=True)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
 
 @torch.no_grad()

@@ -100,10 +100,9 @@ class ViTClassifier(LoadsFromFiles, StepMeanModule):
         metrics: dict[str, Metric | MetricCollection] = {"acc1": MulticlassAccuracy(num_classes, average="micro")}
         if num_classes > 5:
             metrics["acc5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
+        metrics["calibration_error"] = MulticlassCalibrationError(num_classes)
         self.val_metrics = MetricCollection(metrics, prefix="val/")
-        self.test_metrics = MetricCollection(
-            {**metrics, "calibration_error": MulticlassCalibrationError(num_classes)}, prefix="test/"
-        ).clone()
+        self.test_metrics = self.val_metrics.clone(prefix="test/")
         self.confusion = MulticlassConfusionMatrix(num_classes)
 
     def setup(self, stage: str) -> None:

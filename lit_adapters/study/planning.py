@@ -70,13 +70,11 @@ class Tried:
         group: Which group's rate is searched.
         rates: The rates of all groups.
         mean: Mean of the search metric over the tuning sets; infinitely bad if a run diverged; None if not run yet.
-        first: Whether it belongs to the first grid.
     """
 
     group: str
     rates: dict[str, float]
     mean: float | None
-    first: bool
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class Plan:
                 due += [run for run in of_rate if run.id not in results]
                 runs += len(records)
                 means[rate] = self._mean(search, records) if len(records) == len(of_rate) else None
-                tried.append(Tried(group, rates, means[rate], rate in search.grid))
+                tried.append(Tried(group, rates, means[rate]))
             if due:
                 return Chosen(None, tried, edge, runs, due)
             best = _best(search, means)
@@ -208,14 +206,6 @@ class Plan:
         for number in self.study.repeat.sets:
             for seed in self.study.repeat.seeds:
                 yield self._run(key, stage, number, seed, rates)
-
-    def final_records(self, results: Results, stage: Stage = "final") -> dict[str, dict[tuple[int, int], Record]]:
-        """The finished final runs of each arm, by (set, seed), at the rates that the search has chosen."""
-        found: dict[str, dict[tuple[int, int], Record]] = {}
-        for key in self.study.arms:
-            rates = self.chosen(results, key).rates
-            found[key] = {} if rates is None else self.finished(results, key, rates, stage)
-        return found
 
     def finished(
         self, results: Results, key: str, rates: Mapping[str, float], stage: Stage = "final"

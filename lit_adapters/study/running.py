@@ -18,6 +18,7 @@ from lit_adapters.study.executors import Executor, create_executor
 from lit_adapters.study.jobs import Ended, prepare
 from lit_adapters.study.planning import Plan
 from lit_adapters.study.records import ITEMS, RECORD, Record, Results, read_record
+from lit_adapters.study.report.digits import duration
 from lit_adapters.study.settings import Study
 
 _LOCK = ".lock"  # holds the name of the study
@@ -194,10 +195,3 @@ def seconds_left(plan: Plan, results: Results) -> float:
 def _mean(times: Mapping[tuple[str, str], list[float]], stage: str, arm: str) -> float:
     values = times.get((stage, arm)) or times.get((stage, "")) or times.get(("", "")) or [0.0]
     return sum(values) / len(values)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -114,6 +114,19 @@ class Repeat:
 
 
 @dataclass(frozen=True)
+class AtEqual:
+    """Values compared where two trainings were equally good, see `lit_adapters.study.curves`.
+
+    Attributes:
+        by: The value that is made equal, as validation logs it.
+        read: The values that are read there, as validation logs them.
+    """
+
+    by: Metric
+    read: list[Metric]
+
+
+@dataclass(frozen=True)
 class NoiseFloor:
     """Repeats the runs of an arm with a change that affects rounding only, to show how much equal runs differ.
 
@@ -160,6 +173,7 @@ class Study:
         repeat: The final runs.
         also: Further metrics of the report.
         contrasts: Pairs of arms that are compared, first minus second; named before the first run.
+        at_equal: Contrasts are also read where both trainings were equally good; exploratory.
         margin: Differences below it do not matter: the margin of the equivalence test, in the metric's unit.
         set: Overrides of the recipe in all runs, by dotted key.
         paths: Overrides that say where data are, relative to the working directory, as on the program's own command
@@ -180,6 +194,7 @@ class Study:
     search: Search | None = None
     also: list[Metric] = field(default_factory=list)
     contrasts: list[tuple[str, str]] = field(default_factory=list)
+    at_equal: AtEqual | None = None
     margin: float | None = None
     set: dict = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
@@ -230,6 +245,9 @@ class Study:
 _SECTIONS: dict[str, type] = {
     "metric": Metric,
     "also": Metric,
+    "at_equal": AtEqual,
+    "by": Metric,
+    "read": Metric,
     "arms": Arm,
     "search": Search,
     "repeat": Repeat,
@@ -329,15 +347,20 @@ def _check(study: Study) -> None:
 def _check_metrics(study: Study) -> None:
     where = str(study.path)
     metrics = [study.metric, *study.also]
-    for metric in [*metrics, *([study.search.metric] if study.search is not None else [])]:
+    searched = [study.search.metric] if study.search is not None else []
+    equal = [study.at_equal.by, *study.at_equal.read] if study.at_equal is not None else []
+    for metric in [*metrics, *searched, *equal]:
         if not metric.name:
             raise AdapterError(f"{where}: a metric has no name; give it as the program logs it")
         if not 0 < metric.scale < math.inf:
             raise AdapterError(f"{where}: the scale of {metric.name!r} is {metric.scale:g}; give a number above 0")
-    names = [metric.name for metric in metrics]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise AdapterError(f"{where}: metric and also name {twice!r} twice; leave one out")
+    for section, named in (("metric and also name", metrics), ("at_equal names", equal)):
+        names = [metric.name for metric in named]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise AdapterError(f"{where}: {section} {twice!r} twice; leave one out")
+    if study.at_equal is not None and not study.at_equal.read:
+        raise AdapterError(f"{where}: at_equal.read is empty; name what is compared at equal {study.at_equal.by.name}")
 
 
 # What the rates of groups decide.

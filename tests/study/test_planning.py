@@ -150,8 +150,8 @@ def test_a_noise_floor_runs_an_arm_again(tmp_path):
     assert {run.threads for run in noise} == {2}
     final = {run.set: run for run in runs if run.stage == "final" and run.arm == "wide"}
     assert all(run.recipe == final[run.set].recipe for run in noise)
-    assert len(plan.final_records(results, "noise")["wide"]) == 2
-    assert plan.final_records(results, "noise")["narrow"] == {}
+    found = {key: plan.finished(results, key, plan.chosen(results, key).rates, "noise") for key in ("wide", "narrow")}
+    assert {key: len(records) for key, records in found.items()} == {"wide": 2, "narrow": 0}
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,9 @@ WIDE = STUDY["arms"]["wide"]
         ({"run": {"workers": None}}, "run.workers is empty"),
         ({"contrasts": "wide - narrow"}, "give a list"),
         ({"also": [{"name": "test/loss", "scale": 100}]}, "name 'test/loss' twice"),
+        ({"at_equal": {"by": {"name": "val/a"}, "read": []}}, "at_equal.read is empty; name what is compared"),
+        ({"at_equal": {"by": {"name": "val/a"}, "read": [{"name": "val/a"}]}}, "at_equal names 'val/a' twice"),
+        ({"at_equal": {"by": {"name": "val/a"}, "read": [{"nam": "b"}]}}, "'nam' is unknown; section at_equal.read"),
         ({"metric": {"name": "test/loss", "scale": -1.0}}, "scale of 'test/loss' is -1; give a number above 0"),
         ({"search": {**STUDY["search"], "metric": {"name": "acc/Test"}}}, "is of the test split"),
         ({"search": {**STUDY["search"], "set": {"data.val_split": "test"}}}, "names the test split"),
@@ -290,7 +293,7 @@ def test_what_a_run_must_leave(tmp_path):
 def test_a_final_run_whose_metric_is_not_finite_has_diverged(tmp_path):
     plan, results = Plan(write_study(tmp_path)), Results()
     finish(plan, results, lambda run: {"val/loss": 1.0, "test/loss": math.nan, "test/other": 1.0})
-    found = plan.final_records(results)["wide"]
+    found = plan.finished(results, "wide", plan.chosen(results, "wide").rates)
     assert {(record.status, record.message) for record in found.values()} == {("diverged", "test/loss is nan")}
 
 

@@ -20,7 +20,7 @@ from lit_adapters.study.report.markdown import markdown_page
 from lit_adapters.study.report.page import write_report
 from lit_adapters.study.report.sentences import answer
 from lit_adapters.study.report.summary import summarise
-from lit_adapters.study.settings import Arm, Metric, NoiseFloor, Repeat, Search
+from lit_adapters.study.settings import Arm, AtEqual, Metric, NoiseFloor, Repeat, Search
 from tests.study.synthetic import LOSS, changed, finished, searched, synthetic_study
 
 ROOT = Path(__file__).parents[2]
@@ -265,7 +265,7 @@ def test_texts_of_files_are_escaped(tmp_path):
     assert not re.search(r"(?<!\\)<script|(?<!\\)\[y\]|(?<!\\)`c", text)
     tables = [line for line in text.splitlines() if line.startswith("|")]
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in tables}
-    assert widths == {10, 7, 5, 6}  # contrasts, arms, costs of stages and of arms: no title adds a column
+    assert widths == {11, 7, 5, 6}  # contrasts, arms, costs of stages and of arms: no title adds a column
 
 
 def test_the_report_is_complete_without_a_network(tmp_path):
@@ -339,3 +339,27 @@ def test_runs_of_an_earlier_file_and_settings_of_one_stage_are_listed(tmp_path):
     text = page_text(replace(study, final={"trainer.max_epochs": 3}), results)
     assert "8 finished runs, 8 of them final, are of an earlier version of the study's file" in text
     assert 'Final runs alone have <code>{"trainer.max_epochs": 3}</code>' in html.unescape(text.replace("\\_", "_"))
+
+
+def test_contrasts_are_read_where_both_were_equally_good(tmp_path):
+    at = AtEqual(Metric("val/acc1", "higher", 100, "points", "accuracy"), [Metric("val/loss", "lower", title="loss")])
+    study, results = two_arms(tmp_path, 5, at_equal=at)
+
+    def curve(record):
+        # Beta reaches 50%, where its loss is 2 + set / 10; Alpha passes 50% half-way between losses of 1.4 and 1.0.
+        end = (0.6, 1.0) if record.arm == "a" else (0.5, 2 + record.set / 10)
+        path = [(0.4, 1.4), end]
+        return replace(record, curve=[{"step": 4 * i, "val/acc1": a, "val/loss": v} for i, (a, v) in enumerate(path)])
+
+    equal = summarise(study, changed(results, curve)).contrasts[0].equal
+    assert (equal.level.mean, equal.level.n, equal.failure) == (pytest.approx(50), 4, "")
+    assert equal.differences["val/loss"].mean == pytest.approx(1.2 - 2.15)
+    text = page_text(study, changed(results, curve))
+    assert "The same contrasts at equal accuracy (exploratory" in text
+    assert re.search(r"Alpha minus Beta \| 50\.0.* \| -0\.95 \(-1\.16 to -0\.74\) \|", text)
+
+
+def test_what_has_no_equal_level_is_said(tmp_path):
+    at = AtEqual(Metric("val/acc1"), [Metric("val/loss", "lower")])
+    text = page_text(*two_arms(tmp_path, 5, at_equal=at))
+    assert "Alpha minus Beta: set 0, seed 0: no point of the curve has both val/acc1 and val/loss" in text

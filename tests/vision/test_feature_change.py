@@ -50,26 +50,37 @@ def test_a_change_along_what_was_there():
     assert compare_features(before, 2 * before)["feature_cosine"] == pytest.approx(1.0)
 
 
-def test_it_is_logged_by_a_test(tmp_path, monkeypatch):
+def test_it_is_logged_by_validations_and_tests(tmp_path, monkeypatch):
     from vision.__main__ import main
 
     monkeypatch.chdir(tmp_path)
     cli = main(
         [
-            "test",
+            "fit",
             "--model.backbone=test_vit",
             "--model.pretrained=false",
-            "--model.init_seed=3",
+            "--model.train=.*",
             "--data.source=random",
+            "--data.batch_size=8",
             "--data.image_size=32",
+            "--data.train_subset=16",
+            "--data.val_subset=20",
             "--data.test_subset=20",
+            "--optimizer=torch.optim.SGD",
+            "--optimizer.lr=0.01",
+            "--trainer.max_epochs=1",
             "--trainer.accelerator=cpu",
             "--trainer.logger=false",
+            "--trainer.enable_checkpointing=false",
             "--trainer.enable_progress_bar=false",
             "--trainer.callbacks=vision.feature_change.FeatureChange",
             "--trainer.callbacks.images=15",
         ]
     )
-    logged = cli.trainer.callback_metrics
-    assert all(math.isfinite(logged[f"test/feature_{name}"]) for name in ("change", "shift", "cosine", "rank"))
-    assert 0 < logged["test/feature_alignment"] <= 1
+    for split in ("val", "test"):
+        if split == "test":
+            cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+        logged = cli.trainer.callback_metrics
+        names = ("change", "shift", "cosine", "rank")
+        assert all(math.isfinite(logged[f"{split}/feature_{name}"]) for name in names)
+        assert 0 < logged[f"{split}/feature_alignment"] <= 1

@@ -10,10 +10,11 @@ from typing import TypeAlias
 import numpy as np
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.study.curves import at_equal
 from lit_adapters.study.planning import AllDivergedError, Chosen, Plan
 from lit_adapters.study.protocol import changes
 from lit_adapters.study.records import Record, Results
-from lit_adapters.study.settings import Metric, Study
+from lit_adapters.study.settings import AtEqual, Metric, Study
 from lit_adapters.study.statistics import Comparison, compare, holm, interval
 
 SIGNIFICANCE = 0.05  # p values below it count
@@ -84,6 +85,21 @@ class ArmSummary:
 
 
 @dataclass(frozen=True)
+class EqualContrast:
+    """Two arms compared at the best level of a value that both trainings reached.
+
+    Attributes:
+        level: The mean of that level; its interval is over training sets.
+        differences: Of the other values at that level, first minus second, by name.
+        failure: Why there are none; empty otherwise.
+    """
+
+    level: Estimate | None
+    differences: dict[str, Estimate]
+    failure: str = ""
+
+
+@dataclass(frozen=True)
 class Contrast:
     """Two arms compared on the runs that both have.
 
@@ -92,12 +108,14 @@ class Contrast:
         second: The second arm; differences are first minus second.
         comparison: The numbers, in the metric's unit; None if no run is common or one has diverged.
         also: Differences in the other metrics, by name.
+        equal: The same where both trainings were equally good; None if the study does not ask for it.
     """
 
     first: ArmSummary
     second: ArmSummary
     comparison: Comparison | None
     also: dict[str, Estimate] = field(default_factory=dict)
+    equal: EqualContrast | None = None
 
     def verdict(self) -> str:
         """What the numbers say: "found", "equivalent", "unclear", "unseen", "pending" or "diverged".
@@ -168,6 +186,10 @@ class Summary:
     def metrics(self) -> list[Metric]:
         """The metric of the contrasts, and the others."""
         return [self.study.metric, *self.study.also]
+
+    def by_parameters(self) -> list[ArmSummary]:
+        """Arms as the picture has them from left to right; those without a run last."""
+        return sorted(self.arms.values(), key=lambda arm: math.inf if arm.parameters is None else arm.parameters)
 
     def finished(self) -> int:
         """How many final runs have finished."""
@@ -311,7 +333,31 @@ def _contrast(study: Study, results: Results, first: ArmSummary, second: ArmSumm
         return Contrast(first, second, None)
     found = {metric.name: _comparison(study, results, metric, first, second, keys) for metric in study.also}
     also = {name: Estimate(c.difference, c.low, c.high, c.n) for name, c in found.items() if c is not None}
-    return Contrast(first, second, _comparison(study, results, study.metric, first, second, keys), also)
+    equal = None if study.at_equal is None else _equal(study, study.at_equal, first, second, keys)
+    return Contrast(first, second, _comparison(study, results, study.metric, first, second, keys), also, equal)
+
+
+def _equal(
+    study: Study, at: AtEqual, first: ArmSummary, second: ArmSummary, keys: list[tuple[int, int]]
+) -> EqualContrast:
+    levels: dict[tuple[int, int], float] = {}
+    differences: dict[str, Estimate] = {}
+    for metric in at.read:
+        found: dict[tuple[int, int], float] = {}
+        for key in keys:
+            one, other = (arm.finals[key].curve for arm in (first, second))
+            try:
+                levels[key], a, b = at_equal(one, other, at.by.name, metric.name, at.by.better)
+            except AdapterError as error:
+                return EqualContrast(None, {}, f"set {key[0]}, seed {key[1]}: {error}")
+            found[key] = (a - b) * metric.scale
+        differences[metric.name] = _over_units(study, found)
+    return EqualContrast(_over_units(study, {key: level * at.by.scale for key, level in levels.items()}), differences)
+
+
+def _over_units(study: Study, values: Mapping[tuple[int, int], float]) -> Estimate:
+    units = _units(study, list(values)).values()
+    return _estimate(np.array([np.mean([values[key] for key in runs]) for runs in units]), None)
 
 
 def _comparison(
