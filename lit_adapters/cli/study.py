@@ -79,7 +79,6 @@ def status(study: Study, results: Results) -> str:
     """The progress of a study: a table with a row for each arm, and the time left."""
     plan = Plan(study)
     used = plan.used(results)
-    stuck = False
     needed = len(study.repeat.sets) * len(study.repeat.seeds)
     rows = [("arm", "search", "rates", "final runs", "diverged")]
     for key in study.arms:
@@ -87,7 +86,6 @@ def status(study: Study, results: Results) -> str:
             chosen = plan.chosen(results, key)
         except AllDivergedError:
             runs = sum(record.arm == key and record.stage == "search" for record in results.records)
-            stuck = True
             rows.append((key, f"{runs} of {runs}", "every rate diverged", f"0 of {needed}", ""))
             continue
         finals = {} if chosen.rates is None else plan.finished(results, key, chosen.rates)
@@ -97,11 +95,11 @@ def status(study: Study, results: Results) -> str:
         diverged = sum(record.status == "diverged" for record in finals.values())
         rows.append((key, search, rates, f"{len(finals)} of {needed}", str(diverged or "")))
     left = plan.expected(results)
-    seconds = 0.0 if stuck else seconds_left(plan, results) / study.run.workers
+    seconds = seconds_left(plan, results) / study.run.workers
     spent = sum(record.seconds.get("total", 0.0) for record in results.records if record.id in used)
     others = len(results.records) - len(used)
     unused = f"; {others} more are of an earlier version of the file, and are not used" if others else ""
-    more = f"; about {duration(seconds)} left with {study.run.workers} at a time" if left and used and not stuck else ""
+    more = f"; about {duration(seconds)} left with {study.run.workers} at a time" if left and used else ""
     return (
         f"{console.text_table(rows)}\n{len(used)} runs finished in {duration(spent)}, {left} left"
         f" (and extensions of grids){more}{unused}"

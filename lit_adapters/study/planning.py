@@ -164,12 +164,15 @@ class Plan:
         """Runs that are not finished and could start now: searches first, then final runs, set after set.
 
         One final run is made early, after the first run of the search: it shows a wrong name of the metric before the
-        other searches.
+        other searches. An arm whose every rate diverged has no runs left; the others go on.
         """
         searches: list[Run] = []
         finals: list[tuple[int, int, int, Run]] = []
         for position, key in enumerate(self.study.arms):
-            chosen = self.chosen(results, key)
+            try:
+                chosen = self.chosen(results, key)
+            except AllDivergedError:
+                continue
             searches += chosen.due
             if chosen.rates is not None:
                 for stage in self._final_stages(key):

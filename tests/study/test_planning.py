@@ -78,8 +78,9 @@ def test_a_rate_that_diverges_is_not_chosen(tmp_path):
 
 def test_a_search_that_only_diverges_is_an_error(tmp_path):
     plan, results = Plan(write_study(tmp_path)), Results()
-    with pytest.raises(AdapterError, match=r"arm 'narrow': every rate from 0\.\d+ to \d+\.?\d* diverged"):
-        finish(plan, results, lambda run: None if run.stage == "search" else {"test/loss": 1.0})
+    finish(plan, results, lambda run: None if run.stage == "search" else {"test/loss": 1.0})
+    with pytest.raises(AllDivergedError, match=r"arm 'narrow': every rate from 0\.\d+ to \d+\.?\d* diverged"):
+        plan.chosen(results, "narrow")
 
 
 def test_groups_are_searched_one_after_the_other(tmp_path):
@@ -308,10 +309,10 @@ def test_runs_of_an_earlier_file_are_told_apart(tmp_path):
     assert "2 more are of an earlier version of the file" in status(later.study, results)
 
 
-def test_status_shows_a_search_that_only_diverged(tmp_path):
+def test_a_study_goes_on_without_an_arm_whose_search_only_diverged(tmp_path):
     study, results = write_study(tmp_path), Results()
-    with pytest.raises(AllDivergedError):
-        finish(Plan(study), results, lambda run: None if run.stage == "search" else {"test/loss": 1.0})
+    runs = finish(Plan(study), results, lambda run: None if run.stage == "search" else {"test/loss": 1.0})
+    assert [run.arm for run in runs if run.stage == "final"] == ["wide", "wide"]
     assert "every rate diverged" in status(study, results)
 
 
