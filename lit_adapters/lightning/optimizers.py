@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.optimizers.groups import scaled_groups
+from lit_adapters.optimizers.pair_optimizer import PairOptimizer
 
 # What schedulers call their length. Never typed: the trainer knows it.
 TOTALS = ("total_steps", "T_max", "total_iters")
@@ -60,7 +61,8 @@ def build_optimizers(
         if known is None or not isinstance(known.default, (int, float)):
             raise AdapterError(f"{cls.__name__} has no default learning rate: set lr in the optimizer's init_args")
         rate = known.default
-    groups = scaled_groups(module, rate, arguments.pop("weight_decay", 0.0), lr_scale)
+    pairs = isinstance(cls, type) and issubclass(cls, PairOptimizer)
+    groups = scaled_groups(module, rate, arguments.pop("weight_decay", 0.0), lr_scale, pairs)
     built = _build(cls, [group for group, _ in groups], lr=rate, **arguments)
     if lr_scheduler is None:
         return built

@@ -205,6 +205,10 @@ class AFAAdapter(LowRankAdapter):
             )
         return super().weight_to_read()
 
+    def product_obstacle(self) -> str:
+        """As for every low-rank adapter: beta is above 0 for a part of the training."""
+        return f"{self.qualified_name!r} (AFA-LoRA) has an activation between A and B while beta is above 0"
+
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """s B A (out, in), which is the whole update at beta = 0.
 

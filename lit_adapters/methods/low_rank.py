@@ -154,6 +154,10 @@ class LowRankAdapter(WeightAdapter):
         """B A (out, in) in `dtype`."""
         return self.lora_B.to(dtype) @ self.lora_A.to(dtype)
 
+    def product_obstacle(self) -> str:
+        """Why the layer's weight is not a function of B A alone; empty if it is one. Optimisers of pairs ask this."""
+        return ""
+
     # ---- the fast path
 
     def can_fuse(self, x: Tensor) -> bool:

@@ -1,5 +1,9 @@
-"""Parameter groups for optimisers."""
+"""Parameter groups for optimisers, and optimisers of low-rank pairs."""
 
 from lit_adapters.optimizers.groups import parameter_groups
+from lit_adapters.optimizers.loft import LoFT
+from lit_adapters.optimizers.lora_plus import LoRAPlus
+from lit_adapters.optimizers.lora_rite import LoRARITE
+from lit_adapters.optimizers.pairs import LowRankPair, low_rank_pairs
 
-__all__ = ["parameter_groups"]
+__all__ = ["LoFT", "LoRAPlus", "LoRARITE", "LowRankPair", "low_rank_pairs", "parameter_groups"]

@@ -13,13 +13,18 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.patterns import fullmatch
 from lit_adapters.methods.targets import head_modules
 from lit_adapters.model.attach import adapters, attached
+from lit_adapters.optimizers.pairs import low_rank_pairs
 
 HEAD = "head"  # the group of the prediction head, and of BASE too where both have one rate
 BASE = "base"  # the group of everything else that trains and is not an adapter
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float = 0.0, lr_scale: Mapping[str, float] | None = None
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    lr_scale: Mapping[str, float] | None = None,
+    pairs: bool = False,
 ) -> list[dict[str, Any]]:
     """The trainable parameters in groups, as an optimiser takes them: one group for each method, and the rest.
 
@@ -36,17 +41,23 @@ def parameter_groups(
             trains and is not an adapter. In a model that names no head, all of `train` counts as the head, unless that
             is the whole model. Any other key is a regular expression for whole names of parameters, which are those
             that `train` of `attach` uses. An expression wins over a group, and a later expression over an earlier one.
+        pairs: Put each A and B of LoRA and its kin together, into groups "<method>/pairs" with `pairs=True`, as the
+            optimisers of this package need them; see `PairOptimizer`.
 
     Raises:
         AdapterError: Nothing trains; a key of `lr_scale` is neither a group that trains nor an expression that matches
             a trained parameter; the learning rate is not a finite number above 0; a scale or the decay is negative or
-            not finite.
+            not finite; or `lr_scale` tears a pair apart.
     """
-    return [group for group, _ in scaled_groups(model, lr, weight_decay, lr_scale)]
+    return [group for group, _ in scaled_groups(model, lr, weight_decay, lr_scale, pairs)]
 
 
 def scaled_groups(
-    model: nn.Module, lr: float, weight_decay: float = 0.0, lr_scale: Mapping[str, float] | None = None
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    lr_scale: Mapping[str, float] | None = None,
+    pairs: bool = False,
 ) -> list[tuple[dict[str, Any], float]]:
     """The groups of `parameter_groups`, each with its factor on `lr`.
 
@@ -64,11 +75,13 @@ def scaled_groups(
     for _, adapter in adapters(model):
         undecayed |= {id(p) for p in adapter.undecayed_parameters()}
     labels = _labels(model, scale)
+    together = _pair_groups(model, labels, lr, weight_decay, scale) if pairs else []
+    in_pairs = {id(p) for group, _ in together for p in group["params"]}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in in_pairs:
             groups.setdefault((labels[id(parameter)], id(parameter) not in undecayed), []).append(parameter)
-    return [
+    return together + [
         (
             {
                 "params": parameters,
@@ -81,6 +94,34 @@ def scaled_groups(
         )
         for (name, decays), parameters in groups.items()
     ]
+
+
+def _pair_groups(
+    model: nn.Module, labels: Mapping[int, str], lr: float, weight_decay: float, scale: Mapping[str, float]
+) -> list[tuple[dict[str, Any], float]]:
+    """The groups of the pairs A, B, each with its factor on `lr`. A frozen factor stands beside the one that trains.
+
+    Raises:
+        AdapterError: `lr_scale` gives A and B of a layer different rates.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for pair in low_rank_pairs(model):
+        names = {labels[id(p)] for p in (pair.a, pair.b) if p.requires_grad}
+        if len(names) > 1:
+            raise AdapterError(
+                f"lr_scale has {sorted(names)} for A and B of {pair.name!r}, which this optimiser moves together: give "
+                "one expression for both, or set the ratio of LoRAPlus"
+            )
+        (name,) = names
+        if name not in groups:
+            groups[name] = {"params": [], "name": f"{name}/pairs", "pairs": True, "scales": []}
+            groups[name] |= {"lr": lr * scale.get(name, 1.0), "weight_decay": weight_decay}
+        group = groups[name]
+        group["params"] += [pair.a, pair.b]
+        group["scales"].append(pair.scale)
+        if pair.obstacle:
+            group.setdefault("obstacle", pair.obstacle)
+    return [(group, scale.get(name, 1.0)) for name, group in groups.items()]
 
 
 def _labels(model: nn.Module, scale: Mapping[str, float]) -> dict[int, str]:

@@ -1,0 +1,139 @@
+"""What the optimisers of this package share: closures, AdamW for all that is no pair, loading, checks of settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer
+
+from lit_adapters.errors import AdapterError, shown
+from lit_adapters.values import check_number, check_probability
+
+# AdamW's own, for the parameters that an optimiser with another default hands over to AdamW.
+ADAMW_EPS = 1e-8
+
+
+class AdapterOptimizer(Optimizer):
+    """An optimiser that treats some parameters in its own way and gives the others to AdamW.
+
+    Its whole state is tensors in `state`, so that a resumed run goes on as if it had not stopped.
+
+    Args:
+        params: Parameters, or groups of them.
+        defaults: The settings of groups that have none of their own; among them "lr", "betas" and "weight_decay".
+
+    Raises:
+        AdapterError: A setting is out of range.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        check_settings(defaults)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Make one step.
+
+        Args:
+            closure: Computes the loss and the gradients; it runs before any gradient is read.
+
+        Returns:
+            What the closure returns; None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update()
+        return loss
+
+    def update(self) -> None:
+        """Change the parameters by their gradients; gradients are off."""
+        raise NotImplementedError
+
+    def adamw(self, parameters: Sequence[Tensor], group: dict[str, Any], lr: float, eps: float) -> None:
+        """One step of torch's AdamW on those parameters that have a gradient.
+
+        Args:
+            parameters: Parameters of the group.
+            group: The group, for betas and weight decay.
+            lr: The learning rate.
+            eps: Added to the root of the second moment.
+        """
+        parameters = [p for p in parameters if p.grad is not None]
+        if not parameters:
+            return
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            list(parameters),
+            [p.grad for p in parameters],  # type: ignore[misc]
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=lr,
+            weight_decay=group["weight_decay"],
+            eps=eps,
+            maximize=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a saved state; tensors keep the dtype in which they were saved.
+
+        torch would cast moments in float32 to the dtype of a parameter in bfloat16.
+        """
+        super().load_state_dict(state_dict)
+        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(saved_ids, parameters, strict=True):
+            for name, saved in state_dict["state"].get(index, {}).items():
+                loaded = self.state[parameter][name]
+                if isinstance(saved, Tensor) and loaded.dtype != saved.dtype:
+                    self.state[parameter][name] = saved.detach().clone().to(loaded.device)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Check the settings that all optimisers have.
+
+    Raises:
+        AdapterError: The learning rate or the weight decay is negative or not finite, or `betas` are not two numbers
+            in [0, 1).
+    """
+    check_number("lr", settings["lr"], 0.0)
+    check_number("weight_decay", settings["weight_decay"], 0.0)
+    betas = settings["betas"]
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+        raise AdapterError(f"betas {shown(betas)} must be two numbers in [0, 1)")
+    for beta in betas:
+        check_probability("betas", beta)
+
+
+def working_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype of states and of r x r matrices: float32, or that of a parameter in float64."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def refuse_shards(parameters: Iterable[Tensor], optimizer: str) -> None:
+    """Check that parameters are whole.
+
+    Raises:
+        AdapterError: One is sharded over processes.
+    """
+    if any(hasattr(parameter, "full_tensor") for parameter in parameters):
+        raise AdapterError(
+            f"{optimizer} needs whole matrices, and those of this model are sharded over processes (FSDP2): use the "
+            "strategy ddp, or torch.optim.AdamW"
+        )
