@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import bounds, language_tables, performance_tables, regime_tables, subspace_tables
+from benchmarks import bounds, language_tables, performance_tables, regime_tables, study_tables, subspace_tables
 from benchmarks.arms import names
 from benchmarks.results_file import RESULTS, load
 from lit_adapters.files.atomic import write_text_atomically
@@ -140,6 +140,7 @@ def main() -> None:
     regimes()
     subspaces()
     performance()
+    study_tables.fill(ROOT)
 
 
 def performance() -> None:

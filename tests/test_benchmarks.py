@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import study_tables, tables
 from benchmarks.arms import ARMS, STEPS, names
 from benchmarks.bounds import Bound
 from benchmarks.results_file import load
 from benchmarks.runner import Runner
+from lit_adapters.study.report.summary import summarise
+from tests.study.synthetic import finished, synthetic_study
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py")) if "argparse" in path.read_text()]
@@ -81,3 +85,35 @@ def test_a_run_in_the_file_is_not_run_again(tmp_path, capsys):
     assert trained == [0.1, 0.2, 0.3, 0.2]
     assert len(load(tmp_path / "runs.json")) == 4
     assert "arm lora, protocol full, rate 0.2, steps 9: loss 1.0\n" in capsys.readouterr().out
+
+
+def test_pages_show_what_a_study_has_measured(tmp_path, monkeypatch):
+    arms = {"a": "Alpha", "b": "Beta", "c": "Gamma"}
+    study = synthetic_study(tmp_path, arms, contrasts=[("a", "b")], margin=9.0)
+    results = finished(study, {"a": 61.2, "b": 60, "c": 58}, spread=0.3)
+    monkeypatch.setattr(
+        study_tables,
+        "_summary",
+        lambda name, pairs=(): summarise(replace(study, contrasts=list(pairs) or study.contrasts), results),
+    )
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("<!-- study s front -->\n<!-- /study -->\n")
+    page = tmp_path / "docs" / "claims.md"
+    blocks = ("contrasts a-b a-c", "contrasts a-b of test/loss", "arms")
+    page.write_text("".join(f"before\n<!-- study s {block} -->\nold\n<!-- /study -->\n" for block in blocks))
+    study_tables.fill(tmp_path)
+    study_tables.fill(tmp_path)
+    c = summarise(study, results).contrasts[0].comparison
+    lines = page.read_text().splitlines()
+    assert lines[2].startswith(f"- Alpha minus Beta: **{c.difference:+.2f} points** (95% interval {c.low:+.2f} to ")
+    assert lines[2].endswith("after Holm, equivalent within 9 points)")
+    assert re.fullmatch(
+        r"- Alpha minus Gamma: \*\*\+\d\.\d points\*\* \(.* n = 4 training sets, exploratory\)", lines[3]
+    )
+    assert re.fullmatch(r"- Alpha minus Beta: \*\*-0\.\d+\*\* \(.*, exploratory\)", lines[7])
+    assert [line[:5] for line in lines[11:16]] == ["| arm", "|---|", "| **A", "| Bet", "| Gam"]
+    assert (tmp_path / "docs" / "s-front.png").stat().st_size > 5000
+    assert "](docs/s-front.png)" in (tmp_path / "README.md").read_text()
+    page.write_text("<!-- study s contrasts a-d -->\n<!-- /study -->\n")
+    with pytest.raises(SystemExit, match="s has the arms a, b, c"):
+        study_tables.fill(tmp_path)

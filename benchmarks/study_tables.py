@@ -1,0 +1,123 @@
+"""Fill the blocks of README.md and docs/ that show results of the studies in configs/studies.
+
+Between these comments stands what the study has measured; in place of {} are the names of a study and of its arms:
+
+    <!-- study {} contrasts {}-{} {}-{} -->             a line for each pair of arms, first minus second
+    <!-- study {} contrasts {}-{} of test/loss -->      the same of another metric of the study
+    <!-- study {} arms -->                              the table of arms
+    <!-- study {} front -->                             the picture of accuracy against trained parameters
+
+and <!-- /study --> ends each. Pairs that the study did not name beforehand are called exploratory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from lit_adapters.files.atomic import write_text_atomically
+from lit_adapters.learned.pictures import save_figure
+from lit_adapters.study.records import Results
+from lit_adapters.study.report.arms import arm_blocks
+from lit_adapters.study.report.blocks import Page, Table
+from lit_adapters.study.report.digits import decimals, number, probability
+from lit_adapters.study.report.front import front_figure
+from lit_adapters.study.report.markdown import markdown_page
+from lit_adapters.study.report.sentences import with_unit
+from lit_adapters.study.report.summary import Contrast, Summary, summarise
+from lit_adapters.study.settings import Metric, read_study
+
+ROOT = Path(__file__).parents[1]
+STUDIES = ROOT / "configs" / "studies"
+_BLOCK = re.compile(r"(<!-- study (\w+) (\w+) ?(.*?) ?-->\n).*?(<!-- /study -->)", re.DOTALL)
+_INCHES = 8.4  # width of a picture
+
+
+def fill(root: Path) -> None:
+    """Write all blocks of the pages below `root`, README.md and docs/*.md, and their pictures.
+
+    Raises:
+        SystemExit: A block names something unknown, or a study without results.
+    """
+    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        source = page.read_text(encoding="utf-8")
+        filled = _BLOCK.sub(lambda match, page=page: _filled(match, page), source)
+        if filled != source:
+            write_text_atomically(page, filled)
+
+
+def _filled(match: re.Match[str], page: Path) -> str:
+    begin, study, kind, rest, end = match.groups()
+    kinds: dict[str, Callable[[str, str, Path], str]] = {"contrasts": _contrasts, "arms": _arms, "front": _front}
+    if kind not in kinds:
+        raise SystemExit(f"error: {page}: a block of a study shows {', '.join(kinds)}, not {kind!r}")
+    return f"{begin}{kinds[kind](study, rest, page)}\n{end}"
+
+
+@cache
+def _summary(name: str, pairs: tuple[tuple[str, str], ...] = ()) -> Summary:
+    """The numbers of a study, with its own contrasts or with others."""
+    study = read_study(STUDIES / f"{name}.yaml")
+    results = Results.load(STUDIES / name)
+    if not any(record.stage == "final" for record in results.records):
+        raise SystemExit(f"error: {STUDIES / name} holds no final run; run the study first")
+    return summarise(replace(study, contrasts=list(pairs)) if pairs else study, results)
+
+
+def _contrasts(name: str, rest: str, page: Path) -> str:
+    """A line for each pair, such as "NoRA minus BitFit: -3.2 points (95% interval -4.9 to -1.5, n = 8)"."""
+    words, _, metric_name = rest.partition(" of ")
+    summary = _summary(name)
+    metrics = {metric.name: metric for metric in summary.metrics()}
+    metric = metrics.get(metric_name or summary.study.metric.name)
+    if metric is None:
+        raise SystemExit(f"error: {page}: {name} has the metrics {', '.join(metrics)}, not {metric_name!r}")
+    named = {(c.first.key, c.second.key): c for c in summary.contrasts}
+    pairs = [tuple(word.split("-")) for word in words.split()]
+    unknown = [key for pair in pairs for key in pair if key not in summary.arms]
+    if unknown or any(len(pair) != 2 for pair in pairs):
+        raise SystemExit(f"error: {page}: {name} has the arms {', '.join(summary.arms)}; give pairs such as a-b")
+    others = tuple(pair for pair in pairs if pair not in named)
+    exploratory = {(c.first.key, c.second.key): c for c in _summary(name, others).contrasts} if others else {}
+    return "\n".join(_line(summary, named.get(pair) or exploratory[pair], metric, pair in named) for pair in pairs)
+
+
+def _line(summary: Summary, contrast: Contrast, metric: Metric, named: bool) -> str:
+    head = f"- {contrast.first.title} minus {contrast.second.title}: "
+    main, c = metric is summary.study.metric, contrast.comparison
+    if c is None:
+        return f"{head}not measured"
+    low, high, difference = (c.low, c.high, c.difference) if main else _of(contrast, metric)
+    places = decimals([(high - low) / 2])
+    text = f"{head}**{with_unit(number(difference, places, sign=True), metric)}** (95% interval"
+    text += f" {number(low, places, sign=True)} to {number(high, places, sign=True)}, n = {c.n} {summary.over}"
+    if not (named and main):
+        return f"{text}, exploratory)"
+    text += f", p {probability(c.p if c.p_holm is None else c.p_holm)} after Holm"
+    if c.p_equivalent is not None and c.p_equivalent < 0.05:
+        text += f", equivalent within {with_unit(f'{c.margin:g}', metric)}"
+    return f"{text})"
+
+
+def _of(contrast: Contrast, metric: Metric) -> tuple[float, float, float]:
+    estimate = contrast.also[metric.name]
+    return estimate.low, estimate.high, estimate.mean
+
+
+def _arms(name: str, rest: str, page: Path) -> str:
+    shown = Page("")
+    shown.add(next(block for block in arm_blocks(_summary(name)) if isinstance(block, Table)))
+    return markdown_page(shown).strip()
+
+
+def _front(name: str, rest: str, page: Path) -> str:
+    root = page.parent if page.name == "README.md" else page.parent.parent
+    summary = _summary(name)
+    picture = root / "docs" / f"{name}-front.png"
+    save_figure(front_figure(summary, _INCHES), picture, dpi=110)
+    where = "docs/" if page.name == "README.md" else ""
+    metric = summary.study.metric
+    return f"![{metric.title or metric.name} against trained parameters]({where}{picture.name})"
