@@ -35,7 +35,9 @@ def arguments(folder: Path, stage: str, paths: dict[str, str]) -> tuple[list[str
         *(f"--{key}={value}" for key, value in paths.items()),
     ]
     evaluation = "validate" if stage == "search" else "test"
-    return ["fit", *common], [evaluation, *common, f"--ckpt_path={folder / CHECKPOINT}"]
+    # One process sees all items in their order, also where the training uses several.
+    one = ["--trainer.devices=1", "--trainer.num_nodes=1"]
+    return ["fit", *common], [evaluation, *common, *one, f"--ckpt_path={folder / CHECKPOINT}"]
 
 
 def call(program: str, args: list[str]) -> None:
@@ -56,6 +58,20 @@ def call(program: str, args: list[str]) -> None:
             raise
 
 
+def _leave_group(before: dict[str, str]) -> None:
+    """Undo what Lightning leaves after a training on several devices: the next one would take itself for a part of it.
+
+    Args:
+        before: The environment before the training.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def run(folder: Path) -> None:
     """Carry out the run that a folder describes, and write its record.
 
@@ -70,7 +86,9 @@ def run(folder: Path) -> None:
     fit, evaluation = arguments(folder, job["stage"], job["paths"])
     status, message = "done", ""
     try:
+        before = dict(os.environ)
         call(job["program"], fit)
+        _leave_group(before)
         call(job["program"], evaluation)
     except BaseException:
         failure = _read(folder / FAILURE)

@@ -111,3 +111,15 @@ def test_two_processes_do_not_run_one_study(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(AdapterError, match="another process runs the study"):
             run_study(write_study(tmp_path), tmp_path / "out")
+
+
+def test_a_run_trains_on_several_devices_and_is_evaluated_on_one(tmp_path):
+    arms = {"wide": {"set": {"model.width": 3}, "rates": {RATE: 0.1}}}
+    several = {"trainer.devices": 2, "trainer.strategy": "ddp"}
+    study = write_study(tmp_path, arms=arms, contrasts=None, search=None, set=several)
+    results = run_study(study, tmp_path / "out")
+    for record in results.records:
+        assert max(point["step"] for point in record.curve) == 2  # two processes share eight items
+        errors = results.items(record)["error"]
+        assert errors.shape == (8,)
+        assert errors.astype(float).mean() == pytest.approx(record.metrics["test/loss"], rel=1e-3)
