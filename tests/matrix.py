@@ -30,6 +30,7 @@ METHODS: dict[str, la.Method] = {
     "loran": la.LoRAN(rank=2, alpha=4.0),
     "afa": la.AFALoRA(rank=2, alpha=4.0, activation="silu"),
     "vera": la.VeRA(rank=6),
+    "dense_lora": la.DenseLoRA(rank=2, alpha=4.0, dropout=0.0),
     "nora": la.NoRA(groups=4),
     "nora++": la.NoRAPlusPlus(nora=la.NoRA(groups=4), lora=la.LoRA(rank=2)),
     "bitfit": la.BitFit(add_missing=True),
@@ -46,6 +47,8 @@ VARIANTS: dict[str, la.Method] = {
     "nora++-dora": la.NoRAPlusPlus(nora=la.NoRA(groups=4, base="anchored"), lora=la.DoRA(rank=2)),
 }
 ALL = METHODS | VARIANTS
+# Those that `merge` refuses, as no module without an adapter computes what they do.
+UNMERGEABLE = ("dense_lora",)
 # Those that start from a fit of the pretrained activation; all others start from the pretrained function itself.
 FITTED = ("nora", "nora-sum-of-abs", "nora-published", "nora++")
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import lit_adapters as la
 from lit_adapters.methods.nora import NoRAActivation
-from tests.matrix import ALL, CASES, FITTED, MODELS, adapted, build, changed_tensors, linear, move
+from tests.matrix import ALL, CASES, FITTED, MODELS, UNMERGEABLE, adapted, build, changed_tensors, linear, move
 
 each_method = pytest.mark.parametrize("method", ALL)
 
@@ -97,7 +97,7 @@ def test_save_and_load_bit_for_bit(method, name, dtype, tmp_path):
     }
 
 
-@each_case
+@cases(lambda method: method not in UNMERGEABLE)
 def test_final_merge_keeps_the_function_and_no_wrapper(method, name, dtype):
     network = linear(adapted(name, method, dtype, train=[MODELS[name].head]))
     before, names = MODELS[name].run(network, dtype).detach(), [n for n, _ in la.adapters(network)]
@@ -113,7 +113,7 @@ def test_final_merge_keeps_the_function_and_no_wrapper(method, name, dtype):
     assert after.dtype == before.dtype
 
 
-@each_case
+@cases(lambda method: method not in UNMERGEABLE)
 def test_reversible_merge_is_undone_bit_for_bit(method, name, dtype):
     network = linear(adapted(name, method, dtype))
     state = copy.deepcopy(network.state_dict())
@@ -131,6 +131,17 @@ def test_reversible_merge_is_undone_bit_for_bit(method, name, dtype):
         la.unmerge(network)
     assert not changed_tensors(state, network.state_dict())
     assert torch.equal(MODELS[name].run(network, dtype), before)
+
+
+@pytest.mark.parametrize("unload", [True, False])
+@pytest.mark.parametrize("method", UNMERGEABLE)
+def test_a_refused_merge_leaves_the_model_as_before(method, unload):
+    network = adapted("vit", method)
+    state, before = copy.deepcopy(network.state_dict()), MODELS["vit"].run(network)
+    with pytest.raises(la.AdapterError, match="no weight is equal to it"):
+        la.merge(network, unload=unload)
+    assert not changed_tensors(state, network.state_dict())
+    assert torch.equal(MODELS["vit"].run(network), before)
 
 
 @pytest.mark.parametrize("name", ["vit", "llama"])

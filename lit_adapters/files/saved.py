@@ -145,7 +145,8 @@ def _layers(
         shapes: Shapes of the base model's parameters, such as "64x32", where the file records them.
     """
     parts = [part for method in to_methods(description["methods"]) for part in method.parts()]
-    layers = {}
+    layers: dict[str, SavedLayer] = {}
+    built: list[dict[str, AdapterModule]] = [{} for _ in parts]
     for name, kind in description["adapters"].items():
         local = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
         method = _method_of(name, kind, parts)
@@ -171,6 +172,12 @@ def _layers(
         own = {k: local[k] for k in expected}
         adapter.load_state_dict({k: t.detach().clone() for k, t in own.items()}, strict=False, assign=True)
         layers[name] = SavedLayer(kind, own, adapter.eval(), merges)
+        built[next(i for i, part in enumerate(parts) if part is method)][name] = adapter
+    for part, adapters in zip(parts, built, strict=True):
+        try:
+            part.join(adapters)
+        except AdapterError as error:
+            raise AdapterError(f"{str(path)!r} does not fit its own description: {error}") from error
     return layers
 
 

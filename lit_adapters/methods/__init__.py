@@ -3,6 +3,7 @@
 from lit_adapters.methods.afa import AFALoRA
 from lit_adapters.methods.base import AdapterModule, Method
 from lit_adapters.methods.bitfit import BitFit
+from lit_adapters.methods.dense_lora import DenseLoRA
 from lit_adapters.methods.dora import DoRA
 from lit_adapters.methods.group_affine import GroupAffine
 from lit_adapters.methods.lora import LoRA
@@ -17,6 +18,7 @@ __all__ = [
     "AFALoRA",
     "AdapterModule",
     "BitFit",
+    "DenseLoRA",
     "DoRA",
     "GroupAffine",
     "LoRA",

@@ -105,6 +105,18 @@ class Method:
         loads again.
         """
 
+    def join(self, adapters: Mapping[str, AdapterModule]) -> None:
+        """Called when `placeholder` has built all adapters of a file and they hold their tensors.
+
+        Most methods need nothing; one whose layers share tensors gives them here to the layers that do not hold them.
+
+        Args:
+            adapters: Those of this method, by qualified name.
+
+        Raises:
+            AdapterError: A shared tensor is missing.
+        """
+
     def normalise_targets(self) -> None:
         """Give `targets` and `exclude` one form, so that a method equals its round trip through YAML or JSON.
 
@@ -268,6 +280,10 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
     def method_of(self, name: str) -> str:
         """The method that an adapter parameter belongs to, by its local name; in `lr_scale` and reports."""
         return self.method
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of this adapter's parameters that other layers compute with too, by local name; by default none."""
+        return {}
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of this adapter, by local name: what an adapter file keeps."""

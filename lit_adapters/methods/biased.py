@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_adapters.methods.afa import AFAAdapter
 from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.dense_lora import DenseLoRAAdapter
 from lit_adapters.methods.description import AdapterSummary
 from lit_adapters.methods.dora import DoRAAdapter
 from lit_adapters.methods.lora import LoRAAdapter
@@ -86,6 +87,10 @@ class BiasedVeRAAdapter(BiasedAdapter, VeRAAdapter):
     """VeRA and BitFit on one layer."""
 
 
+class BiasedDenseLoRAAdapter(BiasedAdapter, DenseLoRAAdapter):
+    """DenseLoRA and BitFit on one layer."""
+
+
 class BiasedLoRANAdapter(BiasedAdapter, LoRANAdapter):
     """LoRAN and BitFit on one layer."""
 
@@ -98,6 +103,7 @@ _BIASED: dict[type[AdapterModule], type[BiasedAdapter]] = {
     LoRAAdapter: BiasedLoRAAdapter,
     DoRAAdapter: BiasedDoRAAdapter,
     VeRAAdapter: BiasedVeRAAdapter,
+    DenseLoRAAdapter: BiasedDenseLoRAAdapter,
     LoRANAdapter: BiasedLoRANAdapter,
     AFAAdapter: BiasedAFAAdapter,
 }

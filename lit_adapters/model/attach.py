@@ -190,6 +190,11 @@ def attach(
             stacklevel=2,
         )
     sizes = {n: named[n].numel() for n in state.trained_parameters}
+    shared_sizes: dict[str, int] = {}
+    for _, adapter in adapters(model):
+        for name, parameter in adapter.shared_parameters().items():
+            kind = adapter.method_of(name)
+            shared_sizes[kind] = shared_sizes.get(kind, 0) + parameter.numel()
     # Without a known head, everything in `train` counts as the head.
     of_head = {n for n in sizes if id(named[n]) in head} if head else set(sizes)
     return AdapterReport(
@@ -198,6 +203,7 @@ def attach(
         head={n: size for n, size in sizes.items() if n in of_head},
         total=sum(_logical_size(p) for p in model.parameters()),
         left={n: _logical_size(named[n]) for n in left},
+        shared=shared_sizes,
     )
 
 

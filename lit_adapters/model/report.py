@@ -17,6 +17,8 @@ class AdapterReport:
         head: The same for the parameters of the prediction head.
         total: The number of parameters of the model, adapters included.
         left: The weights that the targets do not reach, such as experts that are parameters and not linear layers.
+        shared: The number of adapter parameters that several layers share, by method. They are counted once, at the
+            first of these layers.
     """
 
     adapters: list[tuple[str, str, int]]
@@ -24,6 +26,7 @@ class AdapterReport:
     head: dict[str, int] = field(default_factory=dict)
     total: int = 0
     left: dict[str, int] = field(default_factory=dict)
+    shared: dict[str, int] = field(default_factory=dict)
 
     @property
     def adapter_parameters(self) -> int:
@@ -45,6 +48,8 @@ class AdapterReport:
         for method in dict.fromkeys(m for _, m, _ in self.adapters):
             rows = [(name, n) for name, m, n in self.adapters if m == method]
             names = f"{rows[0][0]} ... {rows[-1][0]}" if len(rows) > 1 else rows[0][0]
+            if method in self.shared:
+                names += f"; {self.shared[method]:,} of the parameters are shared by several layers"
             lines.append(f"{method:<10} {len(rows):>4} modules {sum(n for _, n in rows):>12,} parameters   {names}")
         for label, sizes in (("head", self.head), ("base", self.trained)):
             if sizes:

@@ -133,6 +133,11 @@ def _check(model: nn.Module) -> None:
         if not parameter.is_floating_point():
             raise AdapterError(f"{name!r} is quantised, which is not supported with FSDP2; use the strategy ddp")
     for name, module in model.named_modules():
+        if isinstance(module, AdapterModule) and (shared := module.shared_parameters()):
+            raise AdapterError(
+                f"{name!r} shares {' and '.join(shared)} with other layers, and under FSDP2 a tensor is whole only "
+                "while its own block runs; use share='none', or the strategy ddp"
+            )
         if getattr(module, "cache_while_training", False):
             raise AdapterError(f"cache_weight of {name!r} would keep whole weights in every process; set it to false")
 

@@ -22,7 +22,8 @@ RECIPES = sorted(
 )
 SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
 REAL = [name for name in RECIPES if name not in SMOKE]
-ARMS = {"lora", "dora", "vera", "loran", "afa", "nora", "nora_plus_plus", "bitfit", "group_affine", "qlora"}
+ARMS = {"lora", "dora", "vera", "loran", "afa", "dense_lora"}
+ARMS |= {"nora", "nora_plus_plus", "bitfit", "group_affine", "qlora"}
 OVERRIDES = [
     "--model.model=tiny_llama",
     "--data.format=alpaca",

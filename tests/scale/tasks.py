@@ -21,7 +21,13 @@ STEPS, BATCH = 3, 4  # optimiser steps, and rows of a batch of all processes tog
 ADAPTIVE = la.AFALoRA(rank=2, activation="silu", schedule=la.schedules.Adaptive(duration=0.5, end=1.0, window=5))
 CALIBRATED = la.NoRA(groups=4, fit_range="calibrate")
 LORAN = la.LoRAN(rank=2, function="sine", frequency="calibrate", start_size=0.01)
-METHODS: dict[str, la.Method] = ALL | {"adaptive": ADAPTIVE, "calibrated": CALIBRATED, "loran-calibrated": LORAN}
+APART = la.DenseLoRA(rank=2, dropout=0.0, share="none")
+METHODS: dict[str, la.Method] = ALL | {
+    "adaptive": ADAPTIVE,
+    "calibrated": CALIBRATED,
+    "loran-calibrated": LORAN,
+    "dense_lora-apart": APART,
+}
 # Encoder for all methods and variants, decoder for one of each.
 CASES = [("vit", name) for name in METHODS] + [
     ("llama", name) for name in ("lora", "dora", "vera", "loran", "afa", "nora++")

@@ -104,7 +104,7 @@ def test_logs_once_what_one_process_logs(one, two, kind, name):
         assert [step for step, _ in together[tag]] == [step for step, _ in records], tag
         values = [value for _, value in records]
         # The ratio of norms over a batch is not the mean of the ratios over its halves, which is what is logged.
-        tolerance = 0.15 if tag.endswith("/nonlinearity") else 1e-3
+        tolerance = 0.15 if tag.endswith(("/nonlinearity", "/relative_output")) else 1e-3
         assert [value for _, value in together[tag]] == pytest.approx(values, rel=tolerance, abs=1e-6), tag
 
 
@@ -222,6 +222,7 @@ def test_adapters_stay_in_float32_beside_a_base_in_bfloat16(one, two):
         ("fsdp", "inf", r"^the loss is inf at step 1: every layer's output is finite, so it came up in the loss\."),
         ("fsdp", "build", r"^ValueError: no such weights$"),
         ("fsdp", "scalar", r"frequency' is a single number, which FSDP2 cannot shard"),
+        ("fsdp", "shared", r"^'blocks\.0\.attn\.qkv' shares dense_E and dense_D with other layers"),
         ("fsdp", "cache", r"^cache_weight of 'blocks\.0\.attn\.qkv' would keep whole weights"),
         ("fsdp", "tensor_parallel", r"\{'tensor_parallel': 2\} was asked for: give .* data_parallel_size=<"),
         ("fsdp", "distributed_checkpoint", r"set save_distributed_checkpoint=False"),

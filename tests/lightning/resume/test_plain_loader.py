@@ -63,6 +63,7 @@ LOADERS = {
 }
 METHODS = {
     "afa": lambda: la.AFALoRA(rank=2, activation="silu"),
+    "dense_lora": lambda: la.DenseLoRA(rank=2, dropout=0.2),
     "nora": lambda: nora(fit_range="calibrate"),
     "nora++": lambda: la.NoRAPlusPlus(nora=nora(), lora=la.LoRA(rank=2)),
 }
