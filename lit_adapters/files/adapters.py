@@ -40,6 +40,7 @@ from lit_adapters.files.meaning import HEADER_KEY, adopt_meaning, check_same, ch
 from lit_adapters.methods.base import to_methods
 from lit_adapters.model.attach import adapters, attach, attachment, base_parameters, detach, unfrozen
 from lit_adapters.model.meta import refuse_meta
+from lit_adapters.model.ranks import kept_directions, warn_unallocated, with_ranks
 from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import is_sharded, whole
 from lit_adapters.model.unfinished import warn_unfinished
@@ -133,6 +134,7 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
     state = adapter_state(model, besides)
     refuse_meta(state, "save_adapters")
     warn_unfinished(model, str(directory))
+    warn_unallocated(model, str(directory))
     tensors = {n: whole(t).cpu().contiguous() for n, t in state.items()}
     broken = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:
@@ -142,6 +144,7 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
         "format": FORMAT,
         "lit_adapters": version("lit-adapters"),
         **describe(model),
+        "methods": with_ranks(attachment(model).methods, model),
         "base": {
             "shapes": _base_shapes(model),
             "weights": old_fingerprint(frozen),
@@ -217,6 +220,7 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
         parameters[name].requires_grad_(trains)
         report.trained[name] = parameters[name].numel()
     adopt_meaning(model, meaning, str(directory))
+    report.ranks.update({name: sum(kept) for name, kept in kept_directions(model).items()})
     return report
 
 

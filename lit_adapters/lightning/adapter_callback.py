@@ -14,6 +14,7 @@ from lit_adapters.lightning.calibration import Calibration
 from lit_adapters.lightning.checks import Finiteness, Participation, Settings
 from lit_adapters.lightning.linearity import Linearity
 from lit_adapters.lightning.parts import CallbackOfParts
+from lit_adapters.lightning.rank_allocation import Allocating
 from lit_adapters.lightning.recording import Recording
 from lit_adapters.lightning.resume.adapters_only import AdaptersOnly
 from lit_adapters.lightning.resume.callback import Resuming
@@ -46,6 +47,9 @@ class AdapterCallback(CallbackOfParts):
     histograms at the end of the training, and at the end of an epoch once fifty times the drawing time has passed
     since the last ones.
 
+    The ranks of AdaLoRA are allocated after every optimiser step, by the schedule of its configuration. The penalty
+    that keeps its factors orthogonal is added to the gradients. `adapter/peft/<layer>/rank` shows the ranks.
+
     A warning comes once, after a fifth of the steps (at least 10), if LoRAN's function is linear at the size that B A
     has by then, so that it does what LoRA does.
 
@@ -68,8 +72,8 @@ class AdapterCallback(CallbackOfParts):
 
     Raises:
         AdapterError: An argument is out of range; no module of the tree was prepared by `lit_adapters.attach`; or a
-            check of a part fails (`Settings`, `Annealing`, `Calibration`, `Participation`, `Finiteness`, `Resuming`,
-            `AdaptersOnly`).
+            check of a part fails (`Settings`, `Annealing`, `Calibration`, `Participation`, `Finiteness`, `Allocating`,
+            `Resuming`, `AdaptersOnly`).
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class AdapterCallback(CallbackOfParts):
 
     def _new_parts(self) -> list[Callback]:
         self._annealing = Annealing(self.finalize)
+        self._allocating = Allocating()
         self._recording = Recording(self.log_every_n_steps, self.statistics, self.figures, self._annealing)
         finishing = Finishing()
         return [
@@ -109,6 +114,7 @@ class AdapterCallback(CallbackOfParts):
             Averaging(),
             Participation(self.allow_unused),
             Finiteness(),
+            self._allocating,  # its penalty adds to gradients that have been checked
             Linearity(),
             self._recording,
             Resuming(),  # restores random states at the start of a training, so after all that might draw from them
@@ -135,10 +141,15 @@ class AdapterCallback(CallbackOfParts):
         super().on_fit_start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The betas, what adaptive schedules have seen, and what the next record needs of the last."""
-        return {"annealing": self._annealing.state_dict(), "recorded": self._recording.state_dict()}
+        """The betas, what adaptive schedules and the rank allocation have seen, and what the next record needs."""
+        return {
+            "annealing": self._annealing.state_dict(),
+            "recorded": self._recording.state_dict(),
+            **self._allocating.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Give each part its saved state."""
         self._annealing.load_state_dict(state_dict["annealing"])
         self._recording.load_state_dict(state_dict["recorded"])
+        self._allocating.load_state_dict(state_dict)

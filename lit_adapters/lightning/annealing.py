@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.lightning.total_steps import total_steps
 from lit_adapters.schedules import monitor_mode
 from lit_adapters.training.annealing import Annealer, Watched
 
@@ -47,22 +48,11 @@ class Annealing(Callback):
         self._annealer = Annealer(pl_module, self._state)
         if not self._annealer.layers:
             return
-        # Lightning counts the steps of every optimiser, of which manual optimisation may have several; max_steps too.
-        total = self._estimated_steps(trainer) * max(1, len(trainer.optimizers))
-        if trainer.max_steps != -1:
-            total = min(total, trainer.max_steps)
+        total = total_steps(trainer, self._max_epochs)
         self._annealer.start(trainer.global_step, total)
         if self._finalize:
             epoch_loop = trainer.fit_loop.epoch_loop
             epoch_loop.min_steps = max(self._annealer.linear_from(), trainer.fit_loop.min_steps or 0)
-
-    def _estimated_steps(self, trainer: Trainer) -> float:
-        epochs = trainer.fit_loop.max_epochs
-        trainer.fit_loop.max_epochs = self._max_epochs
-        try:
-            return trainer.estimated_stepping_batches
-        finally:
-            trainer.fit_loop.max_epochs = epochs
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

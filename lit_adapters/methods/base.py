@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from lit_adapters.class_paths import build
 from lit_adapters.errors import AdapterError, shown
+from lit_adapters.methods.allocation import Allocation
 from lit_adapters.methods.copies import CopiedBuffers
 from lit_adapters.methods.description import Describing
 from lit_adapters.methods.hooks import copy_hooks, move_hooks
@@ -215,6 +216,8 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
         method: Name of the method, as in reports, tags and `lr_scale`.
         decays: Whether weight decay makes sense for the parameters.
         schedule: Of what is annealed while training; None if nothing is.
+        allocation: How the training gives up directions of this layer's update, shared by the layers of the method;
+            None if it gives up none.
         cache_while_training: Whether `may_cache` also allows caching in training. Values of frozen tensors alone, such
             as a cast W0, are cached without asking.
         sharded: Whether the parameters are spread over processes, and whole only while the layer runs.
@@ -226,6 +229,7 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
     method: ClassVar[str]
     decays: ClassVar[bool] = True
     schedule: Schedule | None = None
+    allocation: Allocation | None = None
     cache_while_training = False
     sharded = False
     read_as_weight = False
@@ -387,6 +391,14 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
         Raises:
             AdapterError: Training has begun, so that calibrating would change the function.
         """
+
+    def kept_directions(self) -> list[bool] | None:
+        """Which directions of the update a rank allocation has kept; None if it is not known, or there is none."""
+        return None
+
+    def orthogonal_factors(self) -> list[tuple[nn.Parameter, bool]]:
+        """The matrices that the penalty of `allocation` keeps orthogonal: True is for their rows, False for columns."""
+        return []
 
     # ---- the base by itself
 

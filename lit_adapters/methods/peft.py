@@ -1,8 +1,8 @@
 """Methods of the peft library (https://github.com/huggingface/peft) that change single layers, in the form of ours.
 
 peft injects its layers into the model; each becomes an adapter around its base layer like our own, and the model gets
-its own modules back. Some methods need peft's model wrapper. They are refused if they cannot run without it (prompts,
-task ids), and a warning says what is missing if they can (the rank allocation of AdaLoRA).
+its own modules back. Methods that cannot run without peft's model wrapper (prompts, task ids) are refused. What that
+wrapper does after every optimiser step for AdaLoRA, the training does here: see `peft_allocation.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lit_adapters.methods.base import Factory, Method
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
 from lit_adapters.methods.patterns import check_few_ways
 from lit_adapters.methods.peft_adapter import PeftAdapter
+from lit_adapters.methods.peft_allocation import AdaLoRAAllocation, AsaAllocation
 from lit_adapters.methods.targets import Target, matched_names, near_misses, places
 
 _ADAPTER = "default"  # peft's name for the first adapter of a layer
@@ -46,10 +47,7 @@ _REFUSED_SETTINGS = {
     "megatron_config": "it imports modules by the names in megatron_core; build Megatron's layers and use peft itself",
     "monteclora_config": "its loss term needs peft's own trainer",
 }
-_PER_STEP = {
-    "ADALORA": "ranks stay at init_r and the orthogonality term is not in the loss",
-    "ADAMSS": "with use_asa, no subspaces are dropped",
-}
+_TOTAL_STEPS = 2**31  # of an AdaLoRA whose training tells them later
 
 
 def require_peft() -> Any:
@@ -72,7 +70,8 @@ class Peft(Method):
     peft's own configuration sets the layers, ranks and dropout (`target_modules`, `exclude_modules`, ...).
 
     Args:
-        config: A `peft.PeftConfig`, or its dictionary with `peft_type`; kept as a dictionary of plain values.
+        config: A `peft.PeftConfig`, or its dictionary with `peft_type`; kept as a dictionary of plain values. A
+            dictionary for AdaLoRA may leave `total_step` out: the training tells it.
 
     Raises:
         AdapterError: Peft is not installed or refuses the values, the method learns prompts, or a setting needs peft's
@@ -103,7 +102,10 @@ class Peft(Method):
                 f"init_lora_weights={init!r} changes the pretrained weights; use one of "
                 f"{', '.join(map(str, SAFE_INITS))}"
             )
-        self.config = _plain(config)
+        plain = _plain(config)
+        if kind == "ADALORA" and isinstance(self.config, Mapping) and self.config.get("total_step") is None:
+            plain["total_step"] = None
+        self.config = plain
 
     def _build(self) -> Any:
         """The configuration as an object of peft, which checks the values."""
@@ -121,8 +123,11 @@ class Peft(Method):
         for setting, value in self.config.items():
             for pattern in _patterns(str(setting), value):
                 check_few_ways(str(setting), pattern)
+        values = copy.deepcopy(dict(self.config))
+        if kind == "ADALORA" and values.get("total_step") is None:
+            values["total_step"] = _TOTAL_STEPS
         try:
-            return peft.PeftConfig.from_peft_type(**copy.deepcopy(dict(self.config)))
+            return peft.PeftConfig.from_peft_type(**values)
         except Exception as error:  # configurations of peft raise many kinds
             raise AdapterError(f"peft refuses this {kind} configuration: {str(error)[:300]}") from error
 
@@ -148,6 +153,8 @@ class Peft(Method):
             raise AdapterError(f"{present[0]!r} is a layer of peft already; call unload() of peft's model first")
         config = self._build()
         kind = config.peft_type.value
+        if kind == "ADALORA":
+            config.rank_pattern = None  # it is read below; injecting takes the keys for those of LoRA's own setting
         for module in model.modules():
             if is_quantised(module):
                 stop_repacking(module)  # peft reads its weight below
@@ -168,10 +175,16 @@ class Peft(Method):
         for name in found:
             if any(inner.startswith(f"{name}.") for inner in found):
                 raise AdapterError(f"peft changes the inside of {name!r} for {kind}; leave it out of target_modules")
-        if kind in _PER_STEP and (kind != "ADAMSS" or config.use_asa):
-            warnings.warn(f"{kind} runs without the work that peft does at every step: {_PER_STEP[kind]}", stacklevel=4)
         owned: set[int] = set()
         built = {name: PeftAdapter(tuner, name, owned) for name, tuner in found.items()}
+        if kind == "ADALORA":
+            allocation = AdaLoRAAllocation(self.config)
+            for name, adapter in built.items():
+                adapter.allocation, adapter.kept = allocation, allocation.kept(name)
+        elif kind == "ADAMSS" and config.use_asa:
+            warnings.warn("ADAMSS trains all subspaces here, and use_asa drops none", stacklevel=4)
+            for adapter in built.values():
+                adapter.allocation = AsaAllocation()
         return [(target, partial(built.__getitem__, target.name)) for target in places(model) if target.name in built]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.methods.allocation import RANK_CHARTS
 from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.description import AdapterSummary
 from lit_adapters.ops._context import autocast_dtype
 
 
@@ -23,10 +26,12 @@ class PeftAdapter(AdapterModule):
 
     Attributes:
         tuner: The layer of peft.
+        kept: Which of AdaLoRA's directions the rank allocation kept last; None before the first time.
     """
 
     method = "peft"
     tuner: Any
+    kept: list[bool] | None = None
 
     def __init__(self, tuner: Any, qualified_name: str, owned: set[int]) -> None:
         super().__init__(tuner.base_layer, qualified_name)
@@ -71,6 +76,44 @@ class PeftAdapter(AdapterModule):
         # A layer in half precision returns half precision, although the adapter computes in float32.
         widened = y.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
         return y.to(weight.dtype) if widened else y
+
+    # ---- AdaLoRA, dW = s B diag(E) A
+
+    def _singular_values(self) -> Tensor | None:
+        return self.adapter_parameters().get("lora_E.default") if self.allocation is not None else None
+
+    def kept_directions(self) -> list[bool] | None:
+        """As for any method. A layer that was loaded tells it by its singular values E, unless all of them are 0."""
+        values = self._singular_values()
+        if values is None or self.kept is not None or values.is_meta:
+            return self.kept
+        kept: list[bool] = (values.detach().flatten() != 0).tolist()
+        return kept if any(kept) else None
+
+    def orthogonal_factors(self) -> list[tuple[nn.Parameter, bool]]:
+        """A by its rows and B by its columns."""
+        if self._singular_values() is None:
+            return []
+        parameters = self.adapter_parameters()
+        return [(parameters["lora_A.default"], True), (parameters["lora_B.default"], False)]
+
+    def statistics(self) -> dict[str, float]:
+        """rank: The number of AdaLoRA's directions that are kept."""
+        values, kept = self._singular_values(), self.kept_directions()
+        if values is None:
+            return {}
+        return {"rank": float(len(values) if kept is None else sum(kept))}
+
+    def summary(self) -> AdapterSummary:
+        """As for any method, with the rank that was allocated."""
+        summary, kept = super().summary(), self.kept_directions()
+        return summary if kept is None else dataclasses.replace(summary, note=f"rank {sum(kept)} of {len(kept)}")
+
+    def charts(self) -> dict[str, str]:
+        """The ranks of AdaLoRA."""
+        return {} if self._singular_values() is None else RANK_CHARTS
+
+    # ---- merging
 
     def check_mergeable(self) -> None:
         """As for every adapter.

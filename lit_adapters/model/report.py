@@ -19,6 +19,7 @@ class AdapterReport:
         left: The weights that the targets do not reach, such as experts that are parameters and not linear layers.
         shared: The number of adapter parameters that several layers share, by method. They are counted once, at the
             first of these layers.
+        ranks: The rank of each layer whose rank a training has allocated, as adapter files hold it.
     """
 
     adapters: list[tuple[str, str, int]]
@@ -27,6 +28,7 @@ class AdapterReport:
     total: int = 0
     left: dict[str, int] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
 
     @property
     def adapter_parameters(self) -> int:
@@ -62,6 +64,12 @@ class AdapterReport:
             lines.append(
                 f"{'left alone':<10} {'':>12} {left:>12,} parameters   {shown}: {100 * left / self.total:.0f}% of the "
                 "model, as these are not linear layers"
+            )
+        if self.ranks:
+            ranks = self.ranks.values()
+            lines.append(
+                f"{'ranks':<10} {len(ranks):>4} modules {sum(ranks) / len(ranks):>12.2f} on average, {min(ranks)} to "
+                f"{max(ranks)}, as allocated in training"
             )
         share = 100 * self.trainable / max(self.total, 1)
         lines.append(

@@ -38,7 +38,7 @@ def test_types_that_cannot_run_are_refused_with_the_reason(kind):
         (peft.LoraConfig(bias="all"), "bias='all' of LORA"),
         (peft.LoraConfig(init_lora_weights="pissa"), "init_lora_weights='pissa' changes the pretrained weights"),
         ({"peft_type": "LORRA"}, "has no peft_type 'LORRA', only .*LORA"),
-        ({"peft_type": "ADALORA"}, "refuses this ADALORA configuration: .*total_step"),
+        ({"peft_type": "ADALORA", "total_step": 0}, "refuses this ADALORA configuration: .*total_step"),
         ({"r": 4}, "dictionary with peft_type"),
         ("lora", "not 'lora'"),
     ],
@@ -178,9 +178,18 @@ def test_a_model_of_peft_is_refused():
         la.attach(model, method("VERA"))
 
 
-def test_what_peft_does_at_every_step_is_missed_aloud():
-    with pytest.warns(UserWarning, match="ADALORA runs without .*ranks stay at init_r"):
-        la.attach(network(), method("ADALORA"))
+def test_adalora_needs_no_number_of_steps():
+    config = la.Peft({"peft_type": "ADALORA", **LINEAR})
+    assert config.config["total_step"] is None
+    assert to_methods(json.loads(json.dumps(config.to_config()))) == [config]
+    la.attach(network(), config)
+
+
+@pytest.mark.parametrize("kept", [[True], [1, 0, 1, 0], "all"])
+def test_ranks_of_adalora_that_do_not_fit_are_refused(kept):
+    config = {"peft_type": "ADALORA", **LINEAR, **RUNNING["ADALORA"], "rank_pattern": {"fc1.lora_E": kept}}
+    with pytest.raises(la.AdapterError, match=r"rank_pattern of ADALORA has .* for 'fc1', and must have 4 times true"):
+        la.attach(network(), la.Peft(config))
 
 
 def test_without_peft(monkeypatch):

@@ -101,6 +101,7 @@ def main(folder: Path) -> dict[str, Any]:
         "build": stopped(folder, Unbuildable("vit", lora)),
         "scalar": stopped(folder, Task("vit", METHODS["loran-sine"])),
         "shared": stopped(folder, Task("vit", METHODS["dense_lora"])),
+        "ranks": stopped(folder, Task("vit", METHODS["adalora"])),
         "cache": stopped(folder, Task("vit", la.LoRAN(rank=2, cache_weight=True))),
         "tensor_parallel": stopped(
             folder, Task("vit", lora), strategy=strategy(data_parallel_size=1, tensor_parallel_size=2)

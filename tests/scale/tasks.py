@@ -22,11 +22,14 @@ ADAPTIVE = la.AFALoRA(rank=2, activation="silu", schedule=la.schedules.Adaptive(
 CALIBRATED = la.NoRA(groups=4, fit_range="calibrate")
 LORAN = la.LoRAN(rank=2, function="sine", frequency="calibrate", start_size=0.01)
 APART = la.DenseLoRA(rank=2, dropout=0.0, share="none")
+# Each step gives up directions; the third is the last.
+ADALORA = la.Peft({"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "target_modules": ["qkv", "fc1"]})
 METHODS: dict[str, la.Method] = ALL | {
     "adaptive": ADAPTIVE,
     "calibrated": CALIBRATED,
     "loran-calibrated": LORAN,
     "dense_lora-apart": APART,
+    "adalora": ADALORA,
 }
 # Encoder for all methods and variants, decoder for one of each.
 CASES = [("vit", name) for name in METHODS] + [

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lit_adapters.errors import AdapterError, shown
 from lit_adapters.files.checkpoint_schema import RECORD, is_count, is_named, is_text
+from lit_adapters.training.rank_allocation import is_allocation
 
 # What an optimiser keeps for each parameter, once it has made a step.
 _STATES = {Adam: ("step", "exp_avg", "exp_avg_sq"), AdamW: ("step", "exp_avg", "exp_avg_sq")}
@@ -165,6 +166,8 @@ def _check_callback(callback: Callback, state: Any, where: str, path: str | Path
         _refuse(f"{where}/annealing", annealing, "the state of an annealing", path)
     if "recorded" in own and not _is_recorded(recorded):
         _refuse(f"{where}/recorded", recorded, "the state of a recorder", path)
+    if "annealing" in own and "allocation" in state and not is_allocation(state["allocation"]):
+        _refuse(f"{where}/allocation", state["allocation"], "the state of a rank allocation", path)
 
 
 def _check_paths(callback: ModelCheckpoint, state: Mapping[str, Any], where: str, path: str | Path) -> None:
