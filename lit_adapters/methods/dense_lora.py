@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NoReturn
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule, Factory, Method
-from lit_adapters.methods.description import LowRankUpdate, each_layer, mean_over_layers
+from lit_adapters.methods.description import AdapterSummary, LowRankUpdate, each_layer, mean_over_layers
 from lit_adapters.methods.matrix_layers import matrix_layer
 from lit_adapters.methods.read_weights import reads_weight
 from lit_adapters.methods.targets import Target, find_targets
@@ -337,6 +337,10 @@ class DenseLoRAAdapter(WeightAdapter):
         e, d = self.pair.tensors()
         m = self.dense_M.detach()
         return LowRankUpdate(d.detach().to(m.device) @ m, e.detach().to(m.device), self.scaling)
+
+    def summary(self) -> AdapterSummary:
+        """That of s D M E."""
+        return replace(super().summary(), note="as if linear")
 
     def charts(self) -> dict[str, str]:
         """The size of the update beside the layer's output, and of the product of its matrices beside the weight."""

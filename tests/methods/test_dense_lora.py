@@ -270,7 +270,9 @@ def test_files_tell_what_was_learned_without_the_model(tmp_path):
             torch.testing.assert_close(update.scale * update.b @ update.a, product.detach())
             size = product.norm().item() / adapter.base.weight.norm().item()
             assert adapter.statistics() == {"relative_product": pytest.approx(size, rel=1e-5)}
-        assert {(s.merges, s.method) for s in summarise(saved)} == {("no", "dense_lora")}
+        assert {(s.merges, s.method, s.learned.note) for s in summarise(saved)} == {
+            ("no", "dense_lora", "as if linear")
+        }
         counts = {n: sum(p.numel() for p in a.adapter_parameters().values()) for n, a in la.adapters(model)}
         assert {s.name: s.parameters for s in summarise(saved)} == counts
 
