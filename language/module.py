@@ -232,6 +232,10 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
         logits: Tensor = self(batch)
         return logits
 
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """The mean loss of the learned tokens of a training batch; AdapterCallback calibrates on it."""
+        return self._losses(batch).mean()
+
     def predict_step(self, batch: Batch, batch_idx: int) -> Any:
         """A continuation of each row's prompt, the tokens before its first learned one; a list of B texts."""
         refuse_sharded(self._built, "generating")  # answers end at different tokens in different processes

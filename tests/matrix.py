@@ -38,6 +38,7 @@ METHODS: dict[str, la.Method] = {
 }
 VARIANTS: dict[str, la.Method] = {
     "rslora": la.LoRA(rank=3, alpha=4.0, rslora=True),
+    "dora-pissa": la.DoRA(rank=2, alpha=4.0, start="pissa"),
     "loran-sine": la.LoRAN(rank=2, alpha=4.0, function="sine", frequency=20.0),
     "afa-rational": la.AFALoRA(rank=2, alpha=4.0, activation="rational", groups=2),
     "nora-anchored": la.NoRA(groups=4, base="anchored"),

@@ -225,6 +225,11 @@ class ViTClassifier(LoadsFromFiles, StepMeanModule):
         logits: Tensor = self(batch[0])
         return logits
 
+    def batch_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The mean loss of a training batch; AdapterCallback calibrates on it."""
+        images, labels = batch
+        return F.cross_entropy(self(images).float(), labels)
+
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, num_classes) for images, or for (images, labels)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch

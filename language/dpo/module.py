@@ -150,6 +150,14 @@ class DPOTuner(CausalLMTuner):
         self.log("train/learned_tokens", float(self.learned_tokens), sync_dist=True, reduce_fx="sum")
         return loss
 
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """The mean loss of the pairs of a training batch; AdapterCallback calibrates on it."""
+        check_pairs(batch)
+        with torch.no_grad():
+            reference = answer_log_probabilities(learned_logits(self._reference, batch)[0], batch)
+        policy = answer_log_probabilities(learned_logits(self.forward, batch)[0], batch)
+        return self._pair_losses(self._margins(policy, reference)).mean()
+
     @torch.no_grad()
     def compare(self, batch: Batch) -> Comparison:
         """What the model as it is, in its present mode, and the reference say of a batch."""

@@ -256,6 +256,17 @@ class GRPOTuner(CausalLMTuner):
         self.log("train/reward", rollout["reward"], prog_bar=True, sync_dist=True, batch_size=size)
         return loss
 
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """GRPO's loss needs completions and their rewards, which a calibration does not sample.
+
+        Raises:
+            AdapterError: Always.
+        """
+        raise la.AdapterError(
+            "GRPO has no loss before it has sampled, so that start='lora_ga' finds no gradient; use start='pissa', "
+            "'olora' or 'eva'"
+        )
+
     def _sample(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Completions of a batch's prompts with all that the objective needs, as tensors."""
         h = self.hparams

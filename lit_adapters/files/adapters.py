@@ -38,6 +38,7 @@ from lit_adapters.files.header import (
 )
 from lit_adapters.files.meaning import HEADER_KEY, adopt_meaning, check_same, checked, meaning_of
 from lit_adapters.methods.base import to_methods
+from lit_adapters.methods.starts import without_starts
 from lit_adapters.model.attach import adapters, attach, attachment, base_parameters, detach, unfrozen
 from lit_adapters.model.meta import refuse_meta
 from lit_adapters.model.ranks import kept_directions, warn_unallocated, with_ranks
@@ -200,7 +201,8 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
     methods = to_methods(header["methods"])
     for part in (part for method in methods for part in method.parts()):
         part.forget_unmatched(model)
-    report = attach(model, methods, header["train"])
+    with without_starts():
+        report = attach(model, methods, header["train"])
     with _as_before_on_error(model, ()):
         expected = adapter_state(model, besides)
         _check_fit(model, header, expected, tensors, directory)

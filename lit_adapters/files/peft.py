@@ -39,6 +39,7 @@ from lit_adapters.model.sharding import refuse_sharded
 def export_peft(model: nn.Module, directory: str | Path) -> None:
     """Write LoRA, DoRA or AFA-LoRA at beta = 0 for `peft.PeftModel.from_pretrained(base_model, directory)` to load.
 
+    A start that is subtracted (`start` of LoRA and DoRA) makes the pair of a layer twice as wide in the file.
     Modules of `train`, and those that were unfrozen after `attach`, are written as modules_to_save, and so are
     normalisations with running statistics, which move while the model trains. peft gets a copy for each module of a
     tied weight. Each file is replaced atomically.
@@ -74,13 +75,14 @@ def export_peft(model: nn.Module, directory: str | Path) -> None:
         raise AdapterError(f"peft has one lora_dropout for all layers, and these have {sorted(dropouts)}")
     rslora = all(m.rslora for m in methods)
     alphas = {name: _alpha(adapter, methods, rslora) for name, adapter in found.items()}
-    (rank, _), (alpha, _) = (Counter(v).most_common(1)[0] for v in ([a.rank for a in found.values()], alphas.values()))
+    ranks = {name: adapter.update_rank for name, adapter in found.items()}
+    (rank, _), (alpha, _) = (Counter(v).most_common(1)[0] for v in (ranks.values(), alphas.values()))
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropouts.pop(),
         # peft matches a pattern against any end of a name; the anchor leaves only the whole name.
-        rank_pattern={f"^{re.escape(n)}": a.rank for n, a in found.items() if a.rank != rank},
+        rank_pattern={f"^{re.escape(n)}": r for n, r in ranks.items() if r != rank},
         alpha_pattern={f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
         use_rslora=rslora,
         use_dora=bool(dora),
@@ -138,15 +140,16 @@ def _check_convolution(name: str, base: Any) -> None:
 
 def _alpha(adapter: LowRankAdapter, methods: list[LowRank], rslora: bool) -> float:
     """The alpha with which peft scales this layer as we do: one that was configured, or what the scaling asks for."""
-    root = math.sqrt(adapter.rank) if rslora else adapter.rank
+    root = math.sqrt(adapter.update_rank) if rslora else adapter.update_rank
     exact = [m.alpha for m in methods if m.alpha / root == adapter.scaling]
     alpha = exact[0] if exact else adapter.scaling * root
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _tensors(adapter: LowRankAdapter) -> dict[str, Tensor]:
-    """The adapter's tensors by peft's names, in peft's shapes."""
-    a, b, shape = adapter.lora_A, adapter.lora_B, adapter._parameters["weight"].shape  # type: ignore[union-attr]
+    """The adapter's tensors by peft's names, in peft's shapes; its own, not copies, unless a start is subtracted."""
+    a, b = adapter.right_factor(adapter.lora_A.dtype), adapter.left_factor(adapter.lora_B.dtype)
+    shape = adapter._parameters["weight"].shape  # type: ignore[union-attr]
     ones = (1,) * (len(shape) - 2) if "kernel_size" in vars(adapter.base) else ()
     tensors = {"lora_A.weight": a.view(-1, *shape[1:]) if ones else a, "lora_B.weight": b.view(*b.shape, *ones)}
     if isinstance(adapter, DoRAAdapter):

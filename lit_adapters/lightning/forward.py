@@ -1,10 +1,13 @@
-"""One forward pass of a LightningModule on a training batch, as calibration and the search for a NaN need it."""
+"""A pass of a LightningModule on a training batch, as calibration and the search for a NaN need it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lit_adapters.errors import AdapterError
 
 
 def forward_batch(trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
@@ -25,3 +28,41 @@ def forward_batch(trainer: Trainer, pl_module: LightningModule, batch: Any) -> N
             pl_module.predict_step(batch, 0)
         else:
             own(batch)
+
+
+def batch_loss(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Tensor:
+    """The loss of a training batch, in the trainer's precision.
+
+    A LightningModule may define `batch_loss(batch)` for this. Otherwise `training_step(batch, 0)` is called, and what
+    it logs is not kept.
+
+    Args:
+        trainer: The one that trains the module.
+        pl_module: The module.
+        batch: On the module's device.
+
+    Raises:
+        AdapterError: The training step returns no loss.
+    """
+    own = getattr(pl_module, "batch_loss", None)
+    with trainer.precision_plugin.forward_context():
+        if own is not None:
+            loss = own(batch)
+        else:
+            attributes = vars(pl_module)  # an attribute of an instance hides a method of its name
+            attributes |= {"log": _ignore, "log_dict": _ignore}
+            try:
+                loss = pl_module.training_step(batch, 0)
+            finally:
+                del attributes["log"], attributes["log_dict"]
+            loss = loss.get("loss") if isinstance(loss, dict) else loss
+    if not isinstance(loss, Tensor):
+        raise AdapterError(
+            f"the loss of {type(pl_module).__name__} for a training batch is {type(loss).__name__}, and must be a "
+            "tensor; give the module a batch_loss(batch) that returns it"
+        )
+    return loss
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Log nothing."""

@@ -385,6 +385,22 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
         """Whether `calibrate` must run before training."""
         return False
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether `lit_adapters.calibrate` shows this adapter its inputs, and calls `calibrate`."""
+        return type(self).calibrate is not AdapterModule.calibrate
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether `lit_adapters.calibrate` computes the gradient of the pretrained weight for `measure_gradient`."""
+        return False
+
+    def measure_input(self, x: Tensor) -> None:
+        """Take what `calibrate` will need of one whole input of this layer; called for every input of a calibration."""
+
+    def measure_gradient(self, gradient: Tensor) -> None:
+        """Take the gradient of W0 (out, in), float32 on the CPU, summed over the batches of a calibration."""
+
     def calibrate(self, values: Tensor) -> None:
         """Fit to a sample (N,) of this layer's own inputs, before training. Most methods need nothing.
 
@@ -399,6 +415,10 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
     def orthogonal_factors(self) -> list[tuple[nn.Parameter, bool]]:
         """The matrices that the penalty of `allocation` keeps orthogonal: True is for their rows, False for columns."""
         return []
+
+    def calibrated_tensors(self) -> dict[str, Tensor]:
+        """What `calibrate` may write, by local name: by default the buffers. All processes take the first one's."""
+        return dict(self.named_buffers(recurse=False))
 
     # ---- the base by itself
 

@@ -9,6 +9,8 @@ The norm counts as a constant in the backward pass (section 4.3 of the paper). I
 so that no d x d matrix is formed, and ||W0||^2 is computed once. At the start m / norm is exactly 1, which gives the
 pretrained layer. Parameters for each layer: r (in + out) + out. Dropout acts on the input of B A
 only, where peft also drops the input of W0; without dropout both agree. Weight decay never acts on m.
+
+`starts.py` has other starts of A and B. B A then stands for B A - B0 A0, a product of two factors of width 2 r.
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.description import AdapterSummary
-from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.methods.starts import StartedAdapter, StartedLowRank
 from lit_adapters.ops._context import transformed, without_autocast
 from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.rescaled import scale_without_bias
 
 
 @dataclass
-class DoRA(LowRank):
-    """Configuration of DoRA; the settings are those of `LowRank`."""
+class DoRA(StartedLowRank):
+    """Configuration of DoRA; the settings are those of `LowRank`, and `start` of `StartedLowRank`."""
 
     name: ClassVar[str] = "dora"
     exports: ClassVar[str] = "yes"
@@ -38,7 +40,7 @@ class DoRA(LowRank):
         return DoRAAdapter(base, qualified_name, self)
 
 
-class DoRAAdapter(LowRankAdapter):
+class DoRAAdapter(StartedAdapter):
     """h = m / ||W0 + s B A|| (W0 x + s B A x) + bias for one layer; (..., in) -> (..., out)."""
 
     method = "dora"
@@ -55,7 +57,7 @@ class DoRAAdapter(LowRankAdapter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A Kaiming-uniform, B zero, m the row norms of the pretrained weight."""
+        """A and B at their start, m the row norms of the pretrained weight."""
         super().reset_parameters()
         self._was_floating = False
         self._measured.clear()
@@ -68,8 +70,8 @@ class DoRAAdapter(LowRankAdapter):
         self.base_norm_square()
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """The magnitudes, as a norm should not decay towards 0."""
-        return [self.magnitude]
+        """The magnitudes, as a norm should not decay towards 0, and A and B where they start elsewhere."""
+        return [self.magnitude, *super().undecayed_parameters()]
 
     @torch.no_grad()
     def _measure_base(self) -> Tensor:
@@ -108,7 +110,7 @@ class DoRAAdapter(LowRankAdapter):
     def weight_norm(self) -> Tensor:
         """||W0 + s B A|| of every row (out,), float32; a constant in the backward pass."""
         with torch.no_grad(), without_autocast(self.lora_A):
-            a, b, matrix = self.lora_A.float(), self.lora_B.float(), self.base_matrix()
+            a, b, matrix = self.right_factor(torch.float32), self.left_factor(torch.float32), self.base_matrix()
             # The wide product runs in the dtype of the weight, as casting the weight would cost as much as the product.
             half = torch.addmm((matrix @ a.to(matrix.dtype).T).float(), b, a @ a.T, alpha=self.scaling / 2)
             update = 2 * self.scaling * (half * b).sum(1)
@@ -165,7 +167,7 @@ class DoRAAdapter(LowRankAdapter):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}weight" in state_dict:
             square = self.base_norm_square()
-            if f"{prefix}magnitude" not in state_dict and not self.lora_B.any():  # another base, nothing trained yet
+            if f"{prefix}magnitude" not in state_dict and not self._has_trained():  # another base
                 with torch.no_grad():
                     self.magnitude.copy_(square.sqrt())
 

@@ -6,7 +6,7 @@
     h = W0 x + bias + s B A x        s = alpha / r, or alpha / sqrt(r) with rslora (arXiv 2312.03732)
 
 A starts Kaiming-uniform(a = sqrt 5), B at zero, so the layer starts as the pretrained one. It has r * (in + out)
-trained parameters.
+trained parameters. `starts.py` has other starts; the update then is s (B A - B0 A0).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.methods.starts import StartedAdapter, StartedLowRank
 
 
 @dataclass
-class LoRA(LowRank):
-    """Configuration of LoRA; the settings are those of `LowRank`."""
+class LoRA(StartedLowRank):
+    """Configuration of LoRA; the settings are those of `LowRank`, and `start` of `StartedLowRank`."""
 
     name: ClassVar[str] = "lora"
     exports: ClassVar[str] = "yes"
@@ -30,7 +30,7 @@ class LoRA(LowRank):
         return LoRAAdapter(base, qualified_name, self)
 
 
-class LoRAAdapter(LowRankAdapter):
+class LoRAAdapter(StartedAdapter):
     """h = W0 x + s B A x for one layer; (..., in) -> (..., out)."""
 
     method = "lora"

@@ -116,8 +116,6 @@ class LoRANAdapter(LowRankAdapter):
 
     method = "loran"
     frequency: Tensor  # w, a scalar; absent if it is calibrated
-    start_A: Tensor  # A0 (r, in); with `start_size` only
-    start_B: Tensor  # B0 (out, r); with `start_size` only
 
     def __init__(self, base: nn.Module, qualified_name: str, config: LoRAN) -> None:
         super().__init__(base, qualified_name, config)
@@ -132,8 +130,7 @@ class LoRANAdapter(LowRankAdapter):
             add = self.add_parameter if self.update.learns_frequency else self.add_buffer
             add("frequency", torch.empty((), device=self.lora_A.device))
         if self.start_size:
-            self.add_buffer("start_A", torch.empty_like(self.lora_A))
-            self.add_buffer("start_B", torch.empty_like(self.lora_B))
+            self.add_start()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -144,8 +141,7 @@ class LoRANAdapter(LowRankAdapter):
                 self.frequency.fill_(self.initial_frequency)
             if self.start_size:
                 self.lora_B.normal_(std=self.start_size / math.sqrt(self.rank))
-                self.start_A.copy_(self.lora_A)
-                self.start_B.copy_(self.lora_B)
+                self.keep_start()
             elif self.update.f.flat_at_zero:  # B = 0 would never train
                 self.lora_B.normal_(std=_NUDGE / math.sqrt(self.rank))
 

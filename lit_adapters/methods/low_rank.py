@@ -111,6 +111,8 @@ class LowRankAdapter(WeightAdapter):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    start_A: Tensor  # A0 (r, in); after `add_start` only
+    start_B: Tensor  # B0 (out, r); after `add_start` only
 
     def __init__(self, base: nn.Module, qualified_name: str, config: LowRank) -> None:
         super().__init__(base, qualified_name)
@@ -140,19 +142,43 @@ class LowRankAdapter(WeightAdapter):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
+    def add_start(self) -> None:
+        """Register the buffers A0 and B0, for an adapter that subtracts what its pair does at the start."""
+        self.add_buffer("start_A", torch.empty_like(self.lora_A))
+        self.add_buffer("start_B", torch.empty_like(self.lora_B))
+
+    @torch.no_grad()
+    def keep_start(self) -> None:
+        """Make the present pair A0 and B0."""
+        self.start_A.copy_(self.lora_A)
+        self.start_B.copy_(self.lora_B)
+
     # ---- the formula
+
+    @property
+    def update_rank(self) -> int:
+        """The rank of the factors of the update."""
+        return self.rank
+
+    def left_factor(self, dtype: torch.dtype) -> Tensor:
+        """B (out, r) in `dtype`: what the update multiplies by last."""
+        return self.lora_B.to(dtype)
+
+    def right_factor(self, dtype: torch.dtype) -> Tensor:
+        """A (r, in) in `dtype`: what the update multiplies by first."""
+        return self.lora_A.to(dtype)
 
     def down(self, x: Tensor) -> Tensor:
         """A x, after dropout while training; (..., in) -> (..., r)."""
-        return self.layer.down(self.base, F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+        return self.layer.down(self.base, F.dropout(x, self.dropout, self.training), self.right_factor(x.dtype))
 
     def up(self, z: Tensor) -> Tensor:
         """B z; (..., r) -> (..., out)."""
-        return self.layer.up(self.base, z, self.lora_B.to(z.dtype))
+        return self.layer.up(self.base, z, self.left_factor(z.dtype))
 
     def product(self, dtype: torch.dtype) -> Tensor:
         """B A (out, in) in `dtype`."""
-        return self.lora_B.to(dtype) @ self.lora_A.to(dtype)
+        return self.left_factor(dtype) @ self.right_factor(dtype)
 
     def product_obstacle(self) -> str:
         """Why the layer's weight is not a function of B A alone; empty if it is one. Optimisers of pairs ask this."""
@@ -189,7 +215,8 @@ class LowRankAdapter(WeightAdapter):
         """
         dtype, base = self._compute_dtype(x), self.base
         weight, bias = self._weight_in(dtype), None if base.bias is None else base.bias.to(dtype)
-        return low_rank_linear(x.to(dtype), weight, bias, self.lora_A, self.lora_B, activation, self.scaling)
+        a, b = self.right_factor(self.lora_A.dtype), self.left_factor(self.lora_B.dtype)
+        return low_rank_linear(x.to(dtype), weight, bias, a, b, activation, self.scaling)
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         """What the base layer computes in, for this input."""
@@ -226,7 +253,7 @@ class LowRankAdapter(WeightAdapter):
 
     def statistics(self) -> dict[str, float]:
         """relative_norm: ||s B A||_F / ||W0||_F, from the r x r products alone (the d x d update is never formed)."""
-        a, b = self.lora_A.detach().double(), self.lora_B.detach().double()
+        a, b = self.right_factor(torch.float64).detach(), self.left_factor(torch.float64).detach()
         squared = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
         return {"relative_norm": abs(self.scaling) * squared.sqrt().item() / self.base_norm()}
 
@@ -235,7 +262,8 @@ class LowRankAdapter(WeightAdapter):
 
     def low_rank_update(self) -> LowRankUpdate:
         """s B A."""
-        return LowRankUpdate(self.lora_B.detach(), self.lora_A.detach(), self.scaling)
+        left, right = self.left_factor(self.lora_B.dtype), self.right_factor(self.lora_A.dtype)
+        return LowRankUpdate(left.detach(), right.detach(), self.scaling)
 
     def charts(self) -> dict[str, str]:
         """The size of the update, relative to the pretrained weight."""

@@ -100,7 +100,7 @@ class Peft(Method):
         if kind == "LORA" and init not in SAFE_INITS:
             raise AdapterError(
                 f"init_lora_weights={init!r} changes the pretrained weights; use one of "
-                f"{', '.join(map(str, SAFE_INITS))}"
+                f"{', '.join(map(str, SAFE_INITS))}, or lit_adapters.LoRA(start=...), which does not change them"
             )
         plain = _plain(config)
         if kind == "ADALORA" and isinstance(self.config, Mapping) and self.config.get("total_step") is None:

@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.model.attach import adapters
+from lit_adapters.model.gradients import measuring_gradients
 from lit_adapters.model.meta import require_loaded
 from lit_adapters.model.unfinished import note_progress
 from lit_adapters.ops.statistics import regular_sample
@@ -143,11 +145,17 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
         )
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any] | None = None) -> None:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[Any], Any] | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+) -> None:
     """Run batches through the model before training, so that adapters can measure their inputs.
 
     NoRA and GroupAffine measure the density of their inputs, NoRA with fit_range="calibrate" also their range for its
-    fit; others measure nothing.
+    fit. LoRA and DoRA with start="eva" measure the directions of their inputs, and with start="lora_ga" the gradient of
+    their weight. Others measure nothing.
 
     Args:
         model: An adapted model.
@@ -155,29 +163,45 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
             or a few batches of training data are enough.
         run: Passes one batch, of any type and not yet on the model's device, through `model`. By default the batch is
             moved to the device, and `model` is called with it.
+        loss: Passes one batch through `model` and returns the loss, a tensor with one number. Only start="lora_ga"
+            needs it; it takes the place of `run` then.
 
     Raises:
-        AdapterError: There are no batches or no adapters, a weight is on the meta device, training has begun, or a
-            layer's inputs are constant or not finite.
+        AdapterError: There are no batches or no adapters, a weight is on the meta device, training has begun, a layer's
+            inputs are constant or not finite, or an adapter needs `loss` and there is none.
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise AdapterError("calibrate takes an iterable of batches; put a single batch into a list: [batch]")
-    found = [(n, a) for n, a in _require_adapters(model) if type(a).calibrate is not AdapterModule.calibrate]
+    found = [(n, a) for n, a in _require_adapters(model) if a.calibrates]
+    by_gradient = [(n, a) for n, a in found if isinstance(a, WeightAdapter) and a.needs_gradient]
+    by_input = [(n, a) for n, a in found if not a.needs_gradient]
     require_loaded(model, "calibrating")
-    samples: dict[str, list[Tensor]] = {name: [] for name, _ in found}
+    if by_gradient and loss is None:
+        raise AdapterError(
+            f"{by_gradient[0][0]!r} starts from the gradient of its weight; give calibrate the loss of a batch: "
+            "lit_adapters.calibrate(model, batches, loss=lambda batch: ...)"
+        )
+    samples: dict[str, list[Tensor]] = {name: [] for name, _ in by_input}
+    measuring = dict(by_input)
 
+    @torch.no_grad()
     def observe(name: str, x: Tensor) -> None:
+        measuring[name].measure_input(x)
         samples[name].append(regular_sample(x, _VALUES_PER_CALL).float().cpu())
 
     run = run or partial(_call, model)
-    with torch.no_grad(), evaluating(model), _recording_inputs(found, observe):
+    passes = measuring_gradients(model, by_gradient) if by_gradient else torch.no_grad()
+    with evaluating(model), _recording_inputs(by_input, observe), passes:
         for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=None):
-            run(batch)
+            if by_gradient and loss is not None:
+                loss(batch).backward()  # type: ignore[no-untyped-call]
+            else:
+                run(batch)
     unseen = [name for name, values in samples.items() if not values]
     if unseen:
         raise AdapterError(f"no input reached {unseen[0]!r}; give at least one batch that passes through every adapter")
     for name, adapter in found:
-        adapter.calibrate(torch.cat(samples[name]))
+        adapter.calibrate(torch.cat(samples[name]) if name in samples else torch.empty(0))
 
 
 def _call(model: nn.Module, batch: Any) -> None:

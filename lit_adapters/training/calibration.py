@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.base import AdapterModule
@@ -19,7 +19,9 @@ def awaits_calibration(model: nn.Module) -> bool:
     return any(adapter.awaits_calibration for _, adapter in adapters(model))
 
 
-def calibrate_together(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any]) -> None:
+def calibrate_together(
+    model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any], loss: Callable[[Any], Tensor] | None = None
+) -> None:
     """Calibrate the adapters of `model`; every process calls this.
 
     All processes take what the first one measured on its own share of the data, so that they hold the same functions.
@@ -29,13 +31,14 @@ def calibrate_together(model: nn.Module, batches: Iterable[Any], run: Callable[[
         model: Holds the adapters.
         batches: The first training batches.
         run: Passes one batch through `model`.
+        loss: The loss of one batch, for adapters that need the gradient of their weight.
 
     Raises:
-        AdapterError: `run` does not accept a batch in the first process, or an adapter saw no input there.
+        AdapterError: `run` or `loss` does not accept a batch in the first process, or an adapter saw no input there.
     """
     failure = None
     try:
-        calibrate(model, batches, run)
+        calibrate(model, batches, run, loss)
     except AdapterError as error:
         failure = error
     if process_count() == 1:
@@ -43,7 +46,7 @@ def calibrate_together(model: nn.Module, batches: Iterable[Any], run: Callable[[
             raise failure
         return
     measured = {
-        name: {key: buffer.cpu() for key, buffer in adapter.named_buffers(recurse=False)}
+        name: {key: tensor.detach().cpu() for key, tensor in adapter.calibrated_tensors().items()}
         for name, adapter in _calibrated(model)
     }
     message, measured = broadcast_object((None if failure is None else str(failure), measured))
@@ -54,4 +57,4 @@ def calibrate_together(model: nn.Module, batches: Iterable[Any], run: Callable[[
 
 
 def _calibrated(model: nn.Module) -> list[tuple[str, AdapterModule]]:
-    return [(n, a) for n, a in adapters(model) if type(a).calibrate is not AdapterModule.calibrate]
+    return [(n, a) for n, a in adapters(model) if a.calibrates]

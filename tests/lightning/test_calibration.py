@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 import lit_adapters as la
 from lit_adapters import AdapterCallback, AdapterError
-from tests.lightning.tiny_task import Task, fit, loader, nora, trainer
+from tests.lightning.tiny_task import Task, assert_equal_bits, fit, loader, nora, state, trainer
 
 CALIBRATE = {"fit_range": "calibrate"}
 
@@ -149,3 +149,60 @@ def test_workers_that_persist_give_all_batches_to_the_training(tmp_path):
     data = loader(num_workers=1, persistent_workers=True)
     running = fit(tmp_path, Task(nora(fit_range="calibrate")), la.AdapterCallback(), data=data, max_epochs=2)
     assert running.global_step == 12
+
+
+@pytest.mark.parametrize("start", ["lora_ga", "eva"])
+def test_starts_that_are_measured_equal_those_by_hand(tmp_path, start):
+    """What `training_step` logs in the calibration is not kept."""
+
+    class Counting(Task):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train/seen", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
+            return loss
+
+    method = la.LoRA(rank=2, start=start)
+    by_hand, by_callback = Task(method), Counting(method, lr=0.0)
+    la.calibrate(by_hand, list(loader())[:2], run=by_hand, loss=by_hand.loss)
+    running = fit(tmp_path, by_callback, AdapterCallback(calibration_batches=2))
+    assert running.callback_metrics["train/seen"] == 6
+    for (_, mine), (_, theirs) in zip(la.adapters(by_hand), la.adapters(by_callback), strict=True):
+        assert bool(theirs.calibrated)
+        for name, tensor in mine.calibrated_tensors().items():
+            assert torch.equal(tensor, getattr(theirs, name)), name
+    assert not [n for n, p in by_callback.named_parameters() if p.requires_grad and not ("lora" in n or "head" in n)]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_start(tmp_path):
+    method = la.LoRA(rank=2, start="lora_ga")
+    whole = Task(method)
+    fit(tmp_path / "whole", whole, max_epochs=2)
+    first = fit(tmp_path / "first", Task(method))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = Task(method)
+    fit(tmp_path / "second", resumed, ckpt=tmp_path / "half.ckpt", max_epochs=2)
+    assert_equal_bits(state(whole), state(resumed))
+
+
+def test_a_loss_of_its_own_is_preferred_to_training_step(tmp_path):
+    class Hooked(Task):
+        def batch_loss(self, batch):
+            calls.append("batch_loss")
+            return self.loss(batch)
+
+    class Failing(Task):
+        def batch_loss(self, batch):
+            raise TypeError("no such batch")
+
+    class Silent(Task):
+        def batch_loss(self, batch):
+            return None
+
+    calls, method = [], la.DoRA(rank=2, start="lora_ga")
+    fit(tmp_path, Hooked(method), AdapterCallback(calibration_batches=3))
+    assert calls == ["batch_loss"] * 3
+    with pytest.raises(AdapterError, match=r"to Failing\.batch_loss, which failed \(TypeError: no such batch\)"):
+        fit(tmp_path, Failing(method))
+    with pytest.raises(AdapterError, match="the loss of Silent for a training batch is NoneType, and must be a tensor"):
+        fit(tmp_path, Silent(method))
