@@ -1,7 +1,8 @@
 """Elementwise functions for a low-rank product, with their derivatives (LoRAN, arXiv 2509.21870).
 
     sinter    z + a z sin(w z)        sigmoid   1 / (1 + exp(-z))      relu      max(z, 0)
-    sine      sin(w z)                tanh      tanh z                 silu      z sigmoid(z)
+    sine      sin(w z), w learned     tanh      tanh z                 silu      z sigmoid(z)
+    fixed_sine  sin(w z), w constant
     cos       z + z cos(w z)          gaussian  z exp(-z^2) / 2        swish25   z sigmoid(25 z)
     identity  z
 
@@ -86,6 +87,12 @@ WEIGHT_FUNCTIONS: dict[str, WeightFunction] = {
         lambda z, a, w: torch.sin(w * z),
         lambda z, a, w: w * torch.cos(w * z),
         lambda z, a, w: z * torch.cos(w * z),
+        sinusoid=lambda a: (0.0, 1.0, 0.0, 0.0),
+        periodic=True,
+    ),
+    "fixed_sine": WeightFunction(
+        lambda z, a, w: torch.sin(w * z),
+        lambda z, a, w: w * torch.cos(w * z),
         sinusoid=lambda a: (0.0, 1.0, 0.0, 0.0),
         periodic=True,
     ),

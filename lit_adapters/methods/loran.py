@@ -20,6 +20,8 @@ more with "sine", whose frequency is learned unless it is calibrated. Backward f
 of its size is kept. The phase w z is computed in float32 whatever the dtype of the model, and in float64 by the C++
 kernel, which CPUs use.
 
+Sine-LoRA (arXiv 2403.19243) is function="fixed_sine" with divide_by_root=True: s sin(w B A) / sqrt(in), w constant.
+
 The released merge adds the transposed update, and so works on square layers only; here any (out, in) merges.
 """
 
@@ -60,8 +62,9 @@ class LoRAN(LowRank):
     """Configuration of LoRAN; rank to rslora are those of `LowRank`.
 
     Args:
-        function: The name of f: sinter, sine, cos, identity, sigmoid, tanh, relu, silu, swish25 or gaussian.
-            swish25 is our reading of the released code's "swish(25x)" as z sigmoid(25 z).
+        function: The name of f: sinter, sine (its frequency is learned), fixed_sine (its frequency is constant), cos,
+            identity, sigmoid, tanh, relu, silu, swish25 or gaussian. swish25 is our reading of the released code's
+            "swish(25x)" as z sigmoid(25 z).
         amplitude: a of Sinter: the largest share of B A by which it changes B A, with every frequency. Other functions
             have no amplitude; a calibrated sine is divided by w, so that its slope at 0 is 1.
         frequency: w of Sinter and of cos; the starting value for "sine". "calibrate" keeps w at 1 / rms(B A), for every
@@ -75,6 +78,7 @@ class LoRAN(LowRank):
             the start is the pretrained layer up to rounding for every f, centred or not. The number is the root mean
             square of B A at the start over that of a freshly initialised weight, 1 / sqrt(3 in); 0.01 is about what
             training reaches. Adds r (in + out) fixed numbers to the file.
+        divide_by_root: Whether to divide s by sqrt(in), as Sine-LoRA does. in is the number of columns of the weight.
 
     Raises:
         AdapterError: A value is out of range.
@@ -89,6 +93,7 @@ class LoRAN(LowRank):
     centered: bool = True
     cache_weight: bool = False
     start_size: float = 0.0
+    divide_by_root: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,10 +106,11 @@ class LoRAN(LowRank):
         check_flag("centered", self.centered)
         check_flag("cache_weight", self.cache_weight)
         check_number("start_size", self.start_size, 0.0, 1e3)
-        if self.function == "sine" and self.frequency == 0:
+        check_flag("divide_by_root", self.divide_by_root)
+        if self.function in ("sine", "fixed_sine") and self.frequency == 0:
             raise AdapterError(
-                "frequency 0 makes sine zero everywhere, and it would never learn; use 'calibrate', or 1,000 to 5,000 "
-                "with alpha divided by the frequency"
+                f"frequency 0 makes {self.function} zero everywhere, and it would never learn; use 'calibrate', or "
+                "1,000 to 5,000 with alpha divided by the frequency"
             )
 
     def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> LoRANAdapter:
@@ -119,6 +125,8 @@ class LoRANAdapter(LowRankAdapter):
 
     def __init__(self, base: nn.Module, qualified_name: str, config: LoRAN) -> None:
         super().__init__(base, qualified_name, config)
+        if config.divide_by_root:
+            self.scaling /= math.sqrt(self.lora_A.shape[1])
         calibrated = config.frequency == "calibrate"
         self.update = WeightUpdate(config.function, self.scaling, config.amplitude, config.centered, calibrated)
         self.cache_while_training = config.cache_weight

@@ -1,6 +1,7 @@
 """LoRAN: values and gradients in float64, what is kept for backward, dropout, initialisation."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.methods.loran_layer import layer
 FORMULAS = {
     "sinter": lambda z, w: z + 0.1 * z * torch.sin(w * z),
     "sine": lambda z, w: torch.sin(w * z),
+    "fixed_sine": lambda z, w: torch.sin(w * z),
     "cos": lambda z, w: z * torch.cos(w * z) + z,
     "identity": lambda z, w: z,
     "sigmoid": lambda z, w: 1 / (1 + torch.exp(-z)),
@@ -236,6 +238,16 @@ def test_the_frequency_does_not_decay():
     assert layer().undecayed_parameters() == []
 
 
+def test_sine_lora():
+    """As its authors compute it: x W0^T + b + x sin(w A^T B^T) / sqrt(in) * alpha / r, with a constant w."""
+    adapter = layer(function="fixed_sine", frequency=7.0, divide_by_root=True)
+    x, a, b = torch.randn(5, 12).double(), adapter.lora_A.detach().double(), adapter.lora_B.detach().double()
+    expected = adapter.base.double()(x) + x @ torch.sin(7.0 * a.T @ b.T) / math.sqrt(12) * 6.0 / 3
+    torch.testing.assert_close(adapter(x), expected, rtol=1e-6, atol=1e-6)
+    assert adapter.adapter_parameters().keys() == {"lora_A", "lora_B"}
+    assert adapter.adapter_tensors()["frequency"] == 7.0
+
+
 def test_statistics():
     adapter = layer(function="sine", frequency=7.0)
     product, update = adapter.product(torch.float64), adapter.delta_weight(torch.float64)
@@ -253,6 +265,8 @@ def test_statistics():
         ({"amplitude": float("nan")}, "amplitude nan must be a finite number"),
         ({"frequency": "1e4"}, "frequency '1e4' must be a finite number"),
         ({"function": "sine", "frequency": 0.0}, "frequency 0 makes sine zero everywhere"),
+        ({"function": "fixed_sine", "frequency": 0.0}, "frequency 0 makes fixed_sine zero everywhere"),
+        ({"divide_by_root": 1}, "divide_by_root 1"),
     ],
 )
 def test_refusals(settings, message):
