@@ -395,6 +395,13 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
         """Whether `lit_adapters.calibrate` computes the gradient of the pretrained weight for `measure_gradient`."""
         return False
 
+    def begin_calibration(self) -> None:
+        """Called before the passes of a calibration: forget earlier measurements, and check that it makes sense.
+
+        Raises:
+            AdapterError: Training has begun, or the adapter cannot be calibrated in this form.
+        """
+
     def measure_input(self, x: Tensor) -> None:
         """Take what `calibrate` will need of one whole input of this layer; called for every input of a calibration."""
 

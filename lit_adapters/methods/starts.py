@@ -240,6 +240,24 @@ class StartedAdapter(LowRankAdapter):
     def awaits_calibration(self) -> bool:
         return self._awaits_calibration
 
+    def begin_calibration(self) -> None:
+        """Forget earlier measurements.
+
+        Raises:
+            AdapterError: Training has begun, or the model is sharded.
+        """
+        self._measured_directions = self._gradient = None
+        if self.sharded:
+            raise AdapterError(
+                f"start={self.start!r} needs whole matrices, and {self.qualified_name!r} is sharded; calibrate before "
+                "sharding, use start='pissa' or 'olora', or the strategy ddp"
+            )
+        if self._has_trained():
+            raise AdapterError(
+                f"{self.qualified_name!r} has been trained: calibrating now would change its function. Calibrate once, "
+                "right after attach"
+            )
+
     def measure_input(self, x: Tensor) -> None:
         """Take up a sample of the rows of an input (..., in), for EVA.
 
@@ -269,21 +287,10 @@ class StartedAdapter(LowRankAdapter):
         """Start from what was measured.
 
         Raises:
-            AdapterError: Training has begun, the model is sharded, the gradient is zero or not finite, or the inputs
-                vary in too few directions.
+            AdapterError: The gradient is zero or not finite, or the inputs vary in too few directions.
         """
         measured, gradient = self._measured_directions, self._gradient
         self._measured_directions = self._gradient = None
-        if self.sharded:
-            raise AdapterError(
-                f"start={self.start!r} needs whole matrices, and {self.qualified_name!r} is sharded; calibrate before "
-                "sharding, use start='pissa' or 'olora', or the strategy ddp"
-            )
-        if self._has_trained():
-            raise AdapterError(
-                f"{self.qualified_name!r} has been trained: calibrating now would change its function. Calibrate once, "
-                "right after attach"
-            )
         self.stand_alone()
         if self.needs_gradient:
             self._start_from_gradient(gradient)

@@ -176,6 +176,8 @@ def calibrate(
     by_gradient = [(n, a) for n, a in found if isinstance(a, WeightAdapter) and a.needs_gradient]
     by_input = [(n, a) for n, a in found if not a.needs_gradient]
     require_loaded(model, "calibrating")
+    for _, adapter in found:
+        adapter.begin_calibration()
     if by_gradient and loss is None:
         raise AdapterError(
             f"{by_gradient[0][0]!r} starts from the gradient of its weight; give calibrate the loss of a batch: "

@@ -16,10 +16,8 @@ from tests.scale.ddp_run import Broken
 from tests.scale.tasks import METHODS, Task, loader, trainer
 
 CASES = [("llama", name) for name in ("lora", "dora", "vera", "loran", "afa", "nora++")]
-CASES += [
-    ("vit", name)
-    for name in ("nora", "nora++-dora", "loran-calibrated", "afa-rational", "calibrated", "dense_lora-apart")
-]
+CASES += [("vit", name) for name in ("nora", "nora++-dora", "loran-calibrated", "afa-rational", "calibrated")]
+CASES += [("vit", name) for name in ("dense_lora-apart", "dora-pissa")]
 
 
 def strategy(**changes: Any) -> ModelParallelStrategy:
@@ -102,6 +100,7 @@ def main(folder: Path) -> dict[str, Any]:
         "scalar": stopped(folder, Task("vit", METHODS["loran-sine"])),
         "shared": stopped(folder, Task("vit", METHODS["dense_lora"])),
         "ranks": stopped(folder, Task("vit", METHODS["adalora"])),
+        "measured": stopped(folder, Task("vit", METHODS["lora-ga"])),
         "cache": stopped(folder, Task("vit", la.LoRAN(rank=2, cache_weight=True))),
         "tensor_parallel": stopped(
             folder, Task("vit", lora), strategy=strategy(data_parallel_size=1, tensor_parallel_size=2)

@@ -30,7 +30,9 @@ METHODS: dict[str, la.Method] = ALL | {
     "loran-calibrated": LORAN,
     "dense_lora-apart": APART,
     "adalora": ADALORA,
+    "lora-ga": la.LoRA(rank=2, start="lora_ga"),
 }
+MEASURED = ("calibrated", "lora-ga")  # which depend on the first batches of the first process
 # Encoder for all methods and variants, decoder for one of each.
 CASES = [("vit", name) for name in METHODS] + [
     ("llama", name) for name in ("lora", "dora", "vera", "loran", "afa", "nora++")

@@ -16,15 +16,15 @@ from tests.lightning.tiny_task import assert_equal_bits, events
 from tests.matrix import build
 from tests.scale import applications, fsdp_run
 from tests.scale.processes import run, run_in_two
-from tests.scale.tasks import CASES, fit
+from tests.scale.tasks import CASES, MEASURED, fit
 from vision.module import ViTClassifier
 
 pytestmark = pytest.mark.slow
 ALIKE = [name for name in applications.APPLICATIONS if name != "grpo"]  # which samples by process
 KIND_AND_APPLICATION = [("ddp", name) for name in ALIKE] + [("fsdp", name) for name in applications.SHARDED]
 # What calibrates sees other batches in one process.
-DDP = [f"{model}-{method}" for model, method in CASES if method != "calibrated"]
-FSDP = [f"{model}-{method}" for model, method in fsdp_run.CASES if method != "calibrated"]
+DDP = [f"{model}-{method}" for model, method in CASES if method not in MEASURED]
+FSDP = [f"{model}-{method}" for model, method in fsdp_run.CASES if method not in MEASURED]
 KIND_AND_NAME = [("ddp", name) for name in DDP] + [("fsdp", name) for name in FSDP]
 
 
@@ -180,6 +180,13 @@ def test_calibration_is_the_first_process_s(two):
         assert sharded[f"blocks.{i}.mlp.act.fit_range"].tolist() != [-6.0, 6.0]
 
 
+def test_a_start_from_gradients_is_the_first_process_s(two):
+    first, second = (seen["ddp"]["vit-lora-ga"] for seen in two[1:])
+    assert first["losses"] == second["losses"]
+    assert_equal_bits(first["state"], second["state"])
+    assert first["state"]["net.blocks.0.mlp.fc1.start_B"].any()
+
+
 def test_functions_are_drawn_from_shards(two):
     board: Any = events(two[0] / "fsdp" / "vit" / "calibrated" / "run")
     assert {"adapter/functions", "adapter/changes"} <= set(board.Tags()["images"])
@@ -224,6 +231,7 @@ def test_adapters_stay_in_float32_beside_a_base_in_bfloat16(one, two):
         ("fsdp", "scalar", r"frequency' is a single number, which FSDP2 cannot shard"),
         ("fsdp", "shared", r"^'blocks\.0\.attn\.qkv' shares dense_E and dense_D with other layers"),
         ("fsdp", "ranks", r"^'net\.blocks\.0\.attn\.qkv\.lora_A\.default' is sharded, .* use the strategy ddp"),
+        ("fsdp", "measured", r"^start='lora_ga' needs whole matrices, and 'blocks\.0\.attn\.qkv' is sharded"),
         ("fsdp", "cache", r"^cache_weight of 'blocks\.0\.attn\.qkv' would keep whole weights"),
         ("fsdp", "tensor_parallel", r"\{'tensor_parallel': 2\} was asked for: give .* data_parallel_size=<"),
         ("fsdp", "distributed_checkpoint", r"set save_distributed_checkpoint=False"),
