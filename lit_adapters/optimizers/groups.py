@@ -75,7 +75,7 @@ def scaled_groups(
     for _, adapter in adapters(model):
         undecayed |= {id(p) for p in adapter.undecayed_parameters()}
     labels = _labels(model, scale)
-    together = _pair_groups(model, labels, lr, weight_decay, scale) if pairs else []
+    together = _pair_groups(model, labels, lr, weight_decay, scale, undecayed) if pairs else []
     in_pairs = {id(p) for group, _ in together for p in group["params"]}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
@@ -97,14 +97,19 @@ def scaled_groups(
 
 
 def _pair_groups(
-    model: nn.Module, labels: Mapping[int, str], lr: float, weight_decay: float, scale: Mapping[str, float]
+    model: nn.Module,
+    labels: Mapping[int, str],
+    lr: float,
+    weight_decay: float,
+    scale: Mapping[str, float],
+    undecayed: Collection[int],
 ) -> list[tuple[dict[str, Any], float]]:
     """The groups of the pairs A, B, each with its factor on `lr`. A frozen factor stands beside the one that trains.
 
     Raises:
         AdapterError: `lr_scale` gives A and B of a layer different rates.
     """
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for pair in low_rank_pairs(model):
         names = {labels[id(p)] for p in (pair.a, pair.b) if p.requires_grad}
         if len(names) > 1:
@@ -113,15 +118,18 @@ def _pair_groups(
                 "one expression for both, or set the ratio of LoRAPlus"
             )
         (name,) = names
-        if name not in groups:
-            groups[name] = {"params": [], "name": f"{name}/pairs", "pairs": True, "scales": []}
-            groups[name] |= {"lr": lr * scale.get(name, 1.0), "weight_decay": weight_decay}
-        group = groups[name]
+        key = name, id(pair.a) not in undecayed  # a pair whose start is subtracted does not decay
+        if key not in groups:
+            groups[key] = {"params": [], "name": f"{name}/pairs", "pairs": True, "scales": []}
+            groups[key] |= {"lr": lr * scale.get(name, 1.0), "weight_decay": weight_decay}
+            if not key[1]:
+                groups[key] |= {"name": f"{name}/pairs/no_decay", "weight_decay": 0.0}
+        group = groups[key]
         group["params"] += [pair.a, pair.b]
         group["scales"].append(pair.scale)
         if pair.obstacle:
             group.setdefault("obstacle", pair.obstacle)
-    return [(group, scale.get(name, 1.0)) for name, group in groups.items()]
+    return [(group, scale.get(name, 1.0)) for (name, _), group in groups.items()]
 
 
 def _labels(model: nn.Module, scale: Mapping[str, float]) -> dict[int, str]:

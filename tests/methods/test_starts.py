@@ -194,9 +194,9 @@ def test_loading_a_file_decomposes_nothing(tmp_path, monkeypatch):
 @each_kind
 def test_weight_decay_leaves_the_pair_alone(kind):
     """Its decay would take s B0 A0 out of the pretrained weight."""
-    network = attached(kind)
-    (group,) = parameter_groups(network, lr=0.1, weight_decay=0.5)
-    assert group["weight_decay"] == 0
+    for pairs in (False, True):
+        groups = parameter_groups(attached(kind), lr=0.1, weight_decay=0.5, pairs=pairs)
+        assert {group["weight_decay"] for group in groups} == {0.0}
     decays = {g["weight_decay"] for g in parameter_groups(attached(kind, start="zero"), lr=0.1, weight_decay=0.5)}
     assert 0.5 in decays
 
