@@ -26,6 +26,7 @@ from lit_adapters.methods import (
     NoRA,
     NoRAPlusPlus,
     Peft,
+    PointLoRA,
     VeRA,
 )
 from lit_adapters.model.attach import adapters, attach, detach
@@ -55,6 +56,7 @@ __all__ = [
     "NoRA",
     "NoRAPlusPlus",
     "Peft",
+    "PointLoRA",
     "RationalActivation",
     "ResumableLoader",
     "TargetsNotFound",

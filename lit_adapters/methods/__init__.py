@@ -11,6 +11,7 @@ from lit_adapters.methods.loran import LoRAN
 from lit_adapters.methods.nora import NoRA
 from lit_adapters.methods.nora_plus_plus import NoRAPlusPlus
 from lit_adapters.methods.peft import Peft
+from lit_adapters.methods.point_lora import PointLoRA
 from lit_adapters.methods.vera import VeRA
 from lit_adapters.methods.weight_adapter import WeightAdapter
 
@@ -27,6 +28,7 @@ __all__ = [
     "NoRA",
     "NoRAPlusPlus",
     "Peft",
+    "PointLoRA",
     "VeRA",
     "WeightAdapter",
 ]

@@ -261,6 +261,7 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
     def adopt(self) -> None:
         """Let the base share this module's tables from now on, and take over its hooks."""
         base = self.base
+        self._modules.update(base._modules)  # where attach has put adapters around children of an adapted block
         base._parameters, base._buffers, base._modules = self._parameters, self._buffers, self._modules
         move_hooks(base, self)
 

@@ -357,7 +357,9 @@ def remove_adapters(model: nn.Module, replacement: Callable[[AdapterModule], nn.
             key = id(target.module)
             if key not in replacements:
                 replacements[key] = replacement(target.module)
-            setattr(target.parent, target.attribute, replacements[key])
+            # A block that had an adapter has its own table of children again.
+            parent = target.parent.base if isinstance(target.parent, AdapterModule) else target.parent
+            setattr(parent, target.attribute, replacements[key])
     del model.__dict__[_STATE]
     free_saving(model)
     free_fusing(model)

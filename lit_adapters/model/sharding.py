@@ -136,7 +136,7 @@ def _check(model: nn.Module) -> None:
         if isinstance(module, AdapterModule) and (shared := module.shared_parameters()):
             raise AdapterError(
                 f"{name!r} shares {' and '.join(shared)} with other layers, and under FSDP2 a tensor is whole only "
-                "while its own block runs; use share='none', or the strategy ddp"
+                "while its own block runs; use the strategy ddp, or with DenseLoRA share='none'"
             )
         if getattr(module, "cache_while_training", False):
             raise AdapterError(f"cache_weight of {name!r} would keep whole weights in every process; set it to false")
