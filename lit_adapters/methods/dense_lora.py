@@ -16,7 +16,6 @@ With GELU after D no output of a layer can fall by more than 0.17 s, but it can 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +30,12 @@ from lit_adapters.methods.base import AdapterModule, Factory, Method
 from lit_adapters.methods.description import AdapterSummary, LowRankUpdate, each_layer, mean_over_layers
 from lit_adapters.methods.matrix_layers import matrix_layer
 from lit_adapters.methods.read_weights import reads_weight
+from lit_adapters.methods.shared_parameters import (
+    SharingAdapter,
+    SharingGroup,
+    join_layers_of_a_file,
+    without_numbers,
+)
 from lit_adapters.methods.targets import Target, find_targets
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops.statistics import regular_sample
@@ -93,25 +98,25 @@ class DenseLoRA(Method):
             AdapterError: A layer holds no weight matrix, or its parent reads its weight and never calls it.
             TargetsNotFound: Nothing matches.
         """
-        groups: dict[Hashable, SharedPair] = {}
+        groups: dict[Hashable, SharingGroup] = {}
         found: list[tuple[Target, Factory]] = []
         for target in find_targets(model, self, train):
             if reads_weight(target.parent, target.attribute):
                 raise _nonlinear(target.name, "the model reads its weight and does not call it; ")
             size = matrix_layer(target.module, target.name, "DenseLoRA").size(target.module)
-            pair = groups.setdefault(self.group(target.name, size), SharedPair())
-            found.append((target, partial(DenseLoRAAdapter, target.module, target.name, self, pair)))
+            sharing = groups.setdefault(self.group(target.name, size), SharingGroup())
+            found.append((target, partial(DenseLoRAAdapter, target.module, target.name, self, sharing)))
         return found
 
     def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> DenseLoRAAdapter:
         """The adapter around one layer by itself, with an encoder and a decoder of its own."""
-        return DenseLoRAAdapter(base, qualified_name, self, SharedPair())
+        return DenseLoRAAdapter(base, qualified_name, self, SharingGroup())
 
     def group(self, qualified_name: str, size: tuple[int, int]) -> Hashable:
         """What layers that share encoder and decoder have in common, for a layer of this name and size (out, in)."""
         if self.share == "none":
             return qualified_name
-        return size if self.share == "shape" else (re.sub(r"(?<![^.])\d+\.", "", qualified_name), size)
+        return size if self.share == "shape" else (without_numbers(qualified_name), size)
 
     def placeholder(
         self, qualified_name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
@@ -127,7 +132,7 @@ class DenseLoRA(Method):
             raise AdapterError(f"{qualified_name}.dense_size is missing or damaged; take an undamaged copy")
         outputs, inputs = size.tolist()
         layer = nn.Linear(inputs, outputs, bias=False, device="meta")
-        return DenseLoRAAdapter(layer, qualified_name, self, SharedPair(), holder=_SHARED[0] in tensors)
+        return DenseLoRAAdapter(layer, qualified_name, self, SharingGroup(), holder=_SHARED[0] in tensors)
 
     def join(self, adapters: Mapping[str, AdapterModule]) -> None:
         """Give the layers of each group the encoder and the decoder that one of them holds.
@@ -136,13 +141,7 @@ class DenseLoRA(Method):
             AdapterError: No layer of a group holds them.
         """
         own = {name: adapter for name, adapter in adapters.items() if isinstance(adapter, DenseLoRAAdapter)}
-        pairs = {self.group(n, a.size): a.pair for n, a in reversed(own.items()) if a.pair.layers}
-        for name, adapter in own.items():
-            pair = pairs.get(self.group(name, adapter.size))
-            if pair is None:
-                raise AdapterError(f"no layer holds the encoder and the decoder of {name!r}; take an undamaged copy")
-            if not adapter.is_holder:
-                adapter.take(pair)
+        join_layers_of_a_file((self.group(name, adapter.size), adapter) for name, adapter in own.items())
 
 
 def _nonlinear(name: str, why: str = "") -> AdapterError:
@@ -152,33 +151,7 @@ def _nonlinear(name: str, why: str = "") -> AdapterError:
     )
 
 
-class SharedPair:
-    """The layers of one group. The first of them holds encoder E (r, in) and decoder D (out, r) as its parameters.
-
-    So a model has each of them once: for files, optimisers, gradient norms and counts. All layers read them there,
-    also where something has put other tensors in their place.
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[DenseLoRAAdapter] = []
-
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """E (r, in) and D (out, r)."""
-        holder = self.layers[0]
-        return holder.dense_E, holder.dense_D
-
-    def leave(self, layer: DenseLoRAAdapter) -> None:
-        """Go on without `layer`; if it was the holder, the next layer is."""
-        if layer not in self.layers or len(self.layers) == 1:
-            return
-        was_holder = layer is self.layers[0]
-        self.layers.remove(layer)
-        if was_holder:
-            for name in _SHARED:
-                self.layers[0].adopt_parameter(name, layer.get_parameter(name))
-
-
-class DenseLoRAAdapter(WeightAdapter):
+class DenseLoRAAdapter(SharingAdapter, WeightAdapter):
     """h = W0 x + bias + s phi(D M phi(E x)) for one layer; (..., in) -> (..., out).
 
     Raises:
@@ -186,6 +159,7 @@ class DenseLoRAAdapter(WeightAdapter):
     """
 
     method = "dense_lora"
+    shared_names = _SHARED
     dense_E: nn.Parameter  # of the holder alone, as dense_D
     dense_D: nn.Parameter
     dense_M: nn.Parameter
@@ -196,7 +170,7 @@ class DenseLoRAAdapter(WeightAdapter):
         base: nn.Module,
         qualified_name: str,
         config: DenseLoRA,
-        pair: SharedPair,
+        sharing: SharingGroup,
         holder: bool | None = None,
     ) -> None:
         """See the class.
@@ -205,7 +179,7 @@ class DenseLoRAAdapter(WeightAdapter):
             base: The layer that is adapted.
             qualified_name: Its name in the model.
             config: The settings.
-            pair: The layers that it shares E and D with.
+            sharing: The layers that it shares E and D with.
             holder: Whether this layer holds E and D; by default if it is the first one.
         """
         super().__init__(base, qualified_name)
@@ -222,22 +196,16 @@ class DenseLoRAAdapter(WeightAdapter):
             )
         self.rank, self.scaling, self.dropout = config.rank, config.alpha / config.rank, config.dropout
         self.activation, self.output_activation = config.activation, config.output_activation
-        self.pair = pair
         device = self.base.weight.device
-        if holder or (holder is None and not pair.layers):
-            self.add_parameter("dense_E", torch.empty(self.rank, inputs, device=device))
-            self.add_parameter("dense_D", torch.empty(outputs, self.rank, device=device))
-            pair.layers.insert(0, self)
-        elif holder is None:
-            pair.layers.append(self)
+
+        def make() -> dict[str, Tensor]:
+            shapes = (self.rank, inputs), (outputs, self.rank)
+            return {name: torch.empty(shape, device=device) for name, shape in zip(_SHARED, shapes, strict=True)}
+
+        self.join_group(sharing, make, holder)
         self.add_parameter("dense_M", torch.empty(self.rank, self.rank, device=device))
         self.add_buffer("dense_size", torch.empty(2, dtype=torch.int64, device=device))
         self.reset_parameters()
-
-    @property
-    def is_holder(self) -> bool:
-        """Whether E and D are parameters of this layer."""
-        return _SHARED[0] in self._parameters
 
     def reset_parameters(self) -> None:
         """E and M Kaiming-uniform(a = sqrt 5), D zero: the start is the pretrained layer."""
@@ -259,7 +227,7 @@ class DenseLoRAAdapter(WeightAdapter):
         """s phi(D M phi(E x)), with dropout while `training`; (..., in) -> (..., out)."""
         phi = ACTIVATIONS[self.activation]
         drop = partial(F.dropout, p=self.dropout, training=training)
-        e, d = (t.to(x.device) for t in self.pair.tensors())  # the holder may be on another device
+        e, d = (t.to(x.device) for t in self.pair())  # the holder may be on another device
         z = phi(self.layer.down(self.base, drop(x), e.to(x.dtype)))
         z = self.layer.up(self.base, drop(z), self.dense_M.to(z.dtype))
         u = self.layer.up(self.base, z, d.to(z.dtype))
@@ -267,29 +235,11 @@ class DenseLoRAAdapter(WeightAdapter):
             u = phi(u)
         return self.scaling * drop(u)
 
-    # ---- what layers share
-
-    def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """E and D in the layer that holds them, if there are others."""
-        if not self.is_holder or len(self.pair.layers) == 1:
-            return {}
-        return {name: self.get_parameter(name) for name in _SHARED}
-
-    def adopt_parameter(self, name: str, parameter: nn.Parameter) -> None:
-        """Hold a parameter that another layer has held."""
-        self._adapter_parameters.append(name)
-        self._parameters[name] = parameter
-
-    def take(self, pair: SharedPair) -> None:
-        """Read E and D from another group."""
-        self.pair = pair
-        if self not in pair.layers:
-            pair.layers.append(self)
-
-    def unwrapped(self) -> nn.Module:
-        """As for any adapter; if other layers share what this one holds, the next of them holds it."""
-        self.pair.leave(self)
-        return super().unwrapped()
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """E (r, in) and D (out, r), of the layer that holds them."""
+        holder = self.sharing.layers[0]
+        e, d = (getattr(holder, name) for name in _SHARED)
+        return e, d
 
     # ---- no weight holds it
 
@@ -325,7 +275,7 @@ class DenseLoRAAdapter(WeightAdapter):
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
         """relative_product: ||s D M E||_F / ||W0||_F, the size of the update if both phi were the identity."""
-        e, d = (t.detach().double() for t in self.pair.tensors())
+        e, d = (t.detach().double() for t in self.pair())
         left = d.to(self.dense_M.device) @ self.dense_M.double()
         e = e.to(left.device)
         squared = ((left.T @ left) * (e @ e.T)).sum().clamp(min=0)
@@ -334,7 +284,7 @@ class DenseLoRAAdapter(WeightAdapter):
     @torch.no_grad()
     def low_rank_update(self) -> LowRankUpdate:
         """s D M E: the update if both phi were the identity."""
-        e, d = self.pair.tensors()
+        e, d = self.pair()
         m = self.dense_M.detach()
         return LowRankUpdate(d.detach().to(m.device) @ m, e.detach().to(m.device), self.scaling)
 
@@ -350,7 +300,7 @@ class DenseLoRAAdapter(WeightAdapter):
         }
 
     def extra_repr(self) -> str:
-        shared = f", E and D shared by {len(self.pair.layers)} layers" if len(self.pair.layers) > 1 else ""
+        shared = f", E and D shared by {len(self.sharing.layers)} layers" if len(self.sharing.layers) > 1 else ""
         return f"{self.base.extra_repr()}, rank={self.rank}, scaling={self.scaling:g}{shared}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -148,8 +148,8 @@ def test_the_first_layer_of_a_group_holds_what_it_shares(share, groups):
     found = list(layers(net(share=share)).values())
     for group in groups:
         assert [found[i].is_holder for i in group] == [True] + [False] * (len(group) - 1)
-        assert all(found[i].pair.tensors()[0] is found[group[0]].dense_E for i in group)
-    assert len({id(adapter.pair) for adapter in found}) == len(groups)
+        assert all(found[i].pair()[0] is found[group[0]].dense_E for i in group)
+    assert len({id(adapter.sharing) for adapter in found}) == len(groups)
 
 
 def test_names_and_sizes_tell_the_kind():
@@ -223,7 +223,7 @@ def test_optimisers_and_files_have_each_tensor_once(tmp_path):
     la.load_adapters(again, tmp_path)
     x = torch.randn(3, 8)
     assert torch.equal(again(x), model(x))
-    assert len({id(adapter.pair) for adapter in layers(again).values()}) == 2
+    assert len({id(adapter.sharing) for adapter in layers(again).values()}) == 2
 
 
 def test_a_removed_layer_leaves_the_others_what_they_share():
@@ -239,7 +239,7 @@ def test_a_removed_layer_leaves_the_others_what_they_share():
     assert {id(p) for p in model.parameters() if p.requires_grad} == parameters
     twin = copy.deepcopy(model)
     assert torch.equal(twin(x), model(x))
-    assert twin.blocks[1].fc1.pair.layers == [twin.blocks[1].fc1]
+    assert twin.blocks[1].fc1.sharing.layers == [twin.blocks[1].fc1]
     la.detach(model)
     assert model.state_dict().keys() == Net().state_dict().keys()
     assert torch.equal(model(x), Net().eval()(x))
@@ -251,7 +251,7 @@ def test_a_copy_shares_among_its_own_layers():
     with torch.no_grad():
         twin.blocks[0].fc1.dense_D.add_(1)
     assert torch.equal(model(x), before)
-    assert twin.blocks[1].fc1.pair.tensors()[1] is twin.blocks[0].fc1.dense_D
+    assert twin.blocks[1].fc1.pair()[1] is twin.blocks[0].fc1.dense_D
 
 
 def test_files_tell_what_was_learned_without_the_model(tmp_path):
@@ -263,7 +263,7 @@ def test_files_tell_what_was_learned_without_the_model(tmp_path):
     for place, model in models.items():
         saved = read_saved(place)
         for name, adapter in la.adapters(model):
-            e, d = adapter.pair.tensors()
+            e, d = adapter.pair()
             update = saved.layers[name].adapter.low_rank_update()
             product = adapter.scaling * d @ adapter.dense_M @ e
             assert product.any()
@@ -282,7 +282,7 @@ def test_a_file_without_the_encoder_is_refused():
     tensors = adapter.adapter_tensors()
     method = la.DenseLoRA(**SETTINGS)
     placed = method.placeholder("blocks.1.fc1", tensors, {})
-    with pytest.raises(la.AdapterError, match=r"no layer holds the encoder and the decoder of 'blocks\.1\.fc1'"):
+    with pytest.raises(la.AdapterError, match=r"no layer holds the parameters that 'blocks\.1\.fc1'"):
         method.join({"blocks.1.fc1": placed})
     for size in (torch.tensor([8]), torch.tensor([8.0, 16.0]), torch.tensor([0, 16]), torch.tensor([1 << 40, 8])):
         with pytest.raises(la.AdapterError, match="dense_size is missing or damaged"):
@@ -318,7 +318,7 @@ def test_a_base_in_4_bit():
     assert torch.equal(model(x), start)
     move(model)
     adapter = model[0]
-    y, (e, d), m = adapter(x), adapter.pair.tensors(), adapter.dense_M
+    y, (e, d), m = adapter(x), adapter.pair(), adapter.dense_M
     weight = quantised.dequantised(adapter.weight)
     exact = x.double() @ weight.T + adapter.bias.double() + formula(x.double(), e.double(), m.double(), d.double())
     assert quantised.error(y, exact) <= 1e-6
