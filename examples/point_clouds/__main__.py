@@ -54,7 +54,7 @@ class Sizes:
     test: int = 100
 
 
-SHORT = Sizes(points=128, pretraining=32, pretraining_epochs=3, training=8, epochs=3, test=16)
+SHORT = Sizes(points=128, pretraining=64, pretraining_epochs=5, training=8, epochs=3, test=16)
 
 
 class Classifier(LightningModule):

@@ -127,4 +127,4 @@ def test_the_program_adapts_and_prints_every_arm(capsys):
     for name in ARMS:
         assert re.search(rf"^{name} +[\d,]+ +[01]\.\d+", text, re.MULTILINE), text
     pretrained = re.search(r"accuracy (\d\.\d+)", text).group(1)
-    assert float(pretrained) > 0.4  # a sixth by chance
+    assert float(pretrained) > 0.3  # a sixth by chance
