@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lit_adapters.errors import AdapterError
 from lit_adapters.model.modes import evaluating
 from lit_adapters.ops.statistics import effective_rank
-from vision.backbones import create_backbone
+from vision.module import ViTClassifier
 
 
 class FeatureChange(Callback):
@@ -44,7 +44,7 @@ class FeatureChange(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the module, and forget the images of an earlier evaluation."""
-        if not hasattr(getattr(pl_module, "model", None), "forward_head") or "backbone" not in pl_module.hparams:
+        if not hasattr(getattr(pl_module, "model", None), "forward_head") or not isinstance(pl_module, ViTClassifier):
             raise AdapterError("FeatureChange needs a timm backbone: use it with vision.module.ViTClassifier")
         self._inputs = []
 
@@ -66,14 +66,10 @@ class FeatureChange(Callback):
         """Compare the features, and log."""
         if trainer.sanity_checking:
             return
-        model, settings = pl_module.model, pl_module.hparams
+        assert isinstance(pl_module, ViTClassifier)
+        model = pl_module.model
         assert isinstance(model, nn.Module)
-        pretrained = create_backbone(
-            settings["backbone"],
-            num_classes=settings["num_classes"],
-            pretrained=settings["pretrained"],
-            image_size=settings["image_size"],
-        ).to(self._inputs[0].device)
+        pretrained = pl_module.create_pretrained().to(self._inputs[0].device)
         with trainer.precision_plugin.forward_context():
             after, before = _features(model, self._inputs), _features(pretrained, self._inputs)
         self._inputs = []

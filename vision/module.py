@@ -169,7 +169,11 @@ class ViTClassifier(LoadsFromFiles, StepMeanModule):
         if self.model is None:
             self.model = self._build() if self.device_mesh is None else shard(self._build, self.device_mesh)
 
-    def _build(self) -> nn.Module:
+    def create_pretrained(self) -> nn.Module:
+        """Build the backbone as it was before the training, without adapters and on the CPU.
+
+        Random values, such as the head's, are the same at every call, and the random state of the caller stays.
+        """
         h = self.hparams
         size = h["image_size"] or self.trained_meaning()[0].get("image_size")
         # On the CPU whatever the trainer's device: its random values are the same everywhere.
@@ -180,6 +184,10 @@ class ViTClassifier(LoadsFromFiles, StepMeanModule):
             )
         if h.get("attention") == "eager":
             use_eager_attention(model)
+        return model
+
+    def _build(self) -> nn.Module:
+        model = self.create_pretrained()
         self.report = la.attach(model, self.methods, train=self.train_modules)
         rank_zero_info(str(self.report))
         return model

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vision.feature_change import compare_features
+from vision.module import ViTClassifier
 
 
 @pytest.fixture
@@ -48,6 +49,16 @@ def test_a_change_along_what_was_there():
     assert compare_features(before, inside)["feature_alignment"] == pytest.approx(1.0)
     assert compare_features(before, outside)["feature_alignment"] == pytest.approx(0.0, abs=1e-12)
     assert compare_features(before, 2 * before)["feature_cosine"] == pytest.approx(1.0)
+
+
+def test_the_backbone_before_the_training_is_that_of_the_module():
+    """Also where it starts at random; and building it again leaves the random state of the training alone."""
+    module = ViTClassifier("test_vit", pretrained=False, image_size=32, attention="eager")
+    module.configure_model()
+    random_state, x = torch.get_rng_state(), torch.zeros(1, 3, 32, 32)
+    before = module.create_pretrained()
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(before.eval()(x), module.model.eval()(x))
 
 
 def test_it_is_logged_by_validations_and_tests(tmp_path, monkeypatch):
