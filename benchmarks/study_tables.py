@@ -32,7 +32,8 @@ from lit_adapters.study.settings import Metric, read_study
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "configs" / "studies"
-_BLOCK = re.compile(r"(<!-- study (\w+) (\w+) ?(.*?) ?-->\n).*?(<!-- /study -->)", re.DOTALL)
+_BEGIN = "<!-- study "
+_BLOCK = re.compile(rf"({_BEGIN}(\w+) (\w+) ?([^\n]*?) ?-->\n)((?!{_BEGIN}).)*?(<!-- /study -->)", re.DOTALL)
 _INCHES = 8.4  # width of a picture
 
 
@@ -40,17 +41,20 @@ def fill(root: Path) -> None:
     """Write all blocks of the pages below `root`, README.md and docs/*.md, and their pictures.
 
     Raises:
-        SystemExit: A block names something unknown, or a study without results.
+        AdapterError: A block names a study that has no file.
+        SystemExit: A block names something else that is unknown, names a study without results, or has no end.
     """
     for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
         source = page.read_text(encoding="utf-8")
+        if source.count(_BEGIN) != len(_BLOCK.findall(source)):
+            raise SystemExit(f"error: {page}: a block of a study is misspelt, or has no <!-- /study --> at its end")
         filled = _BLOCK.sub(lambda match, page=page: _filled(match, page), source)
         if filled != source:
             write_text_atomically(page, filled)
 
 
 def _filled(match: re.Match[str], page: Path) -> str:
-    begin, study, kind, rest, end = match.groups()
+    begin, study, kind, rest, _, end = match.groups()
     kinds: dict[str, Callable[[str, str, Path], str]] = {"contrasts": _contrasts, "arms": _arms, "front": _front}
     if kind not in kinds:
         raise SystemExit(f"error: {page}: a block of a study shows {', '.join(kinds)}, not {kind!r}")
@@ -88,8 +92,8 @@ def _contrasts(name: str, rest: str, page: Path) -> str:
 def _line(summary: Summary, contrast: Contrast, metric: Metric, named: bool) -> str:
     head = f"- {contrast.first.title} minus {contrast.second.title}: "
     main, c = metric is summary.study.metric, contrast.comparison
-    if c is None:
-        return f"{head}not measured"
+    if c is None or not (main or metric.name in contrast.also):
+        return f"{head}{'a run diverged' if contrast.verdict() == 'diverged' else 'not measured'}"
     low, high, difference = (c.low, c.high, c.difference) if main else _of(contrast, metric)
     places = decimals([(high - low) / 2])
     text = f"{head}**{with_unit(number(difference, places, sign=True), metric)}** (95% interval"

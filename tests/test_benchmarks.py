@@ -6,6 +6,7 @@ import importlib
 import re
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def test_pages_show_what_a_study_has_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(
         study_tables,
         "_summary",
-        lambda name, pairs=(): summarise(replace(study, contrasts=list(pairs) or study.contrasts), results),
+        cache(lambda name, pairs=(): summarise(replace(study, contrasts=list(pairs) or study.contrasts), results)),
     )
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("<!-- study s front -->\n<!-- /study -->\n")
@@ -117,3 +118,18 @@ def test_pages_show_what_a_study_has_measured(tmp_path, monkeypatch):
     page.write_text("<!-- study s contrasts a-d -->\n<!-- /study -->\n")
     with pytest.raises(SystemExit, match="s has the arms a, b, c"):
         study_tables.fill(tmp_path)
+    unclosed = "<!-- study s arms -->\ntext to keep\n<!-- study s arms -->\n<!-- /study -->\n"
+    page.write_text(unclosed)
+    with pytest.raises(SystemExit, match="has no <!-- /study --> at its end"):
+        study_tables.fill(tmp_path)
+    assert page.read_text() == unclosed
+
+
+def test_a_page_says_that_a_run_diverged(tmp_path, monkeypatch):
+    study = synthetic_study(tmp_path, {"a": "Alpha", "b": "Beta"}, contrasts=[("a", "b")])
+    results = finished(study, {"a": 61, "b": 60}, diverged=[("b", 1)])
+    monkeypatch.setattr(study_tables, "_summary", lambda name: summarise(study, results))
+    page = tmp_path / "README.md"
+    page.write_text("<!-- study s contrasts a-b -->\n<!-- /study -->\n")
+    study_tables.fill(tmp_path)
+    assert "- Alpha minus Beta: a run diverged\n" in page.read_text()
