@@ -4,7 +4,7 @@ B and A take turns, B first; the other one is the partner of that step. With the
 with gradient g, Y its partner, y_j row j of Y):
 
     S = (Y^T Y + damping I)^-1
-    h = g S / s                                s h Y^T is the full gradient times s, projected on the columns of Y
+    h = g S / s                                h Y^T is the full gradient, projected on the columns of Y
     C = Y_before^T Y S                         carries moments over to the present partner
     M = b1 M C + (1 - b1) h                    (n, r)
     Q_i = b2 C^T Q_i C + (1 - b2) h_i^T h_i    (r, r) for each row i of X

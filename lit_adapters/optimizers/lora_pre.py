@@ -20,7 +20,8 @@ updates. Two defaults are ours:
 - `second="corrected"`: v_B v_A is a mean of |G|, whose own bias is corrected before it is squared. With "published" the
   steps are up to six times AdamW's after some 80 steps (at b2 = 0.999), so that a warm-up is needed.
 
-The inverses are damped in proportion to their largest eigenvalue, so that the loss may have any scale.
+The (r, r) matrices are damped before they are inverted, in proportion to their largest eigenvalue, so that the loss may
+have any scale.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class LoRAPre(AdapterOptimizer):
         rank: r. Matrices with a side of r or less, and all that is no matrix, get plain AdamW.
         eps: Added to the root of the second moment.
         weight_decay: AdamW's.
-        damping: Of the inverses, as a share of their largest eigenvalue.
+        damping: Added to the eigenvalues of the (r, r) matrices that are inverted, as a share of the largest.
         order: "sequential" or "simultaneous", as published; see the head of this file.
         second: "corrected" or "published"; see the head of this file.
 
@@ -131,7 +132,7 @@ def next_factors(b: Tensor, a: Tensor, value: Tensor, keep: float, order: str, d
         value: The new value (p, q).
         keep: The share of the old factors; the product keeps its square.
         order: "sequential", where the second factor follows the new first one, or "simultaneous".
-        damping: Of the inverses, as a share of their largest eigenvalue.
+        damping: Added to the eigenvalues of the (r, r) matrices that are inverted, as a share of the largest.
 
     Returns:
         The new b and a.

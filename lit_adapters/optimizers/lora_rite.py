@@ -13,7 +13,7 @@ Each factor X with gradient g is preconditioned in an orthonormal basis of its p
 d_k = b_k (1 - b_k^(t-1)) / (1 - b_k^t) is the decay of a mean without bias. rho is what V has lost by changes of the
 basis, if `escape` is on, and 0 otherwise. Both factors move at once. The factor s on B A only rescales the rate.
 
-Replacing A by T^-1 A and B by B T, for any T, leaves every later product B A unchanged.
+Replacing A by T^-1 A and B by B T, for any invertible T, leaves every later product B A unchanged.
 
 `pytorch_optimizer` has this method too. Ours finds pairs by their adapter, gives other parameters to AdamW in the same
 optimiser, keeps its state as tensors, stacks layers, and never skips a large gradient silently.
