@@ -363,3 +363,13 @@ def test_what_has_no_equal_level_is_said(tmp_path):
     at = AtEqual(Metric("val/acc1"), [Metric("val/loss", "lower")])
     text = page_text(*two_arms(tmp_path, 5, at_equal=at))
     assert "Alpha minus Beta: set 0, seed 0: no point of the curve has both val/acc1 and val/loss" in text
+
+
+def test_values_of_different_validations_are_not_shown_at_one_level(tmp_path):
+    at = AtEqual(Metric("val/acc1"), [Metric("val/loss", "lower"), Metric("val/rank", "lower")])
+    study, results = two_arms(tmp_path, 5, at_equal=at)
+    both = {"val/acc1": 0.4, "val/loss": 1.4, "val/rank": 2.0}
+    curve = [{"step": 4, **both}, {"step": 8, "val/acc1": 0.6, "val/loss": 1.0}]
+    equal = summarise(study, changed(results, lambda r: replace(r, curve=curve))).contrasts[0].equal
+    assert (equal.level, equal.differences) == (None, {})
+    assert "val/loss and val/rank have no common level" in equal.failure

@@ -347,9 +347,14 @@ def _equal(
         for key in keys:
             one, other = (arm.finals[key].curve for arm in (first, second))
             try:
-                levels[key], a, b = at_equal(one, other, at.by.name, metric.name, at.by.better)
+                level, a, b = at_equal(one, other, at.by.name, metric.name, at.by.better)
             except AdapterError as error:
                 return EqualContrast(None, {}, f"set {key[0]}, seed {key[1]}: {error}")
+            if levels.setdefault(key, level) != level:  # a point of the curve has one value and lacks the other
+                names = f"{at.read[0].name} and {metric.name}"
+                return EqualContrast(
+                    None, {}, f"set {key[0]}, seed {key[1]}: {names} have no common level; log both in every validation"
+                )
             found[key] = (a - b) * metric.scale
         differences[metric.name] = _over_units(study, found)
     return EqualContrast(_over_units(study, {key: level * at.by.scale for key, level in levels.items()}), differences)
