@@ -124,7 +124,7 @@ class AdaLoRAAllocator(Allocator):
             if hasattr(parameter, "full_tensor"):
                 raise AdapterError(
                     f"{name!r} is sharded, and AdaLoRA's ranks cannot be allocated with FSDP2; use the strategy ddp, "
-                    "or la.LoRA2"
+                    "or la.LoRA"
                 )
         schedule = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2")
         self._given: int | None = config["total_step"]
