@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -79,7 +80,7 @@ class Classifier(LightningModule):
         logits, _ = self.model(batch[0])
         self.log("accuracy", (logits.argmax(dim=1) == batch[1]).float().mean(), batch_size=len(logits))
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with weight decay 0.05, as published."""
         optimizer = torch.optim.AdamW(parameter_groups(self.model, lr=self.lr, weight_decay=0.05))
         steps = int(self.trainer.estimated_stepping_batches)

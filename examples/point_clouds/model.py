@@ -67,7 +67,8 @@ class PointTransformer(nn.Module):
         head_hidden: int = 64,
     ) -> None:
         super().__init__()
-        self.width, self.scales, self.keep = width, tuple(scales), tuple(keep)
+        self.width, self.head_hidden = width, head_hidden
+        self.scales, self.keep = tuple(scales), tuple(keep)
         self.encoder = PatchEncoder(width, hidden)
         self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, width))
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
@@ -75,9 +76,10 @@ class PointTransformer(nn.Module):
         self.selector: TokenSelector | None = None
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.head = self._new_head(classes, head_hidden)
+        self.head = self._new_head(classes)
 
-    def _new_head(self, classes: int, hidden: int) -> nn.Sequential:
+    def _new_head(self, classes: int) -> nn.Sequential:
+        hidden = self.head_hidden
         layers: list[nn.Module] = []
         for inputs in (2 * self.width, hidden):
             layers += [nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(0.5)]
@@ -89,7 +91,7 @@ class PointTransformer(nn.Module):
 
     def reset_classifier(self, classes: int) -> None:
         """A new head, for other classes."""
-        self.head = self._new_head(classes, self.head[0].out_features)
+        self.head = self._new_head(classes)
 
     def select_tokens(self) -> int:
         """Add a token selection, untrained.

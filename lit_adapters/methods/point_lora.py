@@ -17,7 +17,7 @@ transformer that appends the tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NoReturn
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lit_adapters.errors import AdapterError, TargetsNotFound
 from lit_adapters.methods.base import AdapterModule, Factory
 from lit_adapters.methods.channels import is_linear
-from lit_adapters.methods.description import each_layer
+from lit_adapters.methods.description import AdapterSummary, each_layer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.matrix_layers import matrix_layer
 from lit_adapters.methods.read_weights import reads_weight
@@ -43,7 +43,7 @@ from lit_adapters.values import check_pattern, check_whole, list_of_names
 
 _PARTS = ("down", "down_bias", "up", "up_bias")  # V, v, U, u
 _STD = 0.02
-_WIDEST = 1 << 20  # tokens that a file describes
+_WIDEST = 1 << 20  # number of channels of a token, in a file
 
 
 @dataclass
@@ -267,6 +267,10 @@ class PointLoRAAdapter(_Prompting, LowRankAdapter):
         y, prompt = self.base(first).float(), self.prompt("prompt", first).float()
         return {"relative_prompt": (prompt.norm() / y.norm().clamp_min(torch.finfo(y.dtype).tiny)).item()}
 
+    def summary(self) -> AdapterSummary:
+        """That of s B A, as no matrix is equal to the prompt."""
+        return replace(super().summary(), note="without the prompt")
+
     def charts(self) -> dict[str, str]:
         """Those of LoRA, and the size of the prompt beside the layer's output."""
         return super().charts() | {"PointLoRA: ||P(x)|| / ||output||, each layer": each_layer("relative_prompt")}
@@ -337,6 +341,10 @@ class TokenPromptAdapter(_Prompting):
         if self.selected:
             parts.append(selected + self.prompt("selected", selected).to(x.dtype))
         return torch.cat(parts, dim=1)
+
+    def summary(self) -> AdapterSummary:
+        """The width of the tokens; the prompts are those of the first block."""
+        return AdapterSummary(f"tokens of width {self.width}", note=f"{', '.join(self.prompts)}: shared by all blocks")
 
     def extra_repr(self) -> str:
         return f"prompts of width {self.width}, shared by {len(self.sharing.layers)} blocks"

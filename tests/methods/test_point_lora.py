@@ -88,6 +88,13 @@ def test_with_prompts_of_zero_it_is_lora():
     assert not torch.equal(model(images()), network()(images()))
 
 
+def test_a_record_of_the_input_tells_the_size_of_the_prompt():
+    layer, x = dict(la.adapters(adapted()))["blocks.1.attn.proj"], torch.randn(2, 5, 64)
+    expected = layer.prompt("prompt", x[:1]).norm() / layer.base(x[:1]).norm()
+    assert layer.observe(x)["relative_prompt"] == pytest.approx(expected.item(), rel=1e-5)
+    assert "relative_norm" in layer.statistics()
+
+
 # ---- sharing
 
 
@@ -143,9 +150,12 @@ def test_saved_adapters_load_and_can_be_looked_at_without_the_model(tmp_path):
     for name, layer in layers.items():
         if isinstance(layer.adapter, TokenPromptAdapter):
             assert torch.equal(layer.adapter.prompted(x), found[name].prompted(x))
+            assert layer.adapter.summary().size == "tokens of width 64"
         else:
             assert isinstance(layer.adapter, PointLoRAAdapter)
             assert torch.equal(layer.adapter.prompt("prompt", x), found[name].prompt("prompt", x))
+            update = found[name].scaling * found[name].lora_B @ found[name].lora_A
+            assert layer.adapter.summary().change == pytest.approx(update.norm().item(), rel=1e-4)
 
 
 class Flat(nn.Module):
