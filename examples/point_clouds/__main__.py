@@ -64,11 +64,17 @@ class Classifier(LightningModule):
     Args:
         model: Gives logits and that loss.
         lr: The learning rate, which falls to 0 along a cosine.
+        adapting: Whether the model is pretrained. Its patch encoder then normalises by the statistics of pretraining.
     """
 
-    def __init__(self, model: PointTransformer, lr: float) -> None:
+    def __init__(self, model: PointTransformer, lr: float, adapting: bool) -> None:
         super().__init__()
-        self.model, self.lr = model, lr
+        self.model, self.lr, self.adapting = model, lr, adapting
+
+    def on_train_epoch_start(self) -> None:
+        """Keep the statistics of the patch encoder, as one running mean for patches of two scales would fit neither."""
+        if self.adapting:
+            self.model.encoder.eval()
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """The loss of a batch."""
@@ -88,7 +94,9 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def fit(model: PointTransformer, data: TensorDataset, lr: float, epochs: int, test: TensorDataset) -> float:
+def fit(
+    model: PointTransformer, data: TensorDataset, lr: float, epochs: int, test: TensorDataset, adapting: bool
+) -> float:
     """Train a model in place; the accuracy on `test`."""
     attached = any(True for _ in la.adapters(model))
     trainer = Trainer(
@@ -101,7 +109,7 @@ def fit(model: PointTransformer, data: TensorDataset, lr: float, epochs: int, te
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = Classifier(model, lr)
+    module = Classifier(model, lr, adapting)
     trainer.fit(module, DataLoader(data, batch_size=32, shuffle=True, drop_last=True))
     (result,) = trainer.test(module, DataLoader(test, batch_size=100), verbose=False)
     return result["accuracy"]
@@ -113,7 +121,7 @@ def pretrain(sizes: Sizes, seed: int) -> PointTransformer:
     shapes = list(PRETRAINING.values())
     model = PointTransformer(len(shapes))
     data, test = (clouds(shapes, n, sizes.points, s) for n, s in ((sizes.pretraining, 1000 + seed), (20, 2000 + seed)))
-    accuracy = fit(model, data, 1e-3, sizes.pretraining_epochs, test)
+    accuracy = fit(model, data, 1e-3, sizes.pretraining_epochs, test, adapting=False)
     print(f"seed {seed}: pretrained on {', '.join(PRETRAINING)}: accuracy {accuracy:.3f}", flush=True)
     return model
 
@@ -162,7 +170,7 @@ def adapt(pretrained: PointTransformer, sizes: Sizes, seed: int, lr: float) -> d
         model.reset_classifier(len(shapes))
         prepare(model)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        results[name] = trained, fit(model, data, lr, sizes.epochs, test)
+        results[name] = trained, fit(model, data, lr, sizes.epochs, test, adapting=True)
         print(f"seed {seed}: {name}: accuracy {results[name][1]:.3f}", flush=True)
     return results
 
