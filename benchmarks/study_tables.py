@@ -42,7 +42,7 @@ def fill(root: Path) -> None:
 
     Raises:
         AdapterError: A block names a study that has no file.
-        SystemExit: A block names something else that is unknown, names a study without results, or has no end.
+        SystemExit: A block names something else that is unknown, names a study that has not ended, or has no end.
     """
     for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
         source = page.read_text(encoding="utf-8")
@@ -66,9 +66,11 @@ def _summary(name: str, pairs: tuple[tuple[str, str], ...] = ()) -> Summary:
     """The numbers of a study, with its own contrasts or with others."""
     study = read_study(STUDIES / f"{name}.yaml")
     results = Results.load(STUDIES / name)
-    if not any(record.stage == "final" for record in results.records):
-        raise SystemExit(f"error: {STUDIES / name} holds no final run; run the study first")
-    return summarise(replace(study, contrasts=list(pairs)) if pairs else study, results)
+    summary = summarise(replace(study, contrasts=list(pairs)) if pairs else study, results)
+    done, due = summary.finished(), summary.due()
+    if done < due:
+        raise SystemExit(f"error: {STUDIES / name} has {done} of {due} final runs; pages show finished studies")
+    return summary
 
 
 def _contrasts(name: str, rest: str, page: Path) -> str:
