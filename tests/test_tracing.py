@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import lit_adapters as la
 from lit_adapters.ops import rational, rational_reference
-from tests.matrix import ALL, MODELS, adapted, linear, move
+from tests.matrix import ALL, MODELS, UNMERGEABLE, adapted, linear, move
 
 TOLERANCE = 1e-5  # of the largest entry
 
@@ -184,8 +184,9 @@ def test_a_model_in_train_mode(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    ("merged", "method"), [(m, name) for m in (False, True) for name in METHODS if not (m and name in UNMERGEABLE)]
+)
 def test_a_program_runs_where_this_package_is_not(method, merged, tmp_path):
     model, (x, other) = network(method), inputs()
     if merged:
