@@ -212,7 +212,7 @@ class PointLoRAAdapter(_Prompting, LowRankAdapter):
     """h = W0 x + bias + s B A x + P(x) for one layer; (..., in) -> (..., out).
 
     Raises:
-        AdapterError: The layer is no linear layer, or is smaller than the rank.
+        AdapterError: The layer is not a linear layer, or is smaller than the rank.
     """
 
     method = "point_lora"

@@ -31,7 +31,7 @@ class TokenSelector(nn.Module):
         weights: The weight of each scale in the loss.
 
     Raises:
-        AdapterError: A number is no positive whole number, or `keep` and `weights` are not equally long.
+        AdapterError: A number is not a positive whole number, or `keep` and `weights` are not equally long.
     """
 
     def __init__(self, width: int, keep: Sequence[int] = (32, 8), weights: Sequence[float] = (1.0, 0.25)) -> None:

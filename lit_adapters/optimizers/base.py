@@ -1,4 +1,4 @@
-"""What the optimisers of this package share: closures, AdamW for all that is no pair, loading, checks of settings."""
+"""What the optimisers of this package share: closures, AdamW for other parameters, loading, checks of settings."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class LoRAPlus(PairOptimizer):
 
     Args:
         params: Groups from `parameter_groups(model, lr, pairs=True)`.
-        lr: The learning rate of A, and of all that is no pair.
+        lr: The learning rate of A, and of parameters outside pairs.
         ratio: The rate of B over that of A. Weight decay of B grows with it, as AdamW's decay is lr * weight_decay.
         betas: Decay of the first and of the second moment.
         eps: Added to the root of the second moment.

@@ -46,7 +46,7 @@ class LoRAPre(AdapterOptimizer):
         params: Parameters, or groups of them.
         lr: The learning rate, as for AdamW.
         betas: Decay of the first and of the second moment.
-        rank: r. Matrices with a side of r or less, and all that is no matrix, get plain AdamW.
+        rank: r. Matrices with a side of r or less, and vectors, get plain AdamW.
         eps: Added to the root of the second moment.
         weight_decay: AdamW's.
         damping: Added to the eigenvalues of the (r, r) matrices that are inverted, as a share of the largest.
