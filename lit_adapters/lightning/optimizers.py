@@ -50,9 +50,9 @@ def build_optimizers(
         lr_scale: Factor on the learning rate by group or regular expression; see `parameter_groups`.
 
     Raises:
-        AdapterError: Nothing trains, a key of `lr_scale` is not a group and matches nothing, the learning rate is missing,
-            a rate, scale or decay is negative or not finite, a class refuses its arguments, a schedule fails or leaves
-            the positive numbers in its first steps, or it needs the last step of a trainer without an end.
+        AdapterError: Nothing trains, a key of `lr_scale` is not a group and matches nothing, the learning rate is
+            missing, a rate, scale or decay is negative or not finite, a class refuses its arguments, a schedule fails
+            or leaves the positive numbers in its first steps, or it needs the last step of a trainer without an end.
     """
     cls, arguments = _class_and_arguments(optimizer)
     rate = arguments.pop("lr", None)
