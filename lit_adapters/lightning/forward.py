@@ -42,19 +42,26 @@ def batch_loss(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Tens
         batch: On the module's device.
 
     Raises:
-        AdapterError: The training step returns no loss.
+        AdapterError: The training step returns no loss, or optimises by itself.
     """
     own = getattr(pl_module, "batch_loss", None)
     with trainer.precision_plugin.forward_context():
         if own is not None:
             loss = own(batch)
         else:
+            if not pl_module.automatic_optimization:
+                raise AdapterError(
+                    f"{type(pl_module).__name__} optimises by itself, so that its training_step would train during the "
+                    "calibration; give the module a batch_loss(batch) that returns the loss"
+                )
             attributes = vars(pl_module)  # an attribute of an instance hides a method of its name
+            own_logs: dict[str, Any] = {n: attributes[n] for n in ("log", "log_dict") if n in attributes}
             attributes |= {"log": _ignore, "log_dict": _ignore}
             try:
                 loss = pl_module.training_step(batch, 0)
             finally:
                 del attributes["log"], attributes["log_dict"]
+                attributes |= own_logs
             loss = loss.get("loss") if isinstance(loss, dict) else loss
     if not isinstance(loss, Tensor):
         raise AdapterError(

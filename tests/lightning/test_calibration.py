@@ -206,3 +206,13 @@ def test_a_loss_of_its_own_is_preferred_to_training_step(tmp_path):
         fit(tmp_path, Failing(method))
     with pytest.raises(AdapterError, match="the loss of Silent for a training batch is NoneType, and must be a tensor"):
         fit(tmp_path, Silent(method))
+
+
+def test_a_step_that_optimises_by_itself_is_not_called_for_a_loss(tmp_path):
+    class Manual(Task):
+        def __init__(self, method):
+            super().__init__(method)
+            self.automatic_optimization = False
+
+    with pytest.raises(AdapterError, match=r"Manual optimises by itself.*give the module a batch_loss"):
+        fit(tmp_path, Manual(la.LoRA(rank=2, start="lora_ga")))
