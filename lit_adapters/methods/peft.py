@@ -70,8 +70,9 @@ class Peft(Method):
     peft's own configuration sets the layers, ranks and dropout (`target_modules`, `exclude_modules`, ...).
 
     Args:
-        config: A `peft.PeftConfig`, or its dictionary with `peft_type`; kept as a dictionary of plain values. A
-            dictionary for AdaLoRA may leave `total_step` out: the training tells it.
+        config: A `peft.PeftConfig`, its dictionary with `peft_type`, or its form in a recipe (`class_path` and
+            `init_args`); kept as a dictionary of plain values. A dictionary for AdaLoRA may leave `total_step` out: the
+            training tells it.
 
     Raises:
         AdapterError: Peft is not installed or refuses the values, the method learns prompts, or a setting needs peft's
@@ -112,18 +113,19 @@ class Peft(Method):
         peft = require_peft()
         if isinstance(self.config, peft.PeftConfig):
             return self.config
-        if not isinstance(self.config, Mapping) or "peft_type" not in self.config:
+        given = _without_class_path(self.config)
+        if not isinstance(given, Mapping) or "peft_type" not in given:
             raise AdapterError(
                 f"config must be a peft.PeftConfig or its dictionary with peft_type, not {shown(self.config)}"
             )
-        kind = self.config["peft_type"]
+        kind = given["peft_type"]
         if not isinstance(kind, str) or kind not in peft.PeftType.__members__:
             known = ", ".join(peft.PeftType.__members__)
             raise AdapterError(f"peft {peft.__version__} has no peft_type {shown(kind)}, only {known}")
-        for setting, value in self.config.items():
+        for setting, value in given.items():
             for pattern in _patterns(str(setting), value):
                 check_few_ways(str(setting), pattern)
-        values = copy.deepcopy(dict(self.config))
+        values = copy.deepcopy(dict(given))
         if kind == "ADALORA" and values.get("total_step") is None:
             values["total_step"] = _TOTAL_STEPS
         try:
@@ -186,6 +188,19 @@ class Peft(Method):
             for adapter in built.values():
                 adapter.allocation = AsaAllocation()
         return [(target, partial(built.__getitem__, target.name)) for target in places(model) if target.name in built]
+
+
+def _without_class_path(config: Any) -> Any:
+    """A configuration in its form of a recipe, `class_path: peft.IA3Config`, as the dictionary with `peft_type`."""
+    if not isinstance(config, Mapping) or not str(config.get("class_path")).startswith("peft."):
+        return config
+    peft = require_peft()
+    kind = getattr(peft, str(config["class_path"]).removeprefix("peft."), None)
+    values = config.get("init_args") or {}
+    if not (isinstance(kind, type) and issubclass(kind, peft.PeftConfig) and isinstance(values, Mapping)):
+        return config
+    names = (name for name, known in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items() if known is kind)
+    return {**values, "peft_type": next((name.value for name in names), None)}
 
 
 def _patterns(setting: str, value: Any) -> list[Any]:

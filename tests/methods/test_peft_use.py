@@ -40,6 +40,7 @@ def test_types_that_cannot_run_are_refused_with_the_reason(kind):
         ({"peft_type": "LORRA"}, "has no peft_type 'LORRA', only .*LORA"),
         ({"peft_type": "ADALORA", "total_step": 0}, "refuses this ADALORA configuration: .*total_step"),
         ({"r": 4}, "dictionary with peft_type"),
+        ({"class_path": "peft.PeftModel", "init_args": {}}, "dictionary with peft_type"),
         ("lora", "not 'lora'"),
     ],
 )
@@ -61,6 +62,15 @@ def test_configuration_round_trips(kind):
     assert parser.instantiate(parser.parse_object({"adapters": plain})).adapters == config
     short = {"class_path": "lit_adapters.Peft", "init_args": {"config": {"peft_type": kind, **LINEAR, **RUNNING[kind]}}}
     assert parser.instantiate(parser.parse_object({"adapters": [short]})).adapters == [config]
+
+
+def test_a_configuration_in_the_form_of_a_recipe_is_the_same_method():
+    """A program that reads a checkpoint compares its method with the recipe's, which stands there in this form."""
+    values = {"target_modules": ["fc1"], "feedforward_modules": ["fc1"]}
+    form = {"class_path": "peft.IA3Config", "init_args": {"peft_type": None, **values}}
+    assert la.Peft(form) == la.Peft(peft.IA3Config(**values))
+    recipe = {"class_path": "lit_adapters.Peft", "init_args": {"config": form}}
+    assert to_methods(recipe) == [la.Peft(peft.IA3Config(**values))]
 
 
 def test_a_configuration_that_peft_saved_trains_again():
