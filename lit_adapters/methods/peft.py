@@ -104,7 +104,8 @@ class Peft(Method):
                 f"{', '.join(map(str, SAFE_INITS))}, or lit_adapters.LoRA(start=...), which does not change them"
             )
         plain = _plain(config)
-        if kind == "ADALORA" and isinstance(self.config, Mapping) and self.config.get("total_step") is None:
+        given = _without_class_path(self.config)
+        if kind == "ADALORA" and isinstance(given, Mapping) and given.get("total_step") is None:
             plain["total_step"] = None
         self.config = plain
 
