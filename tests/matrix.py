@@ -31,6 +31,7 @@ METHODS: dict[str, la.Method] = {
     "afa": la.AFALoRA(rank=2, alpha=4.0, activation="silu"),
     "vera": la.VeRA(rank=6),
     "dense_lora": la.DenseLoRA(rank=2, alpha=4.0, dropout=0.0),
+    "nested_lora": la.NestedLoRA(rank=3, inner_rank=2, alpha=6.0, init="svd"),
     "nora": la.NoRA(groups=4),
     "nora++": la.NoRAPlusPlus(nora=la.NoRA(groups=4), lora=la.LoRA(rank=2)),
     "bitfit": la.BitFit(add_missing=True),

@@ -8,6 +8,7 @@ from lit_adapters.methods.dora import DoRA
 from lit_adapters.methods.group_affine import GroupAffine
 from lit_adapters.methods.lora import LoRA
 from lit_adapters.methods.loran import LoRAN
+from lit_adapters.methods.nested_lora import NestedLoRA
 from lit_adapters.methods.nora import NoRA
 from lit_adapters.methods.nora_plus_plus import NoRAPlusPlus
 from lit_adapters.methods.peft import Peft
@@ -25,6 +26,7 @@ __all__ = [
     "LoRA",
     "LoRAN",
     "Method",
+    "NestedLoRA",
     "NoRA",
     "NoRAPlusPlus",
     "Peft",

@@ -18,6 +18,7 @@ from lit_adapters.methods.description import AdapterSummary
 from lit_adapters.methods.dora import DoRAAdapter
 from lit_adapters.methods.lora import LoRAAdapter
 from lit_adapters.methods.loran import LoRANAdapter
+from lit_adapters.methods.nested_lora import NestedLoRAAdapter
 from lit_adapters.methods.vera import VeRAAdapter
 from lit_adapters.methods.weight_adapter import WeightAdapter
 
@@ -91,6 +92,10 @@ class BiasedDenseLoRAAdapter(BiasedAdapter, DenseLoRAAdapter):
     """DenseLoRA and BitFit on one layer."""
 
 
+class BiasedNestedLoRAAdapter(BiasedAdapter, NestedLoRAAdapter):
+    """NestedLoRA and BitFit on one layer."""
+
+
 class BiasedLoRANAdapter(BiasedAdapter, LoRANAdapter):
     """LoRAN and BitFit on one layer."""
 
@@ -104,6 +109,7 @@ _BIASED: dict[type[AdapterModule], type[BiasedAdapter]] = {
     DoRAAdapter: BiasedDoRAAdapter,
     VeRAAdapter: BiasedVeRAAdapter,
     DenseLoRAAdapter: BiasedDenseLoRAAdapter,
+    NestedLoRAAdapter: BiasedNestedLoRAAdapter,
     LoRANAdapter: BiasedLoRANAdapter,
     AFAAdapter: BiasedAFAAdapter,
 }

@@ -59,6 +59,11 @@ def without_starts() -> Iterator[None]:
         _left_out.reset(token)
 
 
+def starts_left_out() -> bool:
+    """Whether a block of `without_starts` is open."""
+    return _left_out.get()
+
+
 @dataclass
 class StartedLowRank(LowRank):
     """Settings of a low-rank method whose pair may start elsewhere than at (Kaiming, zero).

@@ -23,7 +23,7 @@ RECIPES = sorted(
 )
 SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
 REAL = [name for name in RECIPES if name not in SMOKE]
-ARMS = {"lora", "dora", "vera", "loran", "afa", "dense_lora"}
+ARMS = {"lora", "dora", "vera", "loran", "afa", "dense_lora", "nested_lora"}
 ARMS |= {"nora", "nora_plus_plus", "bitfit", "group_affine", "qlora"}
 OVERRIDES = [
     "--model.model=tiny_llama",
@@ -106,7 +106,9 @@ QUICK = {"smollm2/nora", "llama3_8b/newsgroups_loran", "llama3_8b/openorca_nora_
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in REAL])
 def test_other_recipes_run_on_the_tiny_model(tmp_path, write, name):
-    changes = ["--model.adapters.rank=4"] if name.endswith(("loran", "qlora")) else []  # 64 is more than the tiny has
+    # 64 is more than the tiny one has.
+    changes = ["--model.adapters.rank=4"] if name.endswith(("loran", "qlora", "nested_lora")) else []
+    changes += ["--model.adapters.inner_rank=2"] if name.endswith("nested_lora") else []
     if own := TASKS.get(name.split("/")[1]):
         assert yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["data"]["format"] == own[0]
         changes += [f"--data.format={own[0]}", f"--data.path={write(own[1])}", "--data.columns=null"]

@@ -17,7 +17,7 @@ from tests.scale.tasks import METHODS, Task, loader, trainer
 
 CASES = [("llama", name) for name in ("lora", "dora", "vera", "loran", "afa", "nora++")]
 CASES += [("vit", name) for name in ("nora", "nora++-dora", "loran-calibrated", "afa-rational", "calibrated")]
-CASES += [("vit", name) for name in ("dense_lora-apart", "dora-pissa")]
+CASES += [("vit", name) for name in ("dense_lora-apart", "nested_lora", "dora-pissa")]
 
 
 def strategy(**changes: Any) -> ModelParallelStrategy:

@@ -65,6 +65,7 @@ METHODS = {
     "afa": lambda: la.AFALoRA(rank=2, activation="silu"),
     "dense_lora": lambda: la.DenseLoRA(rank=2, dropout=0.2),
     "point_lora": lambda: la.PointLoRA(rank=2, targets="all-linear", blocks=[], dropout=0.2),
+    "nested_lora": lambda: la.NestedLoRA(rank=3, inner_rank=2),
     "nora": lambda: nora(fit_range="calibrate"),
     "nora++": lambda: la.NoRAPlusPlus(nora=nora(), lora=la.LoRA(rank=2)),
 }
