@@ -32,6 +32,7 @@ METHODS: dict[str, la.Method] = {
     "vera": la.VeRA(rank=6),
     "dense_lora": la.DenseLoRA(rank=2, alpha=4.0, dropout=0.0),
     "nested_lora": la.NestedLoRA(rank=3, inner_rank=2, alpha=6.0, init="svd"),
+    "lora2": la.LoRA2(width=3, rank=2, alpha=400.0),
     "nora": la.NoRA(groups=4),
     "nora++": la.NoRAPlusPlus(nora=la.NoRA(groups=4), lora=la.LoRA(rank=2)),
     "bitfit": la.BitFit(add_missing=True),

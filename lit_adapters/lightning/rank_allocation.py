@@ -49,8 +49,8 @@ class Allocating(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix the schedule, and watch the optimiser."""
-        if not self._allocation:
+        """Fix the schedule, and watch the optimiser; `fast_dev_run` has too few steps for any schedule."""
+        if not self._allocation or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert self._optimizer is not None
         # With several optimisers that take turns, each makes its share of the steps.

@@ -7,6 +7,7 @@ from lit_adapters.methods.dense_lora import DenseLoRA
 from lit_adapters.methods.dora import DoRA
 from lit_adapters.methods.group_affine import GroupAffine
 from lit_adapters.methods.lora import LoRA
+from lit_adapters.methods.lora2 import LoRA2
 from lit_adapters.methods.loran import LoRAN
 from lit_adapters.methods.nested_lora import NestedLoRA
 from lit_adapters.methods.nora import NoRA
@@ -24,6 +25,7 @@ __all__ = [
     "DoRA",
     "GroupAffine",
     "LoRA",
+    "LoRA2",
     "LoRAN",
     "Method",
     "NestedLoRA",

@@ -6,6 +6,7 @@ sees the gradients of every optimiser step; `lit_adapters.training.rank_allocati
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_adapters.methods.description import each_layer, mean_over_layers
+from lit_adapters.methods.description import AdapterSummary, each_layer, mean_over_layers
 
 RANK_CHARTS = {
     "rank, mean over layers": mean_over_layers("rank"),
@@ -88,6 +89,60 @@ class Allocation(ABC):
         """
 
 
+class Allocated:
+    """The part of an adapter that knows which directions of its update are left.
+
+    Attributes:
+        kept: The directions that an allocator kept last; None before the first time.
+    """
+
+    kept: list[bool] | None = None
+
+    def direction_values(self) -> Tensor | None:
+        """One singular value for each direction, of any shape with r elements; None if no directions are given up."""
+        raise NotImplementedError
+
+    def kept_directions(self) -> list[bool] | None:
+        """As for any adapter. A layer that was loaded tells it by its singular values, unless all of them are 0."""
+        values = self.direction_values()
+        if values is None:
+            return None
+        if self.kept is not None or values.is_meta:
+            return self.kept
+        kept: list[bool] = (whole(values.detach()).flatten() != 0).tolist()
+        return kept if any(kept) else None
+
+    def rank_statistic(self) -> dict[str, float]:
+        """rank: The number of directions that are kept."""
+        values, kept = self.direction_values(), self.kept_directions()
+        if values is None:
+            return {}
+        return {"rank": float(values.shape[0] if kept is None else sum(kept))}
+
+    def with_rank(self, summary: AdapterSummary) -> AdapterSummary:
+        """A summary with a note of the rank, if this is known."""
+        kept = self.kept_directions()
+        return summary if kept is None else dataclasses.replace(summary, note=f"rank {sum(kept)} of {len(kept)}")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 has sharded, which every process has to ask for; any other as it is."""
+    full_tensor = getattr(tensor, "full_tensor", None)
+    return tensor if full_tensor is None else full_tensor()
+
+
+@torch.no_grad()
+def write(target: Tensor, values: Tensor) -> None:
+    """Write whole values, the same in every process, into a tensor that may be sharded."""
+    if not hasattr(target, "full_tensor"):
+        target.copy_(values)
+        return
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(target, DTensor)
+    target.to_local().copy_(distribute_tensor(values, target.device_mesh, target.placements).to_local())
+
+
 def deviation(factor: Tensor, rows: bool) -> tuple[Tensor, Tensor]:
     """How far the rows of a matrix, or its columns, are from being orthonormal.
 
@@ -117,6 +172,7 @@ def add_orthogonality_gradient(factors: list[tuple[nn.Parameter, bool]], weight:
     for parameter, rows in factors:
         if parameter.grad is None:
             continue
-        d, norm = deviation(parameter, rows)
+        factor, gradient = whole(parameter), whole(parameter.grad)
+        d, norm = deviation(factor, rows)
         scale = 2 * weight / (len(factors) * norm.clamp(min=torch.finfo(norm.dtype).tiny))
-        parameter.grad.add_(scale * (d @ parameter if rows else parameter @ d))
+        write(parameter.grad, gradient + scale * (d @ factor if rows else factor @ d))

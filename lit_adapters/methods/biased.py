@@ -17,6 +17,7 @@ from lit_adapters.methods.dense_lora import DenseLoRAAdapter
 from lit_adapters.methods.description import AdapterSummary
 from lit_adapters.methods.dora import DoRAAdapter
 from lit_adapters.methods.lora import LoRAAdapter
+from lit_adapters.methods.lora2 import LoRA2Adapter
 from lit_adapters.methods.loran import LoRANAdapter
 from lit_adapters.methods.nested_lora import NestedLoRAAdapter
 from lit_adapters.methods.vera import VeRAAdapter
@@ -100,6 +101,10 @@ class BiasedLoRANAdapter(BiasedAdapter, LoRANAdapter):
     """LoRAN and BitFit on one layer."""
 
 
+class BiasedLoRA2Adapter(BiasedAdapter, LoRA2Adapter):
+    """LoRA^2 and BitFit on one layer."""
+
+
 class BiasedAFAAdapter(BiasedAdapter, AFAAdapter):
     """AFA-LoRA and BitFit on one layer."""
 
@@ -111,6 +116,7 @@ _BIASED: dict[type[AdapterModule], type[BiasedAdapter]] = {
     DenseLoRAAdapter: BiasedDenseLoRAAdapter,
     NestedLoRAAdapter: BiasedNestedLoRAAdapter,
     LoRANAdapter: BiasedLoRANAdapter,
+    LoRA2Adapter: BiasedLoRA2Adapter,
     AFAAdapter: BiasedAFAAdapter,
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.allocation import RANK_CHARTS
+from lit_adapters.methods.allocation import RANK_CHARTS, Allocated
 from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.description import AdapterSummary
 from lit_adapters.ops._context import autocast_dtype
 
 
-class PeftAdapter(AdapterModule):
+class PeftAdapter(Allocated, AdapterModule):
     """One layer of peft, called the tuner, around its base layer.
 
     The tuner itself is not in the module tree; its children are, beside the base's keys. A child that several adapters
@@ -26,12 +25,10 @@ class PeftAdapter(AdapterModule):
 
     Attributes:
         tuner: The layer of peft.
-        kept: Which of AdaLoRA's directions the rank allocation kept last; None before the first time.
     """
 
     method = "peft"
     tuner: Any
-    kept: list[bool] | None = None
 
     def __init__(self, tuner: Any, qualified_name: str, owned: set[int]) -> None:
         super().__init__(tuner.base_layer, qualified_name)
@@ -79,39 +76,28 @@ class PeftAdapter(AdapterModule):
 
     # ---- AdaLoRA, dW = s B diag(E) A
 
-    def _singular_values(self) -> Tensor | None:
+    def direction_values(self) -> Tensor | None:
+        """E, if AdaLoRA's ranks are allocated."""
         return self.adapter_parameters().get("lora_E.default") if self.allocation is not None else None
-
-    def kept_directions(self) -> list[bool] | None:
-        """As for any method. A layer that was loaded tells it by its singular values E, unless all of them are 0."""
-        values = self._singular_values()
-        if values is None or self.kept is not None or values.is_meta:
-            return self.kept
-        kept: list[bool] = (values.detach().flatten() != 0).tolist()
-        return kept if any(kept) else None
 
     def orthogonal_factors(self) -> list[tuple[nn.Parameter, bool]]:
         """A by its rows and B by its columns."""
-        if self._singular_values() is None:
+        if self.direction_values() is None:
             return []
         parameters = self.adapter_parameters()
         return [(parameters["lora_A.default"], True), (parameters["lora_B.default"], False)]
 
     def statistics(self) -> dict[str, float]:
         """rank: The number of AdaLoRA's directions that are kept."""
-        values, kept = self._singular_values(), self.kept_directions()
-        if values is None:
-            return {}
-        return {"rank": float(len(values) if kept is None else sum(kept))}
+        return self.rank_statistic()
 
     def summary(self) -> AdapterSummary:
         """As for any method, with the rank that was allocated."""
-        summary, kept = super().summary(), self.kept_directions()
-        return summary if kept is None else dataclasses.replace(summary, note=f"rank {sum(kept)} of {len(kept)}")
+        return self.with_rank(super().summary())
 
     def charts(self) -> dict[str, str]:
         """The ranks of AdaLoRA."""
-        return {} if self._singular_values() is None else RANK_CHARTS
+        return {} if self.direction_values() is None else RANK_CHARTS
 
     # ---- merging
 

@@ -23,7 +23,7 @@ RECIPES = sorted(
 )
 SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
 REAL = [name for name in RECIPES if name not in SMOKE]
-ARMS = {"lora", "dora", "vera", "loran", "afa", "dense_lora", "nested_lora"}
+ARMS = {"lora", "dora", "vera", "lora2", "loran", "afa", "dense_lora", "nested_lora"}
 ARMS |= {"nora", "nora_plus_plus", "bitfit", "group_affine", "qlora"}
 OVERRIDES = [
     "--model.model=tiny_llama",

@@ -26,8 +26,13 @@ def adalora(**changes) -> la.Peft:
     return la.Peft(config | {"tinit": 1, "tfinal": 2, "orth_reg_weight": 0.5} | changes)
 
 
+def lora2() -> la.LoRA2:
+    settings = {"prune_from": 0.1, "prune_until": 0.8, "prune_every": 2, "targets": ["fc1", "fc2"]}
+    return la.LoRA2(width=3, rank=INITIAL, target_rank=TARGET, **settings)
+
+
 def directions(model) -> int:
-    return sum(int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n)
+    return sum(int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n or "directions" in n)
 
 
 class Steps(Callback):
@@ -98,11 +103,14 @@ def test_the_budget_follows_the_optimiser_steps(tmp_path, settings, total):
     torch.testing.assert_close(task.net(x), before, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("step", "epochs"), [(3, 1), *(pytest.param(s, 2, marks=pytest.mark.slow) for s in (10, 11))])
-def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, step, epochs):
+@pytest.mark.parametrize("method", [adalora(deltaT=2), lora2()], ids=["adalora", "lora2"])
+@pytest.mark.parametrize(
+    ("step", "epochs"), [(3, 1), *(pytest.param(s, 2, marks=pytest.mark.slow) for s in (9, 10, 11))]
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, method, step, epochs):
     # In the midst, at the final ranks, and after them.
     def run(name, ckpt=None):
-        task = Task(adalora(deltaT=2), train=())
+        task = Task(method, train=())
         saver = ModelCheckpoint(tmp_path / name, every_n_train_steps=step, save_top_k=-1)
         callback = la.AdapterCallback(**QUIET)
         fit(tmp_path, task, callback, saver, max_epochs=epochs, ckpt=ckpt)
@@ -112,6 +120,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, step, epochs):
     (path,) = (tmp_path / "whole").glob(f"*step={step}.ckpt")
     task, again = run("resumed", path)
     assert_equal_bits(state(whole), state(task))
+    assert directions(task) == LAYERS * TARGET
     assert json.dumps(again, default=torch.Tensor.tolist) == json.dumps(allocated, default=torch.Tensor.tolist)
 
 

@@ -15,7 +15,7 @@ from tests.scale import applications
 from tests.scale.ddp_run import Broken
 from tests.scale.tasks import METHODS, Task, loader, trainer
 
-CASES = [("llama", name) for name in ("lora", "dora", "vera", "loran", "afa", "nora++")]
+CASES = [("llama", name) for name in ("lora", "dora", "vera", "lora2-pruned", "loran", "afa", "nora++")]
 CASES += [("vit", name) for name in ("nora", "nora++-dora", "loran-calibrated", "afa-rational", "calibrated")]
 CASES += [("vit", name) for name in ("dense_lora-apart", "nested_lora", "dora-pissa")]
 

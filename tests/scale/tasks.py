@@ -24,6 +24,7 @@ LORAN = la.LoRAN(rank=2, function="sine", frequency="calibrate", start_size=0.01
 APART = la.DenseLoRA(rank=2, dropout=0.0, share="none")
 # Each step gives up directions; the third is the last.
 ADALORA = la.Peft({"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "target_modules": ["qkv", "fc1"]})
+PRUNED = la.LoRA2(width=3, rank=4, target_rank=2, alpha=400.0, prune_every=1)
 METHODS: dict[str, la.Method] = ALL | {
     "adaptive": ADAPTIVE,
     "calibrated": CALIBRATED,
@@ -31,11 +32,12 @@ METHODS: dict[str, la.Method] = ALL | {
     "dense_lora-apart": APART,
     "adalora": ADALORA,
     "lora-ga": la.LoRA(rank=2, start="lora_ga"),
+    "lora2-pruned": PRUNED,
 }
 MEASURED = ("calibrated", "lora-ga")  # which depend on the first batches of the first process
 # Encoder for all methods and variants, decoder for one of each.
 CASES = [("vit", name) for name in METHODS] + [
-    ("llama", name) for name in ("lora", "dora", "vera", "loran", "afa", "nora++")
+    ("llama", name) for name in ("lora", "dora", "vera", "lora2-pruned", "loran", "afa", "nora++")
 ]
 
 

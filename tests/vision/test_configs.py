@@ -19,7 +19,7 @@ from vision.data import CIFARDataModule
 RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 SMOKE = [name for name in RECIPES if name.startswith("smoke/")]
 REAL = [name for name in RECIPES if name not in SMOKE]
-ARMS = {"head", "full", "lora", "dora", "vera", "loran", "afa", "dense_lora", "nested_lora"}
+ARMS = {"head", "full", "lora", "dora", "vera", "lora2", "loran", "afa", "dense_lora", "nested_lora"}
 ARMS |= {"nora", "nora_plus_plus", "bitfit", "group_affine"}
 OVERRIDES = [
     "--model.backbone=test_vit",
