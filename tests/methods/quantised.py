@@ -14,6 +14,7 @@ METHODS = {
     "afa": la.AFALoRA(rank=4, alpha=8.0, activation="silu"),
     "loran": la.LoRAN(rank=4, alpha=8.0, amplitude=0.5, frequency=20.0),
     "vera": la.VeRA(rank=4),
+    "lora2": la.LoRA2(width=4, rank=4, alpha=4.0e3),  # a product of five small factors
 }
 WIDE, HALF = torch.float32, torch.bfloat16
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -73,6 +73,9 @@ def reference(adapter: nn.Module, weight: Tensor, x: Tensor, p: dict[str, Tensor
     if adapter.method == "vera":
         a, b = adapter.vera_A.double(), adapter.vera_B.double()
         return x @ weight.T + bias + p["vera_lambda_b"] * (p["vera_lambda_d"] * (x @ a.T) @ b.T)
+    if adapter.method == "lora2":
+        update = p["outer_up"] @ p["inner_up"] @ torch.diag(p["directions"]) @ p["inner_down"] @ p["outer_down"]
+        return x @ (weight + adapter.scaling * update).T + bias
     s, product = 2.0, p["lora_B"] @ p["lora_A"]
     if adapter.method == "afa":
         code, beta = x @ p["lora_A"].T, adapter.beta.double()

@@ -192,7 +192,7 @@ def test_detach_returns_the_very_layers(method):
 def test_packed_weights_stay_frozen(method):
     model = network()
     report = la.attach(model, METHODS[method], train=["2.bias"])
-    trained = {"dora": 4 * (128 + 64) + 64, "vera": 4 + 64}
+    trained = {"dora": 4 * (128 + 64) + 64, "vera": 4 + 64, "lora2": 4 * (128 + 64) + 2 * 4 * 4 + 4}
     assert report.adapters[0][2] == trained.get(method, 4 * (128 + 64))
     assert report.trainable == report.adapter_parameters + 96
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
