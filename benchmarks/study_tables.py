@@ -20,6 +20,7 @@ from pathlib import Path
 
 from lit_adapters.files.atomic import write_text_atomically
 from lit_adapters.learned.pictures import save_figure
+from lit_adapters.study.reading import read_study
 from lit_adapters.study.records import Results
 from lit_adapters.study.report.arms import arm_blocks
 from lit_adapters.study.report.blocks import Page, Table
@@ -28,7 +29,7 @@ from lit_adapters.study.report.front import front_figure
 from lit_adapters.study.report.markdown import markdown_page
 from lit_adapters.study.report.sentences import with_unit
 from lit_adapters.study.report.summary import Contrast, Summary, summarise
-from lit_adapters.study.settings import Metric, read_study
+from lit_adapters.study.settings import Metric
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "configs" / "studies"

@@ -10,10 +10,11 @@ from pathlib import Path
 from lit_adapters import console
 from lit_adapters.errors import AdapterError
 from lit_adapters.study.planning import AllDivergedError, Plan
+from lit_adapters.study.reading import read_study
 from lit_adapters.study.records import Results
 from lit_adapters.study.report.digits import duration
 from lit_adapters.study.running import check_owner, run_study, seconds_left
-from lit_adapters.study.settings import Study, read_study
+from lit_adapters.study.settings import Study
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

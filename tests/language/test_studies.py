@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch import Callback
 
 from lit_adapters.study.planning import Plan
-from lit_adapters.study.settings import read_study
+from lit_adapters.study.reading import read_study
 from tests.language.tiny import QUIET, ROWS, quick_main
 
 STUDIES = Path(__file__).parents[2] / "configs" / "studies"

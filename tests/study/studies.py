@@ -7,8 +7,8 @@ import textwrap
 import yaml
 
 from lit_adapters.study.planning import Plan
+from lit_adapters.study.reading import read_study
 from lit_adapters.study.records import Record, Results
-from lit_adapters.study.settings import read_study
 
 # A LightningCLI of a user's own: it learns y = 2 x, knows no lit_adapters, and takes about a second.
 PROGRAM = textwrap.dedent(

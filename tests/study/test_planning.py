@@ -11,9 +11,10 @@ from lit_adapters.cli.study import status
 from lit_adapters.errors import AdapterError
 from lit_adapters.study.planning import AllDivergedError, Plan
 from lit_adapters.study.protocol import changes
+from lit_adapters.study.reading import read_study
 from lit_adapters.study.records import Record, Results
 from lit_adapters.study.running import run_study
-from lit_adapters.study.settings import Search, read_study
+from lit_adapters.study.settings import Search
 from tests.study.studies import STUDY, finish, write_study
 
 RATE = "optimizer.init_args.lr"
