@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from language.models import context_length, vocabulary_size
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.model.modes import evaluating
 from lit_adapters.model.sharding import is_sharded
 

@@ -33,7 +33,7 @@ from lit_adapters.files.adapters import check_whole, read_checkpoint_file
 from lit_adapters.files.meaning import meaning_of, restore_meanings, save_meanings, set_meaning
 from lit_adapters.lightning.loading import LoadsFromFiles
 from lit_adapters.lightning.step_mean import StepMeanModule
-from lit_adapters.methods.base import to_methods
+from lit_adapters.methods.method import to_methods
 from lit_adapters.model.sharding import refuse_sharded, shard
 from lit_adapters.training.hyperparameters import read_hyperparameters
 

@@ -37,7 +37,7 @@ PATHS = [
     "torch.hub.load",
     "torch.nn.Linear",
     "lit_adapters.class_paths.sys.modules",
-    "lit_adapters.methods.base.Method",
+    "lit_adapters.methods.method.Method",
     "lit_adapters.errors.AdapterError",
     "x" * 100_000,
     "\ud83d",

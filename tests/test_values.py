@@ -8,7 +8,7 @@ from torch import nn
 
 import lit_adapters as la
 from lit_adapters import methods, schedules
-from lit_adapters.methods.base import Method
+from lit_adapters.methods.method import Method
 from lit_adapters.schedules import Schedule
 from tests.mutations import STRANGE
 

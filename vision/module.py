@@ -26,7 +26,7 @@ from lit_adapters.files.meaning import (
 )
 from lit_adapters.lightning.loading import LoadsFromFiles
 from lit_adapters.lightning.step_mean import StepMeanModule
-from lit_adapters.methods.base import to_methods
+from lit_adapters.methods.method import to_methods
 from lit_adapters.model.sharding import shard
 from lit_adapters.values import check_choice
 from vision.backbones import check_sizes, create_backbone, use_eager_attention

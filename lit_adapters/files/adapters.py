@@ -37,7 +37,7 @@ from lit_adapters.files.header import (
     parse_header,
 )
 from lit_adapters.files.meaning import HEADER_KEY, adopt_meaning, check_same, checked, meaning_of
-from lit_adapters.methods.base import to_methods
+from lit_adapters.methods.method import to_methods
 from lit_adapters.methods.starts import without_starts
 from lit_adapters.model.attach import adapters, attach, attachment, base_parameters, detach, unfrozen
 from lit_adapters.model.meta import refuse_meta

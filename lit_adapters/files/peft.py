@@ -23,11 +23,11 @@ from lit_adapters.errors import AdapterError, shown
 from lit_adapters.files.atomic import write_together
 from lit_adapters.files.peft_lora import CONFIG, LAYER_KEY, PREFIX, TENSORS, read_lora
 from lit_adapters.methods.afa import AFAAdapter
-from lit_adapters.methods.base import to_methods
 from lit_adapters.methods.biased import BiasedAdapter
 from lit_adapters.methods.dora import DoRA, DoRAAdapter
 from lit_adapters.methods.lora import LoRA, LoRAAdapter
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.methods.method import to_methods
 from lit_adapters.methods.peft import require_peft
 from lit_adapters.methods.targets import matches, places
 from lit_adapters.model.attach import adapters, attach, attachment, detach, unfrozen

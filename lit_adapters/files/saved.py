@@ -19,8 +19,9 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import TENSORS, read_checkpoint_file, read_directory
 from lit_adapters.files.checkpoint_schema import RECORD
 from lit_adapters.files.peft_lora import CONFIG
-from lit_adapters.methods.base import AdapterModule, Method, to_methods
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.biased import BIAS, with_bias
+from lit_adapters.methods.method import Method, to_methods
 from lit_adapters.methods.targets import KEYWORDS, matches, within
 
 _BASE_PARAMETERS = ("weight", "bias")  # names that plain layers give their own parameters

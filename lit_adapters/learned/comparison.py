@@ -13,7 +13,7 @@ from lit_adapters.console import text_table
 from lit_adapters.files.saved import SavedAdapters
 from lit_adapters.learned.computable import computable
 from lit_adapters.learned.subspace import common_grid
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.description import LearnedFunctions, LowRankUpdate
 from lit_adapters.ops.statistics import cosine, overlap, principal_angles
 

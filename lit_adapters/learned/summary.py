@@ -12,8 +12,8 @@ from lit_adapters.console import text_table
 from lit_adapters.files.saved import SavedAdapters, SavedLayer
 from lit_adapters.learned.computable import computable
 from lit_adapters.learned.subspace import learned_subspace
-from lit_adapters.methods.base import Method
 from lit_adapters.methods.description import AdapterSummary, LearnedFunctions
+from lit_adapters.methods.method import Method
 from lit_adapters.ops.statistics import FunctionalSubspace, components, effective_rank, stable_rank
 from lit_adapters.schedules import Schedule
 

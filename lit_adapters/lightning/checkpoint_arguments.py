@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_adapters.errors import AdapterError, shown
 from lit_adapters.files.checkpoint_schema import RECORD
 from lit_adapters.lightning.loading import LoadsFromFiles
-from lit_adapters.methods.base import to_methods
+from lit_adapters.methods.method import to_methods
 from lit_adapters.training.checkpoint import check_settings
 from lit_adapters.training.hyperparameters import (
     arguments_from,

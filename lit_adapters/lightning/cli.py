@@ -27,7 +27,7 @@ from lit_adapters.lightning.adapter_callback import AdapterCallback
 from lit_adapters.lightning.checkpoint_arguments import arguments_of_checkpoint
 from lit_adapters.lightning.optimizers import TOTALS, build_optimizers
 from lit_adapters.lightning.recipe_sections import check_sections, recipes
-from lit_adapters.methods.base import Method, to_methods
+from lit_adapters.methods.method import Method, to_methods
 from lit_adapters.optimizers.groups import BASE, HEAD
 from lit_adapters.training.checkpoint import check_recipe, class_path
 from lit_adapters.training.hyperparameters import KEY, read_hyperparameters

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_adapters.activations.coefficients import normal_density
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.description import LearnedFunctions
 from lit_adapters.methods.hooks import copy_hooks, move_hooks
 from lit_adapters.ops._context import has_sizes

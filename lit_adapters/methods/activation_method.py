@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lit_adapters.activations import is_known_activation
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule, Method
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.channels import Layout, channel_layout
 from lit_adapters.methods.hooks import has_own_forward
+from lit_adapters.methods.method import Method
 from lit_adapters.values import check_whole
 
 CHANNELS = "channels"  # value of `groups`

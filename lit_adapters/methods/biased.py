@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.afa import AFAAdapter
-from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.dense_lora import DenseLoRAAdapter
 from lit_adapters.methods.description import AdapterSummary
 from lit_adapters.methods.dora import DoRAAdapter

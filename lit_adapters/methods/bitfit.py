@@ -29,12 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError, TargetsNotFound
-from lit_adapters.methods.base import AdapterModule, Factory, Method
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.bias_switches import add_biases, check_switches
 from lit_adapters.methods.biased import BIAS, BiasedAdapter, with_bias
 from lit_adapters.methods.channels import is_linear
 from lit_adapters.methods.description import each_layer, mean_over_layers
 from lit_adapters.methods.matrix_layers import LinearLayer, is_quantised, matrix_layer
+from lit_adapters.methods.method import Factory, Method
 from lit_adapters.methods.quantised import foreign_quantisation
 from lit_adapters.methods.read_weights import reads_weight
 from lit_adapters.methods.targets import KEYWORDS, Target, find_targets, head_modules, places

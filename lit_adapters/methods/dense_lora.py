@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule, Factory, Method
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.description import AdapterSummary, LowRankUpdate, each_layer, mean_over_layers
 from lit_adapters.methods.matrix_layers import matrix_layer
+from lit_adapters.methods.method import Factory, Method
 from lit_adapters.methods.read_weights import reads_weight
 from lit_adapters.methods.shared_parameters import (
     SharingAdapter,

@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.allocation import RANK_CHARTS, Allocated, Allocation
-from lit_adapters.methods.base import AdapterModule, Factory, Method
 from lit_adapters.methods.description import AdapterSummary, LowRankUpdate, each_layer, mean_over_layers
+from lit_adapters.methods.method import Factory, Method
 from lit_adapters.methods.sensitivity import RankSchedule, SensitivityAllocator
 from lit_adapters.methods.targets import Target, find_targets
 from lit_adapters.methods.weight_adapter import WeightAdapter

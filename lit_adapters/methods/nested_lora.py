@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule, Method
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.description import LowRankUpdate, each_layer, mean_over_layers
+from lit_adapters.methods.method import Method
 from lit_adapters.methods.starts import starts_left_out
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops._context import autocast_dtype, transformed

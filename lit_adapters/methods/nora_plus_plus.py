@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import Method, to_methods
 from lit_adapters.methods.dora import DoRA
 from lit_adapters.methods.lora import LoRA
+from lit_adapters.methods.method import Method, to_methods
 from lit_adapters.methods.nora import NoRA
 
 

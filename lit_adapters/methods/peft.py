@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lit_adapters.errors import AdapterError, TargetsNotFound, shown
-from lit_adapters.methods.base import Factory, Method
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
+from lit_adapters.methods.method import Factory, Method
 from lit_adapters.methods.patterns import check_few_ways
 from lit_adapters.methods.peft_adapter import PeftAdapter
 from lit_adapters.methods.peft_allocation import AdaLoRAAllocation, AsaAllocation

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.allocation import RANK_CHARTS, Allocated
-from lit_adapters.methods.base import AdapterModule
 from lit_adapters.methods.description import AdapterSummary
 from lit_adapters.ops._context import autocast_dtype
 

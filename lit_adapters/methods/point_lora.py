@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError, TargetsNotFound
-from lit_adapters.methods.base import AdapterModule, Factory
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.channels import is_linear
 from lit_adapters.methods.description import AdapterSummary, each_layer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.matrix_layers import matrix_layer
+from lit_adapters.methods.method import Factory
 from lit_adapters.methods.read_weights import reads_weight
 from lit_adapters.methods.shared_parameters import (
     SharingAdapter,

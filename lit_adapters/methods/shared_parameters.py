@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 
 
 def without_numbers(qualified_name: str) -> str:

@@ -27,7 +27,7 @@ _MLP_NAME = re.compile(r"(mlp|ffn|feed_?forward|intermediate)$", re.IGNORECASE)
 
 
 class Selection(Protocol):
-    """The fields of a method that select targets; `lit_adapters.methods.base.Method` explains them."""
+    """The fields of a method that select targets; `lit_adapters.methods.method.Method` explains them."""
 
     @property
     def kind(self) -> str:

@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError, shown
-from lit_adapters.methods.base import AdapterModule, Factory, Method
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.description import LowRankUpdate, each_layer, mean_over_layers
 from lit_adapters.methods.matrix_layers import matrix_layer
+from lit_adapters.methods.method import Factory, Method
 from lit_adapters.methods.targets import Target, find_targets
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops._context import autocast_dtype, transformed

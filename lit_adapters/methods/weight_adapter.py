@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.matrix_layers import matrix_layer
 from lit_adapters.ops.cache import Cache
 

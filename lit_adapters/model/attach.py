@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError, TargetsNotFound
-from lit_adapters.methods.base import AdapterModule, Config, Factory, Method, to_methods
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
+from lit_adapters.methods.method import Config, Factory, Method, to_methods
 from lit_adapters.methods.read_weights import reads_weight
 from lit_adapters.methods.rewritten import called_by
 from lit_adapters.methods.targets import Target, head_modules, left_alone, matches, near_misses, peft_parameters, places

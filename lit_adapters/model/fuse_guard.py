@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 
 # In timm, torchvision, and implementations of RepVGG, LeViT, YOLO and similar networks.
 _METHODS = ("fuse", "reparameterize", "switch_to_deploy", "fuse_model", "repvgg_convert")

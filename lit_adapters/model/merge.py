@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule, to_methods
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.matrix_layers import is_quantised
+from lit_adapters.methods.method import to_methods
 from lit_adapters.model.attach import adapters, attachment, released, remove_adapters
 from lit_adapters.model.meta import require_loaded
 from lit_adapters.model.save_guard import guard_saving

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 
 _FIX = (
     "load the model without offloading (a device_map in which no part is on 'disk', nor on 'cpu' beside a GPU), and "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.model.attach import adapters
 from lit_adapters.model.gradients import measuring_gradients

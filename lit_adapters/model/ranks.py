@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.peft_allocation import AdaLoRAAllocation
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.schedules import Schedule
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.model.meta import offloads
 from lit_adapters.model.unfinished import note_progress
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.model.attach import adapters
 from lit_adapters.model.unfinished import leave_the_end_to_others
 from lit_adapters.schedules import Adaptive, Schedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.model.attach import adapters, attached
 
 

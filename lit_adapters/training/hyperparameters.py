@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lit_adapters.class_paths import build, find_imported
 from lit_adapters.errors import AdapterError, shown
-from lit_adapters.methods.base import Method, to_methods
+from lit_adapters.methods.method import Method, to_methods
 from lit_adapters.schedules import Schedule
 
 KEY = "hyper_parameters"

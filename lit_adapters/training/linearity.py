@@ -6,7 +6,7 @@ import math
 
 from torch import nn
 
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.model.sharding import gathered
 from lit_adapters.training.attached import adapter_layers
 

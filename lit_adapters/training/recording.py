@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.model.sharding import gathered, is_sharded
 from lit_adapters.training.attached import adapter_layers
 from lit_adapters.training.observer import InputObserver

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lit_adapters.learned.subspace import Change, learned_change, learned_subspace
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops.statistics import (
     FunctionalSubspace,

@@ -17,7 +17,7 @@ from lit_adapters.learned.subspace_figures import (
     norm_map,
     weight_spectra_figure,
 )
-from lit_adapters.methods.base import AdapterModule
+from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.description import LearnedFunctions, mean_over_layers
 from lit_adapters.model.sharding import gathered, whole
 from lit_adapters.training.observer import InputObserver

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import lit_adapters as la
 from language.models import SMOLLM2
 from language.module import CausalLMTuner
-from lit_adapters.methods.base import to_methods
+from lit_adapters.methods.method import to_methods
 from tests.language.tiny import CONFIGS, batch, command, events, log_dir
 
 REGIMES = {"dpo", "grpo", "draft"}  # recipes of other entry points, which have tests of their own

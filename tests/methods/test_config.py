@@ -6,7 +6,7 @@ import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
 import lit_adapters as la
-from lit_adapters.methods.base import to_methods
+from lit_adapters.methods.method import to_methods
 from tests.matrix import ALL
 
 

@@ -12,7 +12,7 @@ from lit_adapters.files.saved import read_saved
 from lit_adapters.learned import subspace
 from lit_adapters.learned.figures import functions_figure
 from lit_adapters.learned.subspace_figures import drift_map
-from lit_adapters.methods.base import to_methods
+from lit_adapters.methods.method import to_methods
 from tests.matrix import build, move
 from tests.methods.test_nora import oracle
 

