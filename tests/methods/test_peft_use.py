@@ -73,6 +73,15 @@ def test_a_configuration_in_the_form_of_a_recipe_is_the_same_method():
     assert to_methods(recipe) == [la.Peft(peft.IA3Config(**values))]
 
 
+def test_adalora_in_its_form_of_a_recipe_takes_total_step_from_the_training():
+    values = {"init_r": 4, "target_r": 2, "target_modules": ["q_proj"]}
+    form = {"class_path": "peft.AdaLoraConfig", "init_args": {"total_step": None, **values}}
+    assert la.Peft(form).config["total_step"] is None
+    assert la.Peft(form) == la.Peft({"peft_type": "ADALORA", **values})
+    stated = {**form, "init_args": {"total_step": 77, **values}}
+    assert la.Peft(stated).config["total_step"] == 77
+
+
 def test_a_configuration_that_peft_saved_trains_again():
     config = peft.LoraConfig(r=2, inference_mode=True, **LINEAR)
     model = network()
