@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lit_adapters as la
+from lit_adapters.lightning import build_optimizers
 from lit_adapters.model.sharding import shard
 from tests.matrix import ALL, MODELS, build
 
@@ -25,6 +26,8 @@ APART = la.DenseLoRA(rank=2, dropout=0.0, share="none")
 # Each step gives up directions; the third is the last.
 ADALORA = la.Peft({"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "target_modules": ["qkv", "fc1"]})
 PRUNED = la.LoRA2(width=3, rank=4, target_rank=2, alpha=400.0, prune_every=1)
+# Optimisers of pairs, by the name of a case.
+OPTIMIZERS = {"lora-plus": "LoRAPlus", "lora-rite": "LoRARITE", "lora-loft": "LoFT"}
 METHODS: dict[str, la.Method] = ALL | {
     "adaptive": ADAPTIVE,
     "calibrated": CALIBRATED,
@@ -33,6 +36,7 @@ METHODS: dict[str, la.Method] = ALL | {
     "adalora": ADALORA,
     "lora-ga": la.LoRA(rank=2, start="lora_ga"),
     "lora2-pruned": PRUNED,
+    **{name: la.LoRA(rank=2) for name in OPTIMIZERS},
 }
 MEASURED = ("calibrated", "lora-ga")  # which depend on the first batches of the first process
 # Encoder for all methods and variants, decoder for one of each.
@@ -52,10 +56,11 @@ def rows(name: str) -> tuple[Tensor, Tensor]:
 
 
 class Task(LightningModule):
-    """A user's module: a tiny network, a method, SGD, the loss logged as the mean over all processes."""
+    """A user's module: a tiny network, a method, an optimiser, the loss logged as the mean over all processes."""
 
-    def __init__(self, name: str, method: la.Method) -> None:
+    def __init__(self, name: str, method: la.Method, optimizer: str | None = None) -> None:
         super().__init__()
+        self.optimizer = optimizer
         self.name = name
         self.method = method
         self.net: Any = None
@@ -87,6 +92,9 @@ class Task(LightningModule):
         self.losses.append(self.trainer.callback_metrics["train/loss"].item())
 
     def configure_optimizers(self) -> Any:
+        if self.optimizer:
+            section = {"class_path": f"lit_adapters.optimizers.{self.optimizer}", "init_args": {"lr": 1e-3}}
+            return build_optimizers(self, section)
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.03, momentum=0.9)
 
 
@@ -118,6 +126,6 @@ def loader(name: str, devices: int) -> DataLoader:
 def fit(folder: Path, name: str, method: str, devices: int, **changes: Any) -> dict[str, Any]:
     """Train, and say what came out in this process."""
     seed_everything(0, verbose=False)
-    task = Task(name, METHODS[method])
+    task = Task(name, METHODS[method], OPTIMIZERS.get(method))
     trainer(folder / name / method, devices, **changes).fit(task, loader(name, devices))
     return {"state": task.state_dict(), "losses": task.losses}
