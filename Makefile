@@ -32,12 +32,10 @@ docs: $(ENVIRONMENT)  ## the site from docs/ and the docstrings, in site/; warni
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # ROOT holds cifar10/ (train and test, folders or .tar.gz) and alpaca_demo/. Methods are compared by configs/studies.
-bench: $(ENVIRONMENT)  ## measure speed, memory and what is learned: hours
+bench: $(ENVIRONMENT)  ## measure speed and memory: hours
 	@test -n "$(ROOT)" || { echo 'error: make bench ROOT=DIR, the folder with cifar10/ and alpaca_demo/'; exit 1; }
 	for model in vit smollm2; do for precision in fp32 bf16; do \
 		$(BIN)/python -m benchmarks.step_time --model $$model --precision $$precision || exit 1; done; done
-	$(BIN)/python -m benchmarks.cifar10_accuracy --root $(ROOT)/cifar10
-	$(BIN)/python -m benchmarks.subspace --root $(ROOT)
 	$(BIN)/python -m benchmarks.callback_overhead --root $(ROOT)
 	$(BIN)/python -m benchmarks.healthy_and_sick --root $(ROOT)/cifar10
 	$(BIN)/python -m benchmarks.against_peft --ranks 4 8 16 64 --precisions fp32 bf16

@@ -1,4 +1,4 @@
-"""The arms of the benchmarks: what is compared, its recipe, its learning rates and its name in each table.
+"""The arms of the benchmarks: what is compared, its settings and its name in each table.
 
 To add an arm, add an entry to `ARMS`. It takes part in the benchmarks in whose tables it has a row.
 """
@@ -10,8 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import lit_adapters as la
 
-# accuracy: CIFAR-10 (cifar10_accuracy). steps vit, steps smollm2: the models of step_time.
-Table = Literal["accuracy", "steps vit", "steps smollm2"]
+Table = Literal["steps vit", "steps smollm2"]  # of the models of step_time
 
 # The table of each model of step_time.
 STEPS: dict[str, Table] = {"vit": "steps vit", "smollm2": "steps smollm2"}
@@ -39,7 +38,6 @@ class Arm:
         method: The class of the method; None for a control.
         vision: Settings of the method for a ViT, in `step_time`.
         language: Settings of the method for a language model, in `step_time`.
-        rates: Learning rates that `cifar10_accuracy` compares.
     """
 
     rows: dict[Table, Row]
@@ -47,7 +45,6 @@ class Arm:
     method: type[la.Method] | None = None
     vision: dict[str, Any] = field(default_factory=dict)
     language: dict[str, Any] = field(default_factory=dict)
-    rates: tuple[float, ...] = ()
 
 
 _LORAN = {"rank": 64, "alpha": 16.0, "dropout": 0.2, "targets": ["q_proj", "v_proj"]}
@@ -55,27 +52,22 @@ _LORAN = {"rank": 64, "alpha": 16.0, "dropout": 0.2, "targets": ["q_proj", "v_pr
 ARMS = {
     "head": Arm(
         rows={
-            "accuracy": Row(0, "head only"),
             "steps vit": Row(0, "head only"),
             "steps smollm2": Row(0, "head only"),
         },
-        rates=(5e-3, 2e-2),
     ),
     "frozen": Arm(
         rows={"steps vit": Row(1, "frozen")},
     ),
     "full": Arm(
         rows={
-            "accuracy": Row(9, "full fine-tuning"),
             "steps vit": Row(2, "full fine-tuning"),
             "steps smollm2": Row(2, "full fine-tuning"),
         },
         name="full fine-tuning",
-        rates=(1e-4, 3e-4),
     ),
     "lora": Arm(
         rows={
-            "accuracy": Row(1, "LoRA, r = 8"),
             "steps vit": Row(3, "LoRA"),
             "steps smollm2": Row(3, "LoRA"),
         },
@@ -83,7 +75,6 @@ ARMS = {
         method=la.LoRA,
         vision={"rank": 8},
         language={"rank": 8},
-        rates=(1e-3, 3e-3),
     ),
     "dora": Arm(
         rows={
@@ -120,33 +111,24 @@ ARMS = {
         vision={"rank": 8},
         language={"rank": 8},
     ),
-    "nora_published": Arm(
-        rows={"accuracy": Row(5, "NoRA, as published")},
-        rates=(1e-3, 5e-3),
-    ),
     "nora": Arm(
         rows={
-            "accuracy": Row(6, "NoRA, scaled"),
             "steps vit": Row(6, "NoRA"),
             "steps smollm2": Row(6, "NoRA"),
         },
         name="NoRA",
         method=la.NoRA,
         language={"base": "anchored"},
-        rates=(5e-3, 1e-2),
     ),
     "nora_anchored": Arm(
         rows={
-            "accuracy": Row(7, "NoRA, scaled, anchored"),
             "steps vit": Row(7, "NoRA, anchored"),
         },
         method=la.NoRA,
         vision={"base": "anchored"},
-        rates=(5e-3, 1e-2),
     ),
     "nora_plus_plus": Arm(
         rows={
-            "accuracy": Row(8, "NoRA++, scaled"),
             "steps vit": Row(8, "NoRA++"),
             "steps smollm2": Row(8, "NoRA++"),
         },
@@ -154,7 +136,6 @@ ARMS = {
         method=la.NoRAPlusPlus,
         vision={"lora": la.LoRA(rank=8)},
         language={"nora": la.NoRA(base="anchored"), "lora": la.LoRA(rank=8)},
-        rates=(1e-3, 3e-3),
     ),
 }
 

@@ -29,7 +29,7 @@ from lit_adapters.study.report.front import front_figure
 from lit_adapters.study.report.markdown import markdown_page
 from lit_adapters.study.report.sentences import with_unit
 from lit_adapters.study.report.summary import Contrast, Summary, summarise
-from lit_adapters.study.settings import Metric
+from lit_adapters.study.settings import Metric, Study
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "configs" / "studies"
@@ -67,11 +67,17 @@ def _summary(name: str, pairs: tuple[tuple[str, str], ...] = ()) -> Summary:
     """The numbers of a study, with its own contrasts or with others."""
     study = read_study(STUDIES / f"{name}.yaml")
     results = Results.load(STUDIES / name)
-    summary = summarise(replace(study, contrasts=list(pairs)) if pairs else study, results)
+    summary = summarise(_asking(study, pairs) if pairs else study, results)
     done, due = summary.finished(), summary.due()
     if done < due:
         raise SystemExit(f"error: {STUDIES / name} has {done} of {due} final runs; pages show finished studies")
     return summary
+
+
+def _asking(study: Study, pairs: tuple[tuple[str, str], ...]) -> Study:
+    """The study with other contrasts, which may be of arms that were added later."""
+    arms = {key: replace(arm, exploratory=False) for key, arm in study.arms.items()}
+    return replace(study, contrasts=list(pairs), arms=arms)
 
 
 def _contrasts(name: str, rest: str, page: Path) -> str:

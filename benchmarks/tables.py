@@ -5,24 +5,16 @@ python -m benchmarks.tables
 
 from __future__ import annotations
 
-import math
 import re
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from benchmarks import bounds, language_tables, performance_tables, regime_tables, study_tables, subspace_tables
-from benchmarks.arms import names
 from benchmarks.results_file import RESULTS, load
 from lit_adapters.files.atomic import write_text_atomically
-from lit_adapters.learned.pictures import save_figure
 
 ROOT = Path(__file__).parents[1]
-# Arms on images that no page shows: a rate below those tried is much better, so the accuracies mislead.
-UNDER_TUNED = ("full",)
 ALL_TABLES = "benchmarks/results/tables.md"  # every row of what the pages show in part
 
 
@@ -30,44 +22,6 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table, numbers to the right."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def accuracy_table(records: list[dict[str, Any]]) -> str:
-    """One row for each arm: full protocol with its binomial error, few-shot mean and deviation over the seeds."""
-    rows = []
-    for arm, name in names("accuracy").items():
-        runs = [r for r in records if r["arm"] == arm]
-        if not runs or arm in UNDER_TUNED:
-            continue
-        full = [r for r in runs if r["protocol"] == "full"]
-        few = [r for r in runs if r["protocol"] == "few"]
-        # The rate is open until all candidates have been compared and one was used.
-        rate = f"{(full or few)[0]['rate']:g}" if full or few else "open"
-        row = [name, f"{runs[0]['trainable_without_head']:,}", rate]
-        row.append(" ".join(f"{r['accuracy']:.3f} ± {_binomial(r):.3f}" for r in full) or "not run")
-        values = [r["accuracy"] for r in few]
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        row.append(f"{statistics.mean(values):.3f}{spread}" if values else "not run")
-        row.append(f"{max(r['peak_memory_mib'] for r in runs):,}")
-        rows.append(row)
-    return table(["arm", "trained, without head", "rate", "10,000 images", "500 images", "peak, MiB"], rows)
-
-
-def _binomial(record: dict[str, Any]) -> float:
-    p = record["accuracy"]
-    return math.sqrt(p * (1 - p) / record["n"])
-
-
-def every_accuracy_table(records: list[dict[str, Any]]) -> str:
-    """Validation accuracy of every learning rate tried, and test accuracy of every seed of the few-shot runs."""
-    rows = []
-    for arm, name in names("accuracy").items():
-        runs = [r for r in records if r["arm"] == arm]
-        tried = ", ".join(f"{r['rate']:g}: {r['accuracy']:.3f}" for r in runs if r["protocol"] == "rate")
-        seeds = ", ".join(f"{r['accuracy']:.3f}" for r in runs if r["protocol"] == "few")
-        if runs:
-            rows.append([f"{name} (under-tuned)" if arm in UNDER_TUNED else name, tried, seeds])
-    return table(["arm", "validation accuracy by rate (n = 1,000)", "500 images, each seed"], rows)
 
 
 def machine(records: list[dict[str, Any]]) -> str:
@@ -93,27 +47,6 @@ def _equipment(e: dict[str, Any]) -> str:
     return f"{e['cores']} cores of {e['cpu']}{computes}, {e['threads']} thread(s) a process, {versions}"
 
 
-def accuracy_figure(records: list[dict[str, Any]], path: Path) -> None:
-    """Both protocols side by side: bars with standard errors, points for the seeds."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for panel, protocol, title in zip(panels, ("full", "few"), ("10,000 images", "500 images, each seed"), strict=True):
-        called = {arm: name for arm, name in names("accuracy").items() if arm not in UNDER_TUNED}
-        arms = [a for a in called if any(r["arm"] == a and r["protocol"] == protocol for r in records)]
-        for row, arm in enumerate(arms):
-            runs = [r for r in records if r["arm"] == arm and r["protocol"] == protocol]
-            mean = statistics.mean(r["accuracy"] for r in runs)
-            error = _binomial(runs[0])
-            panel.barh(row, mean, xerr=error if len(runs) == 1 else 0, color="#7a9cc6")
-            if len(runs) > 1:
-                panel.plot([r["accuracy"] for r in runs], [row] * len(runs), "k.", markersize=5)
-        panel.set_yticks(range(len(arms)), [called[a] for a in arms], fontsize=8)
-        panel.invert_yaxis()
-        panel.set_xlabel("test accuracy")
-        panel.set_title(title, fontsize=10)
-    save_figure(figure, path, dpi=110)
-
-
 def replace_block(path: Path, name: str, text: str) -> None:
     """Put `text` between <!-- name --> and <!-- /name --> in a page.
 
@@ -129,13 +62,6 @@ def replace_block(path: Path, name: str, text: str) -> None:
 
 def main() -> None:
     """Fill every block."""
-    accuracy = load(RESULTS / "cifar10_accuracy.json")
-    results = ROOT / "docs" / "results.md"
-    if accuracy:
-        replace_block(results, "accuracy", f"{accuracy_table(accuracy)}\n\n{machine(accuracy)}")
-        replace_block(ROOT / ALL_TABLES, "images", every_accuracy_table(accuracy))
-        replace_block(ROOT / "README.md", "results", f"{accuracy_table(accuracy)}\n\n{machine(accuracy)}")
-        accuracy_figure(accuracy, ROOT / "docs" / "accuracy.png")
     language()
     regimes()
     subspaces()

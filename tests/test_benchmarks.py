@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import study_tables, tables
-from benchmarks.arms import ARMS, STEPS, names
+from benchmarks.arms import ARMS, STEPS
 from benchmarks.bounds import Bound
-from benchmarks.results_file import load
-from benchmarks.runner import Runner
 from lit_adapters.study.report.summary import summarise
 from tests.study.synthetic import finished, synthetic_study
 
@@ -23,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py")) if "argparse" in path.read_text()]
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "runner"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_benchmark_starts(name, monkeypatch, capsys):
     module = importlib.import_module(f"benchmarks.{name}")
     monkeypatch.setattr("sys.argv", [name, "--help"])
@@ -60,42 +58,21 @@ def test_the_row_of_a_bound_shows_what_misses_it(values, shown):
     assert Bound("quantity", 1.0, measured).row() == ["quantity", "1.00", shown]
 
 
-@pytest.mark.parametrize("table", ["accuracy", *STEPS.values()])
+@pytest.mark.parametrize("table", STEPS.values())
 def test_the_rows_of_a_table_have_places_of_their_own(table):
     places = [arm.rows[table].place for arm in ARMS.values() if table in arm.rows]
     assert len(set(places)) == len(places) > 0
 
 
-def test_every_arm_that_is_trained_has_a_recipe():
-    for arm in names("accuracy"):
-        assert (ROOT / "configs" / "vision" / "offline" / f"{arm}.yaml").is_file(), arm
-
-
-def test_a_run_in_the_file_is_not_run_again(tmp_path, capsys):
-    losses = {0.1: 3.0, 0.2: 1.0, 0.3: 2.0}
-    trained = []
-
-    def run(arm, protocol, rate, steps):
-        trained.append(rate)
-        return {"arm": arm, "protocol": protocol, "rate": rate, "steps": steps, "loss": losses[rate]}
-
-    runner = Runner(tmp_path / "runs.json", run, lambda record: f"loss {record['loss']}")
-    for _ in range(2):
-        assert runner.best_rate([0.1, 0.2, 0.3], lambda record: record["loss"], arm="lora", steps=5) == 0.2
-        assert runner.once(arm="lora", protocol="full", rate=0.2, steps=9)["loss"] == 1.0
-    assert trained == [0.1, 0.2, 0.3, 0.2]
-    assert len(load(tmp_path / "runs.json")) == 4
-    assert "arm lora, protocol full, rate 0.2, steps 9: loss 1.0\n" in capsys.readouterr().out
-
-
 def test_pages_show_what_a_study_has_measured(tmp_path, monkeypatch):
     arms = {"a": "Alpha", "b": "Beta", "c": "Gamma"}
     study = synthetic_study(tmp_path, arms, contrasts=[("a", "b")], margin=9.0)
+    study.arms["c"] = replace(study.arms["c"], exploratory=True)
     results = finished(study, {"a": 61.2, "b": 60, "c": 58}, spread=0.3)
     monkeypatch.setattr(
         study_tables,
         "_summary",
-        cache(lambda name, pairs=(): summarise(replace(study, contrasts=list(pairs) or study.contrasts), results)),
+        cache(lambda name, pairs=(): summarise(study_tables._asking(study, pairs) if pairs else study, results)),
     )
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("<!-- study s front -->\n<!-- /study -->\n")
