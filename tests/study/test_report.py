@@ -213,6 +213,13 @@ def test_the_noise_floor_stands_above_the_contrasts(tmp_path):
     assert (floor.rms, floor.n) == (pytest.approx(0.5), 4)
     text = page_text(study, results)
     assert 0 < text.index("Noise floor:") < text.index("## Contrasts")
+    equal = finished(study, {"a": 65, "b": 60}, spread=0)
+    for record in finished(study, {"a": 65, "b": 60}, spread=0, stage="noise").records:
+        if (record.arm, record.stage) == ("a", "noise"):
+            equal.add(record)
+    assert "4 pairs of runs of Alpha ended equal, so the change of noise\\_floor does not seem" in page_text(
+        study, equal
+    )
 
 
 def test_items_that_do_not_make_the_metric_are_left_out(tmp_path):

@@ -97,6 +97,9 @@ def _noise(summary: Summary) -> list[Block]:
     text = f" results of runs of {floor.title} that differ by rounding alone differ by {rms} (root mean square of"
     text += f" {pairs}, largest {largest}). The intervals below include this. A smaller difference of two single runs"
     text += " may be rounding."
+    if floor.n and not floor.largest:
+        text = f" {pairs} of {floor.title} ended equal, so the change of noise_floor does not seem to affect rounding"
+        text += " here, and no floor was measured. Give another change, such as another implementation of attention."
     if not floor.n:
         text = f" no pair of runs of {floor.title} could be compared."
     if floor.diverged:
