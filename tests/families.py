@@ -23,10 +23,10 @@ class Family:
         model: name of the architecture there.
         make: builds it.
         inputs: keyword arguments of its forward.
-        linear: targets of LoRA, AFA-LoRA and LoRAN.
-        activations: targets of NoRA.
-        channel_dim: of NoRA, where the layers around an activation do not tell.
-        groups: of NoRA.
+        linear: targets of the methods on weights.
+        activations: targets of the methods on activations.
+        channel_dim: of methods on activations, where the layers around an activation do not tell.
+        groups: of methods on activations.
         train: a head that no getter tells of.
         refused: the expected AdapterError, as a regular expression, by method; the other methods work.
     """
@@ -102,13 +102,16 @@ _encoder = functools.partial(_transformers, "SequenceClassification")
 _encoder_decoder = functools.partial(_transformers, "Seq2SeqLM")
 _classifier = functools.partial(_transformers, "ImageClassification")
 
-_ALL = ("NoRA", "LoRA", "AFALoRA", "LoRAN")
-_FUNCTION = {"NoRA": "These blocks hold no known activation module of their own"}
-_DEFAULT = dict.fromkeys(_ALL, r"targets '[a-z-]+' match no module")
-_READ = {"AFALoRA": r"reads the weight of '.*qkv' and does not call it"}
-_OWN_FORWARD = dict.fromkeys(("LoRA", "AFALoRA", "LoRAN"), "StdConv2d|Conv2dSame")  # they do more than convolve
-_DEPTHWISE = dict.fromkeys(("LoRA", "AFALoRA"), "is a convolution in groups")
-_MAMBA = dict.fromkeys(_ALL, "adapters did not run") | {"NoRA": "its neighbours are Conv1d and Linear"}
+_ACTIVATIONS = ("NoRA", "GroupAffine")
+_PAIRS = ("LoRA", "VeRA", "NestedLoRA", "LoRA2", "AFALoRA", "DenseLoRA")  # products of width r on the layer's input
+_WEIGHTS = (*_PAIRS, "LoRAN")
+_FUNCTION = dict.fromkeys(_ACTIVATIONS, "These blocks hold no known activation module of their own")
+_DEFAULT = dict.fromkeys((*_ACTIVATIONS, *_WEIGHTS), r"targets '[a-z-]+' match no module")
+_READ = dict.fromkeys(("AFALoRA", "DenseLoRA"), r"the model reads .* and does not call it")
+_OWN_FORWARD = dict.fromkeys(_WEIGHTS, "StdConv2d|Conv2dSame")  # they do more than convolve
+_DEPTHWISE = dict.fromkeys(_PAIRS, "is a convolution in groups")
+_MAMBA = dict.fromkeys(_WEIGHTS, "adapters did not run")
+_MAMBA |= dict.fromkeys(_ACTIVATIONS, "its neighbours are Conv1d and Linear")
 _THIN: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 32), "num_heads": (2, 2, 2, 2)}
 _HYBRID: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2}
 _WINDOWED: dict[str, Any] = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2)}
@@ -137,12 +140,18 @@ _VISION = [
     _timm("swinv2", "swinv2_tiny_window8_256", 32, **_WINDOWED, refused=_READ),
     _timm("swinv2_cr", "swinv2_cr_tiny_224", 32, **_WINDOWED),
     _timm("pit", "pit_ti_224", img_size=64, base_dims=(8, 8, 8), depth=(1, 1, 1)),
-    _timm("pvt_v2", "pvt_v2_b0", 96, depths=(1, 1, 1, 1), refused={"NoRA": "its neighbours are Conv2d and Linear"}),
+    _timm(
+        "pvt_v2",
+        "pvt_v2_b0",
+        96,
+        depths=(1, 1, 1, 1),
+        refused=dict.fromkeys(_ACTIVATIONS, "its neighbours are Conv2d and Linear"),
+    ),
     _timm("pvt_v2, channel_dim", "pvt_v2_b0", 96, depths=(1, 1, 1, 1), channel_dim=-1),
     _timm("twins, pcpvt", "twins_pcpvt_small", img_size=64, **_THIN),
     _timm("twins, svt", "twins_svt_small", img_size=64, **_THIN),
     _timm("crossvit", "crossvit_9_240", 240, embed_dim=(16, 32), depth=((1, 1, 0),), num_heads=(2, 2)),
-    _timm("levit", "levit_128s", img_size=64, refused={"NoRA": _DEFAULT["NoRA"]}),
+    _timm("levit", "levit_128s", img_size=64, refused=dict.fromkeys(_ACTIVATIONS, _DEFAULT["NoRA"])),
     _timm("levit, named", "levit_128s", img_size=64, activations=["mlp.act"], channel_dim=-1),
     _timm("nest", "nest_tiny", img_size=64, drop_path_rate=0.0),
     _timm("davit", "davit_tiny", **_THIN),
@@ -289,7 +298,7 @@ _TRANSFORMERS = [
     _language("rwkv", _SHORT, num_hidden_layers=2, attention_hidden_size=32, refused=_FUNCTION),
     *(_encoder(model, _SIZES) for model in _ENCODERS),
     _encoder("distilbert", {}, vocab_size=64, dim=32, hidden_dim=64, n_layers=2, n_heads=4),
-    _encoder("esm", _SIZES, linear=["query", "key", "value"], refused={"NoRA": "contact_head"}),
+    _encoder("esm", _SIZES, linear=["query", "key", "value"], refused=dict.fromkeys(_ACTIVATIONS, "contact_head")),
     _encoder("xlnet", {}, vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=64, train=["logits_proj"]),
     _encoder_decoder("t5", _T5),
     _encoder_decoder("mt5", _T5),

@@ -23,6 +23,7 @@ from lit_adapters.activations.coefficients import PARTS, normal_inputs, set_base
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.description import AdapterSummary, each_layer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
+from lit_adapters.methods.weight_adapter import read_error
 from lit_adapters.ops import rational
 from lit_adapters.ops.statistics import regular_sample
 from lit_adapters.schedules import Linear, Schedule, to_schedule
@@ -199,10 +200,7 @@ class AFAAdapter(LowRankAdapter):
             AdapterError: beta is not 0, so that no weight is equal to the adapter.
         """
         if self.beta.item() != 0.0:
-            raise AdapterError(
-                f"the model reads the weight of {self.qualified_name!r} and does not call it, so that no activation "
-                f"can act; set exclude=[{self.qualified_name!r}], or use LoRA, DoRA or LoRAN, which change the weight"
-            )
+            raise read_error(self.qualified_name, "activation")
         return super().weight_to_read()
 
     def product_obstacle(self) -> str:

@@ -30,7 +30,6 @@ from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.description import AdapterSummary, LowRankUpdate, each_layer, mean_over_layers
 from lit_adapters.methods.matrix_layers import matrix_layer
 from lit_adapters.methods.method import Factory, Method
-from lit_adapters.methods.read_weights import reads_weight
 from lit_adapters.methods.shared_parameters import (
     SharingAdapter,
     SharingGroup,
@@ -38,7 +37,7 @@ from lit_adapters.methods.shared_parameters import (
     without_numbers,
 )
 from lit_adapters.methods.targets import Target, find_targets
-from lit_adapters.methods.weight_adapter import WeightAdapter
+from lit_adapters.methods.weight_adapter import WeightAdapter, read_error
 from lit_adapters.ops.statistics import regular_sample
 from lit_adapters.values import check_choice, check_factor, check_flag, check_probability, check_whole
 
@@ -96,14 +95,12 @@ class DenseLoRA(Method):
         """As for any method; the first layer of each group holds what the group shares.
 
         Raises:
-            AdapterError: A layer holds no weight matrix, or its parent reads its weight and never calls it.
+            AdapterError: A layer holds no weight matrix.
             TargetsNotFound: Nothing matches.
         """
         groups: dict[Hashable, SharingGroup] = {}
         found: list[tuple[Target, Factory]] = []
         for target in find_targets(model, self, train):
-            if reads_weight(target.parent, target.attribute):
-                raise _nonlinear(target.name, "the model reads its weight and does not call it; ")
             size = matrix_layer(target.module, target.name, "DenseLoRA").size(target.module)
             sharing = groups.setdefault(self.group(target.name, size), SharingGroup())
             found.append((target, partial(DenseLoRAAdapter, target.module, target.name, self, sharing)))
@@ -145,9 +142,9 @@ class DenseLoRA(Method):
         join_layers_of_a_file((self.group(name, adapter.size), adapter) for name, adapter in own.items())
 
 
-def _nonlinear(name: str, why: str = "") -> AdapterError:
+def _nonlinear(name: str) -> AdapterError:
     return AdapterError(
-        f"{name!r}: {why}DenseLoRA is nonlinear, and no weight is equal to it; keep the adapter, or use LoRA or DoRA "
+        f"{name!r}: DenseLoRA is nonlinear, and no weight is equal to it; keep the adapter, or use LoRA or DoRA "
         f"there (exclude=[{name!r}])"
     )
 
@@ -259,6 +256,14 @@ class DenseLoRAAdapter(SharingAdapter, WeightAdapter):
             AdapterError: Always.
         """
         raise _nonlinear(self.qualified_name)
+
+    def weight_to_read(self) -> NoReturn:
+        """As for any weight adapter.
+
+        Raises:
+            AdapterError: Always.
+        """
+        raise read_error(self.qualified_name, "activation")
 
     # ---- what was learned
 

@@ -3,9 +3,10 @@
     h ── act (frozen) ──►      becomes      h ── (1 + s) act((1 + u) h + v) + t ──►
 
 One (u, v, s, t) for each of G contiguous groups of channels; all of them train and start at zero, where the arithmetic
-is exact: the start is the pretrained model bit for bit in every dtype. The function keeps the shape of act. This is the
-control of NoRA, whose functions can do nearly the same and also change their shape: what NoRA gains beyond it comes
-from the shape, or from having more parameters.
+is exact: the start is the pretrained model bit for bit in every dtype. (Where the input of act is a strided view, as in
+ModernBERT, act gets a contiguous copy, which PyTorch may round otherwise in the last bit.) The function keeps the shape
+of act. This is the control of NoRA, whose functions can do nearly the same and also change their shape: what NoRA gains
+beyond it comes from the shape, or from having more parameters.
 
 Parameters for each activation: 4 G, 32 by default. In a plain MLP the weights and biases of the linear layers before
 and after the activation could hold all four. We do not fold them in, as many models have something between (gates,

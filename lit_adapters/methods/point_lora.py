@@ -32,7 +32,6 @@ from lit_adapters.methods.description import AdapterSummary, each_layer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.matrix_layers import matrix_layer
 from lit_adapters.methods.method import Factory
-from lit_adapters.methods.read_weights import reads_weight
 from lit_adapters.methods.shared_parameters import (
     SharingAdapter,
     SharingGroup,
@@ -40,6 +39,7 @@ from lit_adapters.methods.shared_parameters import (
     without_numbers,
 )
 from lit_adapters.methods.targets import Target, matches, near_misses, places, within
+from lit_adapters.methods.weight_adapter import read_error
 from lit_adapters.values import check_pattern, check_whole, list_of_names
 
 _PARTS = ("down", "down_bias", "up", "up_bias")  # V, v, U, u
@@ -86,7 +86,7 @@ class PointLoRA(LowRank):
         """The layers as for LoRA, and the blocks.
 
         Raises:
-            AdapterError: A layer is a convolution, or its parent reads its weight and never calls it.
+            AdapterError: A layer is a convolution.
             TargetsNotFound: No layer or no block matches.
         """
         groups: dict[str, SharingGroup] = {}
@@ -95,8 +95,6 @@ class PointLoRA(LowRank):
             build = partial(TokenPromptAdapter, block.module, block.name, self, groups.setdefault("", SharingGroup()))
             found.append((block, build))
         for target, _ in super().find(model, train):
-            if reads_weight(target.parent, target.attribute):
-                raise _nonlinear(target.name, "the model reads its weight and does not call it; ")
             sharing = groups.setdefault(self._kind(target.name, target.module), SharingGroup())
             found.append((target, partial(PointLoRAAdapter, target.module, target.name, self, sharing)))
         return found
@@ -153,9 +151,9 @@ class PointLoRA(LowRank):
         return f"{without_numbers(qualified_name)} {outputs} x {inputs}"
 
 
-def _nonlinear(name: str, why: str = "") -> AdapterError:
+def _nonlinear(name: str) -> AdapterError:
     return AdapterError(
-        f"{name!r}: {why}PointLoRA is nonlinear, and no weight is equal to it; keep the adapter, or use LoRA or DoRA "
+        f"{name!r}: PointLoRA is nonlinear, and no weight is equal to it; keep the adapter, or use LoRA or DoRA "
         f"there (exclude=[{name!r}])"
     )
 
@@ -207,6 +205,14 @@ class _Prompting(SharingAdapter):
             AdapterError: Always.
         """
         raise _nonlinear(self.qualified_name)
+
+    def weight_to_read(self) -> NoReturn:
+        """As for any weight adapter.
+
+        Raises:
+            AdapterError: Always.
+        """
+        raise read_error(self.qualified_name, "prompt")
 
 
 class PointLoRAAdapter(_Prompting, LowRankAdapter):

@@ -14,6 +14,19 @@ from lit_adapters.methods.matrix_layers import matrix_layer
 from lit_adapters.ops.cache import Cache
 
 
+def read_error(name: str, what: str) -> AdapterError:
+    """The error where a model reads the weight of a layer whose adapter no weight holds.
+
+    Args:
+        name: The layer.
+        what: What cannot act then.
+    """
+    return AdapterError(
+        f"the model reads the weight of {name!r} and does not call it, so that no {what} can act; set "
+        f"exclude=[{name!r}], or use LoRA, DoRA or LoRAN, which change the weight"
+    )
+
+
 class WeightAdapter(AdapterModule):
     """An adapter whose effect is an update dW (out, in) of the base layer's weight matrix W0 (out, in).
 
