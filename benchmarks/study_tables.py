@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -28,8 +27,8 @@ from lit_adapters.study.report.digits import decimals, number, probability
 from lit_adapters.study.report.front import front_figure
 from lit_adapters.study.report.markdown import markdown_page
 from lit_adapters.study.report.sentences import with_unit
-from lit_adapters.study.report.summary import Contrast, Summary, summarise
-from lit_adapters.study.settings import Metric, Study
+from lit_adapters.study.report.summary import Contrast, Summary, contrast_of, summarise
+from lit_adapters.study.settings import Metric
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "configs" / "studies"
@@ -63,21 +62,17 @@ def _filled(match: re.Match[str], page: Path) -> str:
 
 
 @cache
-def _summary(name: str, pairs: tuple[tuple[str, str], ...] = ()) -> Summary:
-    """The numbers of a study, with its own contrasts or with others."""
-    study = read_study(STUDIES / f"{name}.yaml")
-    results = Results.load(STUDIES / name)
-    summary = summarise(_asking(study, pairs) if pairs else study, results)
+def _results(name: str) -> Results:
+    return Results.load(STUDIES / name)
+
+
+@cache
+def _summary(name: str) -> Summary:
+    summary = summarise(read_study(STUDIES / f"{name}.yaml"), _results(name), resamples=0)
     done, due = summary.finished(), summary.due()
     if done < due:
         raise SystemExit(f"error: {STUDIES / name} has {done} of {due} final runs; pages show finished studies")
     return summary
-
-
-def _asking(study: Study, pairs: tuple[tuple[str, str], ...]) -> Study:
-    """The study with other contrasts, which may be of arms that were added later."""
-    arms = {key: replace(arm, exploratory=False) for key, arm in study.arms.items()}
-    return replace(study, contrasts=list(pairs), arms=arms)
 
 
 def _contrasts(name: str, rest: str, page: Path) -> str:
@@ -89,13 +84,15 @@ def _contrasts(name: str, rest: str, page: Path) -> str:
     if metric is None:
         raise SystemExit(f"error: {page}: {name} has the metrics {', '.join(metrics)}, not {metric_name!r}")
     named = {(c.first.key, c.second.key): c for c in summary.contrasts}
-    pairs = [tuple(word.split("-")) for word in words.split()]
-    unknown = [key for pair in pairs for key in pair if key not in summary.arms]
-    if unknown or any(len(pair) != 2 for pair in pairs):
+    pairs = [word.split("-") for word in words.split()]
+    if any(len(pair) != 2 or not summary.arms.keys() >= {*pair} for pair in pairs):
         raise SystemExit(f"error: {page}: {name} has the arms {', '.join(summary.arms)}; give pairs such as a-b")
-    others = tuple(pair for pair in pairs if pair not in named)
-    exploratory = {(c.first.key, c.second.key): c for c in _summary(name, others).contrasts} if others else {}
-    return "\n".join(_line(summary, named.get(pair) or exploratory[pair], metric, pair in named) for pair in pairs)
+    lines = []
+    for first, second in pairs:
+        contrast = named.get((first, second))
+        other = contrast or contrast_of(summary.study, _results(name), summary.arms[first], summary.arms[second])
+        lines.append(_line(summary, other, metric, contrast is not None))
+    return "\n".join(lines)
 
 
 def _line(summary: Summary, contrast: Contrast, metric: Metric, named: bool) -> str:

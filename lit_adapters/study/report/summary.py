@@ -212,8 +212,13 @@ class Summary:
         return front
 
 
-def summarise(study: Study, results: Results) -> Summary:
+def summarise(study: Study, results: Results, resamples: int = _RESAMPLES) -> Summary:
     """Compute the numbers of a report; the study need not have ended.
+
+    Args:
+        study: The study.
+        results: Its runs.
+        resamples: Of the bootstrap of the contrasts that were named; 0 leaves it out.
 
     Raises:
         AdapterError: A recipe cannot be read, or runs that are compared have different numbers of test items.
@@ -221,7 +226,9 @@ def summarise(study: Study, results: Results) -> Summary:
     plan = Plan(study)
     arms = {key: _arm(plan, results, key) for key in study.arms}
     named = [(arms[first], arms[second]) for first, second in study.contrasts]
-    contrasts = [_contrast(study, results, *pair) for pair in named if not any(arm.exploratory for arm in pair)]
+    contrasts = [
+        contrast_of(study, results, *pair, resamples) for pair in named if not any(arm.exploratory for arm in pair)
+    ]
     tested = [contrast.comparison for contrast in contrasts if contrast.comparison is not None]
     corrected = iter(holm(tested, family=len(contrasts)))
     contrasts = [c if c.comparison is None else replace(c, comparison=next(corrected)) for c in contrasts]
@@ -230,7 +237,7 @@ def summarise(study: Study, results: Results) -> Summary:
     reference, *others = arms.values()
     known = {frozenset((first.key, second.key)) for first, second in named}
     later += [(arm, reference) for arm in others if frozenset((arm.key, reference.key)) not in known]
-    exploratory = [_contrast(study, results, *pair) for pair in later]
+    exploratory = [contrast_of(study, results, *pair) for pair in later]
     noise_floor = _noise_floor(plan, results, arms)
     over = "training sets" if _over_sets(study) else "seeds"
     items = all(_items(study, results, study.metric, a.finals, _done(a.finals)) is not None for a in arms.values())
@@ -327,14 +334,16 @@ def _estimate(values: np.ndarray, items: np.ndarray | None) -> Estimate:
     return Estimate(mean, low, high, len(values))
 
 
-def _contrast(study: Study, results: Results, first: ArmSummary, second: ArmSummary) -> Contrast:
+def contrast_of(study: Study, results: Results, first: ArmSummary, second: ArmSummary, resamples: int = 0) -> Contrast:
+    """The difference of two arms of a summary, before Holm, with a bootstrap of `resamples` if that is not 0."""
     keys = [key for key in first.finals if key in second.finals]
     if not keys or first.diverged() or second.diverged():
         return Contrast(first, second, None)
     found = {metric.name: _comparison(study, results, metric, first, second, keys) for metric in study.also}
     also = {name: Estimate(c.difference, c.low, c.high, c.n) for name, c in found.items() if c is not None}
     equal = None if study.at_equal is None else _equal(study, study.at_equal, first, second, keys)
-    return Contrast(first, second, _comparison(study, results, study.metric, first, second, keys), also, equal)
+    main = _comparison(study, results, study.metric, first, second, keys, resamples)
+    return Contrast(first, second, main, also, equal)
 
 
 def _equal(
@@ -372,6 +381,7 @@ def _comparison(
     first: ArmSummary,
     second: ArmSummary,
     keys: list[tuple[int, int]],
+    resamples: int = 0,
 ) -> Comparison | None:
     a, b = (_values(study, metric, arm.finals, keys) for arm in (first, second))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -380,7 +390,6 @@ def _comparison(
     if items_a is None or items_b is None:
         items_a = items_b = None
     margin = study.margin if metric is study.metric else None
-    resamples = _RESAMPLES if metric is study.metric else 0
     return compare(a, b, items_a, items_b, margin=margin, better=metric.better, resamples=resamples)
 
 
