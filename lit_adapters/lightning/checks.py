@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 
 from lit_adapters.errors import AdapterError, NotFiniteError
 from lit_adapters.lightning.forward import forward_batch
-from lit_adapters.lightning.optimizers import check_resumed_schedules
-from lit_adapters.optimizers.pair_optimizer import PairOptimizer
+from lit_adapters.lightning.optimizers import check_clipping, check_resumed_schedules
 from lit_adapters.training.nonfinite import locate_nonfinite, nonfinite_gradient, nonfinite_values
 from lit_adapters.training.participation import ParticipationCheck
 from lit_adapters.training.processes import raise_together
@@ -43,12 +42,7 @@ class Settings(Callback):
                 f"gradient_clip_val {clip!r} must be at least 0: it is the largest norm, or value, that is let "
                 "through; leave it out to clip nothing"
             )
-        own = [type(o).__name__ for o in trainer.optimizers if isinstance(o, PairOptimizer) and o.moves_product]
-        if clip and own:
-            raise AdapterError(
-                f"gradient_clip_val {clip!r} would clip the gradients of A and B by themselves, which {own[0]} must "
-                "not see: leave it out, and set clip in the optimizer's init_args"
-            )
+        check_clipping(clip, trainer.optimizers)
         check_resumed_schedules([c.scheduler for c in trainer.lr_scheduler_configs], *self._saved)  # type: ignore[misc]
 
 

@@ -8,7 +8,7 @@ import lit_adapters as la
 from lit_adapters import AdapterCallback, AdapterError
 from lit_adapters.lightning import build_optimizers
 from lit_adapters.optimizers import LoFT, LoRAPlus, LoRARITE
-from tests.lightning.tiny_task import Task, assert_equal_bits, fit, state
+from tests.lightning.tiny_task import Task, assert_equal_bits, fit, loader, state, trainer
 
 METHODS = [la.DoRA(rank=2, targets=["fc1"]), la.LoRA(rank=2, targets=["fc2"])]
 
@@ -30,14 +30,14 @@ class Sectioned(Task):
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind):
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
     whole, task = Sectioned(kind), Sectioned(kind)
-    trainer = fit(tmp_path, whole, AdapterCallback(figures=False), saver, accumulate_grad_batches=2, max_epochs=2)
-    (optimizer,) = trainer.optimizers
+    ended = fit(tmp_path, whole, AdapterCallback(figures=False), saver, accumulate_grad_batches=2, max_epochs=2)
+    (optimizer,) = ended.optimizers
     assert type(optimizer) is kind
     assert {g["name"] for g in optimizer.param_groups} == {"dora/pairs", "lora/pairs", "dora", "head"}
     path = tmp_path / "step=3.ckpt"
     resumed = fit(tmp_path, task, AdapterCallback(figures=False), ckpt=path, accumulate_grad_batches=2, max_epochs=2)
     assert_equal_bits(state(task), state(whole))
-    ours, theirs = (t.optimizers[0].state_dict()["state"] for t in (resumed, trainer))
+    ours, theirs = (t.optimizers[0].state_dict()["state"] for t in (resumed, ended))
     assert ours.keys() == theirs.keys()
     for index, entry in ours.items():
         assert all(torch.equal(value, theirs[index][name]) for name, value in entry.items())
@@ -47,6 +47,8 @@ def test_the_trainers_clipping_is_refused_where_it_would_break_the_invariance(tm
     for kind in (LoRARITE, LoFT):
         with pytest.raises(AdapterError, match=rf"gradient_clip_val 1.0 would clip .* {kind.__name__} must not see"):
             fit(tmp_path, Sectioned(kind), gradient_clip_val=1.0)
+        with pytest.raises(AdapterError, match=r"gradient_clip_val 1\.0 would clip"):  # also without AdapterCallback
+            trainer(tmp_path, gradient_clip_val=1.0).fit(Sectioned(kind), loader())
     fit(tmp_path, Sectioned(LoRAPlus), gradient_clip_val=1.0, max_steps=1)
 
 
