@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from lit_adapters.values import check_number, check_probability
 
 # AdamW's own, for the parameters that an optimiser with another default hands over to AdamW.
 ADAMW_EPS = 1e-8
+# The entries of a group that follow from the model, whatever a file says.
+_OF_THE_MODEL = ("params", "pairs", "scales")
 
 
 class AdapterOptimizer(Optimizer):
@@ -90,11 +92,38 @@ class AdapterOptimizer(Optimizer):
             maximize=False,
         )
 
+    def state_shapes(self, group: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
+        """What is kept of each parameter of a group that has made a step: shapes by name; by default AdamW's."""
+        return [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in group["params"]]
+
+    def check_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Check that a saved state has the tensors that this optimiser keeps.
+
+        Raises:
+            AdapterError: One is missing, too many, or of another shape.
+        """
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            settings = {name: saved.get(name, value) for name, value in own.items() if name not in _OF_THE_MODEL}
+            for index, expected in zip(saved["params"], self.state_shapes(own | settings), strict=False):
+                entry = state_dict["state"].get(index) or {}
+                found = {name: tuple(v.shape) if isinstance(v, Tensor) else v for name, v in dict(entry).items()}
+                wanted = {name: tuple(shape) for name, shape in expected.items()}
+                if found and found != wanted:
+                    raise AdapterError(
+                        f"the state of {type(self).__name__} for parameter {shown(index)} holds {shown(found, 200)}, "
+                        f"and must hold tensors of sizes {shown(wanted, 200)}; take an undamaged one, or one of this "
+                        "model"
+                    )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state; tensors keep the dtype in which they were saved.
 
         torch would cast moments in float32 to the dtype of a parameter in bfloat16.
+
+        Raises:
+            AdapterError: A tensor is missing, or has another shape.
         """
+        self.check_state(state_dict)
         super().load_state_dict(state_dict)
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]

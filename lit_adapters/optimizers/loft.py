@@ -101,6 +101,10 @@ class LoFT(ProductOptimizer):
         rate = group["lr"]
         return (1 - rate * group["weight_decay"]) * batch.x - rate * (direction @ y @ inverse) / batch.scale
 
+    def side_shapes(self, n: int, m: int, rank: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Y of the last step, and the moments."""
+        return {"partner": (m, rank), "first": (n, rank), "second": (n, rank, rank)}
+
 
 def _in_turn(batch: Batch) -> bool:
     """Whether the factors of a batch are written in this step: B in odd steps, A in even ones, each if it is alone."""

@@ -93,11 +93,20 @@ class LoRAPre(AdapterOptimizer):
             small = []
             for parameter in group["params"]:
                 position += 1
-                if parameter.dim() != 2 or min(parameter.shape) <= group["rank"]:
+                if not _is_large(parameter, group["rank"]):
                     small.append(parameter)
                 elif parameter.grad is not None:
                     self._update_matrix(parameter, parameter.grad, group, position)
             self.adamw(small, group, group["lr"], group["eps"])
+
+    def state_shapes(self, group: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
+        """As for every optimiser: factors of the moments of large matrices, AdamW's of all else."""
+        shapes, rank = super().state_shapes(group), group["rank"]
+        for index, parameter in enumerate(group["params"]):
+            if _is_large(parameter, rank):
+                b, a = (len(parameter), rank), (rank, parameter.shape[1])
+                shapes[index] = {"step": (), "first_b": b, "first_a": a, "second_b": b, "second_a": a}
+        return shapes
 
     def _update_matrix(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], position: int) -> None:
         state = self.state[parameter]
@@ -121,6 +130,10 @@ class LoRAPre(AdapterOptimizer):
             for tensor, moved in zip(old, new, strict=True):
                 tensor.copy_(moved)
         state["step"] += 1
+
+
+def _is_large(parameter: Tensor, rank: int) -> bool:
+    return parameter.dim() == 2 and min(parameter.shape) > rank
 
 
 def next_factors(b: Tensor, a: Tensor, value: Tensor, keep: float, order: str, damping: float) -> tuple[Tensor, Tensor]:

@@ -101,6 +101,11 @@ class LoRARITE(ProductOptimizer):
             self.keep(batch, "escaped", lost if isinstance(lost, Tensor) else second.new_zeros(len(second), 1))
         return batch.x - group["lr"] * (first @ inverse.mT + group["weight_decay"] * batch.x)
 
+    def side_shapes(self, n: int, m: int, rank: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The basis of Y, and the moments in it."""
+        shapes: dict[str, tuple[int, ...]] = {"basis": (m, rank), "second": (rank, rank), "first": (n, rank)}
+        return shapes | {"escaped": (1,)} if group["escape"] else shapes
+
 
 def _symmetric(matrices: Tensor) -> Tensor:
     return (matrices + matrices.mT) / 2

@@ -161,6 +161,27 @@ class ProductOptimizer(PairOptimizer):
             for start in range(0, len(sides), most):
                 yield _batch(sides[start : start + most], group, step + 1)
 
+    def side_shapes(self, n: int, m: int, rank: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """What is kept of a side beside its step: shapes by name.
+
+        Args:
+            n: The rows of X.
+            m: The rows of Y.
+            rank: r.
+            group: The group of the side.
+        """
+        raise NotImplementedError
+
+    def state_shapes(self, group: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
+        """As for every optimiser; first A and then B of each pair."""
+        if not group["pairs"]:
+            return super().state_shapes(group)
+        shapes: list[dict[str, tuple[int, ...]]] = []
+        for a, b, _ in pairs_of(group):
+            for n, m in ((a.shape[1], b.shape[0]), (b.shape[0], a.shape[1])):
+                shapes.append({"step": ()} | self.side_shapes(n, m, len(a), group))
+        return shapes
+
     def kept(self, batch: Batch, name: str) -> Tensor:
         """A state of all sides of a batch, (k, ...)."""
         return torch.stack([self.state[side.factor][name] for side in batch.sides])

@@ -43,6 +43,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind):
         assert all(torch.equal(value, theirs[index][name]) for name, value in entry.items())
 
 
+def test_a_damaged_state_is_named_before_the_run_goes_on(tmp_path):
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    fit(tmp_path, Sectioned(LoRARITE), AdapterCallback(figures=False), saver, max_epochs=2)
+    path = tmp_path / "step=3.ckpt"
+    content = torch.load(path, weights_only=True)
+    del content["optimizer_states"][0]["state"][0]["basis"]
+    torch.save(content, path)
+    with pytest.raises(AdapterError, match=r"step=3\.ckpt.*optimizer_states/0: the state of LoRARITE for parameter 0"):
+        fit(tmp_path, Sectioned(LoRARITE), AdapterCallback(figures=False), ckpt=path, max_epochs=2)
+
+
 def test_the_trainers_clipping_is_refused_where_it_would_break_the_invariance(tmp_path):
     for kind in (LoRARITE, LoFT):
         with pytest.raises(AdapterError, match=rf"gradient_clip_val 1.0 would clip .* {kind.__name__} must not see"):

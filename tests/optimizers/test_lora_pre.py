@@ -149,6 +149,17 @@ def test_a_resumed_full_fine_tuning_is_the_uninterrupted_one():
     assert train(again, resumed, 3) == path[3:]
 
 
+def test_a_damaged_state_is_refused():
+    model = Net()
+    optimizer = LoRAPre(model.parameters(), rank=2)
+    nn.functional.cross_entropy(model(torch.randn(4, 8)), torch.tensor([0, 1, 2, 0])).backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    del next(entry for entry in state["state"].values() if "first_a" in entry)["first_a"]
+    with pytest.raises(la.AdapterError, match=r"the state of LoRAPre for parameter \d+ holds"):
+        LoRAPre(Net().parameters(), rank=2).load_state_dict(state)
+
+
 def test_wrong_settings_are_refused():
     weight = nn.Parameter(torch.ones(9, 7))
     for settings in ({"rank": 0}, {"order": "paper"}, {"second": "exact"}, {"damping": -1.0}):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lit_adapters as la
+from lit_adapters.errors import AdapterError
 from lit_adapters.optimizers import LoFT, LoRAPlus, LoRARITE, parameter_groups
 from tests.lightning.tiny_task import Net
 from tests.optimizers.pairs import Pairs, distance, loss, train
@@ -269,3 +270,24 @@ def test_all_parameters_of_a_model_learn(kind):
     assert losses[-1] < 0.95 * losses[0]
     after = dict(model.named_parameters())
     assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+DAMAGE = [
+    lambda entry: entry.popitem(),
+    lambda entry: entry.update(other=torch.zeros(2)),
+    lambda entry: entry.update({name: value[..., None] for name, value in entry.items()}),
+    lambda entry: entry.update(step=3),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=["missing", "more", "shapes", "number"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_state_is_refused(kind, damage):
+    model = Pairs(*SIZES, zero=True)
+    optimizer = kind(model.groups(), lr=0.01)
+    train(model, optimizer, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    kind(model.groups(), lr=0.01).load_state_dict(state)
+    damage(state["state"][0])
+    with pytest.raises(AdapterError, match=f"the state of {kind.__name__} for parameter 0 holds .* must hold tensors"):
+        kind(model.groups(), lr=0.01).load_state_dict(state)

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lit_adapters.errors import AdapterError, shown
 from lit_adapters.files.checkpoint_schema import RECORD, is_count, is_named, is_text
+from lit_adapters.optimizers.base import AdapterOptimizer
 from lit_adapters.training.rank_allocation import is_allocation
 
 # What an optimiser keeps for each parameter, once it has made a step.
@@ -102,6 +103,11 @@ def _check_optimizer(optimizer: Any, saved: Mapping[str, Any], where: str, path:
     if sizes[0] != sizes[1]:
         _refuse(f"{where}/param_groups", sizes[1], f"groups of {sizes[0]} parameters, as the model has it", path)
     _check_kinds(own["param_groups"], groups, f"{where}/param_groups", path)
+    if isinstance(optimizer, AdapterOptimizer):
+        try:
+            optimizer.check_state(saved)
+        except AdapterError as error:
+            raise AdapterError(f"{str(path)!r}: {where}: {error}") from error
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in groups for index in group["params"]]
     by_index = dict(zip(indices, parameters, strict=True))
