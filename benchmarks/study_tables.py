@@ -5,6 +5,7 @@ Between these comments stands what the study has measured; in place of {} are th
     <!-- study {} contrasts {}-{} {}-{} -->             a line for each pair of arms, first minus second
     <!-- study {} contrasts {}-{} of test/loss -->      the same of another metric of the study
     <!-- study {} arms -->                              the table of arms
+    <!-- study {} noise -->                             how much runs differ that differ by rounding alone
     <!-- study {} front -->                             the picture of accuracy against trained parameters
 
 and <!-- /study --> ends each. Pairs that the study did not name beforehand are called exploratory.
@@ -23,6 +24,7 @@ from lit_adapters.study.reading import read_study
 from lit_adapters.study.records import Results
 from lit_adapters.study.report.arms import arm_blocks
 from lit_adapters.study.report.blocks import Page, Table
+from lit_adapters.study.report.content import noise_blocks
 from lit_adapters.study.report.digits import decimals, number, probability
 from lit_adapters.study.report.front import front_figure
 from lit_adapters.study.report.markdown import markdown_page
@@ -55,7 +57,12 @@ def fill(root: Path) -> None:
 
 def _filled(match: re.Match[str], page: Path) -> str:
     begin, study, kind, rest, _, end = match.groups()
-    kinds: dict[str, Callable[[str, str, Path], str]] = {"contrasts": _contrasts, "arms": _arms, "front": _front}
+    kinds: dict[str, Callable[[str, str, Path], str]] = {
+        "contrasts": _contrasts,
+        "arms": _arms,
+        "noise": _noise,
+        "front": _front,
+    }
     if kind not in kinds:
         raise SystemExit(f"error: {page}: a block of a study shows {', '.join(kinds)}, not {kind!r}")
     return f"{begin}{kinds[kind](study, rest, page)}\n{end}"
@@ -120,6 +127,12 @@ def _of(contrast: Contrast, metric: Metric) -> tuple[float, float, float]:
 def _arms(name: str, rest: str, page: Path) -> str:
     shown = Page("")
     shown.add(next(block for block in arm_blocks(_summary(name)) if isinstance(block, Table)))
+    return markdown_page(shown).strip()
+
+
+def _noise(name: str, rest: str, page: Path) -> str:
+    shown = Page("")
+    shown.add(*noise_blocks(_summary(name)))
     return markdown_page(shown).strip()
 
 

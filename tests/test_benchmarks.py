@@ -89,6 +89,9 @@ def test_pages_show_what_a_study_has_measured(tmp_path, monkeypatch):
     assert [line[:5] for line in lines[11:16]] == ["| arm", "|---|", "| **A", "| Bet", "| Gam"]
     assert (tmp_path / "docs" / "s-front.png").stat().st_size > 5000
     assert "](docs/s-front.png)" in (tmp_path / "README.md").read_text()
+    page.write_text("<!-- study s noise -->\nold\n<!-- /study -->\n")
+    study_tables.fill(tmp_path)
+    assert page.read_text().splitlines()[1] == ""  # this study has no noise floor
     page.write_text("<!-- study s contrasts a-d -->\n<!-- /study -->\n")
     with pytest.raises(SystemExit, match="s has the arms a, b, c"):
         study_tables.fill(tmp_path)

@@ -33,7 +33,9 @@ def study_page(summary: Summary) -> Page:
     study = summary.study
     page = Page(study.question)
     page.add(Title(study.question), *_state(summary), Points(answer(summary), answer=True), _protocol(summary))
-    page.add(*_front(summary), *_noise(summary), *contrast_blocks(summary), *arm_blocks(summary), *rate_blocks(summary))
+    page.add(
+        *_front(summary), *noise_blocks(summary), *contrast_blocks(summary), *arm_blocks(summary), *rate_blocks(summary)
+    )
     page.add(*curve_blocks(summary), *exploratory_blocks(summary), *_limits(summary), *cost_blocks(summary))
     return page
 
@@ -87,7 +89,8 @@ def _front(summary: Summary) -> list[Block]:
     return [Picture("front", alt, partial(front_figure, summary), caption)]
 
 
-def _noise(summary: Summary) -> list[Block]:
+def noise_blocks(summary: Summary) -> list[Block]:
+    """The noise floor in a sentence; nothing if the study has none."""
     floor, metric = summary.noise_floor, summary.study.metric
     if floor is None:
         return []
