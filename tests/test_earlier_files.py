@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import lit_adapters as la
 from language.pairs import PreferenceDataModule
 from tests.fixtures.version_0_1.network import Net, inputs, wave
+from tests.tiers import fast_only
 
 FOLDER = Path(__file__).parent / "fixtures" / "version_0_1"
 DIRECTORIES = sorted(path.name for path in (FOLDER / "adapters").iterdir())
@@ -104,7 +105,7 @@ def test_a_checkpoint_is_validated():
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", fast_only(["sft", "vision"], COMMANDS))
 def test_a_run_goes_on_from_its_checkpoint(name, tmp_path, monkeypatch):
     start, end = read(FOLDER / f"{name}.ckpt"), resumed(name, tmp_path, monkeypatch)
     want = {key: ENDS[f"{name}/{key}"] for key in start["state_dict"]}

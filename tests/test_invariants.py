@@ -10,15 +10,17 @@ from torch import nn
 import lit_adapters as la
 from lit_adapters.methods.nora import NoRAActivation
 from tests.matrix import ALL, CASES, FITTED, MODELS, UNMERGEABLE, adapted, build, changed_tensors, linear, move
+from tests.tiers import fast_only
 
 each_method = pytest.mark.parametrize("method", ALL)
 
 
 def cases(wanted=lambda method: True):
-    """Every case of the matrix whose method is `wanted`."""
+    """Every case of the matrix whose method is `wanted`; bfloat16 on more than one encoder and decoder is slow."""
     chosen = [case for case in CASES if wanted(case[0])]
     ids = [f"{m}-{n}" + ("-bf16" if dtype == torch.bfloat16 else "") for m, n, dtype in chosen]
-    return pytest.mark.parametrize(("method", "name", "dtype"), chosen, ids=ids)
+    fast = [case for case in chosen if case[2] == torch.float32 or case[1] in ("vit", "llama")]
+    return pytest.mark.parametrize(("method", "name", "dtype"), fast_only(fast, chosen), ids=ids)
 
 
 each_case = cases()

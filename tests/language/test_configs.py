@@ -16,6 +16,7 @@ from language.models import SMOLLM2
 from language.module import CausalLMTuner
 from lit_adapters.methods.method import to_methods
 from tests.language.tiny import CONFIGS, batch, command, events, log_dir
+from tests.tiers import fast_only
 
 REGIMES = {"dpo", "grpo", "draft"}  # recipes of other entry points, which have tests of their own
 RECIPES = sorted(
@@ -69,10 +70,10 @@ def test_the_recipes_are_complete():
 
 
 # Two to five seconds each: the others are in the slow tier.
-FAST_SMOKE = {"smoke/afa", "smoke/nora_plus_plus", "smoke/qlora"}
+FAST_SMOKE = {"smoke/nora_plus_plus", "smoke/qlora"}
 
 
-@pytest.mark.parametrize("name", [n if n in FAST_SMOKE else pytest.param(n, marks=pytest.mark.slow) for n in SMOKE])
+@pytest.mark.parametrize("name", fast_only(FAST_SMOKE, SMOKE))
 def test_smoke_recipes_fit_and_load(tmp_path, name):
     fitted = command("fit", name, tmp_path)
     assert fitted.trainer.global_step == 4
@@ -104,7 +105,7 @@ def test_smoke_recipes_fit_and_load(tmp_path, name):
 QUICK = {"smollm2/nora", "llama3_8b/newsgroups_loran", "llama3_8b/openorca_nora_plus_plus"}
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in REAL])
+@pytest.mark.parametrize("name", fast_only(QUICK, REAL))
 def test_other_recipes_run_on_the_tiny_model(tmp_path, write, name):
     # 64 is more than the tiny one has.
     changes = ["--model.adapters.rank=4"] if name.endswith(("loran", "qlora", "nested_lora")) else []

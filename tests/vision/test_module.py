@@ -16,6 +16,7 @@ from timm import create_model
 import lit_adapters as la
 from lit_adapters import AdapterError, DataError
 from lit_adapters.lightning import build_optimizers
+from tests.tiers import fast_only
 from tests.vision.smoke import CONFIGS, checkpoint, log_dir, scalars
 from vision.data import CIFARDataModule
 from vision.module import ViTClassifier
@@ -82,7 +83,7 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("adapters", METHODS)
+@pytest.mark.parametrize("adapters", fast_only([METHODS[1], METHODS[4], METHODS[6]], METHODS))
 def test_what_python_trained_loads_in_python(tmp_path, adapters):
     model = classifier(adapters=adapters, train=["head", "norm1"])
     train(model, tmp_path)

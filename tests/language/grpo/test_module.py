@@ -16,6 +16,7 @@ from tests.language import tiny
 from tests.language.grpo import rewarding
 from tests.language.grpo.rewarding import METHODS, batch, built, questions, term, tuner
 from tests.language.tiny import moved, trainer
+from tests.tiers import fast_only
 
 # The objective
 
@@ -142,7 +143,8 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize(
-    ("schedule", "name"), [("linear", "letters"), ("adaptive", "letters"), ("adaptive", "falling")]
+    ("schedule", "name"),
+    fast_only([("linear", "letters")], [("linear", "letters"), ("adaptive", "letters"), ("adaptive", "falling")]),
 )
 def test_annealing_ends_at_zero_and_merges(tmp_path, schedule, name):
     """An adaptive schedule follows the reward: it waits for its deadline where that falls."""
@@ -177,7 +179,9 @@ def everything(module, run):
     return {**module.state_dict(), **flat, "random": torch.get_rng_state()}
 
 
-@pytest.mark.parametrize(("name", "step"), [*((name, 3) for name in METHODS), ("afa", 4)])
+@pytest.mark.parametrize(
+    ("name", "step"), fast_only([("lora", 3), ("afa", 4)], [*((name, 3) for name in METHODS), ("afa", 4)])
+)
 def test_resuming_between_two_steps_on_one_sample(tmp_path, name, step):
     """Bit for bit, in the middle of a sample or after it, with dropout and annealing."""
     method = copy.deepcopy(METHODS[name])

@@ -20,6 +20,7 @@ from torch.utils.data import (
 import lit_adapters as la
 from tests.lightning.resume.test_resuming import STEPS, compare
 from tests.lightning.tiny_task import Task, assert_equal_bits, fit, nora, state
+from tests.tiers import fast_only
 
 BATCHES = 12
 
@@ -98,7 +99,7 @@ def resumed_equals_whole(tmp_path, method, loader, steps):
             assert_equal_bits(state(resumed), state(whole))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", fast_only(["nora", "dense_lora"], METHODS))
 def test_at_steps_of_an_epoch(tmp_path, method):
     resumed_equals_whole(tmp_path, method, "shuffled", (5, 12, 17))
 
