@@ -97,9 +97,9 @@ def noise_blocks(summary: Summary) -> list[Block]:
     places = decimals([floor.rms])
     rms, largest = with_unit(number(floor.rms, places), metric), number(floor.largest, places)
     pairs = f"{floor.n} pair{'s' if floor.n > 1 else ''} of runs"
-    text = f" results of runs of {floor.title} that differ by rounding alone differ by {rms} (root mean square of"
-    text += f" {pairs}, largest {largest}). The intervals of the contrasts include this. A smaller difference of two"
-    text += " single runs may be rounding."
+    text = f" runs of {floor.title} with other rounding alone differ by {rms} (root mean square of {pairs}, largest"
+    text += f" {largest}). The intervals of the contrasts include this. A smaller difference of two single runs may be"
+    text += " rounding."
     if floor.n and not floor.largest:
         text = f" {pairs} of {floor.title} ended equal, so the change of noise_floor does not seem to affect rounding"
         text += " here, and no floor was measured. Give another change, such as another implementation of attention."
