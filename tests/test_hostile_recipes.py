@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from configs.generate import CONFIGS
 from lit_adapters.errors import AdapterError
 from tests.mutations import json_edits
+from tests.tiers import fast_only
 
 # The module of a command, and the recipe that is edited.
 COMMANDS = {
@@ -42,7 +43,7 @@ def tracebacks(command, count, seed, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", fast_only(["vision", "language"], COMMANDS))
 def test_edited_recipes(command, tmp_path):
     assert tracebacks(command, 12, 0, tmp_path) == []
 

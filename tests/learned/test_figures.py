@@ -11,6 +11,7 @@ from lit_adapters.training.attached import adapter_layers
 from tests.lightning.tiny_task import Task, both, nora, tensorboard
 
 
+@pytest.mark.slow
 def test_figures_at_ends_of_epochs_where_drawing_is_cheap(tmp_path, monkeypatch):
     monkeypatch.setattr(recording, "_MAX_DRAWING_SHARE", 1e9)
     board = tensorboard(tmp_path, Task(), AdapterCallback(), max_epochs=2)

@@ -23,6 +23,7 @@ from language.module import CausalLMTuner, load_tuner
 from lit_adapters.cli.commands import main
 from lit_adapters.files.adapters import read_checkpoint_file
 from lit_adapters.lightning.checkpoint_arguments import arguments_of_checkpoint
+from tests.tiers import fast_only
 from vision import ViTClassifier
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "version_0_1"
@@ -145,7 +146,7 @@ def canary(tmp_path, monkeypatch):
     assert "planted" not in sys.modules
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", fast_only(["sft", "vision"], CLASSES))
 def test_hostile_hyperparameters(tmp_path, canary, kind):
     """In Python and on the command line, before a module is built; the state is left out, as nothing gets that far."""
     content = read_checkpoint_file(FOLDER / f"{kind}.ckpt") | {"state_dict": {}, "callbacks": {}, "lit_adapters": {}}

@@ -9,11 +9,12 @@ import torch
 
 from lit_adapters.ops import rational, set_rational_backend
 from tests.ops.test_rational import FORMS, SHAPES, absolute_terms, coefficients, normwise, run, yardstick
+from tests.tiers import fast_only
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WIDE = pytest.param((3, 2, 1100), 1, -1, marks=pytest.mark.slow)  # the interpreter takes 10 s
-MORE_SHAPES = [((37, 3, 11), 11, -1), WIDE, ((0, 8), 2, -1)]
+LONG = [SHAPES[3], ((37, 3, 11), 11, -1), ((3, 2, 1100), 1, -1)]  # one to ten seconds under the interpreter
+ALL_SHAPES = [*SHAPES, *LONG[1:], ((0, 8), 2, -1)]
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,9 @@ def inputs(shape, groups, degrees=(5, 4), scale=4.0):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("shape", "groups", "channel_dim"), SHAPES + MORE_SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "groups", "channel_dim"), fast_only([s for s in ALL_SHAPES if s not in LONG], ALL_SHAPES)
+)
 def test_agrees_with_float64(form, shape, groups, channel_dim):
     x, a, b, grad = inputs(shape, groups)
     got = run(rational, x, a, b, grad, form=form, channel_dim=channel_dim)

@@ -128,6 +128,7 @@ def test_moving_the_module_moves_the_target():
     assert not any("target" in name for name, _ in module.named_modules())
 
 
+@pytest.mark.slow
 def test_the_adaptive_schedule_follows_the_distillation_loss(tmp_path, monkeypatch):
     """beta falls with the loss, stands while it rises, and is exactly 0 at the end."""
     betas = {}
@@ -169,6 +170,7 @@ def test_resuming_in_mid_epoch_is_exact(tmp_path, name):
     assert first.callback_metrics["val/kl"] == second.callback_metrics["val/kl"]
 
 
+@pytest.mark.slow
 def test_the_command_line_fits_and_tests(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["draft"])
     monkeypatch.chdir(tmp_path)

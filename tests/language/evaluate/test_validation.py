@@ -66,6 +66,7 @@ def test_a_class_that_is_the_beginning_of_another_can_lose(colours):
     assert short[-1] == long[-1] == given.encoder.end_id
 
 
+@pytest.mark.slow
 def test_training_raises_the_accuracy_and_logs_it(tmp_path, colours):
     module, given = tuner(adapters=None, train=".*"), colours(max_length=64)
     choices = ChoiceValidation()

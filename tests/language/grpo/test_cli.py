@@ -33,6 +33,7 @@ def command(subcommand, config, root, *overrides):
         return main([subcommand, f"--config={CONFIGS / config}.yaml", save, *QUIET, *overrides])
 
 
+@pytest.mark.slow
 def test_the_smoke_recipe_fits_and_is_tested(tmp_path):
     path = f"--data.path={QUESTIONS}"
     fitted = command("fit", "smoke/grpo", tmp_path, path)
