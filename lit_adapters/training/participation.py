@@ -130,6 +130,9 @@ class ParticipationCheck:
         awake = [name for name, parameter in watched.items() if whole(parameter.grad).any()]  # type: ignore[arg-type]
         self._without_gradient -= set(awake)
         asleep = [name for name in watched if name not in awake]
+        if asleep:
+            given_up = self._given_up()
+            asleep = [name for name in asleep if id(watched[name]) not in given_up]
         if asleep and self._stepped and not awake:
             raise AdapterError(
                 f"{asleep[0]!r} still has a gradient of exactly zero after the first steps ({len(asleep)} such "
@@ -139,3 +142,9 @@ class ParticipationCheck:
         # A step at rate 0 (warm-up), or one that a gradient scaler will skip, moves nothing.
         rates = all(group["lr"] > 0 for group in optimizer.param_groups)
         self._stepped = rates and all(bool(torch.isfinite(whole(watched[name].grad)).all()) for name in awake)  # type: ignore[arg-type]
+
+    def _given_up(self) -> set[int]:
+        """The identities of the parameters of layers that a rank allocation has left without any direction."""
+        kept = {name: adapter.kept_directions() for name, adapter in self._layers.items()}
+        empty = [self._layers[name] for name, directions in kept.items() if directions and not any(directions)]
+        return {id(parameter) for adapter in empty for parameter in adapter.adapter_parameters().values()}

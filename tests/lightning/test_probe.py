@@ -70,6 +70,20 @@ def test_a_gradient_of_exactly_zero(tmp_path):
     assert fit(tmp_path, Muted(), AdapterCallback(allow_unused=[r"net\.blocks\.1\..*"])).global_step == 6
 
 
+def test_a_layer_without_any_direction_left_may_sleep(tmp_path):
+    """A rank allocation can give up a whole layer in the first steps."""
+
+    class GivenUp(Muted):
+        def on_train_batch_start(self, batch, batch_idx):
+            for name, adapter in la.adapters(self):
+                adapter.kept = [not name.startswith("net.blocks.1.")] * 4
+
+    method = la.LoRA2(width=3, rank=4, target_rank=2, prune_from=0.9, prune_until=1.0)
+    assert fit(tmp_path, GivenUp([method])).global_step == 6
+    with pytest.raises(AdapterError, match="exactly zero"):
+        fit(tmp_path, Muted([method]))
+
+
 def test_a_parameter_that_the_optimiser_does_not_have(tmp_path):
     class Forgetful(Task):
         def configure_optimizers(self):
