@@ -120,10 +120,11 @@ def test_data_for_a_model_that_was_never_loaded(method):
     with pytest.raises(la.AdapterError, match="on the meta device"):
         la.merge(model)
     model.to_empty(device="cpu")
-    for module in model.modules():
-        getattr(module, "reset_parameters", lambda: None)()
-    for adapter in (a for _, a in la.adapters(model) if isinstance(a.base, nn.Linear)):
-        nn.Linear.reset_parameters(adapter.base)
+    for _, adapter in la.adapters(model):  # the base first: some adapters start from its weight
+        if isinstance(adapter.base, nn.Linear):
+            nn.Linear.reset_parameters(adapter.base)
         adapter.reset_parameters()
+    for module in (m for m in model.modules() if not isinstance(m, la.AdapterModule)):
+        getattr(module, "reset_parameters", lambda: None)()
     assert torch.isfinite(model(torch.zeros(2, 8))).all()
     assert not any(module._forward_pre_hooks for module in model.modules())  # they looked once
