@@ -235,19 +235,6 @@ class LowRankAdapter(WeightAdapter):
 
     # ---- the update as a matrix, and what was learned
 
-    def weight_to_read(self) -> Tensor:
-        """As for any weight adapter.
-
-        Raises:
-            AdapterError: There is dropout, which needs the input.
-        """
-        if self.dropout > 0 and self.training:
-            raise AdapterError(
-                f"the model reads the weight of {self.qualified_name!r} and does not call it, so that dropout "
-                f"{self.dropout} cannot act; set dropout=0 or exclude=[{self.qualified_name!r}]"
-            )
-        return super().weight_to_read()
-
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """s B A, (out, in)."""
         return self.scaling * self.product(dtype)

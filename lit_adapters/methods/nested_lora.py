@@ -313,19 +313,6 @@ class NestedLoRAAdapter(WeightAdapter):
         left, right = self.factors(dtype)
         return self.scaling * left @ right
 
-    def weight_to_read(self) -> Tensor:
-        """As for any weight adapter.
-
-        Raises:
-            AdapterError: There is dropout, which needs the input.
-        """
-        if self.dropout > 0 and self.training:
-            raise AdapterError(
-                f"the model reads the weight of {self.qualified_name!r} and does not call it, so that dropout "
-                f"{self.dropout} cannot act; set dropout=0 or exclude=[{self.qualified_name!r}]"
-            )
-        return super().weight_to_read()
-
     # ---- what was learned
 
     @torch.no_grad()

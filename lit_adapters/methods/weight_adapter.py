@@ -39,6 +39,7 @@ class WeightAdapter(AdapterModule):
 
     merges_into: Sequence[str] = ("weight",)
     merged_weight: Tensor
+    dropout: float = 0.0  # the probability of zeroing an input of the update while training
 
     def __init__(self, base: nn.Module, qualified_name: str) -> None:
         super().__init__(base, qualified_name)
@@ -89,7 +90,16 @@ class WeightAdapter(AdapterModule):
         return self.merged_weight if self.merged else self.weight_to_read()
 
     def weight_to_read(self) -> Tensor:
-        """The adapted weight in the layout and dtype of the pretrained one, differentiable."""
+        """The adapted weight in the layout and dtype of the pretrained one, differentiable.
+
+        Raises:
+            AdapterError: There is dropout, which needs the input.
+        """
+        if self.dropout > 0 and self.training:
+            raise AdapterError(
+                f"the model reads the weight of {self.qualified_name!r} and does not call it, so that dropout "
+                f"{self.dropout} cannot act; set dropout=0 or exclude=[{self.qualified_name!r}]"
+            )
         return self.adapted_weight().to(self.base.weight.dtype)
 
     # ---- merging
