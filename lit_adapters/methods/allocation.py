@@ -112,6 +112,18 @@ class Allocated:
         kept: list[bool] = (whole(values.detach()).flatten() != 0).tolist()
         return kept if any(kept) else None
 
+    def drop_directions(self, kept: list[bool]) -> None:
+        """Set the singular values of some directions to 0.
+
+        Args:
+            kept: For each of the r directions, whether it stays.
+        """
+        values = self.direction_values()
+        assert values is not None
+        self.kept = kept
+        dropped = ~torch.tensor(kept, device=values.device).view(values.shape)
+        write(values, whole(values.detach()).masked_fill(dropped, 0.0))
+
     def rank_statistic(self) -> dict[str, float]:
         """rank: The number of directions that are kept."""
         values, kept = self.direction_values(), self.kept_directions()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.methods.allocation import Allocator, whole, write
+from lit_adapters.methods.allocation import Allocator, whole
 
 _BETA_SENSITIVITY = 0.85
 _BETA_UNCERTAINTY = 0.85
@@ -34,6 +34,9 @@ class ScoredLayer(Protocol):
     """
 
     kept: list[bool] | None
+
+    def drop_directions(self, kept: list[bool]) -> None:
+        """Set the singular values of the other directions to 0."""
 
     def direction_parameters(self) -> dict[str, tuple[nn.Parameter, int | None]]:
         """The parameters that a score adds up: the singular values (r,), first and with None, and matrices.
@@ -172,12 +175,9 @@ class SensitivityAllocator(Allocator):
         for name, kept in pattern.items():
             self._layers[name].kept = kept
 
-    @torch.no_grad()
     def _mask(self) -> None:
         for name, kept in self._pattern.items():
-            values = _values(self._layers[name])
-            dropped = ~torch.tensor(kept, device=values.device)
-            write(values, whole(values.detach()).masked_fill(dropped, 0.0))
+            self._layers[name].drop_directions(kept)
 
     def state_dict(self) -> dict[str, Any]:
         """Running means of the sensitivity and of its deviation by parameter, and the directions that are kept."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lit_adapters.methods.allocation import Allocated
 from lit_adapters.model.attach import adapters
 from lit_adapters.training.attached import attached_models
 
@@ -15,7 +16,8 @@ from lit_adapters.training.attached import attached_models
 def restore_constants(module: nn.Module, others: Iterable[nn.Module]) -> None:
     """Give copies of the adapted models in `module` its frozen parameters and its adapters' buffers.
 
-    Means of equal values differ from them by rounding, and a mean of beta never reaches 0.
+    Means of equal values differ from them by rounding, and a mean of beta never reaches 0. Directions that a rank
+    allocation has given up are 0 in the copies too.
 
     Args:
         module: The one that trains.
@@ -50,5 +52,9 @@ def _restore(original: nn.Module, copied: nn.Module) -> None:
     for value, place in pairs:
         if place is not value and not torch.equal(place, value.to(place)):
             place.copy_(value)
+    for name, adapter in adapters(original):
+        copied_adapter = own[name]
+        if isinstance(adapter, Allocated) and isinstance(copied_adapter, Allocated) and adapter.kept is not None:
+            copied_adapter.drop_directions(adapter.kept)
     for adapter in own.values():
         adapter.clear_caches()

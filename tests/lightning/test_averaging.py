@@ -9,6 +9,7 @@ from torch import nn
 import lit_adapters as la
 from lit_adapters.training.left_out import LEFT_OUT, put_copies_back
 from tests.lightning.resume.test_checkpoints import saver
+from tests.lightning.test_rank_allocation import LAYERS, TARGET, adalora, directions, lora2
 from tests.lightning.tiny_task import Task, assert_equal_bits, fit, nora, state
 
 AVERAGES = {
@@ -114,3 +115,13 @@ def test_the_end_is_linear_and_the_base_exact(tmp_path, average, first):
     saved = torch.load(tmp_path / "kept" / "last.ckpt", weights_only=True)["state_dict"]
     assert {value.item() for key, value in saved.items() if key.endswith(".beta")} == {0.0}
     la.merge(task.net)
+
+
+@pytest.mark.parametrize("method", [adalora, lora2])
+@pytest.mark.parametrize("first", [True, False])
+def test_directions_that_were_given_up_are_zero_in_the_average(tmp_path, method, first):
+    task = Task(method(), train=())
+    callbacks = [la.AdapterCallback(statistics=(), figures=False), EMAWeightAveraging(decay=0.9)]
+    fit(tmp_path, task, *(callbacks if first else callbacks[::-1]), max_epochs=2)
+    assert directions(task.net) == LAYERS * TARGET
+    assert sum(sum(adapter.kept_directions()) for _, adapter in la.adapters(task.net)) == LAYERS * TARGET
