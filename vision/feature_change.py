@@ -29,6 +29,8 @@ from vision.module import ViTClassifier
 class FeatureChange(Callback):
     """Logs at the end of each validation and test how the features changed against the pretrained backbone.
 
+    With several processes, the images are those that the first process evaluates.
+
     Args:
         images: N; the first N images of the split are used.
 

@@ -132,6 +132,22 @@ def test_a_group_changes_its_own_channels_only():
     assert changed.tolist() == [6 <= channel < 12 for channel in range(24)]
 
 
+def test_adams_first_step_moves_the_output_as_far_with_any_number_of_groups():
+    width, moved = 1536, []
+    for groups in (8, 64, width):
+        torch.manual_seed(0)
+        network = mlp(width=width)
+        la.attach(network, la.NoRA(groups=groups, rank=None))
+        ((_, adapter),) = la.adapters(network)
+        x = 2 * torch.randn(256, width)
+        optimizer = torch.optim.Adam([p for p in adapter.parameters() if p.requires_grad], lr=1e-2)
+        before = adapter(x).detach()
+        (adapter(x) - torch.randn(256, width)).square().mean().backward()
+        optimizer.step()
+        moved.append(float((adapter(x).detach() - before).square().mean().sqrt()))
+    assert max(moved) < 1.15 * min(moved)
+
+
 @pytest.mark.parametrize(
     ("settings", "count"),
     [
