@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from lit_adapters.errors import AdapterError
+from lit_adapters.files.checkpoint_schema import is_named, is_number
 from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.model.attach import adapters
 from lit_adapters.model.unfinished import leave_the_end_to_others
@@ -194,3 +195,25 @@ class _Averages:
 
 def _watched(schedule: Adaptive) -> Watched:
     return Watched(schedule.monitor, schedule.mode)
+
+
+def is_annealing(value: Any) -> bool:
+    """Whether a value of a checkpoint has the form of `Annealer.state_dict`."""
+    if value is None or value == {}:  # of a run that was saved before it began
+        return True
+    if not is_named(value) or not is_number(value.get("loss")) or not _is_means(value.get("means")):
+        return False
+    betas, monitors = value.get("betas"), value.get("monitors", [])
+    return (
+        isinstance(betas, list)
+        and all(is_number(beta) and 0 <= beta <= 1 for beta in betas)
+        and isinstance(monitors, list)
+        and all(is_named(m) and is_number(m.get("sum")) and _is_means(m.get("means")) for m in monitors)
+    )
+
+
+def _is_means(value: Any) -> bool:
+    def is_pair(pair: Any) -> bool:
+        return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(is_number, pair))
+
+    return is_named(value, is_pair) and all(window.isdecimal() and len(window) < 10 for window in value)

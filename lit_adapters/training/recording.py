@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_adapters.files.checkpoint_schema import is_count, is_named, is_number
 from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.model.sharding import gathered, is_sharded
 from lit_adapters.training.attached import adapter_layers
@@ -150,3 +151,19 @@ class Recorder:
 
 def _kind(adapter: AdapterModule) -> str:
     return "weights" if adapter.learned_functions() is None else "functions"
+
+
+def is_recorded(value: Any) -> bool:
+    """Whether a value of a checkpoint has the form of `Recorder.state_dict`."""
+    if value is None or value == {}:
+        return True
+    return (
+        is_named(value)
+        and all(_is_step(value.get(name)) for name in ("step", "observed_step"))
+        and is_named(value.get("coefficients"))
+        and is_named(value.get("observed"), lambda inner: is_named(inner, is_number))
+    )
+
+
+def _is_step(value: Any) -> bool:
+    return value == -1 or is_count(value)  # -1 stands for none

@@ -18,9 +18,11 @@ from torch.optim import Adam, AdamW
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_adapters.errors import AdapterError, shown
-from lit_adapters.files.checkpoint_schema import RECORD, is_count, is_named, is_text
+from lit_adapters.files.checkpoint_schema import RECORD, is_count, is_named, is_number, is_text
 from lit_adapters.optimizers.base import AdapterOptimizer
+from lit_adapters.training.annealing import is_annealing
 from lit_adapters.training.rank_allocation import is_allocation
+from lit_adapters.training.recording import is_recorded
 
 # What an optimiser keeps for each parameter, once it has made a step.
 _STATES = {Adam: ("step", "exp_avg", "exp_avg_sq"), AdamW: ("step", "exp_avg", "exp_avg_sq")}
@@ -152,7 +154,7 @@ def _check_kinds(own: Any, saved: Any, where: str, path: str | Path) -> None:
         if not isinstance(saved, bool):
             _refuse(where, saved, "true or false", path)
     elif isinstance(own, (int, float)):
-        if not _is_number(saved) and not (isinstance(saved, Tensor) and saved.numel() == 1):
+        if not is_number(saved) and not (isinstance(saved, Tensor) and saved.numel() == 1):
             _refuse(where, saved, "a number", path)
     elif isinstance(own, str) and not is_text(saved):
         _refuse(where, saved, "text", path)
@@ -168,9 +170,9 @@ def _check_callback(callback: Callback, state: Any, where: str, path: str | Path
     if isinstance(callback, ModelCheckpoint):
         _check_paths(callback, state, where, path)
     annealing, recorded = state.get("annealing"), state.get("recorded")
-    if "annealing" in own and not _is_annealing(annealing):
+    if "annealing" in own and not is_annealing(annealing):
         _refuse(f"{where}/annealing", annealing, "the state of an annealing", path)
-    if "recorded" in own and not _is_recorded(recorded):
+    if "recorded" in own and not is_recorded(recorded):
         _refuse(f"{where}/recorded", recorded, "the state of a recorder", path)
     if "annealing" in own and "allocation" in state and not is_allocation(state["allocation"]):
         _refuse(f"{where}/allocation", state["allocation"], "the state of a rank allocation", path)
@@ -205,46 +207,6 @@ def _check_form(own: Any, saved: Any, where: str, path: str | Path) -> None:
             _refuse(where, saved, "true or false", path)
     elif isinstance(own, int) and not is_count(saved):
         _refuse(where, saved, "a whole number", path)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_means(value: Any) -> bool:
-    def is_pair(pair: Any) -> bool:
-        return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(_is_number, pair))
-
-    return is_named(value, is_pair) and all(window.isdecimal() and len(window) < 10 for window in value)
-
-
-def _is_annealing(value: Any) -> bool:
-    if value is None or value == {}:  # of a run that was saved before it began
-        return True
-    if not is_named(value) or not _is_number(value.get("loss")) or not _is_means(value.get("means")):
-        return False
-    betas, monitors = value.get("betas"), value.get("monitors", [])
-    return (
-        isinstance(betas, list)
-        and all(_is_number(beta) and 0 <= beta <= 1 for beta in betas)
-        and isinstance(monitors, list)
-        and all(is_named(m) and _is_number(m.get("sum")) and _is_means(m.get("means")) for m in monitors)
-    )
-
-
-def _is_step(value: Any) -> bool:
-    return value == -1 or is_count(value)  # -1 stands for none
-
-
-def _is_recorded(value: Any) -> bool:
-    if value is None or value == {}:
-        return True
-    return (
-        is_named(value)
-        and all(_is_step(value.get(name)) for name in ("step", "observed_step"))
-        and is_named(value.get("coefficients"))
-        and is_named(value.get("observed"), lambda inner: is_named(inner, _is_number))
-    )
 
 
 def _refuse(where: str, value: Any, what: str, path: str | Path) -> NoReturn:
