@@ -13,7 +13,7 @@ FILES = sorted(p for package in ("lit_adapters", "vision", "language") for p in 
 
 # The layers of a package: each may import itself and those before it.
 LIBRARY = ["errors", "renamed", "class_paths", "console", "values", "ops", "activations", "schedules", "methods"]
-LIBRARY += ["model", "optimizers", "files", "learned", "assets", "training", "lightning", "study", "cli"]
+LIBRARY += ["model", "optimizers", "files", "learned", "assets", "training", "huggingface", "lightning", "study", "cli"]
 LANGUAGE = ["meaning", "gguf_files", "models", "measured", "loss", "means", "generate", "reference", "module", "data"]
 LANGUAGE += ["prompt", "cli", "evaluate", "dpo", "grpo", "draft", "__main__", "demo"]
 LAYERS = {"lit_adapters": LIBRARY, "language": LANGUAGE}
@@ -60,6 +60,11 @@ def test_imports_run_one_way():
                 assert order.index(parts[1]) <= order.index(layer), f"{module}: {layer} may not import {name}"
 
 
+def test_transformers_comes_with_the_huggingface_part_alone():
+    for module in (m for m in MODULES if not m.startswith("lit_adapters.huggingface")):
+        assert not any(name.startswith("lit_adapters.huggingface") for name in imported(MODULES[module])), module
+
+
 def test_no_file_imports_itself_in_a_circle():
     graph = {module: {n for n in imported(path) if n in MODULES} for module, path in MODULES.items()}
     graphlib.TopologicalSorter(graph).prepare()
@@ -68,7 +73,8 @@ def test_no_file_imports_itself_in_a_circle():
 def test_the_library_needs_torch_alone():
     for module in (m for m in MODULES if m.startswith("lit_adapters")):
         foreign = {name.split(".")[0] for name in imported(MODULES[module])}
-        assert not foreign & FOREIGN, module
+        allowed = {"transformers"} if module.startswith("lit_adapters.huggingface") else set()
+        assert not foreign & (FOREIGN - allowed), module
         assert not {name.split(".")[0] for name in imported(MODULES[module], anywhere=False)} & EXTRAS, module
         if module.split(".")[1:2] not in (["lightning"], []):
             assert "lightning" not in foreign, module

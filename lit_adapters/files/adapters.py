@@ -130,12 +130,21 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
         AdapterError: The model has no adapters, a value to be saved is not finite or has no values yet, or the files
             cannot be written. Earlier files in `directory` are then as before.
     """
-    directory = Path(directory)
+    attachment(model)
+    warn_unfinished(model, str(directory))
+    warn_unallocated(model, str(directory))
+    write_adapters(model, Path(directory))
+
+
+def write_adapters(model: nn.Module, directory: Path) -> None:
+    """What `save_adapters` does, without its warnings: while a model trains, nothing has ended.
+
+    Raises:
+        AdapterError: As for `save_adapters`.
+    """
     besides = unfrozen(model)
     state = adapter_state(model, besides)
     refuse_meta(state, "save_adapters")
-    warn_unfinished(model, str(directory))
-    warn_unallocated(model, str(directory))
     tensors = {n: whole(t).cpu().contiguous() for n, t in state.items()}
     broken = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:

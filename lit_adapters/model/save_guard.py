@@ -20,7 +20,7 @@ class SaveGuard:
     """Stands for `save_pretrained` of one model while it has adapters.
 
     transformers' Trainer passes the argument `state_dict` and resumes from such a directory with the adapters in place,
-    so that its checkpoints are written, with a warning.
+    so that its checkpoints are written, with a warning; see `save_for_trainer`.
 
     Args:
         model: The model.
@@ -28,7 +28,7 @@ class SaveGuard:
     """
 
     def __init__(self, model: nn.Module, functions: bool = False) -> None:
-        self._model = model
+        self.model = model
         self._functions = functions
         before = vars(model).get(_METHOD)
         self.before = before if isinstance(before, SaveGuard) else None
@@ -39,25 +39,34 @@ class SaveGuard:
         Raises:
             AdapterError: The call does not come from transformers' Trainer: it gives no `state_dict`.
         """
-        model: Any = self._model
-        fix = (
-            "lit_adapters.save_adapters(model, directory) saves the adapters, and lit_adapters.merge(model) makes an "
-            "ordinary model to save"
-        )
-        what = "adapters"
+        what, fix = self._advice()
+        if "state_dict" not in kwargs:
+            raise AdapterError(
+                f"save_pretrained would write a directory that from_pretrained loads as {type(self.model).__name__} "
+                f"without its {what}; {fix}"
+            )
+        return self.save_for_trainer(*args, **kwargs)
+
+    def save_for_trainer(self, *args: Any, **kwargs: Any) -> Any:
+        """Write the whole model, and warn; `lit_adapters.huggingface` has a form that writes the adapters alone."""
+        what, fix = self._advice()
+        if not self._functions:
+            fix += ". With lit_adapters.huggingface.AdapterTrainerCallback the Trainer saves the adapters"
+        warnings.warn(f"from_pretrained loads this directory without the {what} in it; {fix}", stacklevel=3)
+        model: Any = self.model
+        return type(model).save_pretrained(model, *args, **kwargs)
+
+    def _advice(self) -> tuple[str, str]:
+        """What from_pretrained would leave out, and what to do instead."""
         if self._functions:
-            what = "learned functions"
-            fix = (
+            return "learned functions", (
                 "save its state_dict, and load it into a model that went through load_adapters and merge as well; "
                 "save_adapters before merging keeps everything that is needed for that"
             )
-        if "state_dict" not in kwargs:
-            raise AdapterError(
-                f"save_pretrained would write a directory that from_pretrained loads as {type(model).__name__} without "
-                f"its {what}; {fix}"
-            )
-        warnings.warn(f"from_pretrained loads this directory without the {what} in it; {fix}", stacklevel=2)
-        return type(model).save_pretrained(model, *args, **kwargs)
+        return "adapters", (
+            "lit_adapters.save_adapters(model, directory) saves the adapters, and lit_adapters.merge(model) makes an "
+            "ordinary model to save"
+        )
 
 
 def guard_saving(model: nn.Module, functions: bool = False) -> None:

@@ -70,17 +70,14 @@ def scaled_groups(
     for name, value in {"weight_decay": weight_decay, **{f"lr_scale of {k!r}": v for k, v in scale.items()}}.items():
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             raise AdapterError(f"{name} {value!r} must be a finite number of at least 0")
-    functions = (m for m in model.modules() if isinstance(m, LEARNED_ACTIVATIONS))
-    undecayed = {id(p) for m in functions for p in m.parameters()}
-    for _, adapter in adapters(model):
-        undecayed |= {id(p) for p in adapter.undecayed_parameters()}
+    exempt = undecayed(model)
     labels = _labels(model, scale)
-    together = _pair_groups(model, labels, lr, weight_decay, scale, undecayed) if pairs else []
+    together = _pair_groups(model, labels, lr, weight_decay, scale, exempt) if pairs else []
     in_pairs = {id(p) for group, _ in together for p in group["params"]}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad and id(parameter) not in in_pairs:
-            groups.setdefault((labels[id(parameter)], id(parameter) not in undecayed), []).append(parameter)
+            groups.setdefault((labels[id(parameter)], id(parameter) not in exempt), []).append(parameter)
     return together + [
         (
             {
@@ -96,13 +93,26 @@ def scaled_groups(
     ]
 
 
+def undecayed(model: nn.Module) -> set[int]:
+    """The identities of the parameters for which weight decay makes no sense.
+
+    Args:
+        model: A module whose tree may hold adapters and merged activations.
+    """
+    functions = (m for m in model.modules() if isinstance(m, LEARNED_ACTIVATIONS))
+    found = {id(p) for m in functions for p in m.parameters()}
+    for _, adapter in adapters(model):
+        found |= {id(p) for p in adapter.undecayed_parameters()}
+    return found
+
+
 def _pair_groups(
     model: nn.Module,
     labels: Mapping[int, str],
     lr: float,
     weight_decay: float,
     scale: Mapping[str, float],
-    undecayed: Collection[int],
+    exempt: Collection[int],
 ) -> list[tuple[dict[str, Any], float]]:
     """The groups of the pairs A, B, each with its factor on `lr`. A frozen factor stands beside the one that trains.
 
@@ -118,7 +128,7 @@ def _pair_groups(
                 "one expression for both, or set the ratio of LoRAPlus"
             )
         (name,) = names
-        key = name, id(pair.a) not in undecayed  # a pair whose start is subtracted does not decay
+        key = name, id(pair.a) not in exempt  # a pair whose start is subtracted does not decay
         if key not in groups:
             groups[key] = {"params": [], "name": f"{name}/pairs", "pairs": True, "scales": []}
             groups[key] |= {"lr": lr * scale.get(name, 1.0), "weight_decay": weight_decay}

@@ -161,32 +161,37 @@ class Annealer:
 class _Averages:
     """The sum of a value over the batches since the last step, and its running means over steps.
 
+    Steps without a value change nothing.
+
     Attributes:
+        sum: None if no value came since the last step.
         means: For each window, in steps: the running mean over a fifth of the window, and over the window.
     """
 
     def __init__(self) -> None:
-        self.sum = 0.0
+        self.sum: float | None = None
         self.means: dict[int, tuple[float, float]] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sum": self.sum, "means": {str(window): list(means) for window, means in self.means.items()}}
+        return {"sum": self.sum or 0.0, "means": {str(window): list(means) for window, means in self.means.items()}}
 
     def load(self, value: float, means: Mapping[str, Any]) -> None:
-        self.sum = value
+        self.sum = value or None
         self.means = {int(window): (fast, slow) for window, (fast, slow) in means.items()}
 
     def add(self, value: float) -> None:
-        self.sum += value
+        self.sum = value + (self.sum or 0.0)
 
     def update(self, windows: set[int]) -> None:
         """Take the sum into the running means at the end of an optimiser step, and begin a new one."""
+        if self.sum is None:
+            return
         for window in windows:
             fast, slow = self.means.get(window, (self.sum, self.sum))
             fast += (self.sum - fast) * min(1.0, 5 / window)
             slow += (self.sum - slow) / window
             self.means[window] = fast, slow
-        self.sum = 0.0
+        self.sum = None
 
     def rising(self, window: int) -> bool:
         fast, slow = self.means.get(window, (0.0, 0.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -96,6 +97,21 @@ class RankAllocation:
             if allocation.orthogonality:
                 factors = [factor for adapter in layers.values() for factor in adapter.orthogonal_factors()]
                 add_orthogonality_gradient(factors, allocation.orthogonality)
+
+    def begin_gradients(self, scale: float = 1.0) -> None:
+        """Give the factors the gradients of the penalties before the first backward pass of an optimiser step.
+
+        It takes the place of `add_orthogonality` in a loop that clips gradients where nothing can be added before.
+
+        Args:
+            scale: The factor on the loss, of a gradient scaler.
+        """
+        for allocation, layers in self._groups:
+            if allocation.orthogonality:
+                factors = [factor for adapter in layers.values() for factor in adapter.orthogonal_factors()]
+                for parameter, _ in factors:
+                    parameter.grad = torch.zeros_like(parameter)
+                add_orthogonality_gradient(factors, scale * allocation.orthogonality)
 
     def update(self, step: int) -> None:
         """Look at the gradients of an optimiser step, and give up directions if it is time; before they are zeroed.

@@ -1,0 +1,343 @@
+"""What AdapterCallback does in Lightning, for transformers' Trainer and the trainers of TRL."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lit_adapters.errors import AdapterError, NotFiniteError
+from lit_adapters.huggingface.checkpoints import AdapterWriter, folder_of, load_state, save_state
+from lit_adapters.huggingface.reporting import report, tensorboards
+from lit_adapters.huggingface.weight_decay import DecayFilter
+from lit_adapters.model.attach import adapters, attached
+from lit_adapters.schedules import monitor_mode
+from lit_adapters.training.annealing import Annealer
+from lit_adapters.training.calibration import awaits_calibration, calibrate_together
+from lit_adapters.training.linearity import linear_layers, step_to_look_at
+from lit_adapters.training.nonfinite import nonfinite_gradient
+from lit_adapters.training.participation import ParticipationCheck
+from lit_adapters.training.processes import is_first_process, raise_together
+from lit_adapters.training.rank_allocation import RankAllocation
+from lit_adapters.training.recording import Recorder
+
+Statistic = Literal["functions", "weights", "subspace"]
+
+
+class AdapterTrainerCallback(TrainerCallback):
+    """Calibrates, anneals, checks and records adapters in a Trainer of transformers or TRL, and saves them alone.
+
+    - Annealed adapters move after every optimiser step. An adaptive schedule looks at the values that the Trainer logs:
+      "loss", unless it names another one, and at the last logged one until the next.
+    - Statistics go where `report_to` sends the Trainer's own values, whenever it logs (`logging_steps`). TensorBoard
+      also gets figures and histograms at the end. `state.log_history` gets their means over layers.
+    - Checkpoints, and what `trainer.save_model` writes, are adapter directories: `load_adapters` reads them.
+      `resume_from_checkpoint` and `load_best_model_at_end` work as with any model.
+    - Weight decay leaves alone what must not decay, such as rational coefficients.
+    - Ranks of AdaLoRA and its kin are allocated. The gradient of the penalty on their factors is added.
+    - A run stops if an adapter does not run in the first batch, a parameter does not learn in the first steps, or a
+      gradient is not finite.
+
+    Models of `peft.get_peft_model` keep peft's own checkpoints.
+
+    Example:
+        >>> lit_adapters.attach(model, lit_adapters.AFALoRA(rank=8))
+        >>> trainer = SFTTrainer(model, args, train_dataset=rows)
+        >>> trainer.add_callback(AdapterTrainerCallback(trainer))
+        >>> trainer.train()
+
+    Args:
+        trainer: The one that it is added to.
+        statistics: As for `lit_adapters.AdapterCallback`.
+        figures: Draw functions, spectra and maps of the layers at the end, if TensorBoard is among `report_to`.
+        calibration_batches: Training batches shown to the adapters before the first step, where a method asks for it.
+            The model gets the arguments of a batch that its `forward` knows. Where batches are no such arguments (as in
+            GRPO), call `lit_adapters.calibrate` before the training.
+        allow_unused: Regular expressions of trainable parameters that may receive no gradient.
+
+    Raises:
+        AdapterError: An argument is out of range; the model has no adapters, or merged ones; only a part of the model
+            was given to `attach`. During the training: a check fails, a schedule needs an end that is not known, or the
+            checkpoint lacks what a resumed run needs.
+        NotFiniteError: A gradient is not finite.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        statistics: Sequence[Statistic] = ("functions", "weights", "subspace"),
+        figures: bool = True,
+        calibration_batches: int = 4,
+        allow_unused: Sequence[str] = (),
+    ) -> None:
+        if calibration_batches < 1:
+            raise AdapterError(f"calibration_batches {calibration_batches} must be at least 1")
+        unknown = sorted(set(statistics) - set(get_args(Statistic)))
+        if unknown:
+            raise AdapterError(f"unknown statistics {unknown}; choose among 'functions', 'weights' and 'subspace'")
+        model: nn.Module = trainer.model  # type: ignore[assignment]
+        found = list(adapters(model))
+        if not found:
+            raise AdapterError(
+                f"{type(model).__name__} has no adapters: call lit_adapters.attach before you make the trainer"
+            )
+        merged = [name for name, adapter in found if adapter.merged]
+        if merged:
+            raise AdapterError(f"{merged[0]!r} is merged and would not learn; call lit_adapters.unmerge(model) first")
+        parts = dict(attached(model))
+        if "" in parts:
+            AdapterWriter(model)
+        elif parts:
+            raise AdapterError(
+                f"only {next(iter(parts))!r} of the trainer's model was given to lit_adapters.attach; give it the "
+                "whole model, with targets that name this part"
+            )
+        self._trainer = trainer
+        self._statistics = tuple(statistics)
+        self._figures = figures
+        self._calibration_batches = calibration_batches
+        self._allow_unused = tuple(allow_unused)
+        self._logged: dict[str, float] = {}
+
+    @property
+    def _model(self) -> nn.Module:
+        model: nn.Module = self._trainer.model  # type: ignore[assignment]
+        return model
+
+    # ---- the training as a whole
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the state of a resumed run, calibrate, and start every part."""
+        model, optimizer = self._model, kwargs["optimizer"]
+        saved = self._saved_state(args, state, model) if state.global_step else {}
+        if not state.global_step and awaits_calibration(model):
+            with _same_random_numbers():
+                calibrate_together(model, self._first_batches(args), self._run, self._loss)
+        total = float(state.max_steps)
+        self._annealer = Annealer(model, saved.get("annealing"))
+        self._annealer.start(state.global_step, total)
+        self._allocation = RankAllocation(model)
+        self._allocation.start(state.global_step, total, saved.get("allocation"))
+        self._optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        self._decay = DecayFilter(model, self._optimizer)
+        self._participation = ParticipationCheck(model, self._allow_unused)
+        self._recorder = Recorder(model, self._statistics, saved.get("recorded"))
+        self._look_at = step_to_look_at(total)
+        if self._recorder.step < 0:
+            self._record(args, state, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warn of what has not ended: annealing, also in the best model that was loaded, and rank allocation."""
+        self._stop()
+        nonlinear = [(n, a) for n, a in adapters(self._model) if a.schedule is not None and a.beta.item() > 0]  # type: ignore[operator]
+        if nonlinear and is_first_process():
+            warnings.warn(
+                f"training ended with {len(nonlinear)} adapters still nonlinear ({nonlinear[0][0]!r} first): they "
+                "cannot be merged. Train on to the end of the schedule, choose one that ends earlier, or do not load "
+                "the best model of an earlier step",
+                stacklevel=2,
+            )
+        where = self._allocation.unfinished() if self._allocation else ""
+        if where and is_first_process():
+            warnings.warn(
+                f"training ended {where}, before rank allocation did: more directions are left than target ranks ask "
+                "for. Train on to the end, or set total_step to fewer steps",
+                stacklevel=2,
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the state of the parts beside the checkpoint that has just been written."""
+        folder = folder_of(args.output_dir, state.global_step)
+        if not folder.is_dir() or not is_first_process():  # a search of hyperparameters has other folders
+            return
+        parts: dict[str, Any] = {
+            "annealing": self._annealer.state_dict(),
+            "recorded": self._recorder.state_dict(),
+        }
+        if self._allocation:
+            parts["allocation"] = self._allocation.state_dict()
+        save_state(self._model, folder, state.global_step, parts)
+
+    def _saved_state(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> Mapping[str, Any]:
+        given = args.resume_from_checkpoint
+        folders = [folder_of(args.output_dir, state.global_step)]
+        if isinstance(given, str):
+            folders.append(type(folders[0])(given))
+        saved = load_state(model, folders, state.global_step)
+        if not saved and (RankAllocation(model) or Annealer(model).watched):
+            raise AdapterError(
+                f"{folders[0]} holds no state of rank allocation or of an adaptive schedule for these adapters; resume "
+                "from a folder that this callback wrote, and name it in TrainingArguments(resume_from_checkpoint=...) "
+                "if it is not in output_dir"
+            )
+        return saved
+
+    def _stop(self) -> None:
+        """Leave no hooks behind."""
+        self._decay.after_step()
+        self._participation.stop()
+        self._recorder.observer.stop()
+
+    # ---- calibration
+
+    def _first_batches(self, args: TrainingArguments) -> Iterator[Any]:
+        """Batches of the training data in an order of their own, so that the training's is as without calibration."""
+        loader: Any = self._trainer.callback_handler.train_dataloader
+        dataset = loader.dataset
+        sampler = None
+        if not isinstance(dataset, IterableDataset):
+            sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(args.seed))
+        own = DataLoader(
+            dataset, args.per_device_train_batch_size, sampler=sampler, collate_fn=loader.collate_fn, num_workers=0
+        )
+        return itertools.islice(own, self._calibration_batches)
+
+    def _arguments(self, batch: Any, labels: bool) -> dict[str, Any]:
+        model: Any = self._model
+        forward = model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
+        known = set(inspect.signature(forward).parameters)
+        found = {k: v for k, v in batch.items() if k in known} if isinstance(batch, Mapping) else {}
+        if not labels:
+            found.pop("labels", None)
+        if not found:
+            raise AdapterError(
+                f"batches of {type(self._trainer).__name__} are not arguments of the model, so that adapters cannot be "
+                "calibrated with them; call lit_adapters.calibrate(model, batches) before the training"
+            )
+        device = next(model.parameters()).device
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in found.items()}
+
+    def _run(self, batch: Any) -> None:
+        with self._trainer.compute_loss_context_manager():
+            self._model(**self._arguments(batch, labels=False))
+
+    def _loss(self, batch: Any) -> Tensor:
+        with self._trainer.compute_loss_context_manager():
+            output = self._model(**self._arguments(batch, labels=True))
+        loss = getattr(output, "loss", None)
+        if not isinstance(loss, Tensor):
+            raise AdapterError(
+                "the model returns no loss for a training batch, which start='lora_ga' needs; call "
+                "lit_adapters.calibrate(model, batches, loss=...) before the training"
+            )
+        return loss
+
+    # ---- steps
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Observe inputs of the batches whose step will be recorded, and begin gradients with the penalty's."""
+        ahead = state.global_step + 1
+        if ahead >= state.max_steps or (state.logging_steps and ahead % state.logging_steps == 0):
+            self._recorder.observer.start()
+        scaler = getattr(self._trainer.accelerator, "scaler", None)
+        self._allocation.begin_gradients(1.0 if scaler is None else scaler.get_scale())
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say which adapters the first batch went past."""
+        self._end_first_batch()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the gradients, and keep weight decay where it makes sense."""
+        self._end_first_batch()
+        # A gradient scaler leaves such steps out by itself.
+        if getattr(self._trainer.accelerator, "scaler", None) is None:
+            broken = nonfinite_gradient(self._model)
+            if broken is not None:
+                message = f"the gradient of {broken!r} is not finite at step {state.global_step + 1}; lower the rate"
+                raise NotFiniteError(f"{message}, or clip gradients (max_grad_norm)")
+        self._participation.before_step(self._optimizer, [self._optimizer])
+        self._decay.before_step()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Allocate ranks while the gradients are there; a step that a gradient scaler has left out does not count."""
+        self._decay.after_step()
+        if self._allocation and not self._trainer.accelerator.optimizer_step_was_skipped:
+            self._allocation.update(state.global_step + 1)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Anneal, and record if the Trainer is about to log."""
+        for watched in self._annealer.watched:
+            name = watched.monitor or "loss"
+            if name in self._logged:
+                falls = monitor_mode(name, watched.mode) == "min"
+                self._annealer.observe(watched, self._logged[name] if falls else -self._logged[name])
+            elif self._logged:
+                raise AdapterError(
+                    f"an adaptive schedule looks at {name!r}, which the Trainer does not log; it may name one of "
+                    f"{', '.join(sorted(self._logged))}"
+                )
+        self._annealer.advance(state.global_step)
+        self._recorder.observer.end_batch(state.global_step)
+        if state.global_step == self._look_at:
+            with self._trainer.compute_loss_context_manager():
+                linear = linear_layers(self._model)
+            if linear and is_first_process():
+                warnings.warn(linear, stacklevel=2)
+        if control.should_log or state.global_step >= state.max_steps:
+            self._record(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Record, and draw how it ended if this was the last epoch."""
+        self._recorder.observer.stop()
+        if control.should_log:
+            self._record(args, state, control)
+        if self._figures and (control.should_training_stop or state.global_step >= state.max_steps):
+            self._recorder.draw(tensorboards(self._trainer), state.global_step, last=True)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the values that adaptive schedules may look at."""
+        self._logged |= {k: float(v) for k, v in (logs or {}).items() if isinstance(v, (int, float))}
+
+    def _end_first_batch(self) -> None:
+        if self._participation.watching:
+            raise_together(self._participation.after_forward())
+
+    def _record(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        scalars = self._recorder.record(state.global_step, self._annealer.beta)
+        if scalars and is_first_process():
+            report(self._trainer, args, state, control, scalars)
+
+
+class _same_random_numbers:
+    """Inside the block, random numbers may be drawn; after it they go on as before."""
+
+    def __enter__(self) -> None:
+        self._states = random.getstate(), numpy.random.get_state()
+        self._fork = torch.random.fork_rng()
+        self._fork.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._fork.__exit__(*error)
+        random.setstate(self._states[0])
+        numpy.random.set_state(self._states[1])
