@@ -1,0 +1,141 @@
+"""AdapterTrainerCallback in the trainers of TRL: trained, saved, loaded and equal."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForSequenceClassification, set_seed
+
+import lit_adapters as la
+from language.models import create_model, create_tokenizer
+from lit_adapters.huggingface import AdapterTrainerCallback
+from tests.huggingface.tiny_trainer import values
+from tests.matrix import METHODS
+from tests.tiers import fast_only
+
+trl = pytest.importorskip("trl")
+
+WORDS = ["apple", "bread", "crane", "daisy", "eagle", "fence", "grape", "house"]
+PAIRS = [{"prompt": f"say {w}", "completion": f" {w}"} for w in WORDS]
+CHOICES = [
+    {"prompt": f"say {w}", "chosen": f" {w}", "rejected": f" {v}"} for w, v in zip(WORDS, WORDS[::-1], strict=True)
+]
+RATED = [{"chosen": f"good {w}", "rejected": f"bad {w}"} for w in WORDS]
+PROMPTS = [{"prompt": f"say {w}"} for w in WORDS]
+COMMON = {
+    "per_device_train_batch_size": 4,
+    "max_steps": 4,
+    "learning_rate": 1e-2,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "log_level": "error",
+    "gradient_checkpointing": False,
+}
+
+
+def causal():
+    set_seed(0)
+    return create_model("tiny_llama")
+
+
+def classifier():
+    set_seed(0)
+    config: LlamaConfig = causal().config
+    config.num_labels = 1
+    return LlamaForSequenceClassification(config)
+
+
+def sft(folder: Path, model):
+    args = trl.SFTConfig(str(folder), max_length=32, **COMMON)
+    return trl.SFTTrainer(
+        model, args, train_dataset=Dataset.from_list(PAIRS), processing_class=create_tokenizer("tiny_llama")
+    )
+
+
+def dpo(folder: Path, model):
+    reference = copy.deepcopy(model)
+    la.detach(reference)
+    args = trl.DPOConfig(str(folder), max_length=32, **COMMON)
+    rows, tokenizer = Dataset.from_list(CHOICES), create_tokenizer("tiny_llama")
+    return trl.DPOTrainer(model, reference, args, train_dataset=rows, processing_class=tokenizer)
+
+
+def grpo(folder: Path, model):
+    def reward(completions, **_):
+        return [float(len(set(text))) for text in completions]
+
+    args = trl.GRPOConfig(str(folder), num_generations=4, max_completion_length=6, beta=0.0, **COMMON)
+    rows, tokenizer = Dataset.from_list(PROMPTS), create_tokenizer("tiny_llama")
+    return trl.GRPOTrainer(model, reward, args, train_dataset=rows, processing_class=tokenizer)
+
+
+def reward(folder: Path, model):
+    args = trl.RewardConfig(str(folder), max_length=32, **COMMON)
+    rows, tokenizer = Dataset.from_list(RATED), create_tokenizer("tiny_llama")
+    return trl.RewardTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+
+
+TRAINERS = {"sft": (sft, causal), "dpo": (dpo, causal), "grpo": (grpo, causal), "reward": (reward, classifier)}
+NAMES = ["lora", "dora", "loran", "afa", "nora", "nora++", "vera", "group_affine"]
+CASES = [(trainer, method) for trainer in TRAINERS for method in NAMES]
+FAST = [("sft", "afa"), ("dpo", "nora++"), ("grpo", "loran"), ("reward", "nora")]
+
+
+def adapted(name, method):
+    model = TRAINERS[name][1]()
+    la.attach(model, METHODS[method], train=["score"] if name == "reward" else ())
+    return model
+
+
+@pytest.mark.parametrize(("name", "method"), fast_only(FAST, CASES))
+def test_trained_saved_and_loaded(tmp_path, name, method):
+    make, base = TRAINERS[name]
+    model = adapted(name, method)
+    before = values(model)
+    trainer = make(tmp_path, model)
+    trainer.add_callback(AdapterTrainerCallback(trainer, figures=False))
+    trainer.train()
+    assert trainer.model is model
+    trained = values(model)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    changed = {n for n in trained if not torch.equal(trained[n], before[n])}
+    assert changed & {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not changed & frozen
+    assert any("adapter/summary" in key for entry in trainer.state.log_history for key in entry)
+
+    fresh = base()
+    la.load_adapters(fresh, tmp_path / "checkpoint-4")
+    ids = torch.arange(1, 9)[None]
+    model.eval()
+    assert torch.equal(fresh.eval()(ids).logits, model(ids).logits)
+    trainer.save_model(str(tmp_path / "saved"))
+    la.load_adapters(base(), tmp_path / "saved")
+
+
+@pytest.mark.parametrize("method", ["afa", "nora++"])
+def test_sft_resumes_bit_for_bit(tmp_path, method):
+    ends = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        model = adapted("sft", method)
+        trainer = sft(tmp_path, model)
+        trainer.add_callback(AdapterTrainerCallback(trainer))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        ends.append(values(model))
+    assert [n for n in ends[0] if not torch.equal(ends[0][n], ends[1][n])] == []
+
+
+def test_calibration_in_grpo_is_left_to_the_user(tmp_path):
+    model = causal()
+    la.attach(model, la.NoRA(groups=4, fit_range="calibrate"))
+    trainer = grpo(tmp_path, model)
+    trainer.add_callback(AdapterTrainerCallback(trainer))
+    with pytest.raises(
+        la.AdapterError, match=r"batches of GRPOTrainer are not arguments .* call lit_adapters\.calibrate"
+    ):
+        trainer.train()
