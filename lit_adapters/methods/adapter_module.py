@@ -90,6 +90,13 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
         base._parameters, base._buffers, base._modules = self._parameters, self._buffers, self._modules
         move_hooks(base, self)
 
+    def stand_beside(self) -> None:
+        """Hold the adapter's own tensors alone, in place of `adopt`: the base stands elsewhere in the tree."""
+        for table in (self._parameters, self._buffers, self._modules):
+            for name in set(table) - {*self._adapter_parameters, *self._adapter_buffers, *self._recomputed_buffers}:
+                del table[name]
+        self._base_parameters, self._base_buffers = [], []
+
     def add_parameter(self, name: str, value: Tensor) -> None:
         """Register an adapter parameter; float32."""
         self._adapter_parameters.append(name)

@@ -7,7 +7,7 @@ measuring the error, keeping or writing the result and undoing it are the same f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class Merging(nn.Module):
     merges_into: Sequence[str] = ()
     method: ClassVar[str]
     qualified_name: str
+    base: Any
     _base_parameters: list[str]
     _merged_names: list[str]  # of the parameters that are merged at present
 
@@ -42,8 +43,9 @@ class Merging(nn.Module):
 
     def merged_dtype(self, name: str) -> torch.dtype:
         """The dtype that a merged parameter is stored in: the pretrained one's, or the weight's for a new one."""
-        parameter = self._parameters.get(name)
-        return (self._parameters["weight"] if parameter is None else parameter).dtype  # type: ignore[union-attr]
+        parameter = self.base._parameters.get(name)
+        dtype: torch.dtype = (self.base._parameters["weight"] if parameter is None else parameter).dtype
+        return dtype
 
     def check_linear(self) -> None:
         """Raise if no parameters could hold this adapter's effect, whatever the base; most methods always pass.
@@ -70,7 +72,7 @@ class Merging(nn.Module):
         """
         self.check_linear()
         for name in self.merges_into:
-            parameter = self._parameters.get(name)
+            parameter = self.base._parameters.get(name)
             if parameter is not None and (parameter.is_meta or not parameter.is_floating_point()):
                 state = "on the meta device" if parameter.is_meta else f"of {parameter.dtype}"
                 raise AdapterError(f"{self.qualified_name}.{name} is {state}: load or dequantise it first")
@@ -118,10 +120,10 @@ class Merging(nn.Module):
 
     def absorb_parameter(self, name: str, value: Tensor) -> None:
         """Write one merged parameter into the base; a parameter that the base lacks is added to it."""
-        parameter = self._parameters.get(name)
+        parameter = self.base._parameters.get(name)
         if parameter is None:
             self._base_parameters += [name] if name not in self._base_parameters else []
-            self._parameters[name] = nn.Parameter(value, requires_grad=False)
+            self.base._parameters[name] = nn.Parameter(value, requires_grad=False)
         else:
             parameter.data.copy_(value)
 

@@ -80,7 +80,7 @@ class WeightAdapter(AdapterModule):
     @property
     def weight(self) -> Any:
         """The pretrained parameter; the adapted weight instead where `read_as_weight`."""
-        raw = self._parameters["weight"]
+        raw = self.base._parameters["weight"]
         if not self.read_as_weight:
             return raw
         if self.on_read is not None:

@@ -139,12 +139,9 @@ def attach(
     # Every adapter is built before the model is changed.
     wrapped: list[tuple[Target, AdapterModule]] = []
     shared: dict[int, AdapterModule] = {}
-    for target, build in _assign(model, single_methods, train):
+    for target, build in assign(model, single_methods, train):
         adapter = shared.get(id(target.module)) or build()
-        adapter.read_as_weight = adapter.read_as_weight or reads_weight(target.parent, target.attribute)
-        if isinstance(target.parent, nn.TransformerEncoderLayer):
-            adapter.register_forward_pre_hook(_padded)
-            adapter.register_forward_hook(_keep_unfused)
+        fit_in(adapter, target)
         refuse_partly_loaded(model, adapter)
         if _has_parameters(target.module):
             shared[id(target.module)] = adapter
@@ -227,7 +224,7 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _assign(model: nn.Module, methods: list[Method], train: str | Sequence[str]) -> list[tuple[Target, Factory]]:
+def assign(model: nn.Module, methods: list[Method], train: str | Sequence[str]) -> list[tuple[Target, Factory]]:
     """The targets of all methods, each with the factory of its adapter.
 
     A layer at several places is adapted once, an activation once for each place.
@@ -407,6 +404,14 @@ def unfrozen(model: nn.Module) -> dict[str, bool]:
         if moved or parameter.requires_grad or name in state.unfrozen:
             found[name] = parameter.requires_grad
     return found
+
+
+def fit_in(adapter: AdapterModule, target: Target) -> None:
+    """Prepare an adapter for the way in which the module that will hold it uses its layer."""
+    adapter.read_as_weight = adapter.read_as_weight or reads_weight(target.parent, target.attribute)
+    if isinstance(target.parent, nn.TransformerEncoderLayer):
+        adapter.register_forward_pre_hook(_padded)
+        adapter.register_forward_hook(_keep_unfused)
 
 
 def _padded(module: nn.Module, args: Any) -> Any:

@@ -27,7 +27,7 @@ def measuring_gradients(model: nn.Module, found: list[tuple[str, WeightAdapter]]
         AdapterError: The weight of an adapter got no gradient.
     """
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    weights: dict[str, nn.Parameter] = {name: adapter._parameters["weight"] for name, adapter in found}  # type: ignore[misc]
+    weights: dict[str, nn.Parameter] = {name: adapter.base._parameters["weight"] for name, adapter in found}
     given = [(weight, weight.grad) for weight in weights.values()]
     sums: dict[nn.Parameter, Tensor] = {}
 
