@@ -65,7 +65,7 @@ class MethodModel(BaseTuner):  # type: ignore[misc]
                 "lit_adapters.detach(model) first, or use attach for all"
             )
         with _pretrained(self.model):
-            found = assign(self.model, peft_config.method().parts(), ())
+            found = assign(self.model, peft_config.method().parts(), list(peft_config.modules_to_save or ()))
             built = {target.name: build() for target, build in found}
         for target, _ in found:
             fit_in(built[target.name], target)

@@ -219,7 +219,7 @@ def test_copies_and_pickles(name):
 def test_generation(name):
     model = tuned(name)
     ids = torch.tensor([[1, 2, 3]])
-    out = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    out = model.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert out.shape == (1, 7)
 
 
