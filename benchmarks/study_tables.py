@@ -4,6 +4,7 @@ Between these comments stands what the study has measured; in place of {} are th
 
     <!-- study {} contrasts {}-{} {}-{} -->             a line for each pair of arms, first minus second
     <!-- study {} contrasts {}-{} of test/loss -->      the same of another metric of the study
+    <!-- study {} equal {}-{} {}-{} of val/loss -->   a table of metrics where two arms were equally good
     <!-- study {} arms -->                              the table of arms
     <!-- study {} noise -->                             how much runs differ that differ by rounding alone
     <!-- study {} front -->                             the picture of accuracy against trained parameters
@@ -13,6 +14,7 @@ and <!-- /study --> ends each. Pairs that the study did not name beforehand are 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from functools import cache
@@ -25,6 +27,7 @@ from lit_adapters.study.records import Results
 from lit_adapters.study.report.arms import arm_blocks
 from lit_adapters.study.report.blocks import Page, Table
 from lit_adapters.study.report.content import noise_blocks
+from lit_adapters.study.report.contrasts import equal_blocks
 from lit_adapters.study.report.digits import decimals, number, probability
 from lit_adapters.study.report.front import front_figure
 from lit_adapters.study.report.markdown import markdown_page
@@ -59,6 +62,7 @@ def _filled(match: re.Match[str], page: Path) -> str:
     begin, study, kind, rest, _, end = match.groups()
     kinds: dict[str, Callable[[str, str, Path], str]] = {
         "contrasts": _contrasts,
+        "equal": _equal,
         "arms": _arms,
         "noise": _noise,
         "front": _front,
@@ -90,16 +94,36 @@ def _contrasts(name: str, rest: str, page: Path) -> str:
     metric = metrics.get(metric_name or summary.study.metric.name)
     if metric is None:
         raise SystemExit(f"error: {page}: {name} has the metrics {', '.join(metrics)}, not {metric_name!r}")
+    return "\n".join(_line(summary, contrast, metric, named) for contrast, named in _pairs(name, words, page))
+
+
+def _pairs(name: str, words: str, page: Path) -> list[tuple[Contrast, bool]]:
+    """The contrasts of pairs of arms, each with whether the study named it beforehand."""
+    summary = _summary(name)
     named = {(c.first.key, c.second.key): c for c in summary.contrasts}
     pairs = [word.split("-") for word in words.split()]
     if any(len(pair) != 2 or not summary.arms.keys() >= {*pair} for pair in pairs):
         raise SystemExit(f"error: {page}: {name} has the arms {', '.join(summary.arms)}; give pairs such as a-b")
-    lines = []
+    found = []
     for first, second in pairs:
         contrast = named.get((first, second))
         other = contrast or contrast_of(summary.study, _results(name), summary.arms[first], summary.arms[second])
-        lines.append(_line(summary, other, metric, contrast is not None))
-    return "\n".join(lines)
+        found.append((other, contrast is not None))
+    return found
+
+
+def _equal(name: str, rest: str, page: Path) -> str:
+    """The report's table of a few metrics at equal accuracy."""
+    words, _, metrics = rest.partition(" of ")
+    at = _summary(name).study.at_equal
+    known = {} if at is None else {metric.name: metric for metric in at.read}
+    unknown = [metric for metric in metrics.split() if metric not in known]
+    if at is None or unknown or not metrics:
+        raise SystemExit(f"error: {page}: {name} compares at equal {', '.join(known) or 'nothing'}, not {unknown}")
+    chosen = dataclasses.replace(at, read=[known[metric] for metric in metrics.split()])
+    shown = Page("")
+    shown.add(*equal_blocks(chosen, [contrast for contrast, _ in _pairs(name, words, page)]))
+    return markdown_page(shown).strip()
 
 
 def _line(summary: Summary, contrast: Contrast, metric: Metric, named: bool) -> str:

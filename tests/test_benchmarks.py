@@ -110,3 +110,16 @@ def test_a_page_says_that_a_run_diverged(tmp_path, monkeypatch):
     page.write_text("<!-- study s contrasts a-b -->\n<!-- /study -->\n")
     study_tables.fill(tmp_path)
     assert "- Alpha minus Beta: a run diverged\n" in page.read_text()
+
+
+def test_a_page_shows_chosen_metrics_at_equal_accuracy(tmp_path):
+    page = tmp_path / "README.md"
+    begin = "<!-- study vision_features equal nora-lora of val/feature_change -->\n"
+    page.write_text(f"{begin}<!-- /study -->\n")
+    study_tables.fill(tmp_path)
+    table = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    assert table[0] == "| first minus second | accuracy, points | size of the change (lower is better) |"
+    assert table[2].startswith("| NoRA, G = 8 minus LoRA, r = 8 | ")
+    page.write_text(begin.replace("feature_change", "colour") + "<!-- /study -->\n")
+    with pytest.raises(SystemExit, match=r"compares at equal val/loss, .*, not \['val/colour'\]"):
+        study_tables.fill(tmp_path)

@@ -45,12 +45,17 @@ def contrast_blocks(summary: Summary) -> list[Block]:
         ]
         blocks.append(Table(["first minus second", *heads], rows))
     if study.at_equal is not None and measured:
-        blocks += _at_equal(study.at_equal, measured)
+        blocks += equal_blocks(study.at_equal, measured)
     return blocks
 
 
-def _at_equal(at: AtEqual, contrasts: list[Contrast]) -> list[Block]:
-    """Differences where both trainings were equally good."""
+def equal_blocks(at: AtEqual, contrasts: list[Contrast]) -> list[Block]:
+    """Differences where both trainings were equally good: an explanation, a table, and what could not be compared.
+
+    Args:
+        at: What is equal there, and what is read.
+        contrasts: The compared arms.
+    """
     by = at.by.title or at.by.name
     text = (
         f"The same contrasts at equal {by} (exploratory, intervals only): each pair of trainings is read where the"
