@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from safetensors.torch import save_model
 from torch import nn
 
@@ -29,7 +30,7 @@ from lit_adapters.files.peft_lora import CONFIG
 from lit_adapters.files.saved import read_saved
 from lit_adapters.learned import comparison, summary
 from lit_adapters.methods import AdapterModule, Method
-from lit_adapters.model.merge import forget_quantisation, merge
+from lit_adapters.model.merge import cast_weights, forget_quantisation, merge
 
 _WEIGHTS = "model.safetensors"
 _SAVED = "adapter directory (lit_adapter.safetensors inside), or Lightning checkpoint written with AdapterCallback"
@@ -83,22 +84,37 @@ def merge_command(args: argparse.Namespace) -> None:
         own = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         settings.eos_token_id = list(dict.fromkeys([*end, *(i for i in own if i is not None)]))
 
+    if args.dtype is not None:
+        cast_weights(model, getattr(torch, args.dtype))
+    save = getattr(model, "save_pretrained", None)
+    if args.max_shard_size is not None and not callable(save):
+        raise AdapterError("--max-shard-size is for models of transformers; leave it out")
+    shards = {} if args.max_shard_size is None else {"max_shard_size": args.max_shard_size}
+    trusted = ""
+
     def write(directory: Path) -> None:
-        # transformers would load such a directory with its own activations, and only warn.
-        save = getattr(model, "save_pretrained", None)
-        if callable(save) and not merged.kept:
+        nonlocal trusted
+        if not callable(save):
+            save_model(model, str(directory / _WEIGHTS))
+        else:
             if not any(hasattr(p, "quant_state") for p in model.parameters()):
                 forget_quantisation(model)  # GGUF files leave that note too, on plain weights
-            save(directory)
+            if merged.kept:
+                from lit_adapters.huggingface.functions import save_with_functions  # transformers takes a while
+
+                save_with_functions(model, directory, **shards)
+                trusted = "from_pretrained loads it with trust_remote_code=True: its own file has the functions"
+            else:
+                save(directory, **shards)
             if hasattr(tokenizer, "save_pretrained"):
                 tokenizer.save_pretrained(directory)
-        else:
-            save_model(model, str(directory / _WEIGHTS))
         write_meaning(model, directory)
 
     write_directory(args.out, write)
     print(merged)
-    if merged.kept:
+    if trusted:
+        print(trusted)
+    elif merged.kept:
         print(f"{_WEIGHTS} holds their coefficients: to load it, call load_adapters and merge on the base model first")
     print(f"written to {args.out}")
 
@@ -217,6 +233,10 @@ def _parser() -> argparse.ArgumentParser:
             metavar="CLASS",
             help="LightningModule of a checkpoint, as vision.module.ViTClassifier; default: the one that wrote it",
         )
+        if run is merge_command:
+            kinds = ("float32", "bfloat16", "float16")
+            sub.add_argument("--dtype", choices=kinds, help="dtype of the weights; default: that of the model")
+            sub.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file of transformers, as 2GB")
     sub = command(
         "import-peft",
         import_command,

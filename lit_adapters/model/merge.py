@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
+from lit_adapters.activations import LEARNED_ACTIVATIONS
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.matrix_layers import is_quantised
@@ -121,6 +123,17 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
     if dequantised and unload and not any(hasattr(p, "quant_state") for p in model.parameters()):
         forget_quantisation(model)
     return MergeReport(max(e for e, _ in errors), max(e for _, e in errors), list(merging), kept, dequantised)
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a merged model to a dtype, except for the coefficients of learned activations, which stay in float32."""
+    functions = [module for module in model.modules() if isinstance(module, LEARNED_ACTIVATIONS)]
+    tensors = [t for m in functions for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+    kept = [tensor.detach().clone() for tensor in tensors]
+    model.to(dtype)
+    now = [t for m in functions for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+    for tensor, values in zip(now, kept, strict=True):
+        tensor.data = values
 
 
 def forget_quantisation(model: nn.Module) -> None:

@@ -60,8 +60,8 @@ class SaveGuard:
         """What from_pretrained would leave out, and what to do instead."""
         if self._functions:
             return "learned functions", (
-                "save its state_dict, and load it into a model that went through load_adapters and merge as well; "
-                "save_adapters before merging keeps everything that is needed for that"
+                "lit_adapters.huggingface.save_with_functions(model, directory) writes one that from_pretrained loads "
+                "with trust_remote_code=True, and save_adapters before merging keeps the adapters"
             )
         return "adapters", (
             "lit_adapters.save_adapters(model, directory) saves the adapters, and lit_adapters.merge(model) makes an "

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lit_adapters as la
 from lit_adapters.cli.commands import main
@@ -61,23 +61,29 @@ def test_merge_of_a_transformers_model_is_one_that_transformers_loads(run, tmp_p
     torch.testing.assert_close(MODELS["llama"].run(loaded), MODELS["llama"].run(model))
 
 
-def test_learned_functions_are_not_passed_off_as_a_transformers_model(run, tmp_path):
-    """transformers would load its own activations from such a directory."""
+def test_merge_of_learned_functions_is_one_that_transformers_loads(run, tmp_path):
+    """With the file beside the weights, and only with it."""
     build("llama").save_pretrained(tmp_path / "base")
-    la.save_adapters(adapted("llama", "nora++"), tmp_path / "adapter")
+    model = adapted("llama", "nora++").eval()
+    la.save_adapters(model, tmp_path / "adapter")
     arguments = json.dumps({"pretrained_model_name_or_path": str(tmp_path / "base")})
-    printed = run(
-        "merge",
-        tmp_path / "adapter",
-        "--out",
-        tmp_path / "out",
-        "--base",
-        "transformers.AutoModelForCausalLM.from_pretrained",
-        "--base-args",
-        arguments,
-    )
-    assert "call load_adapters and merge on the base model first" in printed
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    maker = "transformers.AutoModelForCausalLM.from_pretrained"
+    rest = ["--base", maker, "--base-args", arguments, "--max-shard-size", "20KB"]
+    printed = run("merge", tmp_path / "adapter", "--out", tmp_path / "out", *rest)
+    assert "loads it with trust_remote_code=True" in printed
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    torch.testing.assert_close(MODELS["llama"].run(loaded), MODELS["llama"].run(model), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
+
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "half", *rest[:4], "--dtype", "bfloat16")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", trust_remote_code=True)
+    assert half.dtype == torch.bfloat16
+    assert half.model.layers[0].mlp.act_fn.numerator.dtype == torch.float32
+    saved_net(tmp_path / "net", LORA)
+    command = "merge", tmp_path / "net", "--out", tmp_path / "x", "--base", NET
+    assert "is for models of transformers" in refuses(*command, "--max-shard-size", "1GB")
 
 
 def test_out_is_replaced_as_a_whole_or_not_at_all(run, tmp_path, monkeypatch):
