@@ -32,6 +32,7 @@ from lit_adapters.methods import (
     VeRA,
 )
 from lit_adapters.model.attach import adapters, attach, detach
+from lit_adapters.model.linearise import LinearisationReport, linearise
 from lit_adapters.model.merge import MergeReport, merge, unmerge
 from lit_adapters.model.modes import calibrate, disabled, set_progress, verify
 from lit_adapters.model.report import AdapterReport
@@ -51,6 +52,7 @@ __all__ = [
     "DenseLoRA",
     "DoRA",
     "GroupAffine",
+    "LinearisationReport",
     "LoRA",
     "LoRA2",
     "LoRAN",
@@ -72,6 +74,7 @@ __all__ = [
     "disabled",
     "export_peft",
     "import_peft",
+    "linearise",
     "load_adapters",
     "merge",
     "save_adapters",

@@ -191,7 +191,7 @@ def calibrate(
         measuring[name].measure_input(x)
         samples[name].append(regular_sample(x, _VALUES_PER_CALL).float().cpu())
 
-    run = run or partial(_call, model)
+    run = run or partial(call, model)
     passes = measuring_gradients(model, by_gradient) if by_gradient else torch.no_grad()
     with evaluating(model), _recording_inputs(by_input, observe), passes:
         for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=None):
@@ -206,15 +206,12 @@ def calibrate(
         adapter.calibrate(torch.cat(samples[name]) if name in samples else torch.empty(0))
 
 
-def _call(model: nn.Module, batch: Any) -> None:
-    """Call the model with a batch, moved to its device."""
+def call(model: nn.Module, batch: Any) -> Any:
+    """What the model returns for a batch: a tensor, positional arguments or keyword arguments, moved to its device."""
     batch = _to(batch, next(model.parameters()).device)
     if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        model(batch)
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 def set_progress(model: nn.Module, progress: float) -> None:
