@@ -31,6 +31,7 @@ from lit_adapters.methods import (
     PointLoRA,
     VeRA,
 )
+from lit_adapters.model.as_lora import LoRAReport, to_lora
 from lit_adapters.model.attach import adapters, attach, detach
 from lit_adapters.model.linearise import LinearisationReport, linearise
 from lit_adapters.model.merge import MergeReport, merge, unmerge
@@ -56,6 +57,7 @@ __all__ = [
     "LoRA",
     "LoRA2",
     "LoRAN",
+    "LoRAReport",
     "MergeReport",
     "Method",
     "NestedLoRA",
@@ -80,6 +82,7 @@ __all__ = [
     "save_adapters",
     "schedules",
     "set_progress",
+    "to_lora",
     "unmerge",
     "verify",
 ]

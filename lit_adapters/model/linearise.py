@@ -13,7 +13,6 @@ for what the layers before it could not.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,12 +28,13 @@ from lit_adapters.console import text_table
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.channels import is_linear
-from lit_adapters.methods.lora import LoRA, LoRAAdapter
+from lit_adapters.methods.lora import LoRAAdapter
 from lit_adapters.methods.matrix_layers import matrix_layer
-from lit_adapters.model.attach import adapters, attach, attachment, detach
-from lit_adapters.model.merge import refuse_sharded
+from lit_adapters.model.as_lora import install_lora
+from lit_adapters.model.attach import adapters
 from lit_adapters.model.meta import require_loaded
 from lit_adapters.model.modes import call, evaluating
+from lit_adapters.model.sharding import refuse_sharded
 from lit_adapters.ops.statistics import regular_sample
 from lit_adapters.values import check_whole
 
@@ -330,7 +330,7 @@ def _output(output: Any) -> Tensor:
 
 
 def _install(model: nn.Module, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Take all adapters out, and put LoRA in: that which was there, and the corrections."""
+    """Put LoRA in the place of all adapters: that which was there, and the corrections."""
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name, adapter in adapters(model):
         if isinstance(adapter, LoRAAdapter):
@@ -339,15 +339,4 @@ def _install(model: nn.Module, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> No
         if name in factors:
             a, b = torch.cat([factors[name][0], a.to(factors[name][0])]), torch.cat([factors[name][1], b.to(a)], dim=1)
         factors[name] = a, b
-    train = attachment(model).train
-    detach(model)
-    ranks = {re.escape(name): len(a) for name, (a, _) in factors.items()}
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
-    pattern = {name: rank for name, rank in ranks.items() if rank != common}
-    attach(model, LoRA(rank=common, alpha=float(common), targets=list(factors), rank_pattern=pattern or None), train)
-    with torch.no_grad():
-        for name, adapter in adapters(model):
-            assert isinstance(adapter, LoRAAdapter)
-            a, b = factors[name]
-            adapter.lora_A.copy_(a)
-            adapter.lora_B.copy_(b / adapter.scaling)
+    install_lora(model, factors)
