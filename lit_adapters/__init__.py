@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lit_adapters.renamed  # noqa: F401  old names of modules can be imported from here on
 from lit_adapters import schedules
 from lit_adapters.activations import RationalActivation
+from lit_adapters.assets.publish import push
 from lit_adapters.errors import AdapterError, AssetError, DataError, TargetsNotFound
 from lit_adapters.files.adapters import load_adapters, save_adapters
 from lit_adapters.files.peft import export_peft, import_peft
@@ -79,6 +80,7 @@ __all__ = [
     "linearise",
     "load_adapters",
     "merge",
+    "push",
     "save_adapters",
     "schedules",
     "set_progress",

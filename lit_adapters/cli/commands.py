@@ -123,10 +123,11 @@ def export_command(args: argparse.Namespace) -> None:
     """`export-peft`: write adapters in the format of peft."""
     check_output(args.out, args.overwrite, [CONFIG])
     _check(args.path, check_expressible)
-    model, _ = _adapted(args)
+    model, tokenizer = _adapted(args)
+    tokenizer = tokenizer if hasattr(tokenizer, "save_pretrained") else None
 
     def write(directory: Path) -> None:
-        export_peft(model, directory)
+        export_peft(model, directory, tokenizer)
         write_meaning(model, directory)
 
     write_directory(args.out, write)

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError, shown
 from lit_adapters.files.atomic import write_together
+from lit_adapters.files.base_name import base_name
+from lit_adapters.files.card import CARD, card, may_write_card
 from lit_adapters.files.checkpoint_schema import RECORD as RECORD  # an older place of the name
 from lit_adapters.files.checkpoint_schema import check_checkpoint
 from lit_adapters.files.fingerprint import differing, fingerprint, old_fingerprint
@@ -36,6 +38,7 @@ from lit_adapters.files.header import (
     is_intact_copy,
     parse_header,
 )
+from lit_adapters.files.hub import local_directory
 from lit_adapters.files.meaning import HEADER_KEY, adopt_meaning, check_same, checked, meaning_of
 from lit_adapters.methods.method import to_methods
 from lit_adapters.methods.starts import without_starts
@@ -159,6 +162,7 @@ def write_adapters(model: nn.Module, directory: Path) -> None:
             "shapes": _base_shapes(model),
             "weights": old_fingerprint(frozen),
             "fingerprint": fingerprint(frozen),
+            **base_name(model),
         },
     }
     if besides:
@@ -168,10 +172,12 @@ def write_adapters(model: nn.Module, directory: Path) -> None:
     text = header_text(header, tensors)
     together = is_sharded(model)
     if not together or torch.distributed.get_rank() == 0:
+        about = {CARD: lambda path: path.write_text(card(header, tensors), encoding="utf-8")}
         # The copy comes first: a reader takes the tensor file's word, and accepts a copy from another save.
         write_together(
             directory,
             {
+                **(about if may_write_card(directory) else {}),
                 HEADER: lambda path: path.write_text(text + "\n", encoding="utf-8"),
                 TENSORS: lambda path: save_file(tensors, path, metadata={_KEY: text}),
             },
@@ -180,20 +186,26 @@ def write_adapters(model: nn.Module, directory: Path) -> None:
         torch.distributed.barrier()  # whoever goes on finds the files
 
 
-def load_adapters(model: nn.Module, directory: str | Path) -> AdapterReport:
+def load_adapters(
+    model: nn.Module, directory: str | Path, *, revision: str | None = None, token: str | bool | None = None
+) -> AdapterReport:
     """Attach the saved methods to a fresh base model and load their tensors; strict.
 
     Args:
         model: The base model, without adapters. If its weights differ from those the adapters were trained on, it is
             accepted with a warning.
-        directory: What `save_adapters` wrote.
+        directory: What `save_adapters` wrote, or as text the name of a repository of the hub, to which `push` uploads
+            ("user/name").
+        revision: A branch, tag or commit of that repository.
+        token: For private repositories; by default the one that the user has logged in with.
 
     Raises:
+        AssetError: There is neither such a directory nor such a repository, or the hub cannot be reached.
         AdapterError: The file is missing, torn, damaged, not ours or of a newer format; the base has other layers or
             shapes; tensors are missing, unexpected or of another kind; or the file's meaning
             (`lit_adapters.files.meaning`) contradicts the model's. The model is then as before.
     """
-    directory = Path(directory)
+    directory = local_directory(directory, TENSORS, (HEADER,), revision, token)
     header, tensors = read_directory(directory)
     mine, theirs = _base_shapes(model), header["base"]["shapes"]
     different = [k for k in theirs if mine.get(k) != theirs[k]] + [k for k in mine if k not in theirs]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lit_adapters.errors import AdapterError, shown
+from lit_adapters.files.base_name import is_repository, is_revision, is_task
 from lit_adapters.files.fingerprint import WORD
 
 FORMAT = 1
@@ -82,6 +83,13 @@ def parse_header(text: str, origin: Path | str) -> dict[str, Any]:
     if "fingerprint" in header["base"]:
         check.keys("", header, (_SUMS,))  # written together: damage to the name of one must not hide the other
         check.value("base/fingerprint", _is_fingerprint, "one word for each weight")
+    for key, fits, what in (
+        ("name", is_repository, "the name of a repository"),
+        ("revision", is_revision, "the name of a revision"),
+        ("task", is_task, "a task of peft"),
+    ):
+        if key in header["base"]:
+            check.value(f"base/{key}", fits, what)
     if "unfrozen" in header:
         check.value("unfrozen", lambda value: _is_unfrozen(value, header), "true or false by the name of a parameter")
     if _SUMS in header:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError, shown
 from lit_adapters.files.atomic import write_together
+from lit_adapters.files.base_name import base_name
 from lit_adapters.files.peft_lora import CONFIG, LAYER_KEY, PREFIX, TENSORS, read_lora
 from lit_adapters.methods.afa import AFAAdapter
 from lit_adapters.methods.biased import BiasedAdapter
@@ -36,17 +37,20 @@ from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import refuse_sharded
 
 
-def export_peft(model: nn.Module, directory: str | Path) -> None:
+def export_peft(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> None:
     """Write LoRA, DoRA or AFA-LoRA at beta = 0 for `peft.PeftModel.from_pretrained(base_model, directory)` to load.
 
     A start that is subtracted (`start` of LoRA and DoRA) makes the pair of a layer twice as wide in the file.
     Modules of `train`, and those that were unfrozen after `attach`, are written as modules_to_save, and so are
     normalisations with running statistics, which move while the model trains. peft gets a copy for each module of a
-    tied weight. Each file is replaced atomically.
+    tied weight. Each file is replaced atomically. Where the model tells the name of its base on the hub and its task,
+    they are written, so that `peft.AutoPeftModelForCausalLM` finds the base. `lit_adapters.to_lora` makes LoRA of other
+    methods first.
 
     Args:
         model: The module given to `attach`.
         directory: Where to; created if missing.
+        tokenizer: One of transformers, to be saved beside the adapters.
 
     Raises:
         AdapterError: Peft is missing, or its format cannot express the model: another method, LoRA beside DoRA, AFA
@@ -77,6 +81,7 @@ def export_peft(model: nn.Module, directory: str | Path) -> None:
     alphas = {name: _alpha(adapter, methods, rslora) for name, adapter in found.items()}
     ranks = {name: adapter.update_rank for name, adapter in found.items()}
     (rank, _), (alpha, _) = (Counter(v).most_common(1)[0] for v in (ranks.values(), alphas.values()))
+    base = base_name(model)
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -89,6 +94,9 @@ def export_peft(model: nn.Module, directory: str | Path) -> None:
         fan_in_fan_out=any(type(a.base).__name__ == "Conv1D" for a in found.values()),
         modules_to_save=saved or None,
         inference_mode=True,
+        base_model_name_or_path=base.get("name"),
+        revision=base.get("revision"),
+        task_type=base.get("task"),
     )
     config.target_modules = _exactly(list(found), model)  # set here, it stays a list, of one order
     _check_rewriting(config, model)
@@ -110,6 +118,8 @@ def export_peft(model: nn.Module, directory: str | Path) -> None:
         },
         withdraw=[CONFIG],  # an interrupted export must not pair new tensors with an old one
     )
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
 
 
 def check_expressible(name: str, adapter: Any) -> LowRankAdapter:

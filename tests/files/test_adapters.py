@@ -12,7 +12,7 @@ from torch import nn
 
 import lit_adapters as la
 from lit_adapters.files import adapters as checkpoint
-from lit_adapters.files.adapters import HEADER, TENSORS
+from lit_adapters.files.adapters import CARD, HEADER, TENSORS
 
 
 def base(classes=3, seed=0):
@@ -47,7 +47,7 @@ def test_everything_that_changed_comes_back(saved):
 
 def test_files_are_small_and_no_foreign_names(saved):
     model, directory = saved
-    assert sorted(os.listdir(directory)) == [HEADER, TENSORS]
+    assert sorted(os.listdir(directory)) == [CARD, HEADER, TENSORS]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     assert (directory / TENSORS).stat().st_size <= 4 * trained + buffers + 64 * 1024
@@ -185,7 +185,7 @@ def test_what_is_not_finite_is_not_written(saved):
 
 def test_a_write_that_fails_half_way_leaves_the_old_files(saved, monkeypatch):
     model, directory = saved
-    before = {name: (directory / name).read_bytes() for name in (TENSORS, HEADER)}
+    before = {name: (directory / name).read_bytes() for name in (CARD, TENSORS, HEADER)}
 
     def full_disk(tensors, path, metadata):
         path.write_bytes(b"half")

@@ -8,8 +8,10 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import lit_adapters as la
+from language.models import create_model, create_tokenizer
 from tests.files.peft_networks import CONFIG, IMAGES, KINDS, NETWORKS, TENSORS, Nested, close, fresh, head, run, trained
 from tests.matrix import changed_tensors, linear, move
 
@@ -170,3 +172,22 @@ def test_an_interrupted_export_leaves_the_earlier_one_or_nothing_that_loads(tmp_
     with pytest.raises(KeyboardInterrupt):
         la.export_peft(network, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [TENSORS]
+
+
+def test_the_auto_class_of_peft_finds_base_and_tokenizer(tmp_path, monkeypatch):
+    """By the base's name: here a directory stands for the repository of that name."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer, model = create_tokenizer("tiny_llama"), create_model("tiny_llama")
+    model.save_pretrained("some/base")
+    la.attach(model, la.LoRA(rank=2))
+    move(model)
+    model.config._name_or_path = "some/base"
+    (tmp_path / "some").rename(tmp_path / "elsewhere")  # a path of this machine would not be written
+    la.export_peft(model, "exported", tokenizer)
+    assert AutoTokenizer.from_pretrained("exported").get_vocab() == tokenizer.get_vocab()
+    config = json.loads((tmp_path / "exported" / CONFIG).read_text())
+    assert (config["base_model_name_or_path"], config["task_type"]) == ("some/base", "CAUSAL_LM")
+    (tmp_path / "elsewhere").rename(tmp_path / "some")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained("exported").eval()
+    ids = torch.arange(1, 9)[None]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lit_adapters as la
-from lit_adapters.files.adapters import HEADER, TENSORS
+from lit_adapters.files.adapters import CARD, HEADER, TENSORS
 from lit_adapters.files.saved import read_saved
 
 RANKS = (2, 3)
@@ -63,4 +63,4 @@ def test_a_reader_sees_one_save_whole(tmp_path):
         writer.join(timeout=60)
         assert writer.exitcode == 0
     assert min(seen.values()) > 5
-    assert sorted(path.name for path in tmp_path.iterdir()) == [HEADER, TENSORS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CARD, HEADER, TENSORS]

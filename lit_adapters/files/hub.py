@@ -1,0 +1,67 @@
+"""Adapter directories on the hub: what is fetched, from where, and what can go wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lit_adapters.errors import AdapterError, AssetError
+from lit_adapters.files.base_name import is_repository
+
+
+def require_hub() -> Any:
+    """The package huggingface_hub.
+
+    Raises:
+        AdapterError: It is not installed.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise AdapterError(f"{error}; the hub needs `pip install huggingface_hub`") from error
+    return huggingface_hub
+
+
+def local_directory(
+    place: str | Path, tensors: str, others: tuple[str, ...], revision: str | None, token: str | bool | None
+) -> Path:
+    """The directory of adapters: the given one, or what is fetched from the repository of that name.
+
+    A repository is taken from the cache of huggingface_hub if it is there, also without a network.
+
+    Args:
+        place: A directory, or as text the name of a repository of the hub, such as "user/name".
+        tensors: The name of the file that must be there.
+        others: Names of files that may be.
+        revision: A branch, tag or commit of the repository.
+        token: For private repositories; by default the one that the user has logged in with.
+
+    Raises:
+        AdapterError: `revision` or `token` is given for a local directory.
+        AssetError: There is neither such a directory nor such a repository, the revision or the file is missing, or the
+            hub cannot be reached and the cache does not have it.
+    """
+    local = Path(place)
+    if isinstance(place, Path) or local.exists() or not (is_repository(place) and "/" in place):
+        if revision is not None or token is not None:
+            raise AdapterError(f"revision and token are for repositories of the hub, and {str(place)!r} is a directory")
+        return local
+    hub = require_hub()
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    where = {"repo_id": place, "revision": revision, "token": token, "library_name": "lit-adapters"}
+    try:
+        path = hub.hf_hub_download(filename=tensors, **where)
+        for name in others:
+            try:
+                hub.hf_hub_download(filename=name, **where)
+            except (EntryNotFoundError, LocalEntryNotFoundError):
+                continue  # the tensor file is complete in itself
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0][:300]
+        at = f" at revision {revision!r}" if revision else ""
+        raise AssetError(
+            f"{place!r} is no directory here, and the hub did not give {tensors} of a repository of that name{at} "
+            f"({type(error).__name__}: {first}); check the name, the revision and the token, or the network"
+        ) from error
+    return Path(path).parent
