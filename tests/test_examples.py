@@ -16,15 +16,38 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = nbformat.read(EXAMPLES / "functions.ipynb", as_version=4)
 
 
-@pytest.mark.slow
-def test_the_plain_loop_learns_and_what_it_saved_loads(tmp_path):
-    line = [sys.executable, EXAMPLES / "plain_pytorch.py", "--out", tmp_path / "out"]
+def run(name, out):
+    """What an example prints."""
+    line = [sys.executable, EXAMPLES / name, "--out", out]
     environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    trained, loaded = re.findall(r"(\d\.\d+) after", result.stdout)
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_the_plain_loop_learns_and_what_it_saved_loads(tmp_path):
+    trained, loaded = re.findall(r"(\d\.\d+) after", run("plain_pytorch.py", tmp_path / "out"))
     assert float(trained) > 0.8  # 0.5 by chance
     assert trained == loaded
+
+
+@pytest.mark.slow
+def test_the_trainer_anneals_saves_and_merges(tmp_path):
+    found = re.search(r"loss (\S+) adapted, (\S+) loaded, (\S+) merged", run("trainer.py", tmp_path)).groups()
+    adapted, loaded, merged = map(float, found)
+    assert adapted < 2.6  # 3.5 before the training
+    assert adapted == loaded == pytest.approx(merged, abs=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft.py", "dpo_peft.py", "onnx_export.py"])
+def test_what_leaves_pytorch_or_is_loaded_by_others_is_equal(tmp_path, name):
+    printed = run(name, tmp_path)
+    assert float(re.search(r"largest difference of the \w+ .*: (\S+)", printed)[1]) < 1e-4
+    if name == "dpo_peft.py":
+        first, last = map(float, re.search(r"margin (\S+) at first, (\S+) at the end", printed).groups())
+        assert last > 2 * first
 
 
 def test_the_notebook_is_committed_without_outputs():
