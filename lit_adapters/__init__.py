@@ -13,6 +13,7 @@ from lit_adapters.activations import RationalActivation
 from lit_adapters.assets.publish import push
 from lit_adapters.errors import AdapterError, AssetError, DataError, TargetsNotFound
 from lit_adapters.files.adapters import load_adapters, save_adapters
+from lit_adapters.files.diffusers import export_diffusers
 from lit_adapters.files.peft import export_peft, import_peft
 from lit_adapters.methods import (
     AdapterModule,
@@ -75,6 +76,7 @@ __all__ = [
     "calibrate",
     "detach",
     "disabled",
+    "export_diffusers",
     "export_peft",
     "import_peft",
     "linearise",

@@ -100,7 +100,7 @@ def export_peft(model: nn.Module, directory: str | Path, tokenizer: Any = None) 
     )
     config.target_modules = _exactly(list(found), model)  # set here, it stays a list, of one order
     _check_rewriting(config, model)
-    tensors = {f"{name}.{key}": t for name, a in found.items() for key, t in _tensors(a).items()}
+    tensors = {f"{name}.{key}": t for name, a in found.items() for key, t in pair_tensors(a).items()}
     tensors |= {f"{name}.{key}": t for name in saved for key, t in model.get_submodule(name).state_dict().items()}
     tensors = {f"{PREFIX}{key}": t.detach().cpu().clone().contiguous() for key, t in tensors.items()}
     broken = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
@@ -156,7 +156,7 @@ def _alpha(adapter: LowRankAdapter, methods: list[LowRank], rslora: bool) -> flo
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def _tensors(adapter: LowRankAdapter) -> dict[str, Tensor]:
+def pair_tensors(adapter: LowRankAdapter) -> dict[str, Tensor]:
     """The adapter's tensors by peft's names, in peft's shapes; its own, not copies, unless a start is subtracted."""
     a, b = adapter.right_factor(adapter.lora_A.dtype), adapter.left_factor(adapter.lora_B.dtype)
     shape = adapter._parameters["weight"].shape  # type: ignore[union-attr]
@@ -276,7 +276,7 @@ def import_peft(model: nn.Module, directory: str | Path) -> AdapterReport:
     trained = [name for name in saved if next(modules[name].parameters(), None) is not None]
     report = attach(model, method, _exactly(trained, model))
     try:
-        own = {f"{n}.{key}": t for n, a in adapters(model) for key, t in _tensors(a).items()}  # type: ignore[arg-type]
+        own = {f"{n}.{key}": t for n, a in adapters(model) for key, t in pair_tensors(a).items()}  # type: ignore[arg-type]
         own |= {f"{n}.{key}": t for n in saved for key, t in model.get_submodule(n).state_dict().items()}
         _check_values(model, own, tensors, directory)
     except BaseException:

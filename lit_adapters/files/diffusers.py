@@ -1,0 +1,55 @@
+"""LoRA as pipelines of diffusers load it: one safetensors file, `pipeline.load_lora_weights(directory)`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lit_adapters.errors import AdapterError
+from lit_adapters.files.atomic import write_together
+from lit_adapters.files.peft import check_expressible, pair_tensors
+from lit_adapters.methods.dora import DoRAAdapter
+from lit_adapters.model.attach import adapters, attachment, unfrozen
+from lit_adapters.model.meta import require_loaded
+from lit_adapters.model.sharding import refuse_sharded
+
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def export_diffusers(model: nn.Module, directory: str | Path, component: str = "transformer") -> None:
+    """Write the LoRA of a part of a pipeline for `pipeline.load_lora_weights(directory)`.
+
+    B is written with the scale in it, so that the file needs no alpha. `lit_adapters.to_lora` makes LoRA of other
+    methods first.
+
+    Args:
+        model: The part of the pipeline that was given to `attach`.
+        directory: Where to; created if missing.
+        component: Its name in the pipeline: "unet", "transformer", "text_encoder".
+
+    Raises:
+        AdapterError: An adapter is no LoRA (or AFA-LoRA at beta = 0), is merged, or is not finite; something besides
+            adapters trains, which the format has no place for; or the model is sharded or on the meta device. Nothing
+            is written then.
+    """
+    refuse_sharded(model, "export_diffusers")
+    require_loaded(model, "export_diffusers")
+    others = [*attachment(model).trained_parameters, *unfrozen(model)]
+    if others:
+        raise AdapterError(f"{others[0]!r} trains besides the adapters, and the format of diffusers has LoRA alone")
+    tensors = {}
+    for name, adapter in adapters(model):
+        if isinstance(adapter, DoRAAdapter):
+            raise AdapterError(f"{name!r} has dora; call lit_adapters.to_lora(model, rank) first")
+        for key, value in pair_tensors(check_expressible(name, adapter)).items():
+            scaled = adapter.scaling * value if key == "lora_B.weight" else value  # type: ignore[operator]
+            tensors[f"{component}.{name}.{key}"] = scaled.detach().cpu().clone().contiguous()
+    if not tensors:
+        raise AdapterError("the model has no adapters")
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise AdapterError(f"{broken[0]!r} is not finite; nothing was written to {directory}")
+    write_together(Path(directory), {FILE: lambda path: save_file(tensors, path, metadata={"format": "pt"})})
