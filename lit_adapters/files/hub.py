@@ -1,12 +1,41 @@
-"""Adapter directories on the hub: what is fetched, from where, and what can go wrong."""
+"""Adapter directories on the hub: what is fetched, from where, and what can go wrong; also without a network."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lit_adapters.errors import AdapterError, AssetError
 from lit_adapters.files.base_name import is_repository
+
+PROBE_SECONDS = 5.0
+
+
+@contextlib.contextmanager
+def short_hub_waits(needed: bool) -> Iterator[None]:
+    """Inside the block, use only the local cache if the hub does not answer within `PROBE_SECONDS`.
+
+    Otherwise huggingface_hub, which comes with timm and transformers, would retry each file for half a minute.
+
+    Args:
+        needed: Whether to ask the hub at all.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if not needed or constants.HF_HUB_OFFLINE:
+        yield
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+    except Exception:  # which library's error it is depends on the version of huggingface_hub
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = False
 
 
 def require_hub() -> Any:
@@ -51,12 +80,11 @@ def local_directory(
 
     where = {"repo_id": place, "revision": revision, "token": token, "library_name": "lit-adapters"}
     try:
-        path = hub.hf_hub_download(filename=tensors, **where)
-        for name in others:
-            try:
-                hub.hf_hub_download(filename=name, **where)
-            except (EntryNotFoundError, LocalEntryNotFoundError):
-                continue  # the tensor file is complete in itself
+        with short_hub_waits(needed=True):
+            path = hub.hf_hub_download(filename=tensors, **where)
+            for name in others:
+                with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):  # the tensor file is complete
+                    hub.hf_hub_download(filename=name, **where)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0][:300]
         at = f" at revision {revision!r}" if revision else ""

@@ -67,8 +67,8 @@ class AdapterTrainerCallback(TrainerCallback):
 
     Raises:
         AdapterError: An argument is out of range; the model has no adapters, or merged ones; only a part of the model
-            was given to `attach`. During the training: a check fails, a schedule needs an end that is not known, or the
-            checkpoint lacks what a resumed run needs.
+            was given to `attach`, or peft wraps it; FSDP or DeepSpeed is used. During the training: a check fails, a
+            schedule needs an end that is not known, or the checkpoint lacks what a resumed run needs.
         NotFiniteError: A gradient is not finite.
     """
 
@@ -94,9 +94,19 @@ class AdapterTrainerCallback(TrainerCallback):
         merged = [name for name, adapter in found if adapter.merged]
         if merged:
             raise AdapterError(f"{merged[0]!r} is merged and would not learn; call lit_adapters.unmerge(model) first")
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise AdapterError(
+                "AdapterTrainerCallback does not work with FSDP and DeepSpeed, which take parameters apart; use DDP, "
+                "or FSDP2 in Lightning with lit_adapters.AdapterCallback"
+            )
         parts = dict(attached(model))
         if "" in parts:
             AdapterWriter(model)
+        elif parts and hasattr(model, "peft_config"):
+            raise AdapterError(
+                f"peft wraps a model that was given to lit_adapters.attach, and froze {found[0][0]!r}; use "
+                "lit_adapters.huggingface.peft_tuners inside peft, or attach alone"
+            )
         elif parts:
             raise AdapterError(
                 f"only {next(iter(parts))!r} of the trainer's model was given to lit_adapters.attach; give it the "

@@ -3,6 +3,7 @@
 import json
 import logging
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -190,6 +191,13 @@ def test_what_is_refused(tmp_path):
     la.attach(part.model, la.LoRA(rank=2))
     with pytest.raises(la.AdapterError, match="only 'model' of the trainer's model was given"):
         AdapterTrainerCallback(trainer(tmp_path, part))
+    wrapped = peft.get_peft_model(adapted(la.LoRA(rank=2)), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(la.AdapterError, match=r"peft wraps a model that was given to .* and froze"):
+        AdapterTrainerCallback(trainer(tmp_path, wrapped))
+    fsdp = trainer(tmp_path, adapted(la.LoRA(rank=2)))
+    fsdp.is_fsdp_enabled = True
+    with pytest.raises(la.AdapterError, match="does not work with FSDP and DeepSpeed"):
+        AdapterTrainerCallback(fsdp)
     with pytest.raises(la.AdapterError, match="unknown statistics"):
         AdapterTrainerCallback(trainer(tmp_path, adapted(la.LoRA(rank=2))), statistics=["weight"])
     with pytest.raises(la.AdapterError, match=r"does not log; it may name one of .*loss"):
