@@ -127,7 +127,7 @@ def merged_draft(tuner: DraftTuner) -> tuple[Any, la.MergeReport]:
     The weights are copies: neither the tuner nor the target changes. AFA-LoRA merges once beta is exactly 0. NoRA++
     keeps functions that transformers cannot load again.
 
-    Example:
+    Examples:
         >>> tuner = DraftTuner.load_from_checkpoint("runs/.../last.ckpt")
         >>> draft, report = merged_draft(tuner)
         >>> draft.save_pretrained("draft")

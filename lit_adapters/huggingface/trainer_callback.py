@@ -50,7 +50,7 @@ class AdapterTrainerCallback(TrainerCallback):
 
     Models of `peft.get_peft_model` keep peft's own checkpoints.
 
-    Example:
+    Examples:
         >>> lit_adapters.attach(model, lit_adapters.AFALoRA(rank=8))
         >>> trainer = SFTTrainer(model, args, train_dataset=rows)
         >>> trainer.add_callback(AdapterTrainerCallback(trainer))

@@ -53,7 +53,7 @@ class AdapterCallback(CallbackOfParts):
     A warning comes once, after a fifth of the steps (at least 10), if LoRAN's function is linear at the size that B A
     has by then, so that it does what LoRA does.
 
-    Example:
+    Examples:
         >>> trainer = Trainer(callbacks=[AdapterCallback(log_every_n_steps=10)])
         >>> trainer.fit(module, loader)
 

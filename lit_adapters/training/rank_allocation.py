@@ -18,7 +18,7 @@ from lit_adapters.model.attach import adapters
 class RankAllocation:
     """Gives the layers of AdaLoRA and its kin their ranks, and keeps their factors orthogonal.
 
-    Example:
+    Examples:
         >>> allocation = RankAllocation(model)
         >>> allocation.start(0, total_steps)
         >>> for step, batch in enumerate(loader, start=1):
