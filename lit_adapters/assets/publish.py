@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from lit_adapters.errors import AdapterError, AssetError
 from lit_adapters.files.adapters import read_directory, save_adapters
 from lit_adapters.files.base_name import is_repository
-from lit_adapters.files.card import CARD, card
+from lit_adapters.files.card import CARD, card, is_generated
 from lit_adapters.files.hub import require_hub
 from lit_adapters.files.saved import read_saved
 from lit_adapters.learned import summary
@@ -32,6 +33,8 @@ def push(
     metrics: Mapping[str, float] | None = None,
 ) -> str:
     """Save the adapters of `model` and upload them with a model card and a picture of what was learned.
+
+    A card in the repository that the user has written or changed stays.
 
     `load_adapters(model, repository)` loads them.
 
@@ -56,33 +59,40 @@ def push(
     if not is_repository(repository) or "/" not in repository:
         raise AdapterError(f"repository {repository!r} must be the name of one of the hub, such as 'user/name'")
     hub = require_hub()
-    from huggingface_hub.errors import HfHubHTTPError
-
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         save_adapters(model, directory)
         header, tensors = read_directory(directory)
         drawn = _draw(directory)
         text = card(header, tensors, repository=repository, license=license, data=data, metrics=metrics, picture=drawn)
-        (directory / CARD).write_text(text, encoding="utf-8")
         api = hub.HfApi(token=token, library_name="lit-adapters")
         try:
             api.create_repo(repository, private=private, exist_ok=True)
             if revision is not None:
                 api.create_branch(repository, branch=revision, exist_ok=True)
+            (directory / CARD).write_text(_own_card(api, repository, revision) or text, encoding="utf-8")
             commit = api.upload_folder(
                 repo_id=repository,
                 folder_path=directory,
                 revision=revision,
                 commit_message=message or f"Add adapters ({', '.join(sorted(set(header['adapters'].values())))})",
             )
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except Exception as error:  # which library's error it is depends on the version of huggingface_hub
             first = str(error).strip().partition("\n")[0][:300]
             raise AssetError(
                 f"the hub did not take the adapters for {repository!r} ({type(error).__name__}: {first}); check the "
                 "name, that you have logged in (hf auth login) with a token that may write, and the network"
             ) from error
     return str(commit.commit_url)
+
+
+def _own_card(api: Any, repository: str, revision: str | None) -> str | None:
+    """The card in the repository, if the user has written or changed it."""
+    if not api.file_exists(repository, CARD, revision=revision):
+        return None
+    path = api.hf_hub_download(repository, CARD, revision=revision)
+    text: str = Path(path).read_text(encoding="utf-8")
+    return None if is_generated(text) else text
 
 
 def _draw(directory: Path) -> str | None:

@@ -15,11 +15,16 @@ _REVISION = re.compile(r"[\w][\w./-]{0,99}")
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+
+# Others whose name ends in ForConditionalGeneration hear or see.
+_SEQUENCE_TO_SEQUENCE = {
+    f"{name}ForConditionalGeneration"
+    for name in ("T5", "MT5", "UMT5", "LongT5", "SwitchTransformers", "Bart", "MBart", "Pegasus", "Blenderbot", "LED")
+} | {"MarianMTModel"}
 
 
 def base_name(model: nn.Module) -> dict[str, str]:
@@ -44,6 +49,8 @@ def base_name(model: nn.Module) -> dict[str, str]:
         if isinstance(revision, str) and is_revision(revision):
             found["revision"] = revision
     task = next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), None)
+    if type(model).__name__ in _SEQUENCE_TO_SEQUENCE:
+        task = "SEQ_2_SEQ_LM"
     if task is not None and config is not None:
         found["task"] = task
     return found
@@ -61,4 +68,4 @@ def is_revision(value: Any) -> bool:
 
 def is_task(value: Any) -> bool:
     """Whether a value is a task of `base_name`."""
-    return value in _TASKS.values()
+    return value in (*_TASKS.values(), "SEQ_2_SEQ_LM")

@@ -12,7 +12,8 @@ from torch import Tensor
 from lit_adapters.errors import AdapterError
 
 CARD = "README.md"
-_MARK = "<!-- written by lit-adapters -->"  # a card with it may be replaced; others are the user's own
+# A card with this line may be replaced; others are the user's own.
+_MARK = "<!-- written by lit-adapters, and written again at the next save: delete this line to keep your changes -->"
 _BUILD = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -83,7 +84,12 @@ def may_write_card(directory: Path) -> bool:
     if not path.is_file():
         return not path.exists()
     with path.open(encoding="utf-8", errors="replace") as file:
-        return _MARK in file.read(10_000)
+        return is_generated(file.read(10_000))
+
+
+def is_generated(text: str) -> bool:
+    """Whether a card was written here, and not changed into the user's own."""
+    return _MARK in text
 
 
 def _plain(text: str) -> str:

@@ -12,6 +12,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.files.atomic import write_together
 from lit_adapters.files.peft import check_expressible, pair_tensors
 from lit_adapters.methods.dora import DoRAAdapter
+from lit_adapters.methods.low_rank import LowRankAdapter
 from lit_adapters.model.attach import adapters, attachment, unfrozen
 from lit_adapters.model.meta import require_loaded
 from lit_adapters.model.sharding import refuse_sharded
@@ -22,8 +23,8 @@ FILE = "pytorch_lora_weights.safetensors"
 def export_diffusers(model: nn.Module, directory: str | Path, component: str = "transformer") -> None:
     """Write the LoRA of a part of a pipeline for `pipeline.load_lora_weights(directory)`.
 
-    B is written with the scale in it, so that the file needs no alpha. `lit_adapters.to_lora` makes LoRA of other
-    methods first.
+    B is written with the scale in it, and smaller ranks are filled up with zeros, so that the file needs no alpha.
+    `lit_adapters.to_lora` makes LoRA of other methods first.
 
     Args:
         model: The part of the pipeline that was given to `attach`.
@@ -40,13 +41,19 @@ def export_diffusers(model: nn.Module, directory: str | Path, component: str = "
     others = [*attachment(model).trained_parameters, *unfrozen(model)]
     if others:
         raise AdapterError(f"{others[0]!r} trains besides the adapters, and the format of diffusers has LoRA alone")
+    ranks = [a.update_rank for _, a in adapters(model) if isinstance(a, LowRankAdapter)]
     tensors = {}
     for name, adapter in adapters(model):
         if isinstance(adapter, DoRAAdapter):
             raise AdapterError(f"{name!r} has dora; call lit_adapters.to_lora(model, rank) first")
         for key, value in pair_tensors(check_expressible(name, adapter)).items():
-            scaled = adapter.scaling * value if key == "lora_B.weight" else value  # type: ignore[operator]
-            tensors[f"{component}.{name}.{key}"] = scaled.detach().cpu().clone().contiguous()
+            dimension = 1 if key == "lora_B.weight" else 0
+            scaled = adapter.scaling * value if dimension else value  # type: ignore[operator]
+            # The loader takes one alpha for all layers where there is none, so that all have one rank.
+            missing = list(scaled.shape)
+            missing[dimension] = max(ranks) - scaled.shape[dimension]
+            whole = torch.cat([scaled, scaled.new_zeros(missing)], dim=dimension)
+            tensors[f"{component}.{name}.{key}"] = whole.detach().cpu().clone().contiguous()
     if not tensors:
         raise AdapterError("the model has no adapters")
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]

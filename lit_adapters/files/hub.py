@@ -56,7 +56,8 @@ def local_directory(
 ) -> Path:
     """The directory of adapters: the given one, or what is fetched from the repository of that name.
 
-    A repository is taken from the cache of huggingface_hub if it is there, also without a network.
+    A repository is taken from the cache of huggingface_hub if it is there, also without a network. "runs/adapters" is
+    no repository where there is a directory `runs`.
 
     Args:
         place: A directory, or as text the name of a repository of the hub, such as "user/name".
@@ -71,12 +72,13 @@ def local_directory(
             hub cannot be reached and the cache does not have it.
     """
     local = Path(place)
-    if isinstance(place, Path) or local.exists() or not (is_repository(place) and "/" in place):
+    named = isinstance(place, str) and is_repository(place) and "/" in place
+    if not named or local.exists() or local.parent.is_dir():  # else a slip in a path would fetch a stranger's file
         if revision is not None or token is not None:
             raise AdapterError(f"revision and token are for repositories of the hub, and {str(place)!r} is a directory")
         return local
     hub = require_hub()
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     where = {"repo_id": place, "revision": revision, "token": token, "library_name": "lit-adapters"}
     try:
@@ -85,7 +87,7 @@ def local_directory(
             for name in others:
                 with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):  # the tensor file is complete
                     hub.hf_hub_download(filename=name, **where)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # which library's error it is depends on the version of huggingface_hub
         first = str(error).strip().partition("\n")[0][:300]
         at = f" at revision {revision!r}" if revision else ""
         raise AssetError(

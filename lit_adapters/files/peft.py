@@ -30,7 +30,7 @@ from lit_adapters.methods.lora import LoRA, LoRAAdapter
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.method import to_methods
 from lit_adapters.methods.peft import require_peft
-from lit_adapters.methods.targets import matches, places
+from lit_adapters.methods.targets import exactly, places
 from lit_adapters.model.attach import adapters, attach, attachment, detach, unfrozen
 from lit_adapters.model.meta import require_loaded
 from lit_adapters.model.report import AdapterReport
@@ -98,7 +98,7 @@ def export_peft(model: nn.Module, directory: str | Path, tokenizer: Any = None) 
         revision=base.get("revision"),
         task_type=base.get("task"),
     )
-    config.target_modules = _exactly(list(found), model)  # set here, it stays a list, of one order
+    config.target_modules = exactly(list(found), model)  # set here, it stays a list, of one order
     _check_rewriting(config, model)
     tensors = {f"{name}.{key}": t for name, a in found.items() for key, t in pair_tensors(a).items()}
     tensors |= {f"{name}.{key}": t for name in saved for key, t in model.get_submodule(name).state_dict().items()}
@@ -166,17 +166,6 @@ def pair_tensors(adapter: LowRankAdapter) -> dict[str, Tensor]:
         m = adapter.magnitude
         tensors["lora_magnitude_vector"] = m.view(1, -1, *ones) if ones else m
     return tensors
-
-
-def _exactly(names: list[str], model: nn.Module) -> list[str] | str:
-    """A specification that selects these modules and no others; peft and `attach` read it alike.
-
-    It is the list of names, or a regular expression where a name is also the end of another module's name.
-    """
-    others = {t.name for t in places(model)} - set(names)
-    if any(matches(other, names) for other in others):
-        return "|".join(re.escape(name) for name in names)
-    return names
 
 
 def _check_rewriting(config: Any, model: nn.Module) -> None:
@@ -268,13 +257,13 @@ def import_peft(model: nn.Module, directory: str | Path) -> AdapterReport:
         rank=rank,
         alpha=alpha,
         dropout=config.lora_dropout,
-        targets=_exactly(list(ranks), model),
+        targets=exactly(list(ranks), model),
         rank_pattern={re.escape(n): r for n, r in ranks.items() if r != rank} or None,
         rslora=config.use_rslora,
     )
     saved = _outermost([n for n in modules if any(n.endswith(end) for end in config.modules_to_save or ())])
     trained = [name for name in saved if next(modules[name].parameters(), None) is not None]
-    report = attach(model, method, _exactly(trained, model))
+    report = attach(model, method, exactly(trained, model))
     try:
         own = {f"{n}.{key}": t for n, a in adapters(model) for key, t in pair_tensors(a).items()}  # type: ignore[arg-type]
         own |= {f"{n}.{key}": t for n in saved for key, t in model.get_submodule(n).state_dict().items()}

@@ -22,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import TENSORS, write_adapters
 from lit_adapters.files.atomic import write_atomically
-from lit_adapters.files.checkpoint_schema import is_named
+from lit_adapters.files.checkpoint_schema import is_named, is_number
 from lit_adapters.model.attach import adapters
 from lit_adapters.model.save_guard import SaveGuard
 from lit_adapters.training.annealing import is_annealing
@@ -105,6 +105,7 @@ def _is_state(value: Any) -> bool:
         is_named(value)
         and is_annealing(value.get("annealing"))
         and is_recorded(value.get("recorded"))
+        and is_named(value.get("logged"), is_number)
         and ("allocation" not in value or is_allocation(value["allocation"]))
         and {"step", "adapters"} <= value.keys()
     )

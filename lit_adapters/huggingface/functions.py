@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import nn
+from transformers.utils import CONFIG_NAME
 
 from lit_adapters.activations import LEARNED_ACTIVATIONS, AffineActivation, RationalActivation
 from lit_adapters.errors import AdapterError
-from lit_adapters.files.atomic import write_text_atomically
 from lit_adapters.huggingface import remote_model
 from lit_adapters.model.attach import adapters
 
@@ -36,8 +38,9 @@ def save_with_functions(model: Any, directory: str | Path, **kwargs: Any) -> Non
         **kwargs: For `save_pretrained`, such as `max_shard_size`.
 
     Raises:
-        AdapterError: The model still has adapters, has no learned activation, is of a class outside transformers or of
-            a class that no Auto class loads, or transformers stores its weights under other names.
+        AdapterError: `push_to_hub` is among the arguments; the model still has adapters, has no learned activation, is
+            of a class outside transformers or of a class that no Auto class loads, or transformers stores its weights
+            under other names.
     """
     directory = Path(directory)
     attached = next((name for name, _ in adapters(model)), None)
@@ -54,16 +57,30 @@ def save_with_functions(model: Any, directory: str | Path, **kwargs: Any) -> Non
             f"transformers stores weights of {kind.__name__} under other names, which the file beside them could not "
             "undo; save its state_dict"
         )
-    kind.save_pretrained(model, directory, **kwargs)
-    write_text_atomically(directory / f"{MODULE}.py", source)
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    config |= {
+    if kwargs.get("push_to_hub"):
+        raise AdapterError("save_with_functions writes a directory; upload that with huggingface_hub's upload_folder")
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as place:
+        scratch = Path(place)
+        kind.save_pretrained(model, scratch, **kwargs)
+        (scratch / f"{MODULE}.py").write_text(source, encoding="utf-8")
+        config = json.loads((scratch / CONFIG_NAME).read_text(encoding="utf-8"))
+        config |= _entries(model, functions, auto)
+        (scratch / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        # Without its config, what an interruption leaves loads as nothing.
+        (directory / CONFIG_NAME).unlink(missing_ok=True)
+        for path in sorted(scratch.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+            os.replace(path, directory / path.name)
+
+
+def _entries(model: Any, functions: Mapping[str, Any], auto: list[str]) -> dict[str, Any]:
+    """What the configuration says besides that of the pretrained model."""
+    return {
         "model_type": _model_type(type(model.config)),
         "architectures": ["LearnedModel"],
         "auto_map": {"AutoConfig": f"{MODULE}.LearnedConfig"} | {name: f"{MODULE}.LearnedModel" for name in auto},
         "learned_activations": functions,
     }
-    write_text_atomically(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

@@ -62,8 +62,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return self.lit_adapter[names[0]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.pop("adapter_names", None) is not None:
-            raise AdapterError("adapters of lit_adapters cannot differ within a batch; leave adapter_names out")
         adapter = self.acting()
         return (self.base_layer if adapter is None else adapter)(*args, **kwargs)
 

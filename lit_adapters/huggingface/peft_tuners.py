@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
 from lit_adapters.errors import AdapterError
@@ -33,7 +33,7 @@ from lit_adapters.huggingface.peft_configs import (
 )
 from lit_adapters.huggingface.peft_layer import PREFIX, AdaptedLayer
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
-from lit_adapters.methods.targets import Target, places
+from lit_adapters.methods.targets import Target, matches, places
 from lit_adapters.model.attach import adapters, assign, fit_in
 from lit_adapters.model.merge import forget_quantisation
 from lit_adapters.model.save_guard import guard_saving
@@ -75,8 +75,21 @@ class MethodModel(BaseTuner):  # type: ignore[misc]
             peft_config.target_modules = sorted(built)  # so that the file does not depend on defaults
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
-        return key in self._adapters
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse what peft would ignore: rows of one batch with adapters of their own.
+
+        Raises:
+            AdapterError: `adapter_names` is given to `forward` or `generate`.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise AdapterError("adapters of lit_adapters cannot differ within a batch; leave adapter_names out")
+        yield
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        if key in self._adapters:
+            return True
+        return _ExcludedModule() if matches(key, list(peft_config.exclude_modules or ())) else False
 
     def _create_and_replace(
         self,
@@ -117,6 +130,7 @@ class MethodModel(BaseTuner):  # type: ignore[misc]
         configs: dict[str, Any] = self.peft_config
         methods = [part for name in self.active_adapters for part in configs[name].method().parts()]
         merging = [name for name, adapter in adapters(self.model) if adapter.merges_into]
+        dequantised = [a for _, a in adapters(self.model) if is_quantised(a.base) and "weight" in a.merges_into]
         if merge:
             for method in methods:
                 method.check_merge(self.model, merging)
@@ -125,7 +139,7 @@ class MethodModel(BaseTuner):  # type: ignore[misc]
             guard_saving(model, functions=True)
             for method in methods:
                 method.finish_merge(model, merging)
-            if not any(hasattr(p, "quant_state") for p in model.parameters()):
+            if dequantised and not any(hasattr(p, "quant_state") for p in model.parameters()):
                 forget_quantisation(model)
         return model
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lit_adapters.errors import AdapterError, NotFiniteError
 from lit_adapters.huggingface.checkpoints import AdapterWriter, folder_of, load_state, save_state
@@ -38,11 +38,12 @@ class AdapterTrainerCallback(TrainerCallback):
     """Calibrates, anneals, checks and records adapters in a Trainer of transformers or TRL, and saves them alone.
 
     - Annealed adapters move after every optimiser step. An adaptive schedule looks at the values that the Trainer logs:
-      "loss", unless it names another one, and at the last logged one until the next.
+      "loss", unless it names another one, and at the last logged one until the next. It resumes exactly from a
+      checkpoint that was written at a step of logging: the Trainer begins the mean loss of its log anew.
     - Statistics go where `report_to` sends the Trainer's own values, whenever it logs (`logging_steps`). TensorBoard
       also gets figures and histograms at the end. `state.log_history` gets their means over layers.
-    - Checkpoints, and what `trainer.save_model` writes, are adapter directories: `load_adapters` reads them.
-      `resume_from_checkpoint` and `load_best_model_at_end` work as with any model.
+    - Checkpoints of models of transformers, and what `trainer.save_model` writes, are adapter directories:
+      `load_adapters` reads them. `resume_from_checkpoint` and `load_best_model_at_end` work as with any model.
     - Weight decay leaves alone what must not decay, such as rational coefficients.
     - Ranks of AdaLoRA and its kin are allocated. The gradient of the penalty on their factors is added.
     - A run stops if an adapter does not run in the first batch, a parameter does not learn in the first steps, or a
@@ -67,7 +68,8 @@ class AdapterTrainerCallback(TrainerCallback):
 
     Raises:
         AdapterError: An argument is out of range; the model has no adapters, or merged ones; only a part of the model
-            was given to `attach`, or peft wraps it; FSDP or DeepSpeed is used. During the training: a check fails, a
+            was given to `attach`, or peft wraps it, or holds several adapters; FSDP, DeepSpeed or DataParallel is used.
+            During the training: a check fails, a
             schedule needs an end that is not known, or the checkpoint lacks what a resumed run needs.
         NotFiniteError: A gradient is not finite.
     """
@@ -94,14 +96,27 @@ class AdapterTrainerCallback(TrainerCallback):
         merged = [name for name, adapter in found if adapter.merged]
         if merged:
             raise AdapterError(f"{merged[0]!r} is merged and would not learn; call lit_adapters.unmerge(model) first")
+        if trainer.args.n_gpu > 1:
+            raise AdapterError(
+                "the Trainer would use nn.DataParallel on several GPUs in one process, which copies modules without "
+                "their adapters; start it with torchrun"
+            )
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise AdapterError(
                 "AdapterTrainerCallback does not work with FSDP and DeepSpeed, which take parameters apart; use DDP, "
                 "or FSDP2 in Lightning with lit_adapters.AdapterCallback"
             )
+        several = [n for n, m in model.named_modules() if len(getattr(m, "lit_adapter", ())) > 1]
+        if several:
+            raise AdapterError(
+                f"{several[0]!r} holds several of peft's adapters, and this callback could not tell which of them to "
+                "anneal and record; give the trainer a base model with peft_config, or delete the others"
+            )
         parts = dict(attached(model))
-        if "" in parts:
+        if "" in parts and isinstance(model, PreTrainedModel):
             AdapterWriter(model)
+        elif "" in parts:
+            pass  # the Trainer saves other models as a whole
         elif parts and hasattr(model, "peft_config"):
             raise AdapterError(
                 f"peft wraps a model that was given to lit_adapters.attach, and froze {found[0][0]!r}; use "
@@ -118,11 +133,17 @@ class AdapterTrainerCallback(TrainerCallback):
         self._calibration_batches = calibration_batches
         self._allow_unused = tuple(allow_unused)
         self._logged: dict[str, float] = {}
+        self._recorder: Recorder | None = None  # no training has begun
 
     @property
     def _model(self) -> nn.Module:
         model: nn.Module = self._trainer.model  # type: ignore[assignment]
         return model
+
+    @property
+    def _of_run(self) -> Recorder:
+        assert self._recorder is not None
+        return self._recorder
 
     # ---- the training as a whole
 
@@ -130,12 +151,14 @@ class AdapterTrainerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take up the state of a resumed run, calibrate, and start every part."""
+        self._stop()  # of a training that ended with an error
         model, optimizer = self._model, kwargs["optimizer"]
         saved = self._saved_state(args, state, model) if state.global_step else {}
         if not state.global_step and awaits_calibration(model):
             with _same_random_numbers():
                 calibrate_together(model, self._first_batches(args), self._run, self._loss)
         total = float(state.max_steps)
+        self._logged = dict(saved.get("logged", {}))
         self._annealer = Annealer(model, saved.get("annealing"))
         self._annealer.start(state.global_step, total)
         self._allocation = RankAllocation(model)
@@ -145,7 +168,7 @@ class AdapterTrainerCallback(TrainerCallback):
         self._participation = ParticipationCheck(model, self._allow_unused)
         self._recorder = Recorder(model, self._statistics, saved.get("recorded"))
         self._look_at = step_to_look_at(total)
-        if self._recorder.step < 0:
+        if self._of_run.step < 0:
             self._record(args, state, control)
 
     def on_train_end(
@@ -176,7 +199,8 @@ class AdapterTrainerCallback(TrainerCallback):
             return
         parts: dict[str, Any] = {
             "annealing": self._annealer.state_dict(),
-            "recorded": self._recorder.state_dict(),
+            "recorded": self._of_run.state_dict(),
+            "logged": self._logged,
         }
         if self._allocation:
             parts["allocation"] = self._allocation.state_dict()
@@ -198,9 +222,10 @@ class AdapterTrainerCallback(TrainerCallback):
 
     def _stop(self) -> None:
         """Leave no hooks behind."""
-        self._decay.after_step()
-        self._participation.stop()
-        self._recorder.observer.stop()
+        if self._recorder is not None:
+            self._decay.after_step()
+            self._participation.stop()
+            self._of_run.observer.stop()
 
     # ---- calibration
 
@@ -218,8 +243,8 @@ class AdapterTrainerCallback(TrainerCallback):
 
     def _arguments(self, batch: Any, labels: bool) -> dict[str, Any]:
         model: Any = self._model
-        forward = model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
-        known = set(inspect.signature(forward).parameters)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        known = set(inspect.signature(type(base).forward).parameters)  # its own may be wrapped for autocast
         found = {k: v for k, v in batch.items() if k in known} if isinstance(batch, Mapping) else {}
         if not labels:
             found.pop("labels", None)
@@ -254,7 +279,7 @@ class AdapterTrainerCallback(TrainerCallback):
         """Observe inputs of the batches whose step will be recorded, and begin gradients with the penalty's."""
         ahead = state.global_step + 1
         if ahead >= state.max_steps or (state.logging_steps and ahead % state.logging_steps == 0):
-            self._recorder.observer.start()
+            self._of_run.observer.start()
         scaler = getattr(self._trainer.accelerator, "scaler", None)
         self._allocation.begin_gradients(1.0 if scaler is None else scaler.get_scale())
 
@@ -273,8 +298,10 @@ class AdapterTrainerCallback(TrainerCallback):
         if getattr(self._trainer.accelerator, "scaler", None) is None:
             broken = nonfinite_gradient(self._model)
             if broken is not None:
-                message = f"the gradient of {broken!r} is not finite at step {state.global_step + 1}; lower the rate"
-                raise NotFiniteError(f"{message}, or clip gradients (max_grad_norm)")
+                clip = "" if args.max_grad_norm else ", or clip gradients (max_grad_norm)"
+                raise NotFiniteError(
+                    f"gradients are not finite at step {state.global_step + 1} ({broken!r} first); lower the rate{clip}"
+                )
         self._participation.before_step(self._optimizer, [self._optimizer])
         self._decay.before_step()
 
@@ -293,13 +320,13 @@ class AdapterTrainerCallback(TrainerCallback):
             if name in self._logged:
                 falls = monitor_mode(name, watched.mode) == "min"
                 self._annealer.observe(watched, self._logged[name] if falls else -self._logged[name])
-            elif self._logged:
+            elif self._logged and not (name.startswith("eval_") and args.eval_strategy != "no"):
                 raise AdapterError(
                     f"an adaptive schedule looks at {name!r}, which the Trainer does not log; it may name one of "
                     f"{', '.join(sorted(self._logged))}"
                 )
         self._annealer.advance(state.global_step)
-        self._recorder.observer.end_batch(state.global_step)
+        self._of_run.observer.end_batch(state.global_step)
         if state.global_step == self._look_at:
             with self._trainer.compute_loss_context_manager():
                 linear = linear_layers(self._model)
@@ -312,11 +339,11 @@ class AdapterTrainerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Record, and draw how it ended if this was the last epoch."""
-        self._recorder.observer.stop()
+        self._of_run.observer.stop()
         if control.should_log:
             self._record(args, state, control)
         if self._figures and (control.should_training_stop or state.global_step >= state.max_steps):
-            self._recorder.draw(tensorboards(self._trainer), state.global_step, last=True)
+            self._of_run.draw(tensorboards(self._trainer), state.global_step, last=True)
 
     def on_log(
         self,
@@ -334,7 +361,7 @@ class AdapterTrainerCallback(TrainerCallback):
             raise_together(self._participation.after_forward())
 
     def _record(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        scalars = self._recorder.record(state.global_step, self._annealer.beta)
+        scalars = self._of_run.record(state.global_step, self._annealer.beta)
         if scalars and is_first_process():
             report(self._trainer, args, state, control, scalars)
 

@@ -25,6 +25,7 @@ class DecayFilter:
         self._undecayed = undecayed(model)
         self._optimizer = optimizer
         self._groups: list[dict[str, Any]] | None = None
+        self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []  # an own group, and the first made of it
 
     def before_step(self) -> None:
         """Put the parameters that must not decay into groups of their own."""
@@ -36,12 +37,17 @@ class DecayFilter:
                 split.append(group)
                 continue
             decaying = [p for p in group["params"] if id(p) not in self._undecayed]
-            split += [{**group, "params": decaying}] if decaying else []
-            split.append({**group, "params": without, "weight_decay": 0.0})
+            parts = [{**group, "params": decaying}] if decaying else []
+            parts.append({**group, "params": without, "weight_decay": 0.0})
+            self._parts.append((group, parts[0]))
+            split += parts
         if len(split) > len(own) or any(a is not b for a, b in zip(split, own, strict=True)):
             self._groups, self._optimizer.param_groups = own, split
 
     def after_step(self) -> None:
-        """Give the optimiser its groups back."""
+        """Give the optimiser its groups back, with what the step has counted in them."""
+        for group, part in self._parts:
+            group.update({key: value for key, value in part.items() if key not in ("params", "weight_decay")})
+        self._parts = []
         if self._groups is not None:
             self._optimizer.param_groups, self._groups = self._groups, None

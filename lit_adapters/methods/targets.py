@@ -87,6 +87,17 @@ def matches(name: str, spec: str | Sequence[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in spec)
 
 
+def exactly(names: list[str], model: nn.Module) -> list[str] | str:
+    """A specification that selects these modules and no others; peft and `attach` read it alike.
+
+    It is the list of names, or a regular expression where a name is also the end of another module's name.
+    """
+    others = {t.name for t in places(model)} - set(names)
+    if any(matches(other, names) for other in others):
+        return "|".join(re.escape(name) for name in names)
+    return names
+
+
 def head_modules(model: nn.Module) -> list[nn.Module]:
     """The prediction heads, by timm's `get_classifier()` or transformers' `get_output_embeddings()`; may be empty.
 

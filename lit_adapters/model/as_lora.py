@@ -14,8 +14,9 @@ from tqdm import tqdm
 from lit_adapters.console import text_table
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.lora import LoRA, LoRAAdapter
+from lit_adapters.methods.targets import exactly, places
 from lit_adapters.methods.weight_adapter import WeightAdapter
-from lit_adapters.model.attach import adapters, attach, attachment, detach
+from lit_adapters.model.attach import adapters, attach, attachment, base_parameters, detach, unfrozen
 from lit_adapters.model.meta import require_loaded
 from lit_adapters.model.sharding import refuse_sharded
 from lit_adapters.values import check_whole
@@ -95,18 +96,29 @@ def _pair(adapter: WeightAdapter, rank: int) -> tuple[tuple[Tensor, Tensor], flo
 
 
 def install_lora(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Take all adapters out, and put LoRA in.
+    """Take all adapters out, and put LoRA in. What else trains goes on to train.
 
     Args:
         model: With its adapters.
-        factors: A (r, in) and B (out, r) by the name of the layer, with the update B A.
+        factors: A (r, in) and B (out, r) by the name of the layer, with the update B A; r is at most the layer's size.
     """
-    train = attachment(model).train
-    detach(model)
-    ranks = {re.escape(name): len(a) for name, (a, _) in factors.items()}
+    before, trains = attachment(model), unfrozen(model)
+    layers = {id(model.get_submodule(name)): name for name in factors}
+    # A layer may stand at several places.
+    of_place = {p.name: layers[id(p.module)] for p in places(model) if id(p.module) in layers}
+    ranks = {re.escape(place): len(factors[name][0]) for place, name in of_place.items()}
     ((common, _),) = Counter(ranks.values()).most_common(1)
     pattern = {name: rank for name, rank in ranks.items() if rank != common}
-    attach(model, LoRA(rank=common, alpha=float(common), targets=list(factors), rank_pattern=pattern or None), train)
+    method = LoRA(
+        rank=common, alpha=float(common), targets=exactly(list(of_place), model), rank_pattern=pattern or None
+    )
+    detach(model)
+    attach(model, method, before.train)
+    state, parameters = attachment(model), base_parameters(model)
+    # What was frozen at first and has trained since belongs to the model's files.
+    state.samples, state.unfrozen, state.required_grad = before.samples, list(trains), before.required_grad
+    for name, value in trains.items():
+        parameters[name].requires_grad_(value)
     with torch.no_grad():
         for name, adapter in adapters(model):
             assert isinstance(adapter, LoRAAdapter)

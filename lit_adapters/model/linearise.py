@@ -13,6 +13,7 @@ for what the layers before it could not.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -185,13 +186,17 @@ class _Student:
         """The activations in the order of their calls, each with the first matrix whose input depends on it.
 
         Raises:
-            AdapterError: There is none, two activations have the same, or the rank is above its size.
+            AdapterError: There is none, two activations have the same, the rank is above its size, or which layers are
+            called depends on values.
         """
         order: list[str] = []
         handles = [a.register_forward_hook(lambda *_, n=n: order.append(n)) for n, a in self._functions.items()]
-        usual = self._inputs(batch)
-        for handle in handles:
-            handle.remove()
+        try:
+            usual = self._inputs(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        called = Counter(layer for layer, _ in usual)
         if idle := [name for name in self._functions if name not in order]:
             raise AdapterError(f"{idle[0]!r} did not run; give batches that pass through every adapter")
         plan: dict[str, str] = {}
@@ -201,17 +206,29 @@ class _Student:
                 moved = self._inputs(batch)
             finally:
                 handle.remove()
+            if [layer for layer, _ in usual] != [layer for layer, _ in moved]:
+                raise AdapterError(
+                    f"which layers the model calls depends on its values (on {name!r}), as with routed experts; "
+                    "linearise needs models that call the same layers for every input"
+                )
             changed = (layer for (layer, a), (_, b) in zip(usual, moved, strict=True) if not torch.equal(a, b))
             matrix = next(changed, None)
             if matrix is None or matrix in plan.values():
                 raise AdapterError(
                     f"no linear layer of its own follows {name!r}, so that nothing could stand in for it; exclude it"
                 )
+            if called[matrix] > 1:
+                raise AdapterError(f"the model calls {matrix!r} {called[matrix]} times in a pass, which no fit follows")
             plan[name] = matrix
-            base = getattr(self._layers[matrix], "base", self._layers[matrix])
+            layer = self._layers[matrix]
+            own = layer.rank if isinstance(layer, LoRAAdapter) else 0
+            base = getattr(layer, "base", layer)
             outputs, inputs = matrix_layer(base, matrix, "linearise").size(base)
-            if rank > min(outputs, inputs):
-                raise AdapterError(f"rank {rank} exceeds the size of {matrix!r} ({outputs} x {inputs}); lower it")
+            if own + rank > min(outputs, inputs):
+                beside = f", beside the {own} of its LoRA," if own else ""
+                raise AdapterError(
+                    f"rank {rank}{beside} exceeds the size of {matrix!r} ({outputs} x {inputs}); lower it"
+                )
         return list(plan.items())
 
     def _inputs(self, batch: Any) -> list[tuple[str, Tensor]]:
@@ -260,6 +277,8 @@ class _Student:
             pass
         finally:
             handle.remove()
+        if not kept:
+            raise AdapterError(f"a batch did not reach {matrix!r}; give batches that pass through every layer")
         return kept[0]
 
     def residual(self, name: str, matrix: str, batch: Any, corrected: bool = False) -> tuple[Tensor, Tensor, Tensor]:

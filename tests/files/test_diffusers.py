@@ -39,11 +39,12 @@ def run(model):
     [
         la.LoRA(rank=2, alpha=6.0, targets=TARGETS),
         la.LoRA(rank=3, rslora=True, targets=[*TARGETS, "conv1"]),
+        la.LoRA(rank=2, targets=TARGETS, rank_pattern={r".*to_q": 4, r".*to_k": 1}),
         la.LoRA(rank=2, start="pissa", targets=TARGETS),
         la.AFALoRA(rank=2, targets=TARGETS),
         la.LoRAN(rank=2, targets=TARGETS),
     ],
-    ids=["lora", "convolutions", "pissa", "afa", "loran"],
+    ids=["lora", "convolutions", "ranks", "pissa", "afa", "loran"],
 )
 def test_a_model_of_diffusers_computes_the_same(tmp_path, method):
     model = unet()

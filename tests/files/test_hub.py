@@ -56,6 +56,10 @@ la.load_adapters(again, "user/first", token=TOKEN)
 assert torch.equal(run(again.eval()), run(loaded))
 refused("at revision 'nowhere'", "user/first", revision="nowhere", token=TOKEN)
 
+from huggingface_hub import HfApi
+HfApi(token=TOKEN).upload_file(path_or_fileobj=b"my own words", path_in_repo="README.md", repo_id="user/first")
+la.push(model, "user/first", token=TOKEN)
+
 try:
     la.push(model, "user/third", token="hf_wrong")
 except la.AssetError as error:
@@ -75,6 +79,13 @@ except la.AssetError as error:
     assert "is no directory here" in str(error)
 else:
     raise AssertionError("loaded what was never fetched")
+la.attach(model := build("llama"), la.LoRA(rank=2))
+try:
+    la.push(model, "user/first", token="hf_any")
+except la.AssetError as error:
+    assert "did not take the adapters" in str(error)
+else:
+    raise AssertionError("pushed without a network")
 print("done")
 """
 
@@ -93,7 +104,8 @@ def test_pushed_loaded_and_loaded_again_without_a_network(tmp_path):
     with hub_server() as (address, hub):
         python(SCRIPT, tmp_path, TOKEN, HF_ENDPOINT=address)
     assert hub.repositories["user/first"]["private"]
-    _, files = hub.repositories["user/first"]["branches"]["main"][-1]
+    assert hub.repositories["user/first"]["branches"]["main"][-1][1][CARD] == b"my own words"
+    _, files = hub.repositories["user/first"]["branches"]["main"][1]
     assert sorted(files) == [CARD, "learned.png", "lit_adapter.json", "lit_adapter.safetensors"]
     text = files[CARD].decode()
     head = yaml.safe_load(text.split("---")[1])
@@ -146,6 +158,15 @@ def test_names_of_this_machine_stay_on_it(name, expected):
     assert base_name(nn.Linear(2, 2)) == {}
 
 
+@pytest.mark.parametrize(
+    ("kind", "task"), [("T5ForConditionalGeneration", "SEQ_2_SEQ_LM"), ("WhisperForConditionalGeneration", None)]
+)
+def test_only_models_of_text_in_and_out_are_sequence_to_sequence(kind, task):
+    model = type(kind, (nn.Module,), {})()
+    model.config = object()
+    assert base_name(model).get("task") == task
+
+
 def test_a_local_directory_of_that_name_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     la.save_adapters(adapted("llama", "lora"), "user/name")
@@ -154,7 +175,7 @@ def test_a_local_directory_of_that_name_wins(tmp_path, monkeypatch):
         la.load_adapters(build("llama"), "user/name", revision="main")
 
 
-def test_what_is_refused(tmp_path):
+def test_what_is_refused(tmp_path, monkeypatch):
     model = adapted("llama", "lora")
     with pytest.raises(la.AdapterError, match="must be the name of one of the hub"):
         la.push(model, "name alone")
@@ -164,6 +185,10 @@ def test_what_is_refused(tmp_path):
         la.push(build("llama"), "user/name")
     with pytest.raises(la.AdapterError, match="does not exist"):
         la.load_adapters(build("llama"), tmp_path / "user" / "name")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(la.AdapterError, match=r"runs/adaptrs/\S+ does not exist"):
+        la.load_adapters(build("llama"), "runs/adaptrs")
 
 
 def test_a_name_in_a_file_that_is_none_is_refused(tmp_path):

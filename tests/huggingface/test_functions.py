@@ -17,7 +17,7 @@ from transformers import (
 
 import lit_adapters as la
 from lit_adapters.activations import RationalActivation
-from lit_adapters.huggingface import remote_model, save_with_functions
+from lit_adapters.huggingface import functions, remote_model, save_with_functions
 from lit_adapters.model.merge import cast_weights
 from lit_adapters.ops import rational
 from tests.matrix import ALL, MODELS, adapted, build, move
@@ -128,7 +128,26 @@ def test_what_is_refused(tmp_path):
     model.__class__ = Own
     with pytest.raises(la.AdapterError, match="Own is not a class of transformers"):
         save_with_functions(model, tmp_path)
+    with pytest.raises(la.AdapterError, match="save_with_functions writes a directory"):
+        save_with_functions(merged("llama", "nora"), tmp_path, push_to_hub=True)
     assert not any(tmp_path.iterdir())
+
+
+def test_an_interrupted_save_leaves_nothing_that_loads(tmp_path, monkeypatch):
+    save_with_functions(merged("llama", "nora"), tmp_path)
+    replace = functions.os.replace
+
+    def stopped(source, target):
+        if target.name == "model.safetensors":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(functions.os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        save_with_functions(merged("llama", "nora-anchored"), tmp_path)
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert not any(path.name.startswith(".saving") for path in tmp_path.iterdir())
 
 
 def test_the_file_says_what_it_is(tmp_path):

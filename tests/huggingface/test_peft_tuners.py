@@ -3,12 +3,13 @@
 import copy
 import json
 import pickle
+import warnings
 
 import peft
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lit_adapters as la
 from lit_adapters.huggingface import peft_tuners
@@ -283,6 +284,30 @@ def test_targets_are_found_as_by_attach():
     assert not any("q_proj" in n or "lm_head" in n for n in names)
 
 
+def test_excluding_modules_gives_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tuned("loran", target_modules=None, exclude_modules=["q_proj"])
+
+
+@pytest.mark.parametrize("name", ["nora", "loran", "nora++"])
+def test_a_model_of_many_layers(tmp_path, name):
+    """From twenty targets on, peft rewrites the list of their names."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 40}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=22, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    settings = config(name) if name == "nora++" else config(name, target_modules=None)
+    method = settings.method()
+    model = peft.get_peft_model(copy.deepcopy(base), settings)
+    move(model)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(run(again), run(model.eval()))
+    own = copy.deepcopy(base)
+    la.attach(own, method)
+    assert len(list(la.adapters(own))) == len(list(la.adapters(model)))
+
+
 class Shared(nn.Module):
     """One function at two places, and one layer at two places."""
 
@@ -318,5 +343,7 @@ def test_what_is_refused():
     la.attach(attached, la.LoRA(rank=2))
     with pytest.raises(la.AdapterError, match=r"has an adapter of lit_adapters\.attach, which peft would freeze"):
         peft.get_peft_model(attached, config("nora"))
-    with pytest.raises(la.AdapterError, match="cannot differ within a batch"):
-        tuned("nora").base_model.model.model.layers[0].mlp.act_fn(torch.zeros(1, 48), adapter_names=["default"])
+    ids = torch.tensor([[1, 2, 3]])
+    for call in (tuned("nora"), tuned("nora").generate):
+        with pytest.raises(la.AdapterError, match="cannot differ within a batch"):
+            call(input_ids=ids, adapter_names=["default"])

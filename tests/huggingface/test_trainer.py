@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import lit_adapters as la
 from lit_adapters.errors import NotFiniteError
-from lit_adapters.huggingface import AdapterTrainerCallback
+from lit_adapters.huggingface import AdapterTrainerCallback, peft_tuners
 from lit_adapters.huggingface.checkpoints import STATE
 from lit_adapters.training.rank_allocation import RankAllocation
 from tests.huggingface.tiny_trainer import adapted, train, trainer, values
@@ -66,6 +66,85 @@ def test_saved_loaded_and_resumed(tmp_path, method):
     resumed = adapted(CASES[method])
     train(tmp_path / "whole", resumed, resume=str(tmp_path / "whole" / "checkpoint-4"))
     assert_same(values(resumed), trained)
+
+
+def test_an_adaptive_schedule_resumes_while_the_loss_rises(tmp_path):
+    """The last logged value counts until the next, also over a resume between the two."""
+    schedule = la.schedules.Adaptive(window=5)
+    settings = {"learning_rate": 3.0, "logging_steps": 3, "num_train_epochs": 4, "save_steps": 6}
+    whole, resumed = (adapted(la.AFALoRA(rank=2, schedule=schedule)) for _ in range(2))
+    made = train(tmp_path, whole, **settings)
+    assert len({e["adapter/beta"] for e in made.state.log_history if "adapter/beta" in e}) > 2
+    again = train(tmp_path, resumed, resume=str(tmp_path / "checkpoint-6"), **settings)
+    assert_same(values(resumed), values(whole))
+    states = [run.callback_handler.callbacks[-1]._annealer.state_dict() for run in (made, again)]
+    assert states[0] == states[1]
+    assert states[0]["means"]
+
+
+def test_an_adaptive_schedule_may_wait_for_an_evaluation(tmp_path):
+    schedule = la.schedules.Adaptive(window=5, monitor="eval_loss")
+    model = adapted(la.AFALoRA(rank=2, schedule=schedule))
+    train(tmp_path, model, eval_strategy="steps", eval_steps=5, logging_steps=1, save_strategy="no")
+
+
+def test_bfloat16_with_calibration(tmp_path):
+    model = adapted(la.NoRA(groups=4, fit_range="calibrate"))
+    made = train(tmp_path, model, bf16=True, save_strategy="no")
+    assert all(not a.awaits_calibration for _, a in la.adapters(model))
+    assert len([e for e in made.state.log_history if "loss" in e]) == 4
+
+
+class Plain(torch.nn.Module):
+    """No model of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = build("llama")
+
+    def forward(self, input_ids, labels=None):
+        return {"loss": self.net(input_ids=input_ids, labels=labels).loss}
+
+
+def test_another_model_keeps_the_trainers_checkpoints(tmp_path):
+    model = Plain()
+    la.attach(model, la.LoRA(rank=2))
+    train(tmp_path, model)
+    assert load_file(tmp_path / "checkpoint-8" / "model.safetensors").keys() >= {"net.lm_head.weight"}
+    assert not hasattr(model, "save_pretrained")
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in its groups, as some optimisers do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+        return super().step(closure)
+
+
+def test_what_an_optimiser_counts_in_its_groups_stays(tmp_path):
+    model = adapted([la.NoRA(groups=4), la.LoRA(rank=2)])
+    optimizer = Counting([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
+    made = trainer(tmp_path, model, save_strategy="no")
+    made.optimizer = optimizer
+    made.add_callback(AdapterTrainerCallback(made, statistics=(), figures=False))
+    made.train()
+    (group,) = optimizer.param_groups
+    assert group["count"] == 8
+    assert group["weight_decay"] == 0.1
+
+
+def test_a_run_that_failed_leaves_no_hooks_to_the_next(tmp_path):
+    model = adapted(la.LoRA(rank=2))
+    made = trainer(tmp_path, model, save_strategy="no", logging_steps=1)
+    made.add_callback(AdapterTrainerCallback(made, figures=False))
+    rows, made.train_dataset = made.train_dataset, [{"input_ids": torch.tensor([99]), "labels": torch.tensor([99])}] * 8
+    with pytest.raises(IndexError):
+        made.train()
+    made.train_dataset = rows
+    made.train()
+    assert not any(a._forward_pre_hooks for _, a in la.adapters(model))
 
 
 def test_annealing_follows_the_steps_and_ends_as_lora(tmp_path):
@@ -194,6 +273,10 @@ def test_what_is_refused(tmp_path):
     wrapped = peft.get_peft_model(adapted(la.LoRA(rank=2)), peft.LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(la.AdapterError, match=r"peft wraps a model that was given to .* and froze"):
         AdapterTrainerCallback(trainer(tmp_path, wrapped))
+    twice = peft.get_peft_model(build("llama"), peft_tuners.LoRANConfig(rank=2, target_modules=["q_proj"]))
+    twice.add_adapter("ref", peft_tuners.LoRANConfig(rank=2, target_modules=["q_proj"]))
+    with pytest.raises(la.AdapterError, match="holds several of peft's adapters"):
+        AdapterTrainerCallback(trainer(tmp_path, twice))
     fsdp = trainer(tmp_path, adapted(la.LoRA(rank=2)))
     fsdp.is_fsdp_enabled = True
     with pytest.raises(la.AdapterError, match="does not work with FSDP and DeepSpeed"):
@@ -213,7 +296,7 @@ def test_an_adapter_that_does_not_run_stops_the_run(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(NotFiniteError, match="is not finite at step"):
+    with pytest.raises(NotFiniteError, match=r"gradients are not finite at step 2 .* or clip"):
         train(tmp_path, adapted(la.LoRA(rank=2)), learning_rate=1e30, max_grad_norm=0.0)
 
 
@@ -254,7 +337,6 @@ def test_the_penalty_enters_before_the_clipping(tmp_path):
     allocation = RankAllocation(model)
     allocation.begin_gradients()
     penalty = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    plain = []
     made = trainer(tmp_path, model, gradient_accumulation_steps=2, save_strategy="no", max_grad_norm=0.0, max_steps=1)
     made.add_callback(Watch())
     model.zero_grad()

@@ -3,9 +3,10 @@
 import peft
 import pytest
 import torch
+from torch import nn
 
 import lit_adapters as la
-from tests.matrix import ALL, MODELS, adapted, build
+from tests.matrix import ALL, MODELS, adapted, build, move
 
 # The rank of their updates in tests/matrix.py, 0 for more. Sinter with the published constants is nearly linear.
 EXACT = {"lora": 2, "loran": 2, "afa": 2, "lora2": 2, "nested_lora": 2, "rslora": 3, "dora-pissa": 0, "vera": 0}
@@ -65,3 +66,45 @@ def test_what_is_refused():
     la.merge(model, unload=False)
     with pytest.raises(la.AdapterError, match="is merged"):
         la.to_lora(model, 2)
+
+
+class Twice(nn.Module):
+    """One layer at two places, and a layer whose name is the end of another's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj, self.block = nn.Linear(6, 6), nn.Module()
+        self.block.proj = nn.Linear(6, 6)
+        self.again = self.shared = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.again(self.block.proj(self.shared(self.proj(x))))
+
+
+def test_places_and_names(tmp_path):
+    model = Twice()
+    method = la.LoRAN(rank=2, targets=r"proj|again|shared", frequency=30.0, function="sine")
+    la.attach(model, method, train=["block.proj"])
+    move(model)
+    x = torch.randn(5, 6)
+    before = model(x)
+    assert la.to_lora(model, 6).worst < 1e-6
+    assert [name for name, _ in la.adapters(model)] == ["proj", "again"]
+    assert model.again is model.shared
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_unfrozen_stays_in_the_files(tmp_path):
+    """A module that the user unfroze after `attach` and that has trained since."""
+    model = build("llama")
+    la.attach(model, ALL["vera"])
+    model.model.norm.weight.requires_grad_(True)
+    with torch.no_grad():
+        model.model.norm.weight += 0.5
+    la.to_lora(model, 3)
+    assert model.model.norm.weight.requires_grad
+    la.save_adapters(model, tmp_path)
+    loaded = build("llama")
+    la.load_adapters(loaded, tmp_path)
+    assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)

@@ -129,6 +129,7 @@ def test_what_is_refused_leaves_the_model_as_it_was():
             la.linearise(model, data, rank=2)
     model = adapted("llama", "nora").eval()
     before, kinds = MODELS["llama"].run(model), [type(a) for _, a in la.adapters(model)]
+    before_hooks = hooks(model)
     run = lambda x: model(x, use_cache=False)  # noqa: E731
     for arguments, message in (
         ({"batches": data[:1], "rank": 2}, "at least two batches"),
@@ -141,7 +142,33 @@ def test_what_is_refused_leaves_the_model_as_it_was():
         la.linearise(model, data, rank=2, run=lambda x: (_ for _ in ()).throw(RuntimeError("of its own")))
     assert torch.equal(MODELS["llama"].run(model), before)
     assert [type(a) for _, a in la.adapters(model)] == kinds
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if isinstance(m, nn.Linear))
+    assert hooks(model) == before_hooks
+    beside = adapted("llama", "nora++").eval()
+    with pytest.raises(la.AdapterError, match=r"rank 31, beside the 2 of its LoRA, exceeds the size of .*down_proj"):
+        la.linearise(beside, data, rank=31, run=lambda x: beside(x, use_cache=False))
+    assert {a.method for _, a in la.adapters(beside)} == {"nora", "lora"}
+
+
+def hooks(model):
+    return {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
+
+
+class Repeating(nn.Module):
+    """A matrix that is called twice in a pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc2(self.fc2(self.act(self.fc1(x))))
+
+
+def test_a_matrix_that_is_called_twice_is_refused():
+    model = Repeating()
+    la.attach(model, la.NoRA(groups=4))
+    with pytest.raises(la.AdapterError, match="calls 'fc2' 2 times in a pass"):
+        la.linearise(model, [torch.randn(3, 4)] * 2, rank=1)
 
 
 class WithoutMatrix(nn.Module):
