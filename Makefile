@@ -38,6 +38,7 @@ bench: $(ENVIRONMENT)  ## measure speed and memory: hours
 		$(BIN)/python -m benchmarks.step_time --model $$model --precision $$precision || exit 1; done; done
 	$(BIN)/python -m benchmarks.callback_overhead --root $(ROOT)
 	$(BIN)/python -m benchmarks.healthy_and_sick --root $(ROOT)/cifar10
+	$(BIN)/python -m benchmarks.linearisation --root $(ROOT)/cifar10 --rows $(ROOT)/alpaca_demo/train.jsonl
 	$(BIN)/python -m benchmarks.against_peft --ranks 4 8 16 64 --precisions fp32 bf16
 	$(BIN)/python -m benchmarks.against_peft --models vit llama --precisions fp32 bf16 --checkpointing
 	$(BIN)/python -m benchmarks.peft_memory --ranks 4 8 16 64 --precisions fp32 bf16

@@ -148,3 +148,26 @@ def figure(records: Records, path: Path) -> None:
     for panel in (first, second, third):
         panel.legend(fontsize=8)
     save_figure(drawn, path, dpi=110)
+
+
+def linearisation_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """What corrections of matrices take over of NoRA, in docs/from-peft.md."""
+    rows = []
+    for r in records:
+        scale, digits = (100, 1) if r["metric"] == "test/acc1" else (1, 3)
+        gain = r["adapted"] - r["replaced"]
+        for entry in r["ranks"]:
+            share = (entry["value"] - r["replaced"]) / gain if gain else 0.0
+            worst = max(corrected for _, _, corrected in entry["layers"])
+            rows.append(
+                [
+                    f"{r['arm']}, rank {entry['rank']}",
+                    f"{scale * r['adapted']:.{digits}f}",
+                    f"{scale * r['replaced']:.{digits}f}",
+                    f"{scale * entry['value']:.{digits}f}",
+                    f"{share:.0%}",
+                    f"{entry['outputs'][0]:.1%} to {entry['outputs'][1]:.1%}",
+                    f"{worst:.1%}",
+                ]
+            )
+    return rows

@@ -10,7 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bounds, language_tables, performance_tables, regime_tables, study_tables, subspace_tables
+from benchmarks import (
+    bounds,
+    language_tables,
+    performance_tables,
+    regime_tables,
+    study_tables,
+    subspace_tables,
+)
 from benchmarks.results_file import RESULTS, load
 from lit_adapters.files.atomic import write_text_atomically
 
@@ -65,6 +72,7 @@ def main() -> None:
     language()
     regimes()
     subspaces()
+    linearisations()
     performance()
     study_tables.fill(ROOT)
 
@@ -179,6 +187,15 @@ def subspaces() -> None:
         header = ["model, NoRA++", "steps", "callback's share of the time", "start, s", "last figures, s"]
         shown = table(header, subspace_tables.overhead_rows(overhead))
         replace_block(ROOT / "docs" / "reading-tensorboard.md", "overhead", f"{shown}\n\n{machine(overhead)}")
+
+
+def linearisations() -> None:
+    """Fill the block on what corrections of matrices take over."""
+    if records := load(RESULTS / "linearisation.json"):
+        header = ["run", "adapted", "activations taken out", "with corrections", "share of the difference"]
+        header += ["error of the outputs", "largest error of a layer"]
+        shown = f"{table(header, subspace_tables.linearisation_rows(records))}\n\n{machine(records)}"
+        replace_block(ROOT / "docs" / "from-peft.md", "linearisation", shown)
 
 
 def language() -> None:
