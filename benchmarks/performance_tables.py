@@ -252,3 +252,16 @@ def growth_figure(records: list[Record], path: Path) -> None:
     panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].legend(fontsize=6)
     save_figure(figure, path, dpi=110)
+
+
+def inside_peft_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """What our methods cost inside peft, against `attach`."""
+    return [
+        [
+            r["method"],
+            f"{r['begin']['attach']['median']:.2f}",
+            f"{r['begin']['peft']['median']:.2f}",
+            with_spread(r["step_over_attach"], 3),
+        ]
+        for r in records
+    ]

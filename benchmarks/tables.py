@@ -190,7 +190,11 @@ def subspaces() -> None:
 
 
 def linearisations() -> None:
-    """Fill the block on what corrections of matrices take over."""
+    """Fill the blocks on what corrections of matrices take over, and on what our methods cost inside peft."""
+    if records := load(RESULTS / "inside_peft.json"):
+        header = ["method", "put in: attach, s", "inside peft, s", "step: inside peft / attach"]
+        shown = f"{table(header, performance_tables.inside_peft_rows(records))}\n\n{machine(records)}"
+        replace_block(ROOT / "docs" / "from-peft.md", "inside-peft", shown)
     if records := load(RESULTS / "linearisation.json"):
         header = ["run", "adapted", "activations taken out", "with corrections", "share of the difference"]
         header += ["error of the outputs", "largest error of a layer"]
