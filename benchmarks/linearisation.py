@@ -36,6 +36,7 @@ ARMS = {
 }
 CALLBACK = {"class_path": "lit_adapters.AdapterCallback", "init_args": {"statistics": [], "figures": False}}
 QUIET = [
+    "--trainer.default_root_dir=runs/linearisation",
     "--trainer.logger=false",
     "--trainer.enable_checkpointing=false",
     f"--trainer.callbacks=[{json.dumps(CALLBACK)}]",
