@@ -7,6 +7,8 @@ import itertools
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy
@@ -210,7 +212,7 @@ class AdapterTrainerCallback(TrainerCallback):
         given = args.resume_from_checkpoint
         folders = [folder_of(args.output_dir, state.global_step)]
         if isinstance(given, str):
-            folders.append(type(folders[0])(given))
+            folders.append(Path(given))
         saved = load_state(model, folders, state.global_step)
         if not saved and (RankAllocation(model) or Annealer(model).watched):
             raise AdapterError(
@@ -366,15 +368,13 @@ class AdapterTrainerCallback(TrainerCallback):
             report(self._trainer, args, state, control, scalars)
 
 
-class _same_random_numbers:
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
     """Inside the block, random numbers may be drawn; after it they go on as before."""
-
-    def __enter__(self) -> None:
-        self._states = random.getstate(), numpy.random.get_state()
-        self._fork = torch.random.fork_rng()
-        self._fork.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._fork.__exit__(*error)
-        random.setstate(self._states[0])
-        numpy.random.set_state(self._states[1])
+    states = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
