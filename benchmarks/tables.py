@@ -192,7 +192,7 @@ def subspaces() -> None:
 def linearisations() -> None:
     """Fill the blocks on what corrections of matrices take over, and on what our methods cost inside peft."""
     if records := load(RESULTS / "inside_peft.json"):
-        header = ["method", "put in: attach, s", "inside peft, s", "step: inside peft / attach"]
+        header = ["method", "put in: attach, s (2 calls)", "inside peft, s (2 calls)", "step: inside peft / attach"]
         shown = f"{table(header, performance_tables.inside_peft_rows(records))}\n\n{machine(records)}"
         replace_block(ROOT / "docs" / "from-peft.md", "inside-peft", shown)
     if records := load(RESULTS / "linearisation.json"):
