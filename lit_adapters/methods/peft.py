@@ -88,6 +88,11 @@ class Peft(Method):
     def __post_init__(self) -> None:
         config = self._build()
         kind = config.peft_type.value
+        if kind.startswith("LIT_"):  # of lit_adapters.huggingface.peft_tuners
+            raise AdapterError(
+                f"{kind} is a method of this library: give attach lit_adapters.{config.method_class.__name__}, or the "
+                "configuration to peft's get_peft_model"
+            )
         if config.is_prompt_learning or config.is_adaption_prompt or kind in _REFUSED_TYPES:
             reason = _REFUSED_TYPES.get(kind, "it learns prompts, and no layer of the model")
             raise AdapterError(f"Peft cannot run {kind}: {reason}; use peft's get_peft_model")

@@ -339,6 +339,8 @@ def test_what_is_refused():
         peft_tuners.LoRANConfig(exclude_modules="q_proj")
     with pytest.raises(la.TargetsNotFound, match="nothing"):
         peft.get_peft_model(build("llama"), peft_tuners.LoRANConfig(target_modules=["nothing"]))
+    with pytest.raises(la.AdapterError, match=r"LIT_NORA is a method of this library: give attach lit_adapters\.NoRA,"):
+        la.Peft(config("nora"))
     attached = build("llama")
     la.attach(attached, la.LoRA(rank=2))
     with pytest.raises(la.AdapterError, match=r"has an adapter of lit_adapters\.attach, which peft would freeze"):

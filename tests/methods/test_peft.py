@@ -24,7 +24,8 @@ from tests.methods.peft_types import (
 
 
 def test_every_type_of_peft_is_here():
-    assert set(PEFT_TYPE_TO_CONFIG_MAPPING) <= RUNNING.keys() | REFUSED.keys()
+    of_peft = {kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING if not kind.startswith("LIT_")}
+    assert of_peft <= RUNNING.keys() | REFUSED.keys()
 
 
 @pytest.mark.filterwarnings("ignore:.*holds 2 layers that keep all their ranks")  # AdaLoRA, moved by hand
