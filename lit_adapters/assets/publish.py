@@ -90,8 +90,9 @@ def _own_card(api: Any, repository: str, revision: str | None) -> str | None:
     """The card in the repository, if the user has written or changed it."""
     if not api.file_exists(repository, CARD, revision=revision):
         return None
-    path = api.hf_hub_download(repository, CARD, revision=revision)
-    text: str = Path(path).read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as place:  # the cache would take the newest commit for fetched as a whole
+        path = api.hf_hub_download(repository, CARD, revision=revision, local_dir=place)
+        text: str = Path(path).read_text(encoding="utf-8")
     return None if is_generated(text) else text
 
 
