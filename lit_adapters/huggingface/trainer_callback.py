@@ -69,10 +69,10 @@ class AdapterTrainerCallback(TrainerCallback):
         allow_unused: Regular expressions of trainable parameters that may receive no gradient.
 
     Raises:
-        AdapterError: An argument is out of range; the model has no adapters, or merged ones; only a part of the model
-            was given to `attach`, or peft wraps it, or holds several adapters; FSDP, DeepSpeed or DataParallel is used.
-            During the training: a check fails, a
-            schedule needs an end that is not known, or the checkpoint lacks what a resumed run needs.
+        AdapterError: An argument is out of range, or `trainer` is no Trainer; the model has no adapters, or merged
+            ones; only a part of the model was given to `attach`, or peft wraps it, or holds several adapters; FSDP,
+            DeepSpeed or DataParallel is used. During the training: a check fails, a schedule needs an end that is not
+            known, or the checkpoint lacks what a resumed run needs.
         NotFiniteError: A gradient is not finite.
     """
 
@@ -84,6 +84,11 @@ class AdapterTrainerCallback(TrainerCallback):
         calibration_batches: int = 4,
         allow_unused: Sequence[str] = (),
     ) -> None:
+        if not isinstance(trainer, Trainer):
+            raise AdapterError(
+                f"AdapterTrainerCallback takes the trainer, not {type(trainer).__name__}: make the trainer first, then "
+                "trainer.add_callback(AdapterTrainerCallback(trainer))"
+            )
         if calibration_batches < 1:
             raise AdapterError(f"calibration_batches {calibration_batches} must be at least 1")
         unknown = sorted(set(statistics) - set(get_args(Statistic)))

@@ -260,6 +260,8 @@ def test_calibration_leaves_the_order_of_the_training_alone(tmp_path):
 
 def test_what_is_refused(tmp_path):
     plain = build("llama")
+    with pytest.raises(la.AdapterError, match="takes the trainer, not LlamaForCausalLM: make the trainer first"):
+        AdapterTrainerCallback(plain)
     with pytest.raises(la.AdapterError, match=r"has no adapters: call lit_adapters\.attach before"):
         AdapterTrainerCallback(trainer(tmp_path, plain))
     merged = adapted(la.LoRA(rank=2))
