@@ -27,7 +27,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=4, depth=2)
     la.attach(model, la.NoRAPlusPlus(nora=la.NoRA(groups=8, base="anchored"), lora=la.LoRA(rank=4)))
-    with torch.no_grad():  # in the place of a training
+    with torch.no_grad():  # stands for a training
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))

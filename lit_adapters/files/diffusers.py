@@ -32,9 +32,9 @@ def export_diffusers(model: nn.Module, directory: str | Path, component: str = "
         component: Its name in the pipeline: "unet", "transformer", "text_encoder".
 
     Raises:
-        AdapterError: An adapter is no LoRA (or AFA-LoRA at beta = 0), is merged, or is not finite; something besides
-            adapters trains, which the format has no place for; or the model is sharded or on the meta device. Nothing
-            is written then.
+        AdapterError: An adapter is neither LoRA nor AFA-LoRA at beta = 0, is merged, or is not finite; something else
+            trains, which the format cannot hold; or the model is sharded or on the meta device. Nothing is written
+            then.
     """
     refuse_sharded(model, "export_diffusers")
     require_loaded(model, "export_diffusers")

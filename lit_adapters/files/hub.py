@@ -91,7 +91,7 @@ def local_directory(
         first = str(error).strip().partition("\n")[0][:300]
         at = f" at revision {revision!r}" if revision else ""
         raise AssetError(
-            f"{place!r} is no directory here, and the hub did not give {tensors} of a repository of that name{at} "
+            f"{place!r} is not a directory here, and the hub did not give {tensors} of a repository of that name{at} "
             f"({type(error).__name__}: {first}); check the name, the revision and the token, or the network"
         ) from error
     return Path(path).parent

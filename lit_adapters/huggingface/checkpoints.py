@@ -2,7 +2,7 @@
 
 A checkpoint folder then holds what `save_adapters` writes, and `load_adapters` reads it. The tensors stand there a
 second time as model.safetensors, the name under which the Trainer looks for weights when it resumes or loads the best
-model. There is no config.json, so that `from_pretrained` cannot take the folder for a whole model.
+model. The folder has no config.json, so `from_pretrained` refuses it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def load_state(model: nn.Module, folders: list[Path], step: int) -> Mapping[str,
         step: Optimiser steps that are done.
 
     Returns:
-        The parts by name; empty if there is no such file for these adapters.
+        The parts by name; empty if no file belongs to these adapters.
 
     Raises:
         AdapterError: A file is damaged.

@@ -29,7 +29,7 @@ def save_with_functions(model: Any, directory: str | Path, **kwargs: Any) -> Non
 
     It is loaded by `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`, or by the Auto class of
     the model's kind. A small Python file in the directory has the formulas; it needs transformers and torch alone.
-    Without `trust_remote_code` transformers refuses the directory: its `model_type` is none of those that it knows.
+    Without `trust_remote_code` transformers refuses the directory, because it does not know its `model_type`.
     Coefficients stay in float32 whatever the dtype of the weights.
 
     Args:

@@ -14,7 +14,7 @@ from lit_adapters.methods.method import Method
 
 
 class MethodType(str):
-    """The name of a method in peft's tables, in the place of a member of `PeftType`."""
+    """The name of a method in peft's tables, where others have a member of `PeftType`."""
 
     @property
     def value(self) -> str:
@@ -59,7 +59,7 @@ class MethodConfig(PeftConfig):  # type: ignore[misc]
 
     @classmethod
     def takes_targets(cls) -> bool:
-        """Whether the method has targets of its own, and is no composition of others."""
+        """Whether the method has targets of its own; a composition of methods has none."""
         return "targets" in _fields(cls.method_class)
 
     def method(self) -> Method:

@@ -15,7 +15,7 @@ PREFIX = "lit_"
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """A pretrained module with adapters, of which one acts at a time.
+    """A pretrained module with several adapters; one acts at a time.
 
     The computation is that of `AdapterModule.forward`.
 

@@ -20,7 +20,7 @@ def report(
 ) -> None:
     """Give scalars to the callbacks of `report_to`, and what concerns all layers to `state.log_history`.
 
-    The console gets none of them: a model has hundreds.
+    They are not printed, because a model has hundreds.
     """
     for callback in _reporting(trainer):
         callback.on_log(args, state, control, logs=dict(scalars), model=trainer.model)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy
 import torch
@@ -31,9 +31,7 @@ from lit_adapters.training.nonfinite import nonfinite_gradient
 from lit_adapters.training.participation import ParticipationCheck
 from lit_adapters.training.processes import is_first_process, raise_together
 from lit_adapters.training.rank_allocation import RankAllocation
-from lit_adapters.training.recording import Recorder
-
-Statistic = Literal["functions", "weights", "subspace"]
+from lit_adapters.training.recording import Recorder, Statistic, checked_statistics
 
 
 class AdapterTrainerCallback(TrainerCallback):
@@ -91,9 +89,7 @@ class AdapterTrainerCallback(TrainerCallback):
             )
         if calibration_batches < 1:
             raise AdapterError(f"calibration_batches {calibration_batches} must be at least 1")
-        unknown = sorted(set(statistics) - set(get_args(Statistic)))
-        if unknown:
-            raise AdapterError(f"unknown statistics {unknown}; choose among 'functions', 'weights' and 'subspace'")
+        self._statistics = checked_statistics(statistics)
         model: nn.Module = trainer.model  # type: ignore[assignment]
         found = list(adapters(model))
         if not found:
@@ -135,7 +131,6 @@ class AdapterTrainerCallback(TrainerCallback):
                 "whole model, with targets that name this part"
             )
         self._trainer = trainer
-        self._statistics = tuple(statistics)
         self._figures = figures
         self._calibration_batches = calibration_batches
         self._allow_unused = tuple(allow_unused)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -21,8 +21,7 @@ from lit_adapters.lightning.resume.callback import Resuming
 from lit_adapters.lightning.resume.finishing import Finishing
 from lit_adapters.model.attach import adapters
 from lit_adapters.training.attached import attached_models
-
-Statistic = Literal["functions", "weights", "subspace"]
+from lit_adapters.training.recording import Statistic, checked_statistics
 
 
 class AdapterCallback(CallbackOfParts):
@@ -89,11 +88,8 @@ class AdapterCallback(CallbackOfParts):
         for name, value in (("log_every_n_steps", log_every_n_steps), ("calibration_batches", calibration_batches)):
             if value < 1:
                 raise AdapterError(f"{name} {value} must be at least 1")
-        unknown = sorted(set(statistics) - set(get_args(Statistic)))
-        if unknown:
-            raise AdapterError(f"unknown statistics {unknown}; choose among 'functions', 'weights' and 'subspace'")
         self.log_every_n_steps = log_every_n_steps
-        self.statistics = tuple(statistics)
+        self.statistics = checked_statistics(statistics)
         self.figures = figures
         self.save_adapters_only = save_adapters_only
         self.calibration_batches = calibration_batches

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from lit_adapters.errors import AdapterError
 from lit_adapters.files.checkpoint_schema import is_count, is_named, is_number
 from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.model.sharding import gathered, is_sharded
@@ -22,6 +23,21 @@ _MAX_DRAWING_SHARE = 0.02  # of the time of a training, apart from its last figu
 # How long drawing is assumed to take before anything was drawn.
 _INITIAL_DRAW_SECONDS = 1.0
 _INITIAL_DRAW_SECONDS_PER_ACTIVATION = 0.4
+
+
+Statistic = Literal["functions", "weights", "subspace"]
+
+
+def checked_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
+    """The statistics that a callback was asked for.
+
+    Raises:
+        AdapterError: One of them is unknown.
+    """
+    unknown = sorted(set(statistics) - set(get_args(Statistic)))
+    if unknown:
+        raise AdapterError(f"unknown statistics {unknown}; choose among 'functions', 'weights' and 'subspace'")
+    return tuple(statistics)
 
 
 class Recorder:

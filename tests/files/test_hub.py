@@ -76,7 +76,7 @@ la.load_adapters(model, "user/first")
 try:
     la.load_adapters(build("llama"), "user/second")
 except la.AssetError as error:
-    assert "is no directory here" in str(error)
+    assert "is not a directory here" in str(error)
 else:
     raise AssertionError("loaded what was never fetched")
 la.attach(model := build("llama"), la.LoRA(rank=2))

@@ -85,7 +85,9 @@ def test_an_adaptive_schedule_resumes_while_the_loss_rises(tmp_path):
 def test_an_adaptive_schedule_may_wait_for_an_evaluation(tmp_path):
     schedule = la.schedules.Adaptive(window=5, monitor="eval_loss")
     model = adapted(la.AFALoRA(rank=2, schedule=schedule))
-    train(tmp_path, model, eval_strategy="steps", eval_steps=5, logging_steps=1, save_strategy="no")
+    made = train(tmp_path, model, eval_strategy="steps", eval_steps=5, logging_steps=1, save_strategy="no")
+    assert made.callback_handler.callbacks[-1]._annealer.state_dict()["monitors"][0]["means"]
+    assert all(a.beta.item() == 0 for _, a in la.adapters(model))
 
 
 def test_bfloat16_with_calibration(tmp_path):
