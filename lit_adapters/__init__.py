@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lit_adapters.renamed  # noqa: F401  old names of modules can be imported from here on
 from lit_adapters import schedules
 from lit_adapters.activations import RationalActivation
-from lit_adapters.assets.publish import push
+from lit_adapters.assets.publish import push, write_card
 from lit_adapters.errors import AdapterError, AssetError, DataError, TargetsNotFound
 from lit_adapters.files.adapters import load_adapters, save_adapters
 from lit_adapters.files.diffusers import export_diffusers
@@ -89,6 +89,7 @@ __all__ = [
     "to_lora",
     "unmerge",
     "verify",
+    "write_card",
 ]
 
 

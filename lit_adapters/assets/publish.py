@@ -1,4 +1,4 @@
-"""Puts the adapters of a model on the hub, with a card that says what they are."""
+"""Describes adapters with a card and a picture, and puts them on the hub."""
 
 from __future__ import annotations
 
@@ -11,13 +11,44 @@ from torch import nn
 
 from lit_adapters.errors import AdapterError, AssetError
 from lit_adapters.files.adapters import read_directory, save_adapters
+from lit_adapters.files.atomic import write_together
 from lit_adapters.files.base_name import is_repository
-from lit_adapters.files.card import CARD, card, is_generated
+from lit_adapters.files.card import CARD, card, is_generated, may_write_card
 from lit_adapters.files.hub import require_hub
 from lit_adapters.files.saved import read_saved
 from lit_adapters.learned import summary
 
 PICTURE = "learned.png"
+
+
+def write_card(
+    directory: str | Path,
+    *,
+    license: str | None = None,
+    data: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Write the model card of an adapter directory anew, with a picture of what was learned.
+
+    `save_adapters` writes a card without the picture, as it may be called at each checkpoint and drawing takes time.
+
+    Args:
+        directory: What `save_adapters` wrote.
+        license: Of the adapters, as the hub calls it ("apache-2.0").
+        data: What they were trained on, in a sentence.
+        metrics: Results by name.
+
+    Raises:
+        AdapterError: The directory is not one of adapters, its card was written or changed by the user, or an argument
+            is not valid.
+    """
+    directory = Path(directory)
+    header, tensors = read_directory(directory)
+    if not may_write_card(directory):
+        raise AdapterError(f"{directory / CARD} was written or changed by you, and stays; move it to get a new one")
+    drawn = _draw(directory)
+    text = card(header, tensors, license=license, data=data, metrics=metrics, picture=drawn)
+    write_together(directory, {CARD: lambda path: path.write_text(text, encoding="utf-8")})
 
 
 def push(

@@ -140,6 +140,22 @@ def test_every_directory_has_a_card_unless_the_user_has_written_one(tmp_path):
     assert (tmp_path / CARD).read_text() == "my own words"
 
 
+def test_a_card_with_picture_data_and_metrics(tmp_path):
+    la.save_adapters(adapted("llama", "nora"), tmp_path)
+    assert "learned.png" not in (tmp_path / CARD).read_text()
+    la.write_card(tmp_path, license="mit", data="rows of numbers", metrics={"loss": 0.25})
+    text = (tmp_path / CARD).read_text()
+    assert yaml.safe_load(text.split("---")[1])["license"] == "mit"
+    assert "rows of numbers" in text
+    assert "| loss | 0.25 |" in text
+    assert "](learned.png)" in text
+    assert (tmp_path / "learned.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / CARD).write_text("my own words")
+    with pytest.raises(la.AdapterError, match="was written or changed by you"):
+        la.write_card(tmp_path)
+    assert (tmp_path / CARD).read_text() == "my own words"
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
