@@ -34,10 +34,12 @@ from lit_adapters.methods import (
     VeRA,
 )
 from lit_adapters.model.as_lora import LoRAReport, to_lora
-from lit_adapters.model.attach import adapters, attach, detach
+from lit_adapters.model.attach import attach, detach
 from lit_adapters.model.linearise import LinearisationReport, linearise
 from lit_adapters.model.merge import MergeReport, merge, unmerge
 from lit_adapters.model.modes import calibrate, disabled, set_progress, verify
+from lit_adapters.model.named import adapter_names, in_use, rows, use, using
+from lit_adapters.model.record import adapters
 from lit_adapters.model.report import AdapterReport
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ __all__ = [
     "ResumableLoader",
     "TargetsNotFound",
     "VeRA",
+    "adapter_names",
     "adapters",
     "attach",
     "calibrate",
@@ -79,15 +82,19 @@ __all__ = [
     "export_diffusers",
     "export_peft",
     "import_peft",
+    "in_use",
     "linearise",
     "load_adapters",
     "merge",
     "push",
+    "rows",
     "save_adapters",
     "schedules",
     "set_progress",
     "to_lora",
     "unmerge",
+    "use",
+    "using",
     "verify",
     "write_card",
 ]

@@ -42,9 +42,11 @@ from lit_adapters.files.hub import local_directory
 from lit_adapters.files.meaning import HEADER_KEY, adopt_meaning, check_same, checked, meaning_of
 from lit_adapters.methods.method import to_methods
 from lit_adapters.methods.starts import without_starts
-from lit_adapters.model.attach import adapters, attach, attachment, base_parameters, detach, unfrozen
+from lit_adapters.model.attach import attach, detach
 from lit_adapters.model.meta import refuse_meta
+from lit_adapters.model.named import in_use, use, using
 from lit_adapters.model.ranks import kept_directions, warn_unallocated, with_ranks
+from lit_adapters.model.record import DEFAULT, adapters, attachment, base_parameters, unfrozen
 from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import is_sharded, whole
 from lit_adapters.model.unfinished import warn_unfinished
@@ -117,7 +119,7 @@ def read_checkpoint_file(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def save_adapters(model: nn.Module, directory: str | Path) -> None:
+def save_adapters(model: nn.Module, directory: str | Path, *, name: str | None = None) -> None:
     """Write the adapters of `model`, and whatever else of it trains, to `directory`.
 
     The files are safetensors and JSON. Besides the adapters they hold the modules of `train`, base parameters that
@@ -128,11 +130,17 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
     Args:
         model: The module given to `attach`.
         directory: Where to; created if missing.
+        name: Of the adapters, if the model has several; by default the ones in use.
 
     Raises:
-        AdapterError: The model has no adapters, a value to be saved is not finite or has no values yet, or the files
-            cannot be written. Earlier files in `directory` are then as before.
+        AdapterError: The model has no adapters, or none of this name; several are in use together, a value to be saved
+            is not finite or has no values yet, or the files cannot be written. Earlier files in `directory` are then as
+            before.
     """
+    if name is not None:
+        with using(model, name):
+            save_adapters(model, directory)
+        return
     attachment(model)
     warn_unfinished(model, str(directory))
     warn_unallocated(model, str(directory))
@@ -187,15 +195,21 @@ def write_adapters(model: nn.Module, directory: Path) -> None:
 
 
 def load_adapters(
-    model: nn.Module, directory: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    name: str = DEFAULT,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> AdapterReport:
-    """Attach the saved methods to a fresh base model and load their tensors; strict.
+    """Attach the saved methods to a base model and load their tensors; strict.
 
     Args:
-        model: The base model, without adapters. If its weights differ from those the adapters were trained on, it is
-            accepted with a warning.
+        model: The base model, without adapters of this name. If its weights differ from those the adapters were trained
+            on, it is accepted with a warning.
         directory: What `save_adapters` wrote, or as text the name of a repository of the hub, to which `push` uploads
             ("user/name").
+        name: The name of the adapters in the model; they are in use afterwards, see `use`.
         revision: A branch, tag or commit of that repository.
         token: For private repositories; by default the one that the user has logged in with.
 
@@ -207,6 +221,7 @@ def load_adapters(
     """
     directory = local_directory(directory, TENSORS, (HEADER,), revision, token)
     header, tensors = read_directory(directory)
+    before = in_use(model)
     mine, theirs = _base_shapes(model), header["base"]["shapes"]
     different = [k for k in theirs if mine.get(k) != theirs[k]] + [k for k in mine if k not in theirs]
     if different:
@@ -223,12 +238,12 @@ def load_adapters(
     for part in (part for method in methods for part in method.parts()):
         part.forget_unmatched(model)
     with without_starts():
-        report = attach(model, methods, header["train"])
-    with _as_before_on_error(model, ()):
+        report = attach(model, methods, header["train"], name)
+    with _as_before_on_error(model, (), name, before):
         expected = adapter_state(model, besides)
         _check_fit(model, header, expected, tensors, directory)
     own = base_parameters(model).keys() | set(attachment(model).buffers)
-    with _as_before_on_error(model, own & tensors.keys()):
+    with _as_before_on_error(model, own & tensors.keys(), name, before):
         if others := _other_weights(model, header, tensors):
             warnings.warn(
                 f"{directory} was trained on other weights of this architecture{others}; results will differ",
@@ -248,10 +263,12 @@ def load_adapters(
 
 
 @contextmanager
-def _as_before_on_error(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Detach if the block fails, and give the base tensors called `names` their values again: all or nothing."""
+def _as_before_on_error(
+    model: nn.Module, tensors: Iterable[str], adapter: str, in_use_before: list[str]
+) -> Iterator[None]:
+    """Detach `adapter` if the block fails, and give the base's `tensors` their values again: all or nothing."""
     before: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
-    for name in names:
+    for name in tensors:
         parent, _, attribute = name.rpartition(".")
         module = model.get_submodule(parent)
         table: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
@@ -263,7 +280,8 @@ def _as_before_on_error(model: nn.Module, names: Iterable[str]) -> Iterator[None
             for table, attribute, tensor, values in before:
                 tensor.copy_(values)
                 table[attribute] = tensor
-        detach(model)
+        detach(model, adapter)
+        use(model, in_use_before)
         raise
 
 

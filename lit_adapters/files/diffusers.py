@@ -13,8 +13,8 @@ from lit_adapters.files.atomic import write_together
 from lit_adapters.files.peft import check_expressible, pair_tensors
 from lit_adapters.methods.dora import DoRAAdapter
 from lit_adapters.methods.low_rank import LowRankAdapter
-from lit_adapters.model.attach import adapters, attachment, unfrozen
 from lit_adapters.model.meta import require_loaded
+from lit_adapters.model.record import adapters, attachment, unfrozen
 from lit_adapters.model.sharding import refuse_sharded
 
 FILE = "pytorch_lora_weights.safetensors"

@@ -31,8 +31,9 @@ from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.method import to_methods
 from lit_adapters.methods.peft import require_peft
 from lit_adapters.methods.targets import exactly, places
-from lit_adapters.model.attach import adapters, attach, attachment, detach, unfrozen
+from lit_adapters.model.attach import attach, detach
 from lit_adapters.model.meta import require_loaded
+from lit_adapters.model.record import adapters, attachment, unfrozen
 from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import refuse_sharded
 

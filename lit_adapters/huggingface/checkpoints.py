@@ -23,7 +23,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import TENSORS, write_adapters
 from lit_adapters.files.atomic import write_atomically
 from lit_adapters.files.checkpoint_schema import is_named, is_number
-from lit_adapters.model.attach import adapters
+from lit_adapters.model.record import adapters
 from lit_adapters.model.save_guard import SaveGuard
 from lit_adapters.training.annealing import is_annealing
 from lit_adapters.training.rank_allocation import is_allocation

@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME
 from lit_adapters.activations import LEARNED_ACTIVATIONS, AffineActivation, RationalActivation
 from lit_adapters.errors import AdapterError
 from lit_adapters.huggingface import remote_model
-from lit_adapters.model.attach import adapters
+from lit_adapters.model.record import adapters
 
 MODULE = "modeling_learned_activations"
 _AUTO_CLASSES = [name for name in dir(transformers) if name.startswith("AutoModel")]

@@ -34,8 +34,9 @@ from lit_adapters.huggingface.peft_configs import (
 from lit_adapters.huggingface.peft_layer import PREFIX, AdaptedLayer
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
 from lit_adapters.methods.targets import Target, matches, places
-from lit_adapters.model.attach import adapters, assign, fit_in
+from lit_adapters.model.attach import assign
 from lit_adapters.model.merge import forget_quantisation
+from lit_adapters.model.record import adapters, fit_in
 from lit_adapters.model.save_guard import guard_saving
 
 __all__ = [

@@ -22,7 +22,7 @@ from lit_adapters.errors import AdapterError, NotFiniteError
 from lit_adapters.huggingface.checkpoints import AdapterWriter, folder_of, load_state, save_state
 from lit_adapters.huggingface.reporting import report, tensorboards
 from lit_adapters.huggingface.weight_decay import DecayFilter
-from lit_adapters.model.attach import adapters, attached
+from lit_adapters.model.record import adapters, attached
 from lit_adapters.schedules import monitor_mode
 from lit_adapters.training.annealing import Annealer
 from lit_adapters.training.calibration import awaits_calibration, calibrate_together

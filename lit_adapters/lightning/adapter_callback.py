@@ -19,7 +19,7 @@ from lit_adapters.lightning.recording import Recording
 from lit_adapters.lightning.resume.adapters_only import AdaptersOnly
 from lit_adapters.lightning.resume.callback import Resuming
 from lit_adapters.lightning.resume.finishing import Finishing
-from lit_adapters.model.attach import adapters
+from lit_adapters.model.record import adapters
 from lit_adapters.training.attached import attached_models
 from lit_adapters.training.recording import Statistic, checked_statistics
 

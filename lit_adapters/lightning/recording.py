@@ -11,7 +11,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_adapters.lightning.annealing import Annealing
-from lit_adapters.model.attach import attachment
+from lit_adapters.model.record import attachment
 from lit_adapters.training.attached import attached_models
 from lit_adapters.training.recording import Recorder
 from lit_adapters.training.tensorboard import overview_layout

@@ -180,8 +180,12 @@ class ActivationAdapter(AdapterModule):
 
     # ---- the original activation, and its hooks
 
-    def unwrapped(self) -> nn.Module:
+    def pretrained(self) -> nn.Module:
         original: nn.Module = self.__dict__["original"]
+        return original
+
+    def take_out(self) -> nn.Module:
+        original = self.pretrained()
         vars(original).pop("_first_adapter", None)
         if self._has_handles:
             copy_hooks(nn.Module(), original)

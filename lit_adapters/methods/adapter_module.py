@@ -263,9 +263,37 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
     # ---- the base by itself
 
     def unwrapped(self) -> nn.Module:
-        """The base module, with its own parameter tables and hooks again."""
+        """The base module, with its own parameter tables and hooks again. The adapter is given up."""
+        return self.take_out()
+
+    def take_out(self) -> nn.Module:
+        """As `unwrapped`, but this adapter may `adopt` the base again after `rejoin`."""
         move_hooks(self, self.base)
         return self._own_tables(self.base)
+
+    def rejoin(self, device: torch.device | None) -> None:
+        """Follow what happened to the base while this adapter was out: other tensors, a device, or a mode.
+
+        Args:
+            device: Where the adapter's own tensors go; None leaves them.
+        """
+        base = self.pretrained()
+        self._parameters.update({name: base._parameters[name] for name in self._base_parameters})
+        self._buffers.update({name: base._buffers[name] for name in self._base_buffers})
+        self._modules.update(base._modules)
+        self.training = self.base.training = base.training
+        for table in (self._parameters, self._buffers):
+            for name in (*self._adapter_parameters, *self._adapter_buffers, *self._recomputed_buffers):
+                tensor = table.get(name)
+                if tensor is not None and device is not None and tensor.device != device:
+                    tensor.data = tensor.data.to(device)
+        self.clear_caches()
+        self.note_tensors()
+
+    def pretrained(self) -> nn.Module:
+        """The module whose place the adapter takes."""
+        base: nn.Module = self.base
+        return base
 
     def base_copy(self) -> nn.Module:
         """A second module that computes what the base does, on the same parameters, free of the adapter."""

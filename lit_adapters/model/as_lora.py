@@ -16,8 +16,9 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.lora import LoRA, LoRAAdapter
 from lit_adapters.methods.targets import exactly, places
 from lit_adapters.methods.weight_adapter import WeightAdapter
-from lit_adapters.model.attach import adapters, attach, attachment, base_parameters, detach, unfrozen
+from lit_adapters.model.attach import attach, detach
 from lit_adapters.model.meta import require_loaded
+from lit_adapters.model.record import adapters, attachment, base_parameters, unfrozen
 from lit_adapters.model.sharding import refuse_sharded
 from lit_adapters.values import check_whole
 
@@ -112,8 +113,15 @@ def install_lora(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]])
     method = LoRA(
         rank=common, alpha=float(common), targets=exactly(list(of_place), model), rank_pattern=pattern or None
     )
-    detach(model)
-    attach(model, method, before.train)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    trained = {n: tensors[n].detach().clone() for n in (*before.trained_parameters, *before.buffers)}
+    (own_name,) = before.names
+    detach(model, own_name)
+    attach(model, method, before.train, own_name)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, values in trained.items():
+            tensors[name].copy_(values)
     state, parameters = attachment(model), base_parameters(model)
     # What was frozen at first and has trained since belongs to the model's files.
     state.samples, state.unfrozen, state.required_grad = before.samples, list(trains), before.required_grad

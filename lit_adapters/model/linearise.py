@@ -32,9 +32,9 @@ from lit_adapters.methods.channels import is_linear
 from lit_adapters.methods.lora import LoRAAdapter
 from lit_adapters.methods.matrix_layers import matrix_layer
 from lit_adapters.model.as_lora import install_lora
-from lit_adapters.model.attach import adapters
 from lit_adapters.model.meta import require_loaded
 from lit_adapters.model.modes import call, evaluating
+from lit_adapters.model.record import adapters
 from lit_adapters.model.sharding import refuse_sharded
 from lit_adapters.ops.statistics import regular_sample
 from lit_adapters.values import check_whole

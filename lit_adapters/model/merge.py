@@ -12,10 +12,12 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.matrix_layers import is_quantised
 from lit_adapters.methods.method import to_methods
-from lit_adapters.model.attach import adapters, attachment, released, remove_adapters
+from lit_adapters.model.adapter_sets import sets_of
 from lit_adapters.model.meta import require_loaded
+from lit_adapters.model.record import adapters, attachment, released, remove_adapters
 from lit_adapters.model.save_guard import guard_saving
 from lit_adapters.model.sharding import refuse_sharded
+from lit_adapters.model.together import Together
 
 SHARED = "shared_with"  # attribute of a parameter that another model also has: the name of that model
 
@@ -93,7 +95,13 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
             shared with another model (marked `shared_with`) or unknown to the model's configuration. The
             model is then as before.
     """
-    state = attachment(model)
+    state = attachment(model, several=True)
+    others = [n for n in sets_of(model).by_name if n not in state.names]
+    if unload and others:
+        raise AdapterError(
+            f"merging changes the weights that the adapters {', '.join(map(repr, others))} were trained on: save them, "
+            "call lit_adapters.detach(model, name) for each, and merge then; or use merge(model, unload=False)"
+        )
     refuse_sharded(model, "merging")
     require_loaded(model, "merging")
     found = list(adapters(model))
@@ -101,6 +109,12 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
     if done:
         raise AdapterError(f"{done[0]!r} is merged already; call lit_adapters.unmerge(model) first")
     merging = {name: adapter for name, adapter in found if adapter.merges_into}
+    together = next((n for n, a in found if isinstance(a, Together) and n not in merging), None)
+    if together is not None:
+        raise AdapterError(
+            f"no module without adapters computes what several do together at {together!r}; make one of them with "
+            "lit_adapters.combine, and merge that"
+        )
     _check(model, merging, unload)
     methods = [part for method in to_methods(state.methods) for part in method.parts()]
     if unload:
@@ -113,6 +127,7 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
     kept = [name for name, _ in found if name not in merging]
     if unload:
         remove_adapters(model, _successor)
+        sets_of(model).forget(model)
         for name, parameter in model.named_parameters():
             weight = f"{name.rpartition('.')[0]}.weight"  # a parameter that merging has added does as this
             parameter.requires_grad_(state.required_grad.get(name, state.required_grad.get(weight, False)))

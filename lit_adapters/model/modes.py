@@ -16,9 +16,9 @@ from tqdm import tqdm
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.weight_adapter import WeightAdapter
-from lit_adapters.model.attach import adapters
 from lit_adapters.model.gradients import measuring_gradients
 from lit_adapters.model.meta import require_loaded
+from lit_adapters.model.record import adapters
 from lit_adapters.model.unfinished import note_progress
 from lit_adapters.ops.statistics import regular_sample
 

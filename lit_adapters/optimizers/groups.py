@@ -12,7 +12,7 @@ from lit_adapters.activations import LEARNED_ACTIVATIONS
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.patterns import fullmatch
 from lit_adapters.methods.targets import head_modules
-from lit_adapters.model.attach import adapters, attached
+from lit_adapters.model.record import adapters, attached
 from lit_adapters.optimizers.pairs import low_rank_pairs
 
 HEAD = "head"  # the group of the prediction head, and of BASE too where both have one rate

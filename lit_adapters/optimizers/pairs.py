@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lit_adapters.methods.low_rank import LowRankAdapter
-from lit_adapters.model.attach import adapters
+from lit_adapters.model.record import adapters
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import nn
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.checkpoint_schema import is_named, is_number
 from lit_adapters.methods.adapter_module import AdapterModule
-from lit_adapters.model.attach import adapters
+from lit_adapters.model.record import adapters
 from lit_adapters.model.unfinished import leave_the_end_to_others
 from lit_adapters.schedules import Adaptive, Schedule
 

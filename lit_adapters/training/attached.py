@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lit_adapters.methods.adapter_module import AdapterModule
-from lit_adapters.model.attach import adapters, attached
+from lit_adapters.model.record import adapters, attached
 
 
 def attached_models(module: nn.Module) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.methods.allocation import Allocated
-from lit_adapters.model.attach import adapters
+from lit_adapters.model.record import adapters
 from lit_adapters.training.attached import attached_models
 
 

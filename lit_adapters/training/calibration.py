@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.adapter_module import AdapterModule
-from lit_adapters.model.attach import adapters
 from lit_adapters.model.modes import calibrate
+from lit_adapters.model.record import adapters
 from lit_adapters.training.processes import broadcast_object, process_count
 
 

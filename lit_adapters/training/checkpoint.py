@@ -14,7 +14,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import describe
 from lit_adapters.files.checkpoint_schema import RECORD, RECORD_FORMAT
 from lit_adapters.methods.method import to_methods
-from lit_adapters.model.attach import attachment, frozen_keys
+from lit_adapters.model.record import attachment, frozen_keys
 from lit_adapters.renamed import current, recorded
 from lit_adapters.training.attached import attached_models
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.weight_adapter import WeightAdapter
-from lit_adapters.model.attach import adapters
+from lit_adapters.model.record import adapters
 from lit_adapters.model.sharding import whole
 from lit_adapters.model.watch import leave_gradients_to_others
 from lit_adapters.training.attached import adapter_layers, attached_models

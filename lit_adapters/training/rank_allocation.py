@@ -12,7 +12,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.files.checkpoint_schema import is_named
 from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.allocation import Allocation, add_orthogonality_gradient
-from lit_adapters.model.attach import adapters
+from lit_adapters.model.record import adapters
 
 
 class RankAllocation:

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import lit_adapters as la
 from lit_adapters.files.adapters import HEADER
-from lit_adapters.model.attach import frozen_keys
+from lit_adapters.model.record import frozen_keys
 from tests.matrix import changed_tensors
 from tests.methods.quantised import (
     HALF,

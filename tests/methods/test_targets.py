@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 import lit_adapters as la
 from lit_adapters.methods.targets import head_modules
-from lit_adapters.model.attach import attachment
+from lit_adapters.model.record import attachment
 from tests.matrix import MODELS, build
 
 
