@@ -35,6 +35,7 @@ from lit_adapters.methods import (
 )
 from lit_adapters.model.as_lora import LoRAReport, to_lora
 from lit_adapters.model.attach import attach, detach
+from lit_adapters.model.combine import CombineReport, combine
 from lit_adapters.model.linearise import LinearisationReport, linearise
 from lit_adapters.model.merge import MergeReport, merge, unmerge
 from lit_adapters.model.modes import calibrate, disabled, set_progress, verify
@@ -53,6 +54,7 @@ __all__ = [
     "AdapterReport",
     "AssetError",
     "BitFit",
+    "CombineReport",
     "DataError",
     "DenseLoRA",
     "DoRA",
@@ -77,6 +79,7 @@ __all__ = [
     "adapters",
     "attach",
     "calibrate",
+    "combine",
     "detach",
     "disabled",
     "export_diffusers",

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import lit_adapters as la
 from tests.matrix import ALL, METHODS, MODELS, UNMERGEABLE, build
@@ -424,3 +425,17 @@ def test_what_is_refused():
         la.merge(model)
     with pytest.raises(la.AdapterError, match="no adapters called 'a'; it has none"):
         la.use(build("llama"), "a")
+
+
+@pytest.mark.parametrize("method", ["lora", "loran", "nora++"])
+def test_another_adapter_compiles_nothing_anew(method):
+    run = MODELS["llama"].run
+    model, a, b = with_two("llama", (METHODS[method], METHODS[method]))
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter)
+    with torch.no_grad():
+        for key in "abab":
+            la.use(model, key)
+            torch.testing.assert_close(run(compiled), run({"a": a, "b": b}[key]), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
