@@ -265,3 +265,20 @@ def inside_peft_rows(records: list[dict[str, Any]]) -> list[list[str]]:
         ]
         for r in records
     ]
+
+
+def several_adapters_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """What ten adapters cost, and a batch in which each row has its own."""
+    return [
+        [
+            r["method"],
+            f"{r['adapter_mib']:.1f} MiB of {r['model_mib']:.0f}",
+            f"{r['seconds']['use']['median'] / 2 * 1e3:.0f} ms",
+            with_spread(r["ten_over_one"], 2),
+            with_spread(r["rows_over_one"], 2),
+            with_spread(r["peft_rows_over_one"], 2) if r["peft_rows_over_one"] else "not in peft",
+            with_spread(r["rows_over_separate"], 2),
+            f"{r['difference']:.0e}",
+        ]
+        for r in records
+    ]

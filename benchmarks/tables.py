@@ -190,11 +190,16 @@ def subspaces() -> None:
 
 
 def linearisations() -> None:
-    """Fill the blocks on what corrections of matrices take over, and on what our methods cost inside peft."""
+    """Fill the blocks on methods inside peft, on several adapters, and on what corrections of matrices take over."""
     if records := load(RESULTS / "inside_peft.json"):
         header = ["method", "put in: attach, s (2 calls)", "inside peft, s (2 calls)", "step: inside peft / attach"]
         shown = f"{table(header, performance_tables.inside_peft_rows(records))}\n\n{machine(records)}"
         replace_block(ROOT / "docs" / "from-peft.md", "inside-peft", shown)
+    if records := load(RESULTS / "several_adapters.json"):
+        header = ["method", "memory of one", "`use`", "ten attached / one attached", "ten by rows / one adapter"]
+        header += ["the same in peft", "ten by rows / ten passes", "largest difference of logits"]
+        shown = f"{table(header, performance_tables.several_adapters_rows(records))}\n\n{machine(records)}"
+        replace_block(ROOT / "docs" / "several-adapters.md", "several-adapters", shown)
     if records := load(RESULTS / "linearisation.json"):
         header = ["run", "adapted", "activations taken out", "with corrections", "share of the difference"]
         header += ["error of the outputs", "largest error of a layer"]

@@ -12,8 +12,8 @@ from torch.func import functional_call
 import lit_adapters as la
 from language.loss import Batch, read
 from lit_adapters.errors import AdapterError
-from lit_adapters.model.record import attachment
 from lit_adapters.model.modes import evaluating
+from lit_adapters.model.record import attachment
 
 
 class _Reader(nn.Module):

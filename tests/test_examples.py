@@ -41,6 +41,15 @@ def test_the_trainer_anneals_saves_and_merges(tmp_path):
 
 
 @pytest.mark.slow
+def test_each_of_several_adapters_does_its_task(tmp_path):
+    printed = run("several_adapters.py", tmp_path)
+    assert "up: [15, 16, 17, 18, 19]" in printed
+    assert "down: [15, 14, 13, 12, 11]" in printed
+    assert "one batch: [[15, 16, 17, 18, 19], [15, 14, 13, 12, 11]]" in printed
+    assert "in use: ['both'] of ['up', 'down', 'both']" in printed
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft.py", "dpo_peft.py", "onnx_export.py"])
 def test_what_leaves_pytorch_or_is_loaded_by_others_is_equal(tmp_path, name):
     printed = run(name, tmp_path)

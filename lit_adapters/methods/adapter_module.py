@@ -45,6 +45,7 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
             None if it gives up none.
         cache_while_training: Whether `may_cache` also allows caching in training. Values of frozen tensors alone, such
             as a cast W0, are cached without asking.
+        has_branch: Whether the layer's output is that of the base plus `branch` of the input.
         sharded: Whether the parameters are spread over processes, and whole only while the layer runs.
         read_as_weight: Whether the parent multiplies by this layer's `weight` itself and never calls the layer.
         on_read: Called at every such reading, if it is set.
@@ -56,6 +57,7 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
     schedule: Schedule | None = None
     allocation: Allocation | None = None
     cache_while_training = False
+    has_branch = False
     sharded = False
     read_as_weight = False
     on_read: Callable[[], object] | None = None
@@ -143,6 +145,10 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
         """Compute the buffers that no file holds (`persistent=False`); called when they have left the meta device."""
 
     # ---- forward
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What this adapter adds to the output of the base for an input x, where it `has_branch`."""
+        raise AdapterError(f"{type(self).__name__} has no branch")
 
     @property
     def merged(self) -> bool:

@@ -88,6 +88,7 @@ class AFAAdapter(LowRankAdapter):
     """
 
     method = "afa"
+    has_branch = True
     schedule: Schedule
     sigma_numerator: nn.Parameter
     sigma_denominator: nn.Parameter
@@ -190,8 +191,11 @@ class AFAAdapter(LowRankAdapter):
         if self.can_fuse(x):
             return self.fused(x, self.phi)
         y = self.base(x)  # W0 x + bias
-        update = self.scaling * self.up(self.phi(self.down(x)))  # s B phi(A x)
-        return y + update.to(y.dtype)
+        return y + self.branch(x).to(y.dtype)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """s B phi(A x); (..., in) -> (..., out)."""
+        return self.scaling * self.up(self.phi(self.down(x)))
 
     def weight_to_read(self) -> Tensor:
         """As for any weight adapter, once it is linear.

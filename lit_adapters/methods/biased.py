@@ -30,6 +30,7 @@ class BiasedAdapter(WeightAdapter):
     """The part of an adapter that adds d (out,) to what the adapted layer returns; d starts at zero."""
 
     merges_into = ("weight", "bias")
+    has_branch = False
     delta_bias: Tensor
 
     def reset_parameters(self) -> None:

@@ -34,6 +34,7 @@ class LoRAAdapter(StartedAdapter):
     """h = W0 x + s B A x for one layer; (..., in) -> (..., out)."""
 
     method = "lora"
+    has_branch = True
 
     def __init__(self, base: nn.Module, qualified_name: str, config: LoRA) -> None:
         super().__init__(base, qualified_name, config)
@@ -45,5 +46,8 @@ class LoRAAdapter(StartedAdapter):
         if self.can_fuse(x):  # the usual path: the same formula in fewer operations, see ops/low_rank.py
             return self.fused(x)
         y = self.base(x)  # W0 x + bias
-        update = self.scaling * self.up(self.down(x))  # s B A x
-        return y + update.to(y.dtype)
+        return y + self.branch(x).to(y.dtype)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """s B A x; (..., in) -> (..., out)."""
+        return self.scaling * self.up(self.down(x))

@@ -95,7 +95,7 @@ class AdapterSum(Together):
         wide = y0.to(torch.promote_types(y0.dtype, torch.float32))
         y = wide
         for part in self.parts.values():
-            y = y + (part(*args, **kwargs) - wide)
+            y = y + (part.branch(*args, **kwargs) if part.has_branch else part(*args, **kwargs) - wide)
         return y.to(y0.dtype)
 
     @property
@@ -163,6 +163,13 @@ class RowAdapters(Together):
             )
         if len(self._groups) == 1:
             return self._layer(self._groups[0][0])(*args, **kwargs)
+        if all(name is None or self.parts[name].has_branch for name, _ in self._groups):
+            y = self.base(x)  # of all rows at once
+            for name, rows in self._groups:
+                if name is not None:
+                    here = rows.to(x.device)
+                    y = y.index_add(0, here, self.parts[name].branch(x.index_select(0, here)).to(y.dtype))
+            return y
         outputs = []
         for name, rows in self._groups:
             part = x.index_select(0, rows.to(x.device))
