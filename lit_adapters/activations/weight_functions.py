@@ -28,6 +28,8 @@ Formula = Callable[[Tensor, float, "float | Tensor"], Tensor]  # a function of z
 # Below, B A counts as 0. A calibrated frequency then is 1 / _LEAST_RMS: finite, and without effect, as f(0) / w is 0
 # where f is centred and the slope at 0 does not depend on w.
 _LEAST_RMS = 1e-20
+# Size of B A at the start where f is flat at 0, as a share of a freshly initialised weight.
+FLAT_START = 1e-3
 
 
 @dataclass(frozen=True)

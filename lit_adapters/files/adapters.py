@@ -236,7 +236,7 @@ def load_adapters(
     besides: dict[str, bool] = header.get("unfrozen", {})
     methods = to_methods(header["methods"])
     for part in (part for method in methods for part in method.parts()):
-        part.forget_unmatched(model)
+        part.follow_file(model, header["adapters"])
     with without_starts():
         report = attach(model, methods, header["train"], name)
     with _as_before_on_error(model, (), name, before):

@@ -116,6 +116,10 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
         """The parameters that this adapter trains, by local name."""
         return {name: getattr(self, name) for name in self._adapter_parameters}
 
+    def adapts(self) -> list[nn.Parameter]:
+        """The base's parameters that this adapter goes around; those of the model that no adapter does are reported."""
+        return list(self.pretrained().parameters())
+
     def method_of(self, name: str) -> str:
         """The method that an adapter parameter belongs to, by its local name; in `lr_scale` and reports."""
         return self.method

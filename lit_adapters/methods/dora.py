@@ -15,6 +15,7 @@ only, where peft also drops the input of W0; without dropout both agree. Weight 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.description import AdapterSummary
+from lit_adapters.methods.experts import ExpertsAdapter
 from lit_adapters.methods.starts import StartedAdapter, StartedLowRank
 from lit_adapters.ops._context import transformed, without_autocast
 from lit_adapters.ops.cache import Cache
@@ -34,10 +36,14 @@ class DoRA(StartedLowRank):
     """Configuration of DoRA; the settings are those of `LowRank`, and `start` of `StartedLowRank`."""
 
     name: ClassVar[str] = "dora"
+    adapts_experts: ClassVar[bool] = True
     exports: ClassVar[str] = "yes"
 
     def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> DoRAAdapter:
         return DoRAAdapter(base, qualified_name, self)
+
+    def wrap_experts(self, base: nn.Module, qualified_name: str, stacks: Sequence[str]) -> DoRAExperts:
+        return DoRAExperts(base, qualified_name, self, stacks)
 
 
 class DoRAAdapter(StartedAdapter):
@@ -174,3 +180,45 @@ class DoRAAdapter(StartedAdapter):
     def summary(self) -> AdapterSummary:
         """As for any low-rank pair, without the magnitudes."""
         return replace(super().summary(), note="magnitudes apart")
+
+
+class DoRAExperts(ExpertsAdapter):
+    """W'_e = m_e / ||W_e + s B_e A_e|| (W_e + s B_e A_e), the norm of each row a constant in the backward pass.
+
+    Raises:
+        AdapterError: As for all experts; or it is not known which dimension of a weight holds the outputs.
+    """
+
+    method = "dora"
+
+    def __init__(self, base: nn.Module, qualified_name: str, config: DoRA, stacks: Sequence[str]) -> None:
+        super().__init__(base, qualified_name, config, stacks)
+        if not hasattr(base, "is_transposed"):
+            raise AdapterError(
+                f"{type(base).__name__} ({qualified_name!r}) does not say which dimension of its weights holds the "
+                f"outputs, whose norms DoRA needs; use LoRA or LoRAN, or exclude=[{qualified_name!r}]"
+            )
+        for stack in stacks:
+            count, outputs, _ = self.matrices(stack).shape
+            self.add_parameter(f"{stack}_magnitude", torch.empty(count, outputs, device=self.pair(stack)[0].device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A and B as for LoRA, m the row norms of the pretrained weights."""
+        super().reset_parameters()
+        with torch.no_grad():
+            for stack in self.merges_into:
+                self.get_parameter(f"{stack}_magnitude").copy_(_row_norms(self.matrices(stack).float()))
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """The magnitudes."""
+        return [self.get_parameter(f"{stack}_magnitude") for stack in self.merges_into]
+
+    def adapted(self, stack: str, dtype: torch.dtype) -> Tensor:
+        direction = self.matrices(stack).to(dtype) + self.scaling[stack] * self.product(stack, dtype)
+        norm = _row_norms(direction.detach())
+        return (self.get_parameter(f"{stack}_magnitude").to(dtype) / norm)[..., None] * direction
+
+
+def _row_norms(matrices: Tensor) -> Tensor:
+    return matrices.square().sum(-1).sqrt().clamp_min(torch.finfo(matrices.dtype).tiny)

@@ -11,11 +11,14 @@ trained parameters. `starts.py` has other starts; the update then is s (B A - B0
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from lit_adapters.methods.experts import ExpertsAdapter
 from lit_adapters.methods.starts import StartedAdapter, StartedLowRank
 
 
@@ -24,10 +27,14 @@ class LoRA(StartedLowRank):
     """Configuration of LoRA; the settings are those of `LowRank`, and `start` of `StartedLowRank`."""
 
     name: ClassVar[str] = "lora"
+    adapts_experts: ClassVar[bool] = True
     exports: ClassVar[str] = "yes"
 
     def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> LoRAAdapter:
         return LoRAAdapter(base, qualified_name, self)
+
+    def wrap_experts(self, base: nn.Module, qualified_name: str, stacks: Sequence[str]) -> LoRAExperts:
+        return LoRAExperts(base, qualified_name, self, stacks)
 
 
 class LoRAAdapter(StartedAdapter):
@@ -51,3 +58,16 @@ class LoRAAdapter(StartedAdapter):
     def branch(self, x: Tensor) -> Tensor:
         """s B A x; (..., in) -> (..., out)."""
         return self.scaling * self.up(self.down(x))
+
+
+class LoRAExperts(ExpertsAdapter):
+    """W'_e = W_e + s B_e A_e."""
+
+    method = "lora"
+
+    def __init__(self, base: nn.Module, qualified_name: str, config: LoRA, stacks: Sequence[str]) -> None:
+        super().__init__(base, qualified_name, config, stacks)
+        self.reset_parameters()
+
+    def adapted(self, stack: str, dtype: torch.dtype) -> Tensor:
+        return self.matrices(stack).to(dtype) + self.scaling[stack] * self.product(stack, dtype)

@@ -28,6 +28,7 @@ The released merge adds the transposed update, and so works on square layers onl
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapters.activations.weight_functions import (
+    FLAT_START,
     WEIGHT_FUNCTIONS,
     WeightUpdate,
     calibrated_frequency,
@@ -43,6 +45,7 @@ from lit_adapters.activations.weight_functions import (
 )
 from lit_adapters.errors import AdapterError, shown
 from lit_adapters.methods.description import AdapterSummary, each_layer
+from lit_adapters.methods.experts import ExpertsAdapter
 from lit_adapters.methods.hooks import has_own_forward
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.matrix_layers import ConvolutionLayer
@@ -52,7 +55,6 @@ from lit_adapters.ops.merged_linear import merged_linear, merged_weight
 from lit_adapters.ops.statistics import regular_sample
 from lit_adapters.values import check_choice, check_flag, check_number
 
-_NUDGE = 1e-3  # size of B A at the start where f is flat at 0, as a share of a freshly initialised weight
 _LEAST_PHASE = 0.1  # radians; below, a sine differs from its argument by less than a hundredth
 _SAMPLE = 64  # rows of B A from which `nonlinear_share` is computed
 
@@ -85,6 +87,7 @@ class LoRAN(LowRank):
     """
 
     name: ClassVar[str] = "loran"
+    adapts_experts: ClassVar[bool] = True
     multiplies_in_turn: ClassVar[bool] = False
 
     function: str = "sinter"
@@ -115,6 +118,9 @@ class LoRAN(LowRank):
 
     def wrap(self, base: nn.Module, qualified_name: str, parent: nn.Module) -> LoRANAdapter:
         return LoRANAdapter(base, qualified_name, self)
+
+    def wrap_experts(self, base: nn.Module, qualified_name: str, stacks: Sequence[str]) -> LoRANExperts:
+        return LoRANExperts(base, qualified_name, self, stacks)
 
 
 class LoRANAdapter(LowRankAdapter):
@@ -151,7 +157,7 @@ class LoRANAdapter(LowRankAdapter):
                 self.lora_B.normal_(std=self.start_size / math.sqrt(self.rank))
                 self.keep_start()
             elif self.update.f.flat_at_zero:  # B = 0 would never train
-                self.lora_B.normal_(std=_NUDGE / math.sqrt(self.rank))
+                self.lora_B.normal_(std=FLAT_START / math.sqrt(self.rank))
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """The frequency if it is learned."""
@@ -330,3 +336,63 @@ class LoRANAdapter(LowRankAdapter):
         if self.update.f.periodic:
             charts["LoRAN: w rms(BA), each layer"] = each_layer("phase")
         return charts | super().charts()
+
+
+class LoRANExperts(ExpertsAdapter):
+    """W'_e = W_e + s f(B_e A_e), or with a start W_e + s f(B_e A_e) - s f(B0_e A0_e)."""
+
+    method = "loran"
+
+    def __init__(self, base: nn.Module, qualified_name: str, config: LoRAN, stacks: Sequence[str]) -> None:
+        super().__init__(base, qualified_name, config, stacks)
+        self.config = config
+        self._updates: dict[str, WeightUpdate] = {}
+        calibrated = config.frequency == "calibrate"
+        for stack in stacks:
+            a, b = self.pair(stack)
+            if config.divide_by_root:
+                self.scaling[stack] /= math.sqrt(a.shape[2])
+            update = WeightUpdate(config.function, self.scaling[stack], config.amplitude, config.centered, calibrated)
+            self._updates[stack] = update
+            if not calibrated:
+                add = self.add_parameter if update.learns_frequency else self.add_buffer
+                add(f"{stack}_frequency", torch.empty(len(a), device=a.device))
+            if config.start_size:
+                self.add_buffer(f"{stack}_start_A", torch.empty_like(a))
+                self.add_buffer(f"{stack}_start_B", torch.empty_like(b))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As for `LoRANAdapter`."""
+        super().reset_parameters()
+        config = self.config
+        for stack, update in self._updates.items():
+            a, b = self.pair(stack)
+            if not update.calibrated:
+                getattr(self, f"{stack}_frequency").fill_(config.frequency)
+            if config.start_size:
+                b.normal_(std=config.start_size / math.sqrt(a.shape[1]))
+                self.get_buffer(f"{stack}_start_A").copy_(a)
+                self.get_buffer(f"{stack}_start_B").copy_(b)
+            elif update.f.flat_at_zero:
+                b.normal_(std=FLAT_START / math.sqrt(a.shape[1]))
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """The frequencies if they are learned."""
+        return [p for name, p in self.adapter_parameters().items() if name.endswith("_frequency")]
+
+    def _value(self, stack: str, b: Tensor, a: Tensor, frequency: Tensor | None) -> Tensor:
+        update, dtype = self._updates[stack], b.dtype
+        w = torch.vmap(calibrated_frequency)(b, a) if frequency is None else frequency
+        return update.value(b @ a, w.to(dtype)[:, None, None])
+
+    def adapted(self, stack: str, dtype: torch.dtype) -> Tensor:
+        a, b = (t.to(dtype) for t in self.pair(stack))
+        update = self._value(stack, b, a, getattr(self, f"{stack}_frequency", None))
+        if self.config.start_size:
+            a, b = (self.get_buffer(f"{stack}_start_{part}").to(dtype) for part in "AB")
+            frequency = self.config.frequency
+            first = None if isinstance(frequency, str) else torch.full_like(b[:, 0, 0], frequency)
+            update = update - self._value(stack, b, a, first)
+        return self.matrices(stack).to(dtype) + update

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from lit_adapters.errors import AdapterError, shown
 from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.description import LowRankUpdate, each_layer, mean_over_layers
+from lit_adapters.methods.experts import ExpertsAdapter, find_experts
 from lit_adapters.methods.matrix_layers import LinearLayer
-from lit_adapters.methods.method import Method
+from lit_adapters.methods.method import Factory, Method
 from lit_adapters.methods.patterns import fullmatch
+from lit_adapters.methods.targets import Target, find_targets
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops._context import autocast_dtype, transformed
 from lit_adapters.ops.cache import Cache
@@ -34,7 +37,8 @@ class LowRank(Method):
         dropout: Probability of zeroing an input of the update while training.
         targets: "all-linear", a list of name suffixes, or a regular expression for whole names; convolutions and heads
             are reached by name. "all-linear" takes every plain linear layer but those named in the list `train` and
-            the head, which is what `get_classifier()` (timm) or `get_output_embeddings()` (transformers) returns.
+            the head, which is what `get_classifier()` (timm) or `get_output_embeddings()` (transformers) returns. LoRA,
+            DoRA and LoRAN take experts that are stored in one parameter, too; names of such parameters reach them.
         exclude: Name suffixes of modules to leave alone, with all that is inside them.
         rank_pattern: Rank by regular expression on the whole name, where it differs from `rank`.
         rslora: Divide alpha by sqrt(rank) instead of rank (arXiv 2312.03732).
@@ -47,6 +51,7 @@ class LowRank(Method):
     multiplies_in_turn: ClassVar[bool] = (
         True  # B (A x); False if the matrix is formed first, as for grouped convolutions
     )
+    adapts_experts: ClassVar[bool] = False  # also those that are stored in one parameter
 
     rank: int = 8
     alpha: float = 16.0
@@ -79,6 +84,38 @@ class LowRank(Method):
         """s, the factor on B A."""
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
+    def find(self, model: nn.Module, train: str | Sequence[str] = ()) -> list[tuple[Target, Factory]]:
+        """See `Method.find`; experts that are stored together are among the places, if the method adapts them."""
+        experts = self.find_experts(model, train)
+        holders = {id(target.module) for target, _ in experts}
+        names = [f"{target.name}.{stack}" for target, stacks in experts for stack in stacks]
+        found = [t for t in find_targets(model, self, train, also=names) if id(t.module) not in holders]
+        layers = [(t, partial(self.wrap, t.module, t.name, t.parent)) for t in found]
+        return [*layers, *((t, partial(self.wrap_experts, t.module, t.name, stacks)) for t, stacks in experts)]
+
+    def find_experts(self, model: nn.Module, train: str | Sequence[str]) -> list[tuple[Target, list[str]]]:
+        """The modules with weights of experts that this method adapts, each with the names of these weights."""
+        return [] if not self.adapts_experts else find_experts(model, self.targets, self.exclude, train)
+
+    def follow_file(self, model: nn.Module, adapted: Collection[str]) -> None:
+        """As for every method; earlier versions did not adapt experts that are stored together."""
+        super().follow_file(model, adapted)
+        left = [target.name for target, _ in self.find_experts(model, ()) if target.name not in adapted]
+        self.exclude = [*self.exclude, *left]
+
+    def wrap_experts(self, base: nn.Module, qualified_name: str, stacks: Sequence[str]) -> ExpertsAdapter:
+        """The adapter of a module with weights of experts.
+
+        Args:
+            base: The module.
+            qualified_name: Its name in the model.
+            stacks: The names of the parameters to adapt.
+
+        Raises:
+            AdapterError: This module cannot carry the method.
+        """
+        raise AdapterError(f"{type(self).__name__} does not adapt the experts of {qualified_name!r}")
+
     def placeholder(
         self, qualified_name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
     ) -> AdapterModule | None:
@@ -87,6 +124,9 @@ class LowRank(Method):
         Raises:
             AdapterError: One of the pair is missing.
         """
+        stacks = [name.removesuffix("_lora_A") for name in tensors if name.endswith("_lora_A")]
+        if stacks and self.adapts_experts:
+            return self._experts_placeholder(qualified_name, tensors, stacks)
         pair = {"lora_A", "lora_B"}
         if not pair & tensors.keys():
             return super().placeholder(qualified_name, tensors, shapes)
@@ -97,6 +137,19 @@ class LowRank(Method):
                 raise AdapterError(f"{qualified_name}.{name} is {tuple(tensors[name].shape)}, and must be a matrix")
         layer = nn.Linear(tensors["lora_A"].shape[1], tensors["lora_B"].shape[0], bias=False, device="meta")
         return self.wrap(layer, qualified_name, nn.Module())
+
+    def _experts_placeholder(
+        self, qualified_name: str, tensors: Mapping[str, Tensor], stacks: Sequence[str]
+    ) -> ExpertsAdapter:
+        base = nn.Module()
+        base.is_transposed = False  # type: ignore[assignment]
+        for stack in stacks:
+            a, b = tensors[f"{stack}_lora_A"], tensors.get(f"{stack}_lora_B")
+            if b is None or a.dim() != 3 or b.dim() != 3 or not a.numel() or len(a) != len(b):
+                raise AdapterError(f"{qualified_name}: {stack}_lora_A and {stack}_lora_B are no pairs of experts")
+            weight = torch.empty(len(a), b.shape[1], a.shape[2], device="meta")
+            base.register_parameter(stack, nn.Parameter(weight, requires_grad=False))
+        return self.wrap_experts(base, qualified_name, stacks)
 
 
 def _is_constant(tensor: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -77,6 +77,15 @@ class Method:
         """Take names that match nothing out of a list of targets; files of earlier versions may hold such names."""
         if not isinstance(self.targets, str):
             self.targets = matched_names(model, self.targets) or self.targets
+
+    def follow_file(self, model: nn.Module, adapted: Collection[str]) -> None:
+        """Choose no more layers than a file holds, where `targets` has come to mean more since it was written.
+
+        Args:
+            model: Without adapters.
+            adapted: The names of the layers in the file.
+        """
+        self.forget_unmatched(model)
 
     def check_merge(self, model: nn.Module, merged: Sequence[str]) -> None:
         """Called by `lit_adapters.merge` before a final merge changes anything; most methods need nothing.

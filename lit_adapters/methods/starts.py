@@ -22,7 +22,7 @@ LoRA-GA follows the authors' code; peft's scales B0 by S in addition, and A0 not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.matrix_layers import ConvolutionLayer, is_quantised
+from lit_adapters.methods.targets import Target
 from lit_adapters.ops.decomposition import PrincipalDirections, leading_svd
 from lit_adapters.ops.statistics import regular_sample
 from lit_adapters.values import check_choice
@@ -84,6 +85,20 @@ class StartedLowRank(LowRank):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("start", self.start, STARTS)
+
+    def find_experts(self, model: nn.Module, train: str | Sequence[str]) -> list[tuple[Target, list[str]]]:
+        """As for any low-rank method.
+
+        Raises:
+            AdapterError: There are some, and the pairs do not start at zero.
+        """
+        found = super().find_experts(model, train)
+        if found and self.start != ZERO:
+            name = found[0][0].name
+            raise AdapterError(
+                f"the experts of {name!r} cannot have start={self.start!r}; use start='zero', or exclude=[{name!r}]"
+            )
+        return found
 
 
 class StartedAdapter(LowRankAdapter):

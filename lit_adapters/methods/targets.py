@@ -165,6 +165,7 @@ def find_targets(
     method: Selection,
     train: str | Sequence[str] = (),
     wanted: Callable[[Target], bool] | None = None,
+    also: Sequence[str] = (),
 ) -> list[Target]:
     """The places of `model` that `method` adapts.
 
@@ -173,6 +174,7 @@ def find_targets(
         method: What to adapt; modules in its `exclude` are left out.
         train: As for `lit_adapters.attach`; where `targets` is a keyword, modules in this list are left out.
         wanted: Whether a place is selected, where `targets` is a keyword that this method alone has.
+        also: Names of parameters that the method adapts besides, and that a name or pattern may mean.
 
     Raises:
         TargetsNotFound: `targets`, a name in a list of them, a suffix in `exclude` or a pattern in `rank_pattern`
@@ -195,23 +197,25 @@ def find_targets(
             return matches(t.name, spec)
 
     names = [t.name for t in places(model)]
+    parameters = [name for name, _ in model.named_parameters()]
     for suffix in method.exclude:
-        if not any(matches(name, [suffix]) for name in names):
+        if not any(matches(name, [suffix]) for name in (*names, *parameters)):
             raise TargetsNotFound(
                 f"{type(method).__name__}: exclude {suffix!r} matches no module of {type(model).__name__}."
                 f"{near_misses([suffix], names)}"
             )
     found = [t for t in places(model) if selected(t) and not within(t.name, tuple(method.exclude))]
-    if not found:
+    if not found and not also:
         raise TargetsNotFound(_nothing_found(model, method))
     for suffix in () if wanted is not None or isinstance(spec, str) else spec:
-        if not any(matches(name, [suffix]) for name in names):
+        if not any(matches(name, [suffix]) for name in (*names, *also)):
             raise TargetsNotFound(_unmatched(model, method, suffix))
     for pattern in getattr(method, "rank_pattern", None) or {}:
-        if not any(fullmatch(pattern, t.name) for t in found):
+        adapted = [*(t.name for t in found), *also]
+        if not any(fullmatch(pattern, name) for name in adapted):
             raise TargetsNotFound(
-                f"{type(method).__name__}: rank_pattern {pattern!r} matches none of its {len(found)} layers, such as "
-                f"{found[0].name!r}; it is a regular expression for the whole name"
+                f"{type(method).__name__}: rank_pattern {pattern!r} matches none of its {len(adapted)} layers, such as "
+                f"{adapted[0]!r}; it is a regular expression for the whole name"
             )
     return found
 

@@ -95,7 +95,7 @@ def _attach(
             shared[id(target.module)] = adapter
         placed.append((target, adapter))
 
-    adapted = {id(p) for target, _ in placed for p in target.module.parameters()}
+    adapted = {id(p) for _, adapter in placed for p in adapter.adapts()}
     selecting = [method for method in single_methods if hasattr(method, "targets")]
     left = left_alone(model, selecting, adapted, trained)
     persistent = model.state_dict(keep_vars=True)
