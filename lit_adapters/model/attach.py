@@ -9,6 +9,7 @@ from torch import nn
 
 from lit_adapters.errors import AdapterError, TargetsNotFound
 from lit_adapters.methods.adapter_module import AdapterModule
+from lit_adapters.methods.experts import find_experts
 from lit_adapters.methods.method import Config, Factory, Method, to_methods
 from lit_adapters.methods.targets import Target, head_modules, left_alone, matches, near_misses, peft_parameters, places
 from lit_adapters.model.adapter_sets import AdapterSet, AdapterSets, room_for, sets_of
@@ -98,6 +99,9 @@ def _attach(
     adapted = {id(p) for _, adapter in placed for p in adapter.adapts()}
     selecting = [method for method in single_methods if hasattr(method, "targets")]
     left = left_alone(model, selecting, adapted, trained)
+    every = [type(m).__name__ for m in selecting if m.targets == "all-linear"]
+    experts = [f"{t.name}.{n}" for t, names in find_experts(model, "all-linear", (), train) for n in names]
+    experts = [n for n in experts if n in left]
     persistent = model.state_dict(keep_vars=True)
     required_grad = {n: p.requires_grad for n, p in named.items()}
     state = Attachment(
@@ -116,6 +120,13 @@ def _attach(
         warnings.warn(
             f"attach freezes {len(other_adapters)} parameters of peft's adapters, {other_adapters[0]!r} first; name "
             "them in `train` if they are to go on training",
+            stacklevel=3,
+        )
+    if every and experts:
+        warnings.warn(
+            f"{every[0]} does not adapt weights that several experts have in one parameter: {len(experts)} of them "
+            f"stay as they are, {experts[0]!r} first. LoRA, DoRA and LoRAN adapt them; to leave them alone, name their "
+            "modules in `exclude`",
             stacklevel=3,
         )
     sizes = {n: named[n].numel() for n in state.trained_parameters}

@@ -57,7 +57,8 @@ class PairOptimizer(AdapterOptimizer):
             refuse_shards(parameters, name)
         sizes = [tuple(parameter.shape) for parameter in parameters]
         for a, b in zip(sizes[::2], sizes[1::2], strict=False):
-            if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            matrices = len(a) == len(b) == 2 or (not self.moves_product and len(a) == len(b) == 3)
+            if not matrices or a[-2] != b[-1] or a[:-2] != b[:-2]:
                 raise AdapterError(
                     f"{name}: sizes {a} and {b} are not those of A (r, in) and B (out, r); make the groups with "
                     "parameter_groups(model, lr, pairs=True)"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lit_adapters.methods.experts import ExpertsAdapter
 from lit_adapters.methods.low_rank import LowRankAdapter
 from lit_adapters.model.record import adapters
 
@@ -16,8 +17,8 @@ class LowRankPair:
 
     Attributes:
         name: The qualified name of the layer.
-        a: A, (r, in).
-        b: B, (out, r).
+        a: A, (r, in); (E, r, in) for E experts.
+        b: B, (out, r); (E, out, r) for E experts.
         scale: s, the factor on B A.
         obstacle: Why the layer's weight is not a function of B A alone; empty if it is one.
     """
@@ -38,8 +39,13 @@ def low_rank_pairs(model: nn.Module) -> list[LowRankPair]:
     Args:
         model: A module whose tree may hold adapters.
     """
-    return [
-        LowRankPair(name, adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.product_obstacle())
-        for name, adapter in adapters(model)
-        if isinstance(adapter, LowRankAdapter) and (adapter.lora_A.requires_grad or adapter.lora_B.requires_grad)
-    ]
+    found = []
+    for name, adapter in adapters(model):
+        if isinstance(adapter, LowRankAdapter):
+            obstacle = adapter.product_obstacle()
+            found.append(LowRankPair(name, adapter.lora_A, adapter.lora_B, adapter.scaling, obstacle))
+        elif isinstance(adapter, ExpertsAdapter):
+            obstacle = f"{name!r} holds the pairs of several experts in one parameter"
+            pairs = {stack: adapter.pair(stack) for stack in adapter.merges_into}
+            found += [LowRankPair(f"{name}.{s}", *pair, adapter.scaling[s], obstacle) for s, pair in pairs.items()]
+    return [pair for pair in found if pair.a.requires_grad or pair.b.requires_grad]

@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import lit_adapters as la
 from lit_adapters.files.saved import read_saved
+from lit_adapters.optimizers import LoRAPlus, LoRARITE, parameter_groups
 
 SIZES = {
     "vocab_size": 64,
@@ -283,3 +284,30 @@ def test_peft_directories_and_low_rank_forms_refuse_experts(tmp_path):
     assert not (tmp_path / "out").exists()
     copied = copy.deepcopy(model)
     assert len(list(la.adapters(copied))) == len(list(la.adapters(model)))
+
+
+@pytest.mark.parametrize("method", [la.AFALoRA(rank=2), la.VeRA(rank=2)])
+def test_methods_that_leave_experts_alone_say_so(method):
+    model = build("mixtral")
+    with pytest.warns(UserWarning, match=r"does not adapt weights .*: 4 of them stay as they are, 'model\.layers\.0"):
+        report = la.attach(model, method)
+    assert "experts" in str(report)
+    la.detach(model)
+    method.exclude = ["experts"]
+    la.attach(model, method)
+
+
+def test_optimisers_of_pairs():
+    model = build("mixtral")
+    la.attach(model, la.LoRA(rank=2))
+    optimizer = LoRAPlus(parameter_groups(model, 1e-3, pairs=True), ratio=16.0)
+    before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+    for _ in range(2):  # A has no gradient while B is 0
+        run(model).square().sum().backward()
+        optimizer.step()
+    moved = {n: (p - before[n]).abs().max().item() for n, p in model.named_parameters() if n in before}
+    assert (
+        moved["model.layers.0.mlp.experts.down_proj_lora_B"] > 8 * moved["model.layers.0.mlp.experts.down_proj_lora_A"]
+    )
+    with pytest.raises(la.AdapterError, match="holds the pairs of several experts in one parameter"):
+        LoRARITE(parameter_groups(model, 1e-3, pairs=True))
