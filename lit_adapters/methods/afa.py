@@ -89,6 +89,7 @@ class AFAAdapter(LowRankAdapter):
 
     method = "afa"
     has_branch = True
+    needs_weight = False
     schedule: Schedule
     sigma_numerator: nn.Parameter
     sigma_denominator: nn.Parameter

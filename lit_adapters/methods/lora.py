@@ -42,6 +42,7 @@ class LoRAAdapter(StartedAdapter):
 
     method = "lora"
     has_branch = True
+    needs_weight = False
 
     def __init__(self, base: nn.Module, qualified_name: str, config: LoRA) -> None:
         super().__init__(base, qualified_name, config)

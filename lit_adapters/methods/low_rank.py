@@ -184,7 +184,7 @@ class LowRankAdapter(WeightAdapter):
         self.rank = rank
         self.scaling = config.scaling(rank)
         self.dropout = config.dropout
-        device = self.base.weight.device
+        device = self.layer.device(self.base)
         self.add_parameter("lora_A", torch.empty(rank, inputs, device=device))
         self.add_parameter("lora_B", torch.empty(outputs, rank, device=device))
         self._cast_weight: Cache[Tensor] = Cache()  # W0 in the dtype in which W0 x is computed
@@ -296,7 +296,7 @@ class LowRankAdapter(WeightAdapter):
         """relative_norm: ||s B A||_F / ||W0||_F, from the r x r products alone (the d x d update is never formed)."""
         a, b = self.right_factor(torch.float64).detach(), self.left_factor(torch.float64).detach()
         squared = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
-        return {"relative_norm": abs(self.scaling) * squared.sqrt().item() / self.base_norm()}
+        return self.relative_norm(abs(self.scaling) * squared.sqrt().item())
 
     def extra_repr(self) -> str:
         return f"{self.base.extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"

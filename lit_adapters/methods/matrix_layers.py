@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.hooks import has_own_forward
-from lit_adapters.methods.quantised import foreign_quantisation
+from lit_adapters.methods.quantised import foreign_quantisation, is_foreign_tensor, plain_values
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_OLD_SIZES = ("infeatures", "outfeatures")  # of GPTQ
 _PLAIN_FORWARDS = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 
 
@@ -27,10 +28,17 @@ class LinearLayer:
     channel_dim = -1  # the dimension of the channels in the output and in A x
     keeps_dtype = False  # whether the output has the dtype of the input even under autocast
     low_rank = True  # whether B(A x) can be computed without forming B A
+    can_read = True  # whether the matrix can be told
+    is_packed = False  # whether the weight is stored in a quantised form; merging makes it a plain one
 
     def size(self, base: Any) -> tuple[int, int]:
         """The size (out, in) of the matrix."""
         return base.out_features, base.in_features
+
+    def device(self, base: Any) -> torch.device:
+        """Where the layer is."""
+        device: torch.device = base.weight.device
+        return device
 
     def dtype(self, base: Any) -> torch.dtype:
         """The dtype of a weight that replaces the pretrained one."""
@@ -136,6 +144,7 @@ class QuantisedLayer(LinearLayer):
     """bitsandbytes' Linear4bit: the matrix is the weight, dequantised to the dtype in which the layer computes."""
 
     keeps_dtype = True
+    is_packed = True
 
     def __init__(self, base: Any) -> None:
         stop_repacking(base)
@@ -166,11 +175,72 @@ class QuantisedLayer(LinearLayer):
         return F.linear(x.to(weight.dtype), weight).to(x.dtype)
 
     def with_weight(self, base: Any, weight: Tensor) -> nn.Linear:
-        plain = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        if base.bias is not None:
-            plain.bias = nn.Parameter(base.bias.detach().to(weight.dtype), base.bias.requires_grad)
-        return plain.train(base.training)
+        return _plain_layer(base, weight)
+
+
+class ForeignLayer(LinearLayer):
+    """A linear layer that another library quantised: it is called, and its weight is not needed.
+
+    The matrix can be read where the weight dequantises itself (torchao, quanto) or is bitsandbytes' of 8 bit.
+    """
+
+    is_packed = True
+
+    def __init__(self, base: Any, qualified_name: str) -> None:
+        self._name = qualified_name
+        weight = base._parameters.get("weight")
+        self.can_read = weight is not None and (is_foreign_tensor(weight) or _scales(base) is not None)
+
+    def size(self, base: Any) -> tuple[int, int]:
+        inputs, outputs = ("in_features", "out_features") if hasattr(base, "in_features") else _OLD_SIZES
+        return getattr(base, outputs), getattr(base, inputs)
+
+    def device(self, base: Any) -> torch.device:
+        tensors = (*base.parameters(), *base.buffers(), *vars(base).values())
+        return next(t.device for t in tensors if isinstance(t, Tensor))
+
+    def dtype(self, base: Any) -> torch.dtype:
+        tensors = base._parameters.get("bias"), base._parameters.get("weight")
+        return next((t.dtype for t in tensors if t is not None and t.is_floating_point()), torch.float32)
+
+    def matrix(self, base: Any, weight: Any) -> Tensor:
+        """The dequantised weight.
+
+        Raises:
+            AdapterError: Only the library that has quantised the layer can read it.
+        """
+        if not self.can_read:
+            raise AdapterError(
+                f"the weight of {self._name!r}, {foreign_quantisation(base)}, cannot be read; keep the adapter, or "
+                "dequantise the model"
+            )
+        scales = _scales(base)
+        if scales is not None:
+            return weight.detach().float() * (scales / 127)[:, None]
+        return plain_values(weight.detach())
+
+    def with_weight(self, base: Any, weight: Tensor) -> nn.Linear:
+        return _plain_layer(base, weight)
+
+
+def _scales(base: Any) -> Tensor | None:
+    """The scale of each row (out,) of bitsandbytes' Linear8bitLt; None for other layers, and where W is not int8."""
+    weight = base._parameters.get("weight")
+    if type(weight).__name__ != "Int8Params" or weight.dtype != torch.int8:
+        return None
+    state = getattr(base, "state", None)
+    scales: Tensor | None = weight.SCB if weight.SCB is not None else getattr(state, "SCB", None)
+    return scales
+
+
+def _plain_layer(base: Any, weight: Tensor) -> nn.Linear:
+    """nn.Linear with this weight and the bias of `base`."""
+    bias = base._parameters.get("bias")
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
+    return plain.train(base.training)
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -230,13 +300,14 @@ def is_plain(module: nn.Module) -> bool:
     return y.is_meta or torch.allclose(y.float(), expected.float(), rtol=1e-2, atol=1e-3)
 
 
-def matrix_layer(base: nn.Module, qualified_name: str, method: str) -> LinearLayer:
+def matrix_layer(base: nn.Module, qualified_name: str, method: str, needs_weight: bool = True) -> LinearLayer:
     """How `base` stores and applies its matrix.
 
     Args:
         base: The layer to adapt.
         qualified_name: Its name in the model, for messages.
         method: The name of the method, for messages.
+        needs_weight: Whether the method reads the weight; others call the layer, however it is quantised.
 
     Raises:
         AdapterError: `base` is not a layer with a weight matrix, its weight is not a plain parameter, or it does not
@@ -252,9 +323,11 @@ def matrix_layer(base: nn.Module, qualified_name: str, method: str) -> LinearLay
     if is_quantised(base):
         kind = QuantisedLayer(base)
     elif quantised := foreign_quantisation(base):
+        if not needs_weight and not isinstance(base, nn.modules.conv._ConvNd):
+            return ForeignLayer(base, qualified_name)
         raise AdapterError(
-            f"{method} cannot read the quantised weight of {qualified_name!r}, {quantised}; quantise to NF4 (4 bit) "
-            f"with bitsandbytes instead, dequantise the model, or {leave_out}"
+            f"{method} cannot read the quantised weight of {qualified_name!r}, {quantised}; use LoRA, AFALoRA or VeRA, "
+            f"which do not need it, quantise to NF4 (4 bit) with bitsandbytes, dequantise the model, or {leave_out}"
         )
     elif isinstance(base, tuple(_CONVOLUTIONS)):
         kind = ConvolutionLayer(base)

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
-from lit_adapters.methods.matrix_layers import ConvolutionLayer, is_quantised
+from lit_adapters.methods.matrix_layers import ConvolutionLayer, ForeignLayer, is_quantised
+from lit_adapters.methods.quantised import foreign_quantisation
 from lit_adapters.methods.targets import Target
 from lit_adapters.ops.decomposition import PrincipalDirections, leading_svd
 from lit_adapters.ops.statistics import regular_sample
@@ -135,6 +136,11 @@ class StartedAdapter(LowRankAdapter):
             raise AdapterError(
                 f"start='lora_ga' takes 2 * {self.rank} directions of the gradient, and {name!r} ({outputs} x "
                 f"{inputs}) has {min(outputs, inputs)}; lower rank, or give this layer its own in rank_pattern"
+            )
+        if self.start in (*FROM_WEIGHT, "lora_ga") and isinstance(self.layer, ForeignLayer):
+            raise AdapterError(
+                f"start={self.start!r} needs the weight of {name!r}, {foreign_quantisation(self.base)}; use "
+                f"start='zero' or 'eva', or exclude=[{name!r}]"
             )
         if self.start == "lora_ga" and is_quantised(self.base):
             raise AdapterError(

@@ -83,7 +83,7 @@ class VeRA(Method):
             TargetsNotFound: Nothing matches.
         """
         targets = find_targets(model, self, train)
-        sizes = [matrix_layer(t.module, t.name, "VeRA").size(t.module) for t in targets]
+        sizes = [matrix_layer(t.module, t.name, "VeRA", needs_weight=False).size(t.module) for t in targets]
         pair = FrozenPair(self.seed, self.rank, max(outs for outs, _ in sizes), max(ins for _, ins in sizes))
         return [(t, partial(VeRAAdapter, t.module, t.name, self, pair)) for t in targets]
 
@@ -199,6 +199,7 @@ class VeRAAdapter(WeightAdapter):
     """
 
     method = "vera"
+    needs_weight = False
     vera_lambda_d: nn.Parameter
     vera_lambda_b: nn.Parameter
     vera_A: Tensor
@@ -215,7 +216,7 @@ class VeRAAdapter(WeightAdapter):
         self.rank, self.d_initial, self.dropout = config.rank, config.d_initial, config.dropout
         self.size = self.layer.size(self.base)
         self.pair = pair or FrozenPair(config.seed, config.rank, *self.size)
-        device = self.base.weight.device
+        device = self.layer.device(self.base)
         self.add_parameter("vera_lambda_d", torch.empty(config.rank, device=device))
         self.add_parameter("vera_lambda_b", torch.empty(self.size[0], device=device))
         self.add_buffer("vera_sizes", torch.empty(2, 2, dtype=torch.int64, device=device))
@@ -298,7 +299,7 @@ class VeRAAdapter(WeightAdapter):
         """relative_norm: ||Lambda_b B Lambda_d A||_F / ||W0||_F, from r x r products alone."""
         left, right = self.factors(torch.float64)
         squared = ((left.T @ left) * (right @ right.T)).sum().clamp(min=0)
-        return {"relative_norm": squared.sqrt().item() / self.base_norm()}
+        return self.relative_norm(squared.sqrt().item())
 
     def low_rank_update(self) -> LowRankUpdate:
         """Lambda_b B Lambda_d A."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +38,13 @@ class WeightAdapter(AdapterModule):
     """
 
     merges_into: Sequence[str] = ("weight",)
+    needs_weight: ClassVar[bool] = True  # False if the base is only called, so that it may be quantised in any form
     merged_weight: Tensor
     dropout: float = 0.0  # the probability of zeroing an input of the update while training
 
     def __init__(self, base: nn.Module, qualified_name: str) -> None:
         super().__init__(base, qualified_name)
-        self.layer = matrix_layer(base, qualified_name, type(self).__name__.removesuffix("Adapter"))
+        self.layer = matrix_layer(base, qualified_name, type(self).__name__.removesuffix("Adapter"), self.needs_weight)
         self._norm: Cache[float] = Cache()
 
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -52,13 +53,20 @@ class WeightAdapter(AdapterModule):
 
     def base_matrix(self) -> Tensor:
         """The pretrained weight as a matrix (out, in); a quantised one is dequantised."""
-        return self.layer.matrix(self.base, self.base.weight)
+        weight: Any = getattr(self.base, "weight", None)  # GPTQ has none
+        return self.layer.matrix(self.base, weight)
 
     def base_norm(self) -> float:
         """||W0||_F; computed once for as long as the pretrained weight stays the same."""
         # The weight of a sharded model is another tensor each time it is whole, but frozen.
-        sources = [] if self.sharded else [self.base.weight]
+        sources = [] if self.sharded or self.layer.is_packed else [self.base.weight]
         return self._norm.get(sources, self._measure_norm)
+
+    def relative_norm(self, norm: float) -> dict[str, float]:
+        """The statistic relative_norm of an update with a Frobenius norm; "norm" where W0 cannot be read."""
+        if not self.layer.can_read:
+            return {"norm": norm}
+        return {"relative_norm": norm / self.base_norm()}
 
     def _measure_norm(self) -> float:
         norm: float = torch.linalg.vector_norm(self.base_matrix().detach(), dtype=torch.float64).item()
@@ -119,12 +127,18 @@ class WeightAdapter(AdapterModule):
             AdapterError: The adapter is nonlinear at present, or the base has no weight to merge into.
         """
         self.check_linear()
-        if self.base.weight.is_meta:
+        if any(p.is_meta for p in self.base.parameters()):
             raise AdapterError(f"{self.qualified_name!r} is on the meta device: load its weights first")
-        if not self.base_matrix().is_floating_point():
-            raise AdapterError(f"{self.qualified_name!r} has a weight of {self.base.weight.dtype}: dequantise it first")
+        dtype = self.base_matrix().dtype
+        if not dtype.is_floating_point:
+            raise AdapterError(f"{self.qualified_name!r} has a weight of {dtype}: dequantise it first")
 
     def absorb_parameter(self, name: str, value: Tensor) -> None:
         """Write the merged weight into the base; a quantised layer becomes a plain one."""
-        self.__dict__["base"] = self.layer.with_weight(self.base, value)
-        self._parameters.update(self.base._parameters)
+        before, base = self.base, self.layer.with_weight(self.base, value)
+        self.__dict__["base"] = base
+        if base is not before:
+            for name in self._base_buffers:
+                del self._buffers[name]
+            self._base_parameters, self._base_buffers = list(base._parameters), list(base._buffers)
+        self._parameters.update(base._parameters)

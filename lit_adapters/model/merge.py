@@ -12,6 +12,8 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.matrix_layers import is_quantised
 from lit_adapters.methods.method import to_methods
+from lit_adapters.methods.quantised import foreign_quantisation
+from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.model.adapter_sets import sets_of
 from lit_adapters.model.meta import require_loaded
 from lit_adapters.model.record import adapters, attachment, released, remove_adapters
@@ -121,7 +123,9 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
         for method in methods:
             method.check_merge(model, list(merging))
     dequantised = [
-        n for n, adapter in merging.items() if is_quantised(adapter.base) and "weight" in adapter.merges_into
+        n
+        for n, a in merging.items()
+        if "weight" in a.merges_into and (a.layer.is_packed if isinstance(a, WeightAdapter) else is_quantised(a.base))
     ]
     errors = [(0.0, 0.0), *(adapter.absorb() if unload else adapter.merge() for adapter in merging.values())]
     kept = [name for name, _ in found if name not in merging]
@@ -135,7 +139,7 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
             method.finish_merge(model, list(merging))
         if kept:
             guard_saving(model, functions=True)
-    if dequantised and unload and not any(hasattr(p, "quant_state") for p in model.parameters()):
+    if dequantised and unload and not any(is_quantised(m) or foreign_quantisation(m) for m in model.modules()):
         forget_quantisation(model)
     return MergeReport(max(e for e, _ in errors), max(e for _, e in errors), list(merging), kept, dequantised)
 

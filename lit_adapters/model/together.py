@@ -17,6 +17,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.hooks import copy_hooks
 from lit_adapters.methods.matrix_layers import is_quantised
+from lit_adapters.methods.quantised import foreign_quantisation
 
 
 class Together(AdapterModule):
@@ -116,7 +117,7 @@ class AdapterSum(Together):
         """
         for part in self.parts.values():
             part.check_mergeable()
-        if is_quantised(self.base):
+        if is_quantised(self.base) or foreign_quantisation(self.base):
             raise AdapterError(
                 f"{self.qualified_name!r} is quantised, so that a sum of adapters cannot be merged into it; make one "
                 "of them with lit_adapters.combine, and merge that"

@@ -74,7 +74,7 @@ class SubspaceTracker:
 
     def _overlap(self, name: str, adapter: AdapterModule) -> dict[str, float]:
         update = adapter.low_rank_update()
-        if update is None or not isinstance(adapter, WeightAdapter):
+        if update is None or not isinstance(adapter, WeightAdapter) or not adapter.layer.can_read:
             return {}
         if name not in self._leading:
             self._leading[name] = leading_subspace(adapter.base_matrix(), update.rank)

@@ -90,7 +90,10 @@ def test_a_file_comes_back(tmp_path, name):
     assert not any(p.requires_grad for p in again.parameters())
     assert again.peft_config["default"].method() == model.peft_config["default"].method()
     lazy = peft.PeftModel.from_pretrained(build("llama"), tmp_path, low_cpu_mem_usage=True)
-    assert torch.equal(run(lazy.eval()), expected)
+    state, lazy_state = model.state_dict(), lazy.state_dict()
+    assert all(torch.equal(lazy_state[key], values) for key, values in state.items())
+    # Its tensors lie elsewhere in memory, where some processors add up in another order.
+    torch.testing.assert_close(run(lazy.eval()), expected, rtol=1e-6, atol=1e-6)
     onward = peft.PeftModel.from_pretrained(build("llama"), tmp_path, is_trainable=True)
     assert {n for n, p in onward.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad

@@ -1,11 +1,13 @@
-"""Layers that other libraries quantised are refused by name, whatever form their weight has."""
+"""Layers that other libraries quantised: methods that read the weight are refused by name, others work."""
 
 import copy
 
+import bitsandbytes
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import lit_adapters as la
 from lit_adapters.methods.quantised import foreign_quantisation
@@ -94,25 +96,117 @@ CASES = {
     "hqq": (HQQLinear, "a HQQLinear of "),
     "gptq": (Packed, "a Packed that holds 'qweight' in place of a weight"),
 }
-METHODS = [la.LoRA(rank=2), la.DoRA(rank=2), la.LoRAN(rank=2), la.AFALoRA(rank=2), la.VeRA(rank=4)]
-METHODS.append(la.BitFit(add_missing=True))
+# Those that read the weight, and those that only call the layer.
+READING = [la.DoRA(rank=2), la.LoRAN(rank=2), la.NestedLoRA(rank=2, inner_rank=2), la.LoRA2(width=2, rank=2)]
+READING += [la.BitFit(add_missing=True), la.LoRA(rank=2, start="pissa")]
+CALLING = [la.LoRA(rank=2), la.AFALoRA(rank=2), la.VeRA(rank=4), la.LoRA(rank=2, start="eva")]
 X = torch.linspace(-1, 1, 16).view(2, 8)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_refused_before_anything_changes(case):
+def test_methods_that_read_the_weight_are_refused_before_anything_changes(case):
     change, words = CASES[case]
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), change(nn.Linear(8, 8, bias=False)))
     modules = list(model)
-    for method in METHODS:
+    for method in READING:
         for targets in (method.targets, ["2"], "[02]"):
             chosen = copy.copy(method)
             chosen.targets = targets
-            with pytest.raises(
-                la.AdapterError, match=rf"'2'.* {words}.*NF4 .4 bit. with bitsandbytes.*exclude=\['2'\]"
-            ):
+            with pytest.raises(la.AdapterError, match=rf"'2'.* {words}.*exclude=\['2'\]"):
                 la.attach(model, chosen)
     assert list(model) == modules
+
+
+@pytest.mark.filterwarnings("ignore:.*still nonlinear:UserWarning")
+@pytest.mark.parametrize("method", CALLING, ids=lambda m: f"{type(m).__name__}-{getattr(m, 'start', '')}")
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("float8", "int8")])
+def test_methods_that_call_the_layer_train_and_load(case, method, tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), CASES[case][0](nn.Linear(8, 8, bias=False)))
+    before, base = model(X), copy.deepcopy(model)
+    report = la.attach(model, method)
+    la.calibrate(model, [torch.randn(9, 8)])  # for EVA
+    assert "2" in [name for name, *_ in report.adapters]
+    assert_close(model(X), before, rtol=0, atol=0)
+    model(X).square().sum().backward()
+    move(model)
+    adapted = model(X)
+    assert not torch.allclose(adapted, before)
+    adapter = model[2]
+    statistics = adapter.statistics()
+    assert ("relative_norm" if adapter.layer.can_read else "norm") in statistics
+    assert all(value == value for value in statistics.values())
+    with la.disabled(model):
+        assert_close(model(X), before, rtol=0, atol=0)
+    la.save_adapters(model, tmp_path)
+    la.load_adapters(base, tmp_path)
+    assert_close(base(X), adapted, rtol=0, atol=0)
+    la.set_progress(model, 1.0)
+    linear = model(X)
+    if not adapter.layer.can_read:
+        with pytest.raises(la.AdapterError, match=r"the weight of '2', .* cannot be read; keep the adapter"):
+            la.merge(model)
+        return
+    assert la.merge(model).dequantised == ["2"]
+    assert type(model[2]) is nn.Linear
+    assert_close(model(X), linear, rtol=1e-5, atol=1e-5)
+
+
+def move(model):
+    """Give the adapters other values; each must have had a gradient."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _, adapter in la.adapters(model):
+            for parameter in adapter.adapter_parameters().values():
+                assert parameter.grad is not None
+                parameter += 0.1 * torch.randn_like(parameter)
+
+
+def eight_bit():
+    layer = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+    layer.weight = bitsandbytes.nn.Int8Params(torch.randn(32, 64), requires_grad=False, has_fp16_weights=False)
+    return layer.to("cpu")
+
+
+def by_torchao(dtype):
+    layer = nn.Sequential(nn.Linear(64, 32, dtype=dtype))
+    quantize_(layer, Int8WeightOnlyConfig())
+    return layer[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*still nonlinear:UserWarning")
+@pytest.mark.parametrize("method", CALLING, ids=lambda m: f"{type(m).__name__}-{getattr(m, 'start', '')}")
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        (eight_bit, torch.float32),
+        (lambda: by_torchao(torch.float32), torch.float32),
+        (lambda: by_torchao(torch.bfloat16), torch.bfloat16),
+    ],
+    ids=["bitsandbytes, 8 bit", "torchao, float32", "torchao, bfloat16"],
+)
+def test_real_layers(make, dtype, method):
+    """The adapter adds to what the layer returns, and gradients reach the input."""
+    torch.manual_seed(0)
+    model = nn.Sequential(make())
+    x = torch.randn(4, 64, dtype=dtype)
+    before = model(x)
+    la.attach(model, method)
+    la.calibrate(model, [x])  # for EVA
+    assert_close(model(x), before, rtol=0, atol=0)
+    model(x).float().square().sum().backward()
+    move(model)
+    la.set_progress(model, 1.0)
+    x.requires_grad_(True)
+    y = model(x)
+    y.float().square().sum().backward()
+    assert x.grad.abs().sum() > 0
+    update = model[0].delta_weight(torch.float64)
+    expected = before.double() + x.detach().double() @ update.T
+    error = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert_close(y.detach().double(), expected, rtol=error, atol=error * expected.abs().max().item())
+    assert la.merge(model).dequantised == ["0"]
+    assert type(model[0]) is nn.Linear
+    assert (model(x) - y).abs().max() / y.abs().max() < 3e-2  # 8-bit layers round their inputs too
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("float8", "int8")])
