@@ -11,11 +11,11 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -40,13 +40,14 @@ from lit_adapters.files.header import (
 )
 from lit_adapters.files.hub import local_directory
 from lit_adapters.files.meaning import HEADER_KEY, adopt_meaning, check_same, checked, meaning_of
+from lit_adapters.files.transfer import matching_train, named_as_in, warn_left_out, what_fits
 from lit_adapters.methods.method import to_methods
 from lit_adapters.methods.starts import without_starts
 from lit_adapters.model.attach import attach, detach
 from lit_adapters.model.meta import refuse_meta
 from lit_adapters.model.named import in_use, use, using
 from lit_adapters.model.ranks import kept_directions, warn_unallocated, with_ranks
-from lit_adapters.model.record import DEFAULT, adapters, attachment, base_parameters, unfrozen
+from lit_adapters.model.record import DEFAULT, adapters, attachment, base_parameters, inner, unfrozen
 from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import is_sharded, whole
 from lit_adapters.model.unfinished import warn_unfinished
@@ -137,6 +138,7 @@ def save_adapters(model: nn.Module, directory: str | Path, *, name: str | None =
             is not finite or has no values yet, or the files cannot be written. Earlier files in `directory` are then as
             before.
     """
+    model = inner(model)
     if name is not None:
         with using(model, name):
             save_adapters(model, directory)
@@ -199,10 +201,11 @@ def load_adapters(
     directory: str | Path,
     *,
     name: str = DEFAULT,
+    strict: Literal[True, "shapes"] = True,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> AdapterReport:
-    """Attach the saved methods to a base model and load their tensors; strict.
+    """Attach the saved methods to a base model and load their tensors.
 
     Args:
         model: The base model, without adapters of this name. If its weights differ from those the adapters were trained
@@ -210,48 +213,62 @@ def load_adapters(
         directory: What `save_adapters` wrote, or as text the name of a repository of the hub, to which `push` uploads
             ("user/name").
         name: The name of the adapters in the model; they are in use afterwards, see `use`.
+        strict: True needs the very base that the adapters were trained on. "shapes" takes what fits a model with
+            another image size, head or vocabulary: an adapter or trained parameter that is not there or has another
+            shape stays at its start, and is in `left_out` of the report. What the file says of classes, normalisation
+            and the like is then not applied.
         revision: A branch, tag or commit of that repository.
         token: For private repositories; by default the one that the user has logged in with.
 
     Raises:
         AssetError: There is neither such a directory nor such a repository, or the hub cannot be reached.
         AdapterError: The file is missing, torn, damaged, not ours or of a newer format; the base has other layers or
-            shapes; tensors are missing, unexpected or of another kind; or the file's meaning
-            (`lit_adapters.files.meaning`) contradicts the model's. The model is then as before.
+            shapes, or with strict="shapes" none that fits; tensors are missing, unexpected or of another kind; or the
+            file's meaning (`lit_adapters.files.meaning`) contradicts the model's. The model is then as before.
     """
     directory = local_directory(directory, TENSORS, (HEADER,), revision, token)
-    header, tensors = read_directory(directory)
-    before = in_use(model)
-    mine, theirs = _base_shapes(model), header["base"]["shapes"]
+    if strict is not True and strict != "shapes":
+        raise AdapterError(f"strict {shown(strict)} must be True, or 'shapes' to take what fits another model")
+    model, by_shapes = inner(model), strict == "shapes"
+    before, mine = in_use(model), _base_shapes(model)
+    header, tensors = named_as_in(*read_directory(directory), mine)
+    theirs = header["base"]["shapes"]
     different = [k for k in theirs if mine.get(k) != theirs[k]] + [k for k in mine if k not in theirs]
-    if different:
+    if different and not by_shapes:
         key = different[0]
         raise AdapterError(
             f"{directory} belongs to another base model: {key!r} is {theirs.get(key, 'absent')} there and "
             f"{mine.get(key, 'absent')} here ({len(different)} parameters differ). Build the model that the adapters "
-            "were trained on: same architecture, same number of classes"
+            "were trained on: same architecture, same number of classes; strict='shapes' takes what fits another one"
         )
-    meaning = checked(header.get(HEADER_KEY, {}), str(directory))
+    meaning = {} if by_shapes else checked(header.get(HEADER_KEY, {}), str(directory))
     check_same(meaning, meaning_of(model), str(directory))
-    besides: dict[str, bool] = header.get("unfrozen", {})
+    besides: dict[str, bool] = {k: v for k, v in header.get("unfrozen", {}).items() if not by_shapes or k in mine}
     methods = to_methods(header["methods"])
     for part in (part for method in methods for part in method.parts()):
         part.follow_file(model, header["adapters"])
-    with without_starts():
-        report = attach(model, methods, header["train"], name)
+    with nullcontext() if by_shapes else without_starts():
+        train = matching_train(model, header["train"]) if by_shapes else header["train"]
+        report = attach(model, methods, train, name)
     with _as_before_on_error(model, (), name, before):
         expected = adapter_state(model, besides)
-        _check_fit(model, header, expected, tensors, directory)
+        if by_shapes:
+            fitting, left_out = what_fits(model, header, tensors, expected)
+            report.left_out.extend(left_out)
+            warn_left_out(left_out, str(directory))
+        else:
+            fitting = tensors
+            _check_fit(model, header, expected, tensors, directory)
     own = base_parameters(model).keys() | set(attachment(model).buffers)
-    with _as_before_on_error(model, own & tensors.keys(), name, before):
-        if others := _other_weights(model, header, tensors):
+    with _as_before_on_error(model, own & fitting.keys(), name, before):
+        if not different and (others := _other_weights(model, header, tensors)):
             warnings.warn(
                 f"{directory} was trained on other weights of this architecture{others}; results will differ",
                 stacklevel=2,
             )
         if not has_checksums(header):
             _note_without_checksums()
-        model.load_state_dict(tensors, strict=False, assign=any(t.is_meta for t in expected.values()))
+        model.load_state_dict(fitting, strict=False, assign=any(t.is_meta for t in expected.values()))
     state, parameters = attachment(model), base_parameters(model)
     state.unfrozen = list(besides)
     for name, trains in besides.items():

@@ -19,6 +19,7 @@ from lit_adapters.model.record import (
     adapters,
     attachment,
     fit_in,
+    inner,
     is_in_use,
     put_in,
     remove_adapters,
@@ -170,7 +171,7 @@ def rejoin(model: nn.Module, placed: Iterable[tuple[Target, AdapterModule]]) -> 
 
 def sets_of(model: nn.Module) -> AdapterSets:
     """The adapters of a model, by name; it may have none."""
-    sets: AdapterSets = model.__dict__.get(SETS, AdapterSets())
+    sets: AdapterSets = inner(model).__dict__.get(SETS, AdapterSets())
     return sets
 
 

@@ -18,7 +18,7 @@ from lit_adapters.methods.targets import exactly, places
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.model.attach import attach, detach
 from lit_adapters.model.meta import require_loaded
-from lit_adapters.model.record import adapters, attachment, base_parameters, unfrozen
+from lit_adapters.model.record import adapters, attachment, base_parameters, inner, unfrozen
 from lit_adapters.model.sharding import refuse_sharded
 from lit_adapters.values import check_whole
 
@@ -64,6 +64,7 @@ def to_lora(model: nn.Module, rank: int) -> LoRAReport:
             nonlinear at present, or merged; or the model is sharded or on the meta device. The model is then as before.
     """
     check_whole("rank", rank)
+    model = inner(model)
     refuse_sharded(model, "to_lora")
     require_loaded(model, "to_lora")
     found = dict(adapters(model))

@@ -21,6 +21,7 @@ from lit_adapters.model.record import (
     adapters,
     attachment,
     fit_in,
+    inner,
     is_in_use,
     put_in,
     released,
@@ -71,6 +72,7 @@ def attach(
             f"{type(model).__name__} is wrapped for several processes already, which would not exchange the gradients "
             "of adapters; attach to the model first, and wrap it then"
         )
+    model = inner(model)  # of torch.compile
     refuse_offloaded(model)
     with room_for(model, name) as sets:
         return _attach(model, to_methods(methods), train, name, sets)
@@ -271,7 +273,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     Raises:
         AdapterError: The model has no adapters, or none of this name; or they are merged or offloaded.
     """
-    sets = sets_of(model)
+    model, sets = inner(model), sets_of(model)
     if name is not None and list(sets.by_name) != [name]:
         sets.remove(model, name)
         return

@@ -32,7 +32,7 @@ from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.model.adapter_sets import sets_of
 from lit_adapters.model.attach import attach
 from lit_adapters.model.named import in_use, use
-from lit_adapters.model.record import adapters
+from lit_adapters.model.record import adapters, inner
 from lit_adapters.ops.rational import rational_reference
 from lit_adapters.ops.statistics import drift
 from lit_adapters.values import check_choice, check_number, check_whole
@@ -120,7 +120,7 @@ def combine(
         raise AdapterError("density 0 would leave nothing; it must be above 0 and at most 1")
     if rank is not None:
         check_whole("rank", rank)
-    sets = sets_of(model)
+    model, sets = inner(model), sets_of(model)
     if name in sets.by_name:
         raise AdapterError(f"the model already has adapters called {name!r}; choose another name")
     places: dict[str, list[tuple[float, AdapterModule]]] = {}

@@ -16,7 +16,7 @@ from lit_adapters.methods.quantised import foreign_quantisation
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.model.adapter_sets import sets_of
 from lit_adapters.model.meta import require_loaded
-from lit_adapters.model.record import adapters, attachment, released, remove_adapters
+from lit_adapters.model.record import adapters, attachment, inner, released, remove_adapters
 from lit_adapters.model.save_guard import guard_saving
 from lit_adapters.model.sharding import refuse_sharded
 from lit_adapters.model.together import Together
@@ -97,6 +97,7 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
             shared with another model (marked `shared_with`) or unknown to the model's configuration. The
             model is then as before.
     """
+    model = inner(model)
     state = attachment(model, several=True)
     others = [n for n in sets_of(model).by_name if n not in state.names]
     if unload and others:

@@ -12,7 +12,7 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.targets import Target
 from lit_adapters.model.adapter_sets import AdapterSets, install, rejoin, sets_of
-from lit_adapters.model.record import Attachment, attachment, is_in_use, put_in
+from lit_adapters.model.record import Attachment, attachment, inner, is_in_use, put_in
 from lit_adapters.model.together import AdapterSum, RowAdapters, Together
 
 
@@ -46,7 +46,7 @@ def use(model: nn.Module, names: str | Sequence[str]) -> None:
             device; or several are to act that train the same parameter, or whose running statistics differ.
     """
     wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    sets = sets_of(model)
+    model, sets = inner(model), sets_of(model)
     for name in wanted:
         sets.get(name)
     if wanted == in_use(model):
@@ -100,7 +100,7 @@ def rows(model: nn.Module, names: Iterable[str | None]) -> Iterator[None]:
     """
     by_row = list(names)
     wanted = [name for name in dict.fromkeys(by_row) if name is not None]
-    sets, before = sets_of(model), in_use(model)
+    model, sets, before = inner(model), sets_of(model), in_use(model)
     for name in wanted:
         for target, adapter in sets.get(name).placed:
             _check_rows(target, adapter)

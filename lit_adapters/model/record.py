@@ -26,6 +26,7 @@ from lit_adapters.model.watch import forget, watch
 _STATE = "_lit_adapters"
 SETS = "_lit_adapter_sets"  # attribute of a model with all its adapters, also those that are not in use
 DEFAULT = "default"
+_WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
 
 
 @dataclass
@@ -70,9 +71,16 @@ def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def inner(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers of torch.compile and of data parallelism, as they have names of their own."""
+    while type(model).__name__ in _WRAPPERS:
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    return model
+
+
 def is_in_use(model: nn.Module) -> bool:
     """Whether adapters that were attached to this module itself are in their places."""
-    return _STATE in model.__dict__
+    return _STATE in inner(model).__dict__
 
 
 def attachment(model: nn.Module, several: bool = False) -> Attachment:
@@ -85,6 +93,7 @@ def attachment(model: nn.Module, several: bool = False) -> Attachment:
     Raises:
         AdapterError: Nothing was attached to this module itself, none of its adapters is in use, or several are.
     """
+    model = inner(model)
     state: Attachment | None = model.__dict__.get(_STATE)
     if state is None:
         waiting = model.__dict__.get(SETS)

@@ -20,6 +20,7 @@ class AdapterReport:
         shared: The number of adapter parameters that several layers share, by method. They are counted once, at the
             first of these layers.
         ranks: The rank of each layer whose rank a training has allocated, as adapter files hold it.
+        left_out: The names of tensors that `load_adapters` with strict="shapes" has not loaded.
     """
 
     adapters: list[tuple[str, str, int]]
@@ -29,6 +30,7 @@ class AdapterReport:
     left: dict[str, int] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def adapter_parameters(self) -> int:
@@ -71,6 +73,11 @@ class AdapterReport:
                 f"{'ranks':<10} {len(ranks):>4} modules {sum(ranks) / len(ranks):>12.2f} on average, {min(ranks)} to "
                 f"{max(ranks)}, as allocated in training"
             )
+        if self.left_out:
+            shown = ", ".join(self.left_out[:2]) + (
+                f" and {len(self.left_out) - 2} more" if len(self.left_out) > 2 else ""
+            )
+            lines.append(f"{'left out':<10} {len(self.left_out):>4} tensors                           {shown}")
         share = 100 * self.trainable / max(self.total, 1)
         lines.append(
             f"trainable  {self.trainable:,} of {self.total:,} ({share:.2f}%); "
