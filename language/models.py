@@ -48,6 +48,16 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
 )
 
+_trusted: set[str] = set()  # names of models that may run code of their own
+
+
+def trust_code_of(name: str) -> None:
+    """Let the model of this name, and its tokenizer, run the Python code that comes with it, in this process.
+
+    Call it for a name that the user has typed, and never for one from a file.
+    """
+    _trusted.add(name)
+
 
 def create_model(
     name: str,
@@ -72,7 +82,8 @@ def create_model(
 
     Raises:
         AssetError: The weights cannot be fetched, or a file is missing or torn.
-        AdapterError: An argument is out of range, a package is missing, or transformers cannot build the model.
+        AdapterError: An argument is out of range, a package is missing, transformers cannot build the model, or it
+            comes with code of its own and `trust_code_of` was not called.
     """
     if dtype not in _DTYPES:
         raise AdapterError(f"dtype {dtype!r} is unknown: use {', '.join(_DTYPES)}")
@@ -85,8 +96,9 @@ def create_model(
         model = _tiny_llama(options)
     else:
         with _loading(name) as source:
-            # The name may come from a checkpoint, and nothing that it names may run code of its own.
-            model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
+            # The name may come from a checkpoint, and nothing that it names may run code of its own. False and True
+            # both keep transformers from asking at the keyboard.
+            model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=name in _trusted, **options)
             meaning = read_meaning(Path(source))
             check_meaning(meaning, source)
             if meaning:  # merged weights
@@ -110,7 +122,7 @@ def create_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name == TINY_LLAMA:
         return _byte_tokenizer()
     with _loading(name) as source:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=name in _trusted)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -187,6 +199,13 @@ def _loading(name: str) -> Iterator[str]:
         raise AssetError(
             f"the model {name!r} could not be fetched from the model hub: {reason} If the hub cannot be reached from "
             f"here, give a local directory, a .gguf file, or {SMOLLM2!r}, which comes from the package index."
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise AdapterError(f"transformers cannot load the model {name!r}: {error}") from error
+        raise AdapterError(
+            f"the model {name!r} comes with Python code of its own, which is not run: if you trust it, set "
+            "trust_remote_code: true of the model, or --trust_remote_code true of language.evaluate"
         ) from error
     except Exception as error:  # transformers, tokenizers and safetensors have their own, and use the built-in ones
         raise AdapterError(f"transformers cannot load the model {name!r}: {error}") from error

@@ -25,6 +25,7 @@ from language.models import (
     context_length,
     create_model,
     create_tokenizer,
+    trust_code_of,
     vocabulary_size,
 )
 from lit_adapters import values
@@ -69,6 +70,8 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
             global generator, which `seed_everything` sets.
         attention: The implementation of attention by its name in transformers; "eager" is faster than the usual "sdpa"
             on a CPU under bf16 autocast.
+        trust_remote_code: Whether the model and its tokenizer may run the Python code that comes with them. Checkpoints
+            do not hold it: give it again beside `--ckpt_path`, with the model's name.
 
     Raises:
         AdapterError: `adapters` is not a method, or its values are out of range. Errors of the model itself come when
@@ -91,8 +94,12 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
         max_new_tokens: int = 128,
         init_seed: int | None = None,
         attention: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        values.check_flag("trust_remote_code", trust_remote_code)
+        if trust_remote_code:
+            trust_code_of(model)
         values.check_whole("max_new_tokens", max_new_tokens)
         values.check_flag("gradient_checkpointing", gradient_checkpointing)
         if init_seed is not None:

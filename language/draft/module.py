@@ -16,7 +16,7 @@ import lit_adapters as la
 from language.draft.distillation import Agreement, agreement
 from language.draft.shortened import shortened, unshare_trained, unshared_copy
 from language.loss import Batch, learned_logits, read
-from language.models import create_tokenizer, vocabulary_size
+from language.models import create_tokenizer, trust_code_of, vocabulary_size
 from language.module import CausalLMTuner, frequencies_kept
 from lit_adapters.errors import AdapterError
 
@@ -53,6 +53,8 @@ class DraftTuner(CausalLMTuner):
 
     def __init__(self, keep_layers: list[int] | None = None, target: str | None = None, **common: Any) -> None:
         super().__init__(**common)
+        if common.get("trust_remote_code") and target is not None:
+            trust_code_of(target)
         if keep_layers is None and target is None:
             raise AdapterError(
                 "the draft would be its own target: set keep_layers to the layers that it has, or target to a "

@@ -12,8 +12,9 @@ from typing import Any
 from language.evaluate.results import table, write_json
 from language.evaluate.run import check_root, evaluate, load, task_names
 from language.evaluate.tasks import EvalSettings
-from language.models import Dtype, Quantization
+from language.models import Dtype, Quantization, trust_code_of
 from lit_adapters import console
+from lit_adapters.errors import AdapterError
 from lit_adapters.lightning.cli import run
 
 
@@ -27,6 +28,7 @@ def evaluate_command(
     ckpt: str | None = None,
     dtype: Dtype = "float32",
     quantization: Quantization | None = None,
+    trust_remote_code: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Evaluate a language model with adapters.
@@ -42,6 +44,7 @@ def evaluate_command(
         ckpt: Checkpoint of python -m language fit, instead of a model.
         dtype: Type of the weights.
         quantization: `nf4` for 4-bit weights.
+        trust_remote_code: Whether the model may run the Python code that comes with it.
         settings: Those of `EvalSettings`.
 
     Returns:
@@ -53,6 +56,10 @@ def evaluate_command(
     """
     chosen = EvalSettings(**settings)
     names = task_names(tasks)
+    if trust_remote_code:
+        if model is None:
+            raise AdapterError("trust_remote_code goes with the name of the model that you trust: give model")
+        trust_code_of(model)
     check_root(names, root)  # before a model is loaded
     source: dict[str, Any] = {
         "model": model,

@@ -24,6 +24,7 @@ from lit_adapters.training.hyperparameters import (
     arguments_from,
     built,
     check_plain,
+    check_trust,
     constructor_types,
     read_hyperparameters,
 )
@@ -47,6 +48,7 @@ def arguments_of_checkpoint(
         AdapterError: A value of the checkpoint is refused, see `arguments_from`; or a typed one cannot go with its
             weights.
     """
+    check_trust(typed)
     written, hints = read_hyperparameters(checkpoint, path), constructor_types(cls)
     given = {name for name in typed if not (name == _UNKNOWN_YET and typed[name] is None)}
     unknown = sorted(written.keys() - hints.keys())

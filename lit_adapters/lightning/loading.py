@@ -17,7 +17,7 @@ from lit_adapters.console import one_line
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import UNREADABLE, read_checkpoint_file
 from lit_adapters.files.checkpoint_schema import check_checkpoint
-from lit_adapters.training.hyperparameters import BUILDERS, KEY, arguments_from
+from lit_adapters.training.hyperparameters import BUILDERS, KEY, arguments_from, check_trust
 
 _LONGEST = 500  # characters
 
@@ -100,6 +100,7 @@ class LoadsFromFiles(LightningModule):
         if hparams_file is not None:
             read = load_hparams_from_tags_csv if str(hparams_file).lower().endswith("csv") else load_hparams_from_yaml
             checkpoint = {**checkpoint, KEY: read(hparams_file)}
+        check_trust(kwargs)
         cls.from_file(checkpoint, name, kwargs)
         try:
             return parent(source, map_location, hparams_file, strict, True, **kwargs)

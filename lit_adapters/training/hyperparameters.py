@@ -28,6 +28,7 @@ KEY = "hyper_parameters"
 # Entries that tell Lightning how to build a module. Checkpoints of a user's own modules may have the first.
 BUILDERS = ("_instantiator", "_class_path")
 _OLD_KEYS = ("hparams", "module_arguments")  # names in Lightning 0.7, which present versions still read
+TRUST = "trust_remote_code"  # an argument of modules that no file may hold
 _DEEPEST = 30
 _PLAIN = (type(None), bool, int, float, str, Tensor, torch.dtype, torch.device, torch.Size)
 
@@ -53,7 +54,25 @@ def read_hyperparameters(checkpoint: Mapping[str, Any], path: str | Path) -> dic
     found = checkpoint.get(KEY, {})
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise AdapterError(f"{str(path)!r}: its {KEY} are {shown(found)}, not values by name; take another checkpoint")
+    if TRUST in found:
+        raise AdapterError(
+            f"{str(path)!r} says by {TRUST} that a model may run code of its own, which no run writes and only you can "
+            "say, in the recipe or as an argument; take another checkpoint"
+        )
     return {name: value for name, value in found.items() if name not in BUILDERS}
+
+
+def check_trust(given: Mapping[str, Any]) -> None:
+    """Refuse arguments that trust the code of a model which only a file names.
+
+    Args:
+        given: The arguments that the user gives.
+
+    Raises:
+        AdapterError: They hold `trust_remote_code` and no model.
+    """
+    if given.get(TRUST) and "model" not in given:
+        raise AdapterError(f"{TRUST} goes with the name of the model that you trust, and the checkpoint's is not yours")
 
 
 def check_plain(name: str, value: Any, path: str | Path) -> None:
