@@ -43,7 +43,7 @@ class ControlTokens:
         return text
 
     def guarded(self, record: T, **texts: str) -> T:
-        """A record (a dataclass) with guarded `fields`, `messages` and `texts`; itself where nothing is to be guarded.
+        """A record (a dataclass) with guarded texts; itself where nothing is to be guarded.
 
         Args:
             record: The record.
@@ -55,8 +55,17 @@ class ControlTokens:
             (role, self.guard(text))
             for role, text in record.messages  # type: ignore[attr-defined]
         )
+        found |= {name: self._within(getattr(record, name)) for name in ("more", "tools")}
         changed = any(getattr(record, name) != value for name, value in found.items())
         return replace(record, **found) if changed else record  # type: ignore[type-var]
+
+    def _within(self, value: Any) -> Any:
+        """A plain value with guarded texts."""
+        if isinstance(value, str):
+            return self.guard(value)
+        if isinstance(value, Mapping):
+            return {self._within(key): self._within(inner) for key, inner in value.items()}
+        return type(value)(map(self._within, value)) if isinstance(value, (list, tuple)) else value
 
     def sections(self, text: str) -> list[str]:
         """The text's control tokens and what stands between them, in order."""

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from language.data.readers import READERS
+from language.data.readers import READERS, suffix_of
 from lit_adapters.errors import DataError
 
 SplitName = Literal["train", "val", "test"]
@@ -141,7 +141,7 @@ def look_into(path: Path) -> Folder:
             continue
         if file.is_dir():
             unread |= dict.fromkeys(islice(_within(file), 1000), "in a folder further down")
-        elif file.suffix.lower() not in READERS:
+        elif suffix_of(file) not in READERS:
             unread[file] = "of another kind"
         elif match := _EXACT.fullmatch(_stem(file)):
             exact[next(split for split, names in NAMES.items() if match[1] in names)].append(file)
@@ -156,17 +156,17 @@ def look_into(path: Path) -> Folder:
 def _within(folder: Path) -> Iterator[Path]:
     """Files with data one folder down; deeper ones are not looked for."""
     try:
-        yield from sorted(file for file in folder.iterdir() if file.suffix.lower() in READERS)
+        yield from sorted(file for file in folder.iterdir() if suffix_of(file) in READERS)
     except OSError:
         yield folder
 
 
 def _stem(file: Path) -> str:
-    return file.name.lower().removesuffix(file.suffix.lower())
+    return file.name.lower().removesuffix(".gz").removesuffix(suffix_of(file))
 
 
 def _hints(file: Path) -> list[str]:
-    words = {word.lower() for word in _WORDS.findall(file.name.removesuffix(file.suffix))} - _INNOCENT
+    words = {word.lower() for word in _WORDS.findall(file.name[: len(_stem(file))])} - _INNOCENT
     return [split for split, hint in _HINTS.items() if any(hint.fullmatch(word) for word in words)]
 
 

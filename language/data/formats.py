@@ -100,6 +100,8 @@ class Record:
         answer: The field to be learned.
         messages: Role and content of each message.
         unlearned: Places of the assistant's messages that are not learned.
+        more: Further fields of a message for the chat template, by its place.
+        tools: Descriptions of functions for the chat template.
         origin: File and line.
     """
 
@@ -107,12 +109,14 @@ class Record:
     answer: str = ""
     messages: tuple[Message, ...] = ()
     unlearned: tuple[int, ...] = ()
+    more: Mapping[int, dict[str, Any]] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] = ()
     origin: str = ""
 
     @property
     def prompt_key(self) -> str:
         """What records with the same prompt share; these go into the same split."""
-        return repr(self.messages[:-1] or sorted(self.fields.items()))
+        return repr(self.messages[:-1] or sorted(self.fields.items())) + (repr(self.tools) if self.tools else "")
 
 
 def parse(
@@ -247,7 +251,8 @@ def _text(row: Row, column: str, name: str, optional: bool = False, number: bool
 
 
 def _read_messages(row: Row, columns: Mapping[str, str], strip_answers: bool) -> Record:
-    messages, unlearned = read_messages(row, columns.get("messages", "messages"))
+    read = read_messages(row, columns.get("messages", "messages"))
+    messages = read.messages
     if strip_answers:
         messages = tuple((role, content.strip()) for role, content in messages)
-    return Record(messages=messages, unlearned=unlearned, origin=row.origin)
+    return Record(messages=messages, unlearned=read.unlearned, more=read.more, tools=read.tools, origin=row.origin)

@@ -42,14 +42,16 @@ class InstructionDataModule(lightning.LightningDataModule):
     Under distributed training each process takes its share of the same order.
 
     Args:
-        path: A file (jsonl, json, parquet, or YAML with `conversations`), a folder, a `package://` address, `hub:NAME`,
-            or a list of these. Files of a folder belong to the split whose exact name they have (train.jsonl,
+        path: A file (jsonl, json, csv, tsv, parquet, or YAML with `conversations`; text also as .gz), a folder, a
+            `package://` address, `hub:NAME` (or `hub:NAME?config=...&split=...&revision=...`), or a list of these.
+            Files of a folder belong to the split whose exact name they have (train.jsonl,
             val-00000-of-00001.parquet); other files are counted and named.
         tokenizer: Name of a tokenizer as `language.models.create_tokenizer` takes it, or a tokenizer.
         format: Fields of a row. alpaca: instruction, input, output. openorca: system_prompt, question, response. chat:
-            messages, each with role and content; an answer with `weight: 0`, `train: false` or `mask: true` is not
-            learned. summarisation: dialogue, summary. classification: text, label. pairs:
-            prompt, response.
+            messages, each with role and content (text, or a list of parts of text), or ShareGPT's conversations; an
+            answer with `weight: 0`, `train: false` or `mask: true` is not learned; tools, and calls of them, are
+            written by the chat template. summarisation: dialogue, summary. classification: text, label. pairs: prompt,
+            response.
         val_path: Validation data; without it path's own validation files, or val_fraction of the training rows.
         test_path: Test data; without it path's own test files, or test_fraction of the training rows.
         columns: The files' names of fields where they differ, such as `{label: label_name}`.

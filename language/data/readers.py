@@ -1,23 +1,28 @@
-"""Files to rows: jsonl, json, parquet and YAML. Each row carries its file and line, or row.
+"""Files to rows: jsonl, json, csv, tsv, parquet and YAML, text also as .gz. Each row carries its file and line, or row.
 
 Our own readers, not those of `datasets`, because those do not tell lines.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import stat
+import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from language.data.rows import Row, shown
 from lit_adapters.errors import DataError
 
 _LONGEST_LINE = 1 << 28  # characters of a line of jsonl; a file of one endless line would fill the memory
 _LARGEST = {".json": 1 << 32, ".yml": 1 << 28, ".yaml": 1 << 28}  # bytes of files that are read whole
-# A parquet file may unpack to this many bytes, or to this many times its own size, whichever is more.
+# A parquet or .gz file may unpack to this many bytes, or to this many times its own size, whichever is more.
 _UNPACKED, _RATIO = 1 << 30, 1000
 
 
@@ -28,17 +33,63 @@ def read_file(file: Path) -> Iterator[Row]:
         DataError: The file is missing, no regular file, of an unknown kind, too large, torn or badly formed; the
             message names the file and, where it can, the line.
     """
-    suffix = file.suffix.lower()
+    suffix = suffix_of(file)
     try:
         check_regular(file)
         if suffix not in READERS:
-            raise DataError(f"{file} is of an unknown kind: use {', '.join(READERS)}")
+            raise DataError(f"{file} is of an unknown kind: use {', '.join(READERS)}, or text of these kinds as .gz")
         size = file.stat().st_size
         if size > _LARGEST.get(suffix, size):
             raise DataError(f"{file} has {size:,} bytes, too many to read at once: write its rows as jsonl or parquet")
         yield from READERS[suffix](file)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # a .gz may be torn
         raise DataError(f"cannot read {file}: {error}. Copy it again, as UTF-8 text") from error
+
+
+def suffix_of(file: Path) -> str:
+    """The suffix that says what kind of rows a file holds: ".jsonl" of rows.jsonl and of rows.jsonl.gz."""
+    suffix = file.suffix.lower()
+    inner = Path(file.stem).suffix.lower()
+    return inner if suffix == ".gz" and inner in _TEXT else suffix
+
+
+class _Unpacking(io.RawIOBase):
+    """The content of a .gz file, up to the size that may be unpacked.
+
+    Raises:
+        DataError: There is more.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._content, self._read = file, gzip.GzipFile(file), 0
+        self._most = max(_UNPACKED, _RATIO * file.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._content.read(len(buffer))
+        self._read += len(data)
+        if self._read > self._most:
+            raise DataError(f"{self._file} unpacks to more than {self._most:,} bytes: check the file")
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._content.close()
+        super().close()
+
+
+def _open(file: Path, newline: str | None = None) -> TextIO:
+    """A text file, unpacked if it is a .gz."""
+    if file.suffix.lower() != ".gz":
+        return file.open(encoding="utf-8-sig", newline=newline)
+    return io.TextIOWrapper(io.BufferedReader(_Unpacking(file)), encoding="utf-8-sig", newline=newline)
+
+
+def _text(file: Path) -> str:
+    with _open(file) as opened:
+        return opened.read()
 
 
 def check_regular(file: Path) -> None:
@@ -102,7 +153,7 @@ def _parsed(text: str, origin: str) -> Any:
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8-sig") as lines:
+    with _open(file) as lines:
         number = 0
         while line := lines.readline(_LONGEST_LINE):
             number += 1
@@ -114,7 +165,7 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
 
 
 def _read_json(file: Path) -> Iterator[Row]:
-    text = file.read_text(encoding="utf-8-sig")
+    text = _text(file)
     try:
         values = json.loads(text, object_pairs_hook=_fields)
     except json.JSONDecodeError as error:
@@ -127,6 +178,27 @@ def _read_json(file: Path) -> Iterator[Row]:
         raise DataError(f"{file} does not hold a list of rows; if it has one object a line, name it .jsonl")
     for number, value in enumerate(values, 1):
         yield as_row(value, f"{file} row {number}")
+
+
+def _read_csv(file: Path, delimiter: str = ",") -> Iterator[Row]:
+    """The first line names the columns; all values are text."""
+    csv.field_size_limit(_LONGEST_LINE)
+    with _open(file, newline="") as lines:
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        try:
+            names = next(rows, [])
+            if len(set(names)) < len(names) or not all(name.strip() for name in names):
+                raise DataError(f"{file} line 1: columns need different names, got {', '.join(map(shown, names[:20]))}")
+            begin = rows.line_num + 1
+            for values in rows:
+                origin, begin = f"{file} line {begin}", rows.line_num + 1  # a value may have several lines
+                if not values:
+                    continue
+                if len(values) != len(names):
+                    raise DataError(f"{origin} has {len(values)} values for {len(names)} columns; correct it")
+                yield Row(dict(zip(names, values, strict=True)), origin)
+        except csv.Error as error:
+            raise DataError(f"{file} line {rows.line_num}: not valid csv ({error}); correct it") from error
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
@@ -180,7 +252,7 @@ def _read_yaml(file: Path) -> Iterator[Row]:
 
     try:
         # Node by node, because these know their lines and because plain scalars such as `Yes` must stay text.
-        root = yaml.compose(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
+        root = yaml.compose(_text(file), Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -211,7 +283,10 @@ def _read_yaml(file: Path) -> Iterator[Row]:
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".parquet": _read_parquet,
     ".yml": _read_yaml,
     ".yaml": _read_yaml,
 }
+_TEXT = READERS.keys() - {".parquet"}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -18,6 +20,7 @@ from lit_adapters.errors import DataError
 __all__ = ["HUB", "Row", "SplitName", "has_split", "read_dev_rows", "read_rows"]
 
 HUB = "hub:"
+_PARTS = ("config", "split", "revision")  # of an address on the hub
 
 
 def has_split(path: str | list[str], split: SplitName) -> bool:
@@ -28,8 +31,8 @@ def has_split(path: str | list[str], split: SplitName) -> bool:
     """
     if isinstance(path, list):
         return False
-    if path.startswith(HUB):
-        return _hub_split(path, split) is not None
+    if path.startswith(HUB):  # with a split of its own it is like a file
+        return _HubAddress.of(path).split is None and _hub_split(path, split) is not None
     folder = Path(path).expanduser()
     try:
         return folder.is_dir() and look_into(folder).has(split)
@@ -41,9 +44,9 @@ def read_rows(path: str | list[str], split: SplitName) -> list[Row]:
     """Read the rows of a split.
 
     Args:
-        path: A file, a folder, a `package://` address of a file, `hub:NAME`, or a list of these. Of a folder the files
-            with exactly the split's name are read, or all data files where no name has anything to do with splits;
-            one line counts and names the others.
+        path: A file, a folder, a `package://` address of a file, `hub:NAME` (or `hub:NAME?config=...&split=...`), or a
+            list of these. Of a folder the files with exactly the split's name are read, or all data files where no name
+            has anything to do with splits; one line counts and names the others.
         split: Which split, for folders and the hub; a file is read whole.
 
     Raises:
@@ -103,29 +106,72 @@ def _datasets(address: str) -> Any:
     return datasets
 
 
+@dataclass(frozen=True)
+class _HubAddress:
+    """`hub:NAME?config=CONFIG&split=SPLIT&revision=REVISION`; what stands after the name may be left out."""
+
+    address: str
+    name: str
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, address: str) -> _HubAddress:
+        """The parts of an address.
+
+        Raises:
+            DataError: A part is unknown, stands twice or is empty.
+        """
+        name, _, query = address.removeprefix(HUB).partition("?")
+        parts = parse_qsl(query, keep_blank_values=True)
+        known = dict(parts)
+        if not name or len(known) < len(parts) or known.keys() - set(_PARTS) or not all(known.values()):
+            raise DataError(f"{address!r} must be {HUB}NAME, or {HUB}NAME?config=...&split=...&revision=...")
+        return cls(address, name, **known)
+
+
 def _hub_split(address: str, split: SplitName) -> str | None:
-    """What the hub's data set calls the split, None where it has none."""
+    """What the hub's data set calls the split, None where it has none. A split in the address is taken as it is."""
+    parts = _HubAddress.of(address)
+    if parts.split is not None:
+        return parts.split
     return next((name for name in _hub_splits(address) if name in NAMES[split]), None)
 
 
 @cache
 def _hub_splits(address: str) -> tuple[str, ...]:
-    """The names of the splits of a data set on the hub."""
-    datasets = _datasets(address)
+    """The names of the splits of a data set on the hub.
+
+    Raises:
+        DataError: It cannot be reached, or has several configurations and the address names none.
+    """
+    datasets, parts = _datasets(address), _HubAddress.of(address)
     try:
-        return tuple(datasets.get_dataset_split_names(address.removeprefix(HUB)))
+        if parts.config is None:
+            configs = datasets.get_dataset_config_names(parts.name, revision=parts.revision)
+            if len(configs) > 1 and "default" not in configs:
+                raise DataError(
+                    f"{address} has several configurations: choose one of {', '.join(configs[:20])}, as in "
+                    f"{HUB}{parts.name}?config={configs[0]}"
+                )
+        return tuple(datasets.get_dataset_split_names(parts.name, parts.config, revision=parts.revision))
+    except DataError:
+        raise
     except Exception as error:  # whatever the network or the hub's client raises
         raise DataError(f"cannot reach {address}: {error}. Check the name and the network, or give a file") from error
 
 
 def _read_hub(address: str, split: SplitName) -> Iterator[Row]:
-    name = _hub_split(address, split)
+    parts, name = _HubAddress.of(address), _hub_split(address, split)
     if name is None:
         raise DataError(
-            f"{address} has no {split} split: give its file in val_path or test_path, or a fraction "
-            f"(found {', '.join(_hub_splits(address))})"
+            f"{address} has no {split} split: give its file in val_path or test_path, a fraction, or the split's name "
+            f"as ?split=... (found {', '.join(_hub_splits(address))})"
         )
-    data = _datasets(address).load_dataset(address.removeprefix(HUB), split=name)
-    names = {column: feature.names for column, feature in data.features.items() if hasattr(feature, "names")}
+    if name not in (names := _hub_splits(address)):
+        raise DataError(f"{address} has no split {name!r}; it has {', '.join(names)}")
+    data = _datasets(address).load_dataset(parts.name, parts.config, split=name, revision=parts.revision)
+    classes = {column: feature.names for column, feature in data.features.items() if hasattr(feature, "names")}
     for number, values in enumerate(data, 1):
-        yield as_row(named(values, names), f"{address} {name} row {number}")
+        yield as_row(named(values, classes), f"{address} {name} row {number}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from language.data.control import ControlTokens, unguarded
@@ -53,6 +54,15 @@ class Example:
     origin: str
     body: str = ""
     stretches: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What a chat template gets beside role and content of the messages; see `Record`."""
+
+    origin: str
+    more: Mapping[int, dict[str, Any]] = field(default_factory=dict)
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Renderer:
@@ -112,9 +122,10 @@ class Renderer:
         else:
             messages, places = self._messages(guarded), self._answers(guarded)
             last = max(i for i, learned in places.items() if learned)
-            prompt = self._render(messages[:last], record.origin, generate=True)
+            beside = self._beside(guarded, messages)
+            prompt = self._render(messages[:last], beside, generate=True)
             try:
-                turns = self._turns(messages, [i for i in places if i < last], record.origin)
+                turns = self._turns(messages, [i for i in places if i < last], beside)
                 done = "".join(text for turn in turns for text in turn)
                 if not prompt.startswith(done):
                     raise _RewrittenError(last)
@@ -122,6 +133,8 @@ class Renderer:
             except _RewrittenError:  # no row of training looks like this one
                 stretches = (prompt,)
             response = messages[last][1]
+            if not response.strip():  # it calls a tool
+                response = self._render(messages[: last + 1], beside)[len(prompt) :]
         return Example(unguarded("".join(stretches)), unguarded(response), record.origin, self.body(record), stretches)
 
     def pieces(self, record: Record) -> list[Piece]:
@@ -134,9 +147,9 @@ class Renderer:
         guarded = self._guarded(record)
         if not self.chat:
             return [Piece(self._prompt(guarded), False), Piece(guarded.answer, True)]
-        places = self._answers(guarded)
+        places, messages = self._answers(guarded), self._messages(guarded)
         try:
-            turns = self._turns(self._messages(guarded), list(places), record.origin)
+            turns = self._turns(messages, list(places), self._beside(guarded, messages))
         except _RewrittenError as error:
             raise DataError(
                 f"{record.origin}: the chat template writes message {error.message} differently once the conversation "
@@ -147,7 +160,7 @@ class Renderer:
             pieces += [Piece(prompt, False), Piece(answer, learned, masked=not learned)]
         return pieces
 
-    def _turns(self, messages: tuple[Message, ...], places: list[int], origin: str) -> list[tuple[str, str]]:
+    def _turns(self, messages: tuple[Message, ...], places: list[int], beside: _Beside) -> list[tuple[str, str]]:
         """What stands before each answer since the last one, and the answer.
 
         Raises:
@@ -156,8 +169,8 @@ class Renderer:
         turns: list[tuple[str, str]] = []
         done = ""
         for i in places:
-            before = self._render(messages[:i], origin, generate=True)
-            through = self._render(messages[: i + 1], origin)
+            before = self._render(messages[:i], beside, generate=True)
+            through = self._render(messages[: i + 1], beside)
             if not before.startswith(done) or not through.startswith(before):
                 raise _RewrittenError(i + 1)
             answer = through[len(before) :]
@@ -213,17 +226,38 @@ class Renderer:
         """Whether a system message shows in the rendered text."""
         user = ("user", "hello")
         try:
-            with_system = self._render((("system", _PROBE), user), "probe")
+            with_system = self._render((("system", _PROBE), user), _Beside("probe"))
         except DataError:
             return False
-        return _PROBE in with_system and with_system != self._render((user,), "probe")
+        return _PROBE in with_system and with_system != self._render((user,), _Beside("probe"))
 
-    def _render(self, messages: tuple[Message, ...], origin: str, generate: bool = False) -> str:
+    def _beside(self, record: Record, messages: tuple[Message, ...]) -> _Beside:
+        """What the chat template gets beside role and content.
+
+        Raises:
+            DataError: The template does not write a function that the conversation describes or calls.
+        """
+        shift = len(record.messages) - len(messages) if record.messages else 0  # the system message in the user's
+        beside = _Beside(record.origin, {i - shift: more for i, more in record.more.items()}, list(record.tools))
+        calls = [call for more in record.more.values() for call in more.get("tool_calls", ())]
+        names = [tool["function"]["name"] for tool in (*record.tools, *calls)]
+        if names:
+            text = self._render(messages, beside)
+            if missing := [name for name in names if name not in text]:
+                raise DataError(
+                    f"{record.origin}: the chat template of tokenizer {self.tokenizer.name_or_path!r} does not write "
+                    f"the function {missing[0]!r}: give a chat_template for tools, or remove them"
+                )
+        return beside
+
+    def _render(self, messages: tuple[Message, ...], beside: _Beside, generate: bool = False) -> str:
         from jinja2 import TemplateError
 
+        turns = [{"role": r, "content": content, **beside.more.get(i, {})} for i, (r, content) in enumerate(messages)]
         try:
             return self.tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in messages],
+                turns,
+                tools=beside.tools or None,
                 chat_template=self.chat_template,
                 tokenize=False,
                 add_generation_prompt=generate,
@@ -231,5 +265,5 @@ class Renderer:
         except Exception as error:  # what an expression of the template raises, beside jinja's own
             reason = f"{error}" if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
             raise DataError(
-                f"{origin}: the chat template refuses the conversation ({reason[:300]}); correct it"
+                f"{beside.origin}: the chat template refuses the conversation ({reason[:300]}); correct it"
             ) from error

@@ -54,7 +54,7 @@ class PreferenceDataModule(InstructionDataModule):
     Splits, subsets, orders and processes are those of `InstructionDataModule`.
 
     Args:
-        path: A file (jsonl, json, parquet), a folder with files named after splits, a `package://` address,
+        path: A file (jsonl, json, csv, parquet), a folder with files named after splits, a `package://` address,
             `hub:NAME`, or a list of these.
         tokenizer: Name of a tokenizer as `language.models.create_tokenizer` takes it, or a tokenizer.
         max_length: Most tokens of a prompt and an answer.

@@ -96,12 +96,14 @@ def test_a_validation_file_of_another_name_is_not_left_out_silently(folder, toke
 
 
 def test_files_that_are_not_used_are_counted_and_named(folder, tmp_path, caplog):
-    path = folder("train.jsonl", "test.jsonl", "more/train.jsonl", "notes.csv", "old.jsonl.gz", "README.md", ".x.jsonl")
+    path = folder(
+        "train.jsonl", "test.jsonl", "more/train.jsonl", "notes.xml", "old.jsonl.bz2", "README.md", ".x.jsonl"
+    )
     with caplog.at_level("INFO"):
         assert read(path) == ["train.jsonl"]
     (line,) = [r.getMessage() for r in caplog.records if "not used" in r.getMessage()]
     assert "1 not of this split (test.jsonl)" in line
-    assert "2 of another kind (notes.csv, old.jsonl.gz)" in line
+    assert "2 of another kind (notes.xml, old.jsonl.bz2)" in line
     assert "1 in a folder further down (more/train.jsonl)" in line
     assert "README" not in line
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import sys
 
@@ -94,7 +96,13 @@ def test_list_of_files_and_folder_without_splits(tmp_path, write):
         ("a.yml", "conversations:\n- - a\n  - b\n- - c\n", r"a\.yml line 4: .* needs a prompt and a response"),
         ("a.yml", "conversations:\n- a\n", r"a\.yml line 2: .* must be a list of strings"),
         ("a.yml", "talks: []\n", "no list `conversations`"),
-        ("a.csv", "a,b", "unknown kind"),
+        ("a.xml", "<a/>", "unknown kind"),
+        ("a.csv", "a,b\n1,2,3\n", r"a\.csv line 2 has 3 values for 2 columns"),
+        ("a.csv", 'a,b\n1,2\n"x\ny",3\n4\n', r"a\.csv line 5 has 1 values for 2 columns"),
+        ("a.csv", "a,a\n1,2\n", r"a\.csv line 1: columns need different names"),
+        ("a.csv", 'a,b\n"1"x,2\n', r"a\.csv line 2: not valid csv"),
+        ("a.tsv", "a\tb\n1\n", r"a\.tsv line 2 has 1 values for 2 columns"),
+        ("a.jsonl.gz", "{}", r"cannot read .*a\.jsonl\.gz: Not a gzipped file"),
     ],
 )
 def test_bad_files(tmp_path, name, text, message):
@@ -131,13 +139,157 @@ def test_hub_data_through_datasets(tmp_path, monkeypatch):
     assert has_split(address, "val")
     assert not has_split(address, "test")
     assert read_rows(address, "val")[1].origin == f"{address} validation row 2"
-    with pytest.raises(DataError, match="has no test split: give its file in val_path or test_path, or a fraction"):
+    with pytest.raises(DataError, match="has no test split: give its file in val_path or test_path, a fraction"):
         read_rows(address, "test")
     with pytest.raises(DataError, match=r"cannot reach hub:.*nothing.*Check the name and the network"):
         read_rows(f"hub:{tmp_path / 'nothing'}", "train")
 
 
+def test_a_configuration_and_a_split_of_hub_data(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = tmp_path / "repository"
+    for config in ("short", "long"):
+        (root / config).mkdir(parents=True)
+        row = json.dumps(ALPACA | {"instruction": config})
+        for split in ("train_sft", "test_sft"):
+            (root / config / f"{split}.jsonl").write_text(f"{row}\n")
+    files = [
+        {
+            "config_name": config,
+            "data_files": [{"split": s, "path": f"{config}/{s}.jsonl"} for s in ("train_sft", "test_sft")],
+        }
+        for config in ("short", "long")
+    ]
+    (root / "README.md").write_text(f"---\nconfigs: {json.dumps(files)}\n---\n")
+    address = f"hub:{root}?config=long&split=train_sft"
+    assert [row.values["instruction"] for row in read_rows(address, "train")] == ["long"]
+    assert [row.values["instruction"] for row in read_rows(address, "test")] == ["long"]  # like a file
+    assert not has_split(address, "val")
+    for wrong, message in (
+        (f"hub:{root}", r"has several configurations: choose one of (short, long|long, short), as in hub:.*\?config="),
+        (f"hub:{root}?config=long", r"has no train split.*\?split=.*found (test_sft, train_sft|train_sft, test_sft)"),
+        (f"hub:{root}?config=long&split=train", "has no split 'train'; it has"),
+        (f"hub:{root}?name=long", "must be hub:NAME, or hub:NAME"),
+        ("hub:?config=long", "must be hub:NAME"),
+        (f"hub:{root}?config=", "must be hub:NAME"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_rows(wrong, "train")
+
+
+def test_csv_and_packed_files(tmp_path):
+    rows = [{"prompt": 'Say "a", b', "response": "two\nlines"}, {"prompt": "Ü", "response": "1"}]
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["prompt", "response"])
+        writer.writeheader()
+        writer.writerows(rows)
+    (tmp_path / "a.tsv").write_text("prompt\tresponse\nx\ty\n")
+    for name in ("a.csv", "a.tsv"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    for name in ("a.csv", "a.csv.gz", "b.jsonl.gz", "b.json.gz"):
+        read = read_rows(str(tmp_path / name), "train")
+        assert [row.values for row in read] == rows
+    assert [row.origin.rpartition("/")[2] for row in read_rows(str(tmp_path / "a.csv.gz"), "train")] == [
+        "a.csv.gz line 2",
+        "a.csv.gz line 4",
+    ]
+    assert read_rows(str(tmp_path / "a.tsv.gz"), "train")[0].values == {"prompt": "x", "response": "y"}
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.csv.gz").write_bytes((tmp_path / "a.csv.gz").read_bytes())
+    (folder / "test.tsv").write_bytes((tmp_path / "a.tsv").read_bytes())
+    assert [row.values for row in read_rows(str(folder), "train")] == rows
+    assert has_split(str(folder), "test")
+
+
+def test_a_packed_file_that_fills_the_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("language.data.readers._UNPACKED", 1000)
+    monkeypatch.setattr("language.data.readers._RATIO", 10)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"a": "b"}\n' * 100_000))
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz unpacks to more than \d"):
+        read_rows(str(tmp_path / "a.jsonl.gz"), "train")
+    torn = gzip.compress(json.dumps([ALPACA] * 100).encode())[:-20]
+    (tmp_path / "torn.json.gz").write_bytes(torn)
+    with pytest.raises(DataError, match=r"cannot read .*torn\.json\.gz"):
+        read_rows(str(tmp_path / "torn.json.gz"), "train")
+
+
 # Formats
+
+
+TOOLS = (
+    "{% for t in tools or [] %}<tool>{{ t | tojson }}</tool>{% endfor %}"
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for c in m.get('tool_calls') or [] %}<call>{{ c['function'] | tojson }}</call>{% endfor %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+CALL = {"name": "weather", "arguments": {"city": "Paris </s>"}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "How is "}, {"type": "text", "text": "Paris?"}]},
+                {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": CALL}]},
+                {"role": "tool", "content": "sun", "tool_call_id": "1", "name": "weather"},
+                {"role": "assistant", "content": "Sunny."},
+            ],
+            "tools": [{"type": "function", "function": WEATHER}],
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "How is Paris?"},
+                {"from": "function_call", "value": json.dumps(CALL)},
+                {"from": "observation", "value": "sun"},
+                {"from": "gpt", "value": "Sunny."},
+            ],
+            "tools": json.dumps([WEATHER]),
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "How is Paris?"},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "function_call": CALL | {"arguments": json.dumps(CALL["arguments"])},
+                },
+                {"role": "tool", "content": "sun"},
+                {"role": "assistant", "content": "Sunny."},
+            ],
+            "functions": [WEATHER],
+        },
+    ],
+    ids=["messages", "sharegpt", "functions"],
+)
+def test_tools_reach_the_chat_template(row, write, tokenizer):
+    path = write([row])
+    module = InstructionDataModule(path, tokenizer, format="chat", val_fraction=0, chat_template=TOOLS, max_length=4096)
+    module.setup("fit")
+    (batch,) = module.train_dataloader()
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    text = tokenizer.decode(ids)
+    learned = tokenizer.decode([i for i, label in zip(ids, labels, strict=True) if label != -100])
+    call = '<call>{"name": "weather", "arguments": {"city": "Paris </s>"}}</call></s>'
+    assert text.startswith('<tool>{"type": "function", "function": {"name": "weather"')
+    assert learned == f"{call}Sunny.</s>"
+    assert f"<|turn|>user\nHow is Paris?</s>\n<|turn|>assistant\n{call}\n<|turn|>tool\nsun</s>" in text
+    assert ids.count(tokenizer.eos_token_id) == 4  # the text of the row spells one, and stays text
+    with pytest.raises(DataError, match="does not write the function 'weather': give a chat_template for tools"):
+        InstructionDataModule(path, tokenizer, format="chat", val_fraction=0, max_length=4096).setup("fit")
+
+
+def test_sharegpt_and_a_system_prompt_beside_the_messages():
+    talk = [{"from": "human", "value": " Hi "}, {"from": "gpt", "value": "Hello", "weight": 1}]
+    ((record,), _) = parse([Row({"conversations": talk, "system": "Be brief."}, "x")], "chat")
+    assert record.messages == (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"))
+    ((other,), _) = parse([Row({"messages": TALK[1:3], "system_prompt": "Be brief."}, "x")], "chat")
+    assert other.messages == record.messages
 
 
 def test_alpaca_prompts(write, tokenizer):
@@ -338,12 +490,23 @@ def test_fields_that_say_whether_a_message_is_learned(fields, unlearned):
         (flagged(weight=0.5), "message 3: field 'weight' must be true, false, 0 or 1, got '0.5'"),
         (flagged(train="no"), "message 3: field 'train' must be true, false, 0 or 1"),
         (flagged(wieght=0), "message 3: field 'wieght' of a message is unknown"),
-        (flagged(tool_calls=[{"name": "f"}]), "message 3: field 'tool_calls' of a message is unknown"),
+        (flagged(tool_calls={"name": "f"}), "message 3: field 'tool_calls' must be a list"),
+        (flagged(tool_calls=[{"nme": "f"}]), "message 3: a call of a tool needs a function with a name"),
+        (flagged(tool_calls=[{"name": "f"}], function_call={"name": "f"}), "message 3 has both tool_calls and"),
+        (flagged(content=[{"type": "image"}]), "message 3: a part of 'content' is"),
         (flagged(reasoning_content="Hm."), "message 3: field 'reasoning_content' of a message is unknown"),
         ({"messages": [TALK[1] | {"weight": 1}, TALK[2]]}, "message 1: field 'weight' asks to learn a message of role"),
         ({"messages": [TALK[1], TALK[2] | {"weight": 0}]}, "no message of the assistant is to be learned"),
-        ({"messages": TALK, "tools": [{"name": "f"}]}, "field 'tools' beside the messages would be lost"),
-        ({"messages": TALK, "system": "Be rude."}, "field 'system' beside the messages would be lost"),
+        (
+            {"messages": [TALK[1] | {"tool_calls": [{"name": "f"}]}, TALK[2]]},
+            "message 1: field 'tool_calls' belongs to",
+        ),
+        ({"messages": TALK, "tools": [{"nme": "f"}]}, "a function in 'tools' has no name"),
+        ({"messages": TALK, "tools": "none"}, "field 'tools' must be the only list of descriptions"),
+        ({"messages": TALK, "documents": ["x"]}, "field 'documents' beside the messages would be lost"),
+        ({"messages": TALK, "system": "Be rude."}, "field 'system' beside the messages must be the only system prompt"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "message 1: field 'from' is 'alien'"),
+        ({"conversations": [{"from": "human"}]}, "message 1: field 'value' is missing"),
     ],
 )
 def test_fields_of_messages_that_cannot_be_honoured_are_named(row, message):

@@ -12,6 +12,7 @@ from language.data.control import ControlTokens, unguarded
 from language.data.formats import FORMATS, parse
 from language.data.module import InstructionDataModule
 from language.data.rows import Row
+from language.data.templates import _Beside
 from language.dpo.data import PreferenceDataModule
 from language.grpo.data import QuestionDataModule
 from language.loss import IGNORED
@@ -161,7 +162,7 @@ def test_an_answer_in_the_middle_of_a_text_has_no_space_of_its_own(write, kind):
     tokenizer = made(kind)
     data = fitted(write, kind, [{"messages": CONVERSATION[1:]}], "chat", chat_template=SPACED)
     ((ids, _),) = documents(data)
-    joint = tokenizer(data.renderer._render(tuple((m["role"], m["content"]) for m in CONVERSATION[1:]), ""))
+    joint = tokenizer(data.renderer._render(tuple((m["role"], m["content"]) for m in CONVERSATION[1:]), _Beside("")))
     assert ids.tolist() == joint["input_ids"]
 
 
