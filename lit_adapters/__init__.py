@@ -45,6 +45,7 @@ from lit_adapters.model.report import AdapterReport
 
 if TYPE_CHECKING:
     from lit_adapters.lightning import AdapterCallback, ResumableLoader
+    from lit_adapters.training.snapshot import figures, statistics
 
 __all__ = [
     "AFALoRA",
@@ -84,6 +85,7 @@ __all__ = [
     "disabled",
     "export_diffusers",
     "export_peft",
+    "figures",
     "import_peft",
     "in_use",
     "linearise",
@@ -94,6 +96,7 @@ __all__ = [
     "save_adapters",
     "schedules",
     "set_progress",
+    "statistics",
     "to_lora",
     "unmerge",
     "use",
@@ -104,7 +107,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs Lightning, and Lightning with it, only when asked for."""
+    """Import what needs Lightning or matplotlib, and these with it, only when asked for."""
+    if name in ("figures", "statistics"):
+        from lit_adapters.training import snapshot
+
+        return getattr(snapshot, name)
     if name in ("AdapterCallback", "ResumableLoader"):
         from lit_adapters import lightning
 

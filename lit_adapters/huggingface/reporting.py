@@ -8,6 +8,8 @@ from typing import Any
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
+from lit_adapters.training.boards import Board, MLflow, TensorBoard, WeightsAndBiases
+
 _OF_ALL_LAYERS = ("adapter/beta", "adapter/summary/", "adapter/subspace/")
 
 
@@ -29,10 +31,18 @@ def report(
         state.log_history.append({**summary, "epoch": state.epoch, "step": state.global_step})
 
 
-def tensorboards(trainer: Trainer) -> list[Any]:
-    """The open writers of TensorBoard among the callbacks of a trainer."""
-    writers = [getattr(callback, "tb_writer", None) for callback in _reporting(trainer)]
-    return [writer for writer in writers if writer is not None]
+def boards(trainer: Trainer) -> list[Board]:
+    """Where a trainer's callbacks show figures: open writers of TensorBoard, runs of Weights & Biases and MLflow."""
+    found: list[Board] = []
+    for callback in _reporting(trainer):
+        kind = type(callback).__name__
+        if getattr(callback, "tb_writer", None) is not None:
+            found.append(TensorBoard(callback.tb_writer))
+        elif kind == "WandbCallback" and getattr(callback._wandb, "run", None) is not None:
+            found.append(WeightsAndBiases(callback._wandb.run))
+        elif kind == "MLflowCallback" and callback._ml_flow is not None and callback._ml_flow.active_run():
+            found.append(MLflow(callback._ml_flow.MlflowClient(), callback._ml_flow.active_run().info.run_id))
+    return found
 
 
 def _reporting(trainer: Trainer) -> list[Any]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 from lit_adapters.errors import AdapterError, NotFiniteError
 from lit_adapters.huggingface.checkpoints import AdapterWriter, folder_of, load_state, save_state
-from lit_adapters.huggingface.reporting import report, tensorboards
+from lit_adapters.huggingface.reporting import boards, report
 from lit_adapters.huggingface.weight_decay import DecayFilter
 from lit_adapters.model.record import adapters, attached
 from lit_adapters.schedules import monitor_mode
@@ -40,8 +40,9 @@ class AdapterTrainerCallback(TrainerCallback):
     - Annealed adapters move after every optimiser step. An adaptive schedule looks at the values that the Trainer logs:
       "loss", unless it names another one, and at the last logged one until the next. It resumes exactly from a
       checkpoint that was written at a step of logging: the Trainer begins the mean loss of its log anew.
-    - Statistics go where `report_to` sends the Trainer's own values, whenever it logs (`logging_steps`). TensorBoard
-      also gets figures and histograms at the end. `state.log_history` gets their means over layers.
+    - Statistics go where `report_to` sends the Trainer's own values, whenever it logs (`logging_steps`). TensorBoard,
+      Weights & Biases and MLflow also get figures and histograms at the end. `state.log_history` gets their means over
+      layers.
     - Checkpoints of models of transformers, and what `trainer.save_model` writes, are adapter directories:
       `load_adapters` reads them. `resume_from_checkpoint` and `load_best_model_at_end` work as with any model.
     - Weight decay leaves alone what must not decay, such as rational coefficients.
@@ -60,7 +61,7 @@ class AdapterTrainerCallback(TrainerCallback):
     Args:
         trainer: The one that it is added to.
         statistics: As for `lit_adapters.AdapterCallback`.
-        figures: Draw functions, spectra and maps of the layers at the end, if TensorBoard is among `report_to`.
+        figures: Draw functions, spectra and maps of the layers at the end, if one of these three is among `report_to`.
         calibration_batches: Training batches shown to the adapters before the first step, where a method asks for it.
             The model gets the arguments of a batch that its `forward` knows. Where batches are no such arguments (as in
             GRPO), call `lit_adapters.calibrate` before the training.
@@ -345,7 +346,7 @@ class AdapterTrainerCallback(TrainerCallback):
         if control.should_log:
             self._record(args, state, control)
         if self._figures and (control.should_training_stop or state.global_step >= state.max_steps):
-            self._of_run.draw(tensorboards(self._trainer), state.global_step, last=True)
+            self._of_run.draw(boards(self._trainer), state.global_step, last=True)
 
     def on_log(
         self,

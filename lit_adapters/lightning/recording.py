@@ -1,8 +1,8 @@
-"""The part of AdapterCallback that records: scalars for every logger, figures and histograms for TensorBoard."""
+"""The part of AdapterCallback that records: scalars for every logger, figures and histograms for some."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
@@ -13,8 +13,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_adapters.lightning.annealing import Annealing
 from lit_adapters.model.record import attachment
 from lit_adapters.training.attached import attached_models
+from lit_adapters.training.boards import Board, MLflow, TensorBoard, WeightsAndBiases
 from lit_adapters.training.recording import Recorder
 from lit_adapters.training.tensorboard import overview_layout
+
+_BOARDS: dict[str, Callable[[Any], Board]] = {  # by the loggers' names, as they import what may be missing
+    "TensorBoardLogger": lambda logger: TensorBoard(logger.experiment),
+    "WandbLogger": lambda logger: WeightsAndBiases(logger.experiment),
+    "MLFlowLogger": lambda logger: MLflow(logger.experiment, logger.run_id),
+}
 
 
 class Recording(Callback):
@@ -43,7 +50,7 @@ class Recording(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the page of charts and the recipe to TensorBoard; record the start of a run that is not resumed."""
         self._recorder = recorder = Recorder(pl_module, self._statistics, self._state)
-        for logger in _boards(trainer) if trainer.is_global_zero else ():
+        for logger in _tensorboards(trainer) if trainer.is_global_zero else ():
             logger.experiment.add_custom_scalars(overview_layout(recorder.charted, recorder.subspace))
             logger.experiment.add_text("recipe", _recipe(trainer, pl_module), trainer.global_step)
         if recorder.step < 0:
@@ -92,7 +99,7 @@ class Recording(Callback):
         if not trainer.is_global_zero:
             return
         final = {f"final/{name}": value for name, value in self._metrics().items()}
-        for logger in _boards(trainer):
+        for logger in _tensorboards(trainer):
             if final and logger.hparams:
                 logger.log_hyperparams(dict(logger.hparams), final, trainer.global_step)
                 logger.save()
@@ -107,10 +114,10 @@ class Recording(Callback):
 
     def _draw(self, trainer: Trainer, last: bool = False) -> None:
         assert self._recorder is not None
-        boards = _boards(trainer)
-        if self._figures and boards:
-            writers = [logger.experiment for logger in boards] if trainer.is_global_zero else []
-            self._recorder.draw(writers, trainer.global_step, last)
+        showing = {logger: kind for logger in trainer.loggers if (kind := _kind_of(logger)) is not None}
+        if self._figures and showing:
+            boards = [_BOARDS[kind](logger) for logger, kind in showing.items()] if trainer.is_global_zero else []
+            self._recorder.draw(boards, trainer.global_step, last)
 
     def _metrics(self) -> dict[str, float]:
         """The values that were logged last; those of the run being resumed, where none came since."""
@@ -127,7 +134,12 @@ class Recording(Callback):
         self._state = state_dict
 
 
-def _boards(trainer: Trainer) -> list[TensorBoardLogger]:
+def _kind_of(logger: Any) -> str | None:
+    """The kind of board that a logger has, or its base class; None if it has none."""
+    return next((kind.__name__ for kind in type(logger).__mro__ if kind.__name__ in _BOARDS), None)
+
+
+def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 

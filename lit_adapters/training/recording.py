@@ -14,6 +14,7 @@ from lit_adapters.files.checkpoint_schema import is_count, is_named, is_number
 from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.model.sharding import gathered, is_sharded
 from lit_adapters.training.attached import adapter_layers
+from lit_adapters.training.boards import Board
 from lit_adapters.training.observer import InputObserver
 from lit_adapters.training.processes import is_first_process, raise_together
 from lit_adapters.training.subspace_tracker import SubspaceTracker
@@ -140,14 +141,14 @@ class Recorder:
             values |= self._tracker.layer(name) if self._tracker else {}
         return values
 
-    def draw(self, boards: Sequence[Any], step: int, last: bool = False) -> None:
-        """Add histograms and figures to TensorBoard; every process calls this.
+    def draw(self, boards: Sequence[Board], step: int, last: bool = False) -> None:
+        """Add histograms and figures to boards; every process calls this.
 
         Figures that are not the last ones are left out if drawing would take more than a fiftieth of the time since the
         figures before, or if the model is sharded.
 
         Args:
-            boards: `SummaryWriter`s; none in processes that do not write.
+            boards: Where to; none in processes that do not write.
             step: Optimiser steps that are done.
             last: Whether the training is over.
         """

@@ -1,4 +1,4 @@
-"""What only TensorBoard gets: a page of charts to look at first, histograms and figures."""
+"""What adapters show beside scalars: histograms and figures, and in TensorBoard a page of charts to look at first."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from lit_adapters.learned.subspace_figures import (
 from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.description import LearnedFunctions, mean_over_layers
 from lit_adapters.model.sharding import gathered, whole
+from lit_adapters.training.boards import Board
 from lit_adapters.training.observer import InputObserver
 
 PAGE = "what the adapters learn"
@@ -59,47 +60,65 @@ def overview_layout(layers: Mapping[str, AdapterModule], subspace: bool) -> dict
 
 
 def add_figures(
-    boards: Sequence[Any], layers: Mapping[str, AdapterModule], observer: InputObserver, subspace: bool, step: int
+    boards: Sequence[Board], layers: Mapping[str, AdapterModule], observer: InputObserver, subspace: bool, step: int
 ) -> None:
-    """Add the figures and histograms of these adapters to TensorBoard.
+    """Add the figures and histograms of these adapters to boards.
 
     Args:
-        boards: TensorBoard's writers; empty in a process that only helps to gather sharded parameters.
+        boards: Empty in a process that only helps to gather sharded parameters.
         layers: The adapters by name.
         observer: Has counted their inputs.
         subspace: Whether to draw spectra.
         step: The optimiser step.
     """
+    for name, adapter in layers.items():
+        learned = adapter.learned_functions()
+        if learned is not None:
+            for board in boards if name in observer.counts else ():
+                board.counts(f"adapter/{adapter.method}/{name}/inputs", *_inputs(learned, observer.counts[name]), step)
+            continue
+        with gathered(adapter):  # one at a time, as its pretrained weight comes with it
+            for key, parameter in adapter.adapter_parameters().items():
+                values = whole(parameter.detach()).float().cpu()
+                for board in boards:
+                    board.values(f"adapter/{adapter.method}/{name}/{key}", values, step)
+    for tag, figure in figures_of(layers, observer, subspace, draw=bool(boards)).items():
+        for board in boards:
+            board.figure(tag, figure, step)
+
+
+def figures_of(
+    layers: Mapping[str, AdapterModule], observer: InputObserver, subspace: bool, draw: bool = True
+) -> dict[str, Figure]:
+    """The figures of these adapters, by tag.
+
+    Args:
+        layers: The adapters by name.
+        observer: Has counted their inputs.
+        subspace: Whether to draw spectra.
+        draw: False in a process that only helps to gather sharded parameters.
+    """
     found = {name: adapter.learned_functions() for name, adapter in layers.items()}
     functions = {name: learned for name, learned in found.items() if learned is not None}
     with gathered(*(layers[name] for name in functions)):
-        figures = _figures_of_functions(functions, observer, subspace) if boards and functions else {}
-    for name, learned in functions.items():
-        for board in boards if name in observer.counts else ():
-            _add_counts(board, f"adapter/{layers[name].method}/{name}/inputs", learned, observer.counts[name], step)
+        figures = _figures_of_functions(functions, observer, subspace) if draw and functions else {}
     norms: dict[str, float] = {}
     spectra: dict[str, Tensor] = {}
     for name, adapter in layers.items():
         if name in functions:
             continue
-        with gathered(adapter):  # one at a time, as its pretrained weight comes with it
+        with gathered(adapter):
             statistics = adapter.statistics()
             if "relative_norm" in statistics:
                 norms[name] = statistics["relative_norm"]
             if subspace:
                 matrices = adapter.singular_values()
                 spectra |= {name: matrices["update"]} if "update" in matrices else {}
-            for key, parameter in adapter.adapter_parameters().items():
-                values = whole(parameter.detach()).float().cpu()
-                for board in boards:
-                    board.add_histogram(f"adapter/{adapter.method}/{name}/{key}", values, step)
-    if norms and boards:
+    if norms and draw:
         figures["adapter/norm_map"] = norm_map(norms)
-    if spectra and boards:
+    if spectra and draw:
         figures["adapter/weight_spectra"] = weight_spectra_figure(spectra)
-    for tag, figure in figures.items():
-        for board in boards:
-            board.add_figure(tag, figure, step)
+    return figures
 
 
 def _figures_of_functions(
@@ -119,22 +138,10 @@ def _figures_of_functions(
     return figures
 
 
-def _add_counts(board: Any, tag: str, layer: LearnedFunctions, counts: Tensor, step: int) -> None:
-    """Add a histogram of inputs; those outside the grid are counted in its first or last part."""
+def _inputs(layer: LearnedFunctions, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts (D,) and limits (D + 1,) of a histogram of inputs; those outside the grid count at its ends."""
     low, high = layer.grid()[[0, -1]].tolist()
     inside = counts[1:-1].double().clone()
     inside[0] += counts[0]
     inside[-1] += counts[-1]
-    limits = torch.linspace(low, high, len(inside) + 1, dtype=torch.float64)
-    middle = (limits[1:] + limits[:-1]) / 2
-    board.add_histogram_raw(
-        tag,
-        min=low,
-        max=high,
-        num=int(inside.sum()),
-        sum=float(inside @ middle),
-        sum_squares=float(inside @ middle**2),
-        bucket_limits=limits[1:].tolist(),
-        bucket_counts=inside.tolist(),
-        global_step=step,
-    )
+    return inside, torch.linspace(low, high, len(inside) + 1, dtype=torch.float64)

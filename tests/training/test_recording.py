@@ -51,10 +51,10 @@ class Board:
     def __init__(self):
         self.figures = []
 
-    def add_figure(self, tag, figure, step):
+    def figure(self, tag, figure, step):
         self.figures.append((tag, step))
 
-    def add_histogram(self, *args):
+    def values(self, *args):
         pass
 
 
