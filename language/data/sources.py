@@ -14,13 +14,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from language.data.folders import NAMES, SplitName, look_into
 from language.data.readers import as_row, named, read_file
 from language.data.rows import Row
-from lit_adapters.assets.package_index import resolve
+from lit_adapters.assets.package_index import is_package_address, resolve
 from lit_adapters.errors import DataError
 
-__all__ = ["HUB", "Row", "SplitName", "has_split", "read_dev_rows", "read_rows"]
+__all__ = ["HUB", "Row", "SplitName", "has_split", "is_address", "read_dev_rows", "read_rows"]
 
 HUB = "hub:"
 _PARTS = ("config", "split", "revision")  # of an address on the hub
+
+
+def is_address(path: str) -> bool:
+    """Whether data are somewhere else than in a local file or folder: on the hub, or in a package."""
+    return path.startswith(HUB) or is_package_address(path)
 
 
 def has_split(path: str | list[str], split: SplitName) -> bool:

@@ -1,4 +1,4 @@
-"""Command line: python -m language.evaluate --model NAME --tasks mmlu,perplexity --root DIR --out result.json
+"""Command line: python -m language.evaluate --model NAME --tasks perplexity --perplexity rows.jsonl
 
 Multiple choice by log-likelihood (MMLU, common-sense reasoning, classification), the same by generation, ROUGE of
 summaries, held-out perplexity, and the tasks of lm-evaluation-harness; each number with its standard error.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from language.evaluate.results import table, write_json
-from language.evaluate.run import check_root, evaluate, load, task_names
+from language.evaluate.run import check_data, evaluate, load, task_names
 from language.evaluate.tasks import EvalSettings
 from language.models import Dtype, Quantization, trust_code_of
 from lit_adapters import console
@@ -21,7 +21,7 @@ from lit_adapters.lightning.cli import run
 def evaluate_command(
     *,
     tasks: str,
-    out: str,
+    out: str | None = None,
     root: str | None = None,
     model: str | None = None,
     adapters: str | None = None,
@@ -37,8 +37,8 @@ def evaluate_command(
         tasks: Comma-separated: mmlu, classification, summarisation, perplexity, boolq, piqa, social_i_qa, hellaswag,
             winogrande, ARC-Easy, ARC-Challenge, openbookqa, commonsense for the last eight, or lm_eval:NAME for a task
             of lm-evaluation-harness.
-        out: JSON file to write.
-        root: Folder of the data; tasks of lm-evaluation-harness need none.
+        out: JSON file to write; by default the table alone is printed.
+        root: Folder that the paths of data are in; by default the working directory.
         model: Name, directory or .gguf file.
         adapters: Directory that save_adapters wrote.
         ckpt: Checkpoint of python -m language fit, instead of a model.
@@ -48,7 +48,7 @@ def evaluate_command(
         settings: Those of `EvalSettings`.
 
     Returns:
-        What was written.
+        The results and the settings, as they are written.
 
     Raises:
         DataError: As `evaluate` and `load`.
@@ -60,7 +60,7 @@ def evaluate_command(
         if model is None:
             raise AdapterError("trust_remote_code goes with the name of the model that you trust: give model")
         trust_code_of(model)
-    check_root(names, root)  # before a model is loaded
+    check_data(names, root, chosen)
     source: dict[str, Any] = {
         "model": model,
         "adapters": adapters,
@@ -69,14 +69,16 @@ def evaluate_command(
         "quantization": quantization,
     }
     result = {**source, **evaluate(*load(**source), names, root, chosen)}
-    write_json(out, result)
+    if out is not None:
+        write_json(out, result)
     print(table(result["results"]))
-    print(f"written to {out}")
+    if out is not None:
+        print(f"written to {out}")
     return result
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line; returns what was written."""
+    """Run the command line; returns the results."""
     return console.call(evaluate_command, args, "python -m language.evaluate")
 
 

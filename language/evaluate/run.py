@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import lit_adapters as la
+from language.data.sources import is_address
 from language.evaluate.harness import PREFIX, plan_harness
 from language.evaluate.metrics import mean_of_groups
 from language.evaluate.questions import COMMONSENSE
@@ -48,15 +49,24 @@ def task_names(tasks: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def check_root(names: Sequence[str], root: str | Path | None) -> None:
-    """Check that there is a folder for the tasks that need one.
+def check_data(names: Sequence[str], root: str | Path | None, settings: EvalSettings) -> None:
+    """Check that there are data for the tasks, before a model is loaded.
 
     Raises:
-        DataError: A task needs the folder and it does not exist.
+        DataError: `root` is no folder, or the data of a task do not exist.
     """
-    ours = [name for name in names if not name.startswith(PREFIX)]
-    if ours and (root is None or not Path(root).is_dir()):
-        raise DataError(f"root {root} is not a folder: give the one with the data of {', '.join(ours)}")
+    if root is not None and not Path(root).is_dir():
+        raise DataError(f"root {root} is not a folder: give the one with the data, or give their paths alone")
+    for name in names:
+        setting = "commonsense" if name in COMMONSENSE else name
+        if name.startswith(PREFIX):
+            continue
+        place = settings.place(setting, root)
+        if not is_address(place) and not Path(place).expanduser().exists():
+            raise DataError(
+                f"task {name} finds no data at {place}: give --{setting} a file, a folder or a name on the hub "
+                "(hub:NAME), or --root the folder that it is in"
+            )
 
 
 def evaluate(
@@ -72,7 +82,7 @@ def evaluate(
         model: A causal language model of transformers. Its training mode is left as it was.
         tokenizer: The model's own.
         tasks: Names from `TASKS`, "commonsense" for its eight, or "lm_eval:NAME" for a task of the harness.
-        root: Folder of the data; tasks of the harness need none.
+        root: Folder that the paths of `settings` are in; by default the working directory.
         settings: How to ask.
 
     Returns:
@@ -87,10 +97,10 @@ def evaluate(
     settings = as_trained(settings or EvalSettings(), meaning_of(model))
     started = time.perf_counter()
     names = task_names(tasks)
-    check_root(names, root)
+    check_data(names, root, settings)
     ours = [name for name in names if not name.startswith(PREFIX)]
     theirs = [name for name in names if name.startswith(PREFIX)]
-    planned = {name: plan(name, model, tokenizer, Path(root or "."), settings) for name in ours}
+    planned = {name: plan(name, model, tokenizer, root, settings) for name in ours}
     ask_harness = plan_harness(theirs, model, tokenizer, settings) if theirs else dict
     results = {name: planned[name]() for name in tqdm(ours, desc="tasks", disable=len(ours) < 2)}
     if set(COMMONSENSE) <= set(results):

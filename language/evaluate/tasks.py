@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from language.data.control import ControlTokens
 from language.data.formats import FormatName
 from language.data.module import InstructionDataModule
-from language.data.sources import read_rows
+from language.data.sources import is_address, read_rows
 from language.evaluate.likelihood import score_choices
 from language.evaluate.metrics import Estimate, exact_match, find_option, held_out_loss, proportion, rouge, row_losses
 from language.evaluate.mmlu import read_mmlu, summarise_mmlu
@@ -30,14 +30,17 @@ _DEFAULT_LENGTH = 2048  # tokens, for models that name no context
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How the tasks are asked. Paths are relative to the root, but for `harness_tasks`.
+    """How the tasks are asked, and where their data are.
+
+    Data are a file, a folder, a `package://` address or `hub:NAME`, as for `InstructionDataModule`. Paths are relative
+    to the root, but for `harness_tasks`.
 
     Args:
         mmlu: Folder with MMLU's dev and test files.
         commonsense: Folder with boolq.test.jsonl and the others.
-        classification: File, or folder with a test file, of text and label_name (or label).
-        summarisation: File, or folder with a test file, of dialogue and summary.
-        perplexity: File, or folder with a test file, of held-out data for training.
+        classification: Data with text and label_name (or label); of a folder the test file.
+        summarisation: Data with dialogue and summary; of a folder the test file.
+        perplexity: Held-out data for training; of a folder the test file.
         perplexity_format: Format of the held-out data; default that of the training where the model tells it, else
             alpaca.
         shots: Examples in an MMLU prompt.
@@ -84,6 +87,16 @@ class EvalSettings:
             if value is not None and value < lowest:
                 raise DataError(f"{name}={value} must be at least {lowest}")
 
+    def place(self, name: str, root: str | Path | None) -> str:
+        """Where the data of a setting are.
+
+        Args:
+            name: Such as "perplexity".
+            root: The folder that paths are in; None is the working directory.
+        """
+        path: str = getattr(self, name)
+        return path if is_address(path) or root is None else str(Path(root) / Path(path).expanduser())
+
 
 def as_trained(settings: EvalSettings, meaning: Mapping[str, Any]) -> EvalSettings:
     """The settings with what they leave open taken from the training of the model.
@@ -107,17 +120,17 @@ def as_trained(settings: EvalSettings, meaning: Mapping[str, Any]) -> EvalSettin
 Task = Callable[[], dict[str, Any]]
 
 
-def plan(name: str, model: PreTrainedModel, tokenizer: Any, root: Path, s: EvalSettings) -> Task:
-    """Read a task's data from below `root`, and return the function that asks the model and gives the task's results.
+def plan(name: str, model: PreTrainedModel, tokenizer: Any, root: str | Path | None, s: EvalSettings) -> Task:
+    """Read a task's data, and return the function that asks the model and gives the task's results.
 
     Raises:
         DataError: Data are missing or bad (file and line).
     """
     if name == "perplexity":
-        return partial(_perplexity, model, _held_out(root / s.perplexity, model, tokenizer, s))
+        return partial(_perplexity, model, _held_out(s.place(name, root), model, tokenizer, s))
     if name == "summarisation":
         tasks, skipped = read_summaries(
-            root / s.summarisation, tokenizer, bool(s.chat), s.limit, s.seed, meaning_of(model)
+            s.place(name, root), tokenizer, bool(s.chat), s.limit, s.seed, meaning_of(model)
         )
         return partial(_summaries, model, tokenizer, tasks, skipped, s)
     questions = read_questions(name, tokenizer, root, s, meaning_of(model))
@@ -127,7 +140,7 @@ def plan(name: str, model: PreTrainedModel, tokenizer: Any, root: Path, s: EvalS
 
 
 def read_questions(
-    name: str, tokenizer: Any, root: Path, s: EvalSettings, meaning: Mapping[str, Any] | None = None
+    name: str, tokenizer: Any, root: str | Path | None, s: EvalSettings, meaning: Mapping[str, Any] | None = None
 ) -> list[Question]:
     """The questions of a multiple-choice task: mmlu, classification or a common-sense one.
 
@@ -136,10 +149,10 @@ def read_questions(
     """
     chosen: dict[str, Any] = {"chat": bool(s.chat), "limit": s.limit, "seed": s.seed, "meaning": meaning}
     if name == "mmlu":
-        return _guarded(read_mmlu(root / s.mmlu, s.shots, s.per_subject, s.seed), tokenizer)
+        return _guarded(read_mmlu(s.place(name, root), s.shots, s.per_subject, s.seed), tokenizer)
     if name == "classification":
-        return read_classification(root / s.classification, tokenizer, **chosen)
-    return read_commonsense(root / s.commonsense, name, tokenizer, **chosen)
+        return read_classification(s.place(name, root), tokenizer, **chosen)
+    return read_commonsense(s.place("commonsense", root), name, tokenizer, **chosen)
 
 
 def _guarded(questions: list[Question], tokenizer: Any) -> list[Question]:
@@ -213,13 +226,13 @@ def _write(
     return texts, encoder.truncated
 
 
-def _held_out(path: Path, model: PreTrainedModel, tokenizer: Any, s: EvalSettings) -> InstructionDataModule:
+def _held_out(path: str, model: PreTrainedModel, tokenizer: Any, s: EvalSettings) -> InstructionDataModule:
     assert s.perplexity_format is not None
     meaning = meaning_of(model)
     same = meaning.get("format") == s.perplexity_format
     data = InstructionDataModule(
-        path=str(path),
-        test_path=str(path),
+        path=path,
+        test_path=path,
         tokenizer=tokenizer,
         format=s.perplexity_format,
         prompt_template=meaning.get("prompt_template") if same else None,
@@ -227,7 +240,7 @@ def _held_out(path: Path, model: PreTrainedModel, tokenizer: Any, s: EvalSetting
         end_token=meaning.get("end_token"),
         max_length=s.max_length or context_length(model) or _DEFAULT_LENGTH,
         batch_size=s.batch_size,
-        test_subset=s.limit and min(s.limit, len(read_rows(str(path), "test"))),
+        test_subset=s.limit and min(s.limit, len(read_rows(path, "test"))),
         use_chat_template=bool(s.chat),
         seed=s.seed,
     )

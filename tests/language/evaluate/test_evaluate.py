@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 
@@ -179,6 +180,28 @@ def test_command_line_with_adapters(root, tmp_path, capsys):
     assert "Social Sciences (macro)" in shown
 
 
+def test_any_file_by_itself(root, tmp_path, capsys, monkeypatch):
+    """No root, and no file to write."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"Say {i}", "input": "", "output": str(i)} for i in range(4)]
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    before = sorted(tmp_path.iterdir())
+    results = {
+        path: main(["--model", "tiny_llama", "--tasks", "perplexity", "--perplexity", path])["results"]
+        for path in ("rows.csv", str(tmp_path / "rows.csv"))
+    }
+    assert len({str(result) for result in results.values()}) == 1
+    assert "perplexity" in capsys.readouterr().out
+    assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(DataError, match=r"task perplexity finds no data at held_out: give --perplexity a file"):
+        main(["--model", "tiny_llama", "--tasks", "perplexity"])
+    with pytest.raises(DataError, match=r"task boolq finds no data at \S+: give --commonsense a file"):
+        main(["--model", "tiny_llama", "--tasks", "boolq", "--commonsense", "nowhere"])
+
+
 def test_checkpoint(root, tmp_path):
     tuner = CausalLMTuner("tiny_llama", la.LoRA(rank=2), init_seed=5)
     trainer = Trainer(logger=False, barebones=False, enable_checkpointing=False, accelerator="cpu")
@@ -202,7 +225,7 @@ def test_errors(root, model, tokenizer, tmp_path):
         load(None)
     with pytest.raises(AdapterError, match=r"none\.ckpt' does not exist"):
         load(None, ckpt=str(tmp_path / "none.ckpt"))
-    with pytest.raises(DataError, match="root nowhere is not a folder: give the one with the data of mmlu"):
+    with pytest.raises(DataError, match="root nowhere is not a folder: give the one with the data"):
         main(["--model", "tiny_llama", "--root", "nowhere", "--out", "o.json", "--tasks", "mmlu"])
     # Every file is read before the first question is asked.
     (root / "samsum" / "test.jsonl").unlink()
