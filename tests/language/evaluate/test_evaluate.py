@@ -180,7 +180,7 @@ def test_command_line_with_adapters(root, tmp_path, capsys):
     assert "Social Sciences (macro)" in shown
 
 
-def test_any_file_by_itself(root, tmp_path, capsys, monkeypatch):
+def test_any_file_by_itself(tmp_path, capsys, monkeypatch):
     """No root, and no file to write."""
     monkeypatch.chdir(tmp_path)
     rows = [{"instruction": f"Say {i}", "input": "", "output": str(i)} for i in range(4)]
