@@ -88,15 +88,16 @@ def continued(
         prompt: Token ids, at least one.
         settings: Lengths and seed.
         temperature: See `DecodingSettings`.
-        draft: Another such model with the same vocabulary, with or without adapters; None for the target alone.
+        draft: Another such model with the same tokenizer, with or without adapters; None for the target alone.
         seed: Seeds the draws at a temperature above 0; `settings.seed` by default.
 
     Raises:
-        AdapterError: The vocabularies differ, prompt and continuation do not fit into a context, the target's output is
-            not a number, or transformers has no speculative decoding for one of the models (Mamba, RWKV).
+        AdapterError: The target chooses a token that the draft does not have, prompt and continuation do not fit into a
+            context, the target's output is not a number, or transformers has no speculative decoding for one of the
+            models (Mamba, RWKV).
     """
     for model in (target,) if draft is None else (target, draft):
-        _check(target, model, len(prompt) + settings.max_new_tokens, len(prompt))
+        _check(model, len(prompt) + settings.max_new_tokens, len(prompt))
     ids = torch.tensor([list(prompt)], device=target.device)
     widths: list[int] = []
     handle = target.register_forward_pre_hook(
@@ -112,6 +113,7 @@ def continued(
             stack.enter_context(evaluating(draft))
             stack.enter_context(plain_settings(draft))
             stack.enter_context(_proposing(draft, settings.draft_tokens))
+            stack.enter_context(_common_vocabulary(target, draft))
         stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(settings.seed if seed is None else seed)
         start = time.perf_counter()
@@ -140,14 +142,41 @@ def continued(
     return Continuation(new, len(widths), sum(widths) - len(prompt) - (len(widths) - 1), seconds)
 
 
-def _check(target: Any, model: Any, length: int, prompt: int) -> None:
+@contextlib.contextmanager
+def _common_vocabulary(target: Any, draft: Any) -> Iterator[None]:
+    """Inside the block, both models have logits for the same tokens: rows that pad the embeddings of one are left out.
+
+    Raises:
+        AdapterError: Inside the block: the target's likeliest token is none that the draft has.
+    """
+    common = min(vocabulary_size(target), vocabulary_size(draft))
+    larger = [model for model in (target, draft) if vocabulary_size(model) > common]
+
+    def cut(model: Any, args: Any, output: Any) -> Any:
+        if model is target and (output.logits.argmax(-1) >= common).any():
+            raise AdapterError(
+                f"the target chooses a token beyond the {common} of the draft: choose a draft whose tokenizer is the "
+                "target's"
+            )
+        output.logits = output.logits[..., :common]
+        return output
+
+    sizes = [(model.config.get_text_config(), model.config.get_text_config().vocab_size) for model in larger]
+    handles = [model.register_forward_hook(cut) for model in larger]
+    for config, _ in sizes:  # transformers compares them
+        config.vocab_size = common
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for config, size in sizes:
+            config.vocab_size = size
+
+
+def _check(model: Any, length: int, prompt: int) -> None:
     if not prompt:
         raise AdapterError("a prompt has no tokens; give at least one")
-    if vocabulary_size(model) != vocabulary_size(target):
-        raise AdapterError(
-            f"the draft has {vocabulary_size(model)} token ids, the target {vocabulary_size(target)}: choose a draft "
-            "whose tokenizer is the target's"
-        )
     context = context_length(model)
     if context is not None and length > context:
         raise AdapterError(

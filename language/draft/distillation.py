@@ -32,8 +32,11 @@ def agreement(target: Tensor, draft: Tensor) -> Agreement:
 
     Args:
         target: Logits (n, V); no gradient goes there.
-        draft: Logits (n, V).
+        draft: Logits (n, V). If one has more columns than the other, as its embeddings are padded for speed, these are
+            left out: no token has them.
     """
+    common = min(target.shape[-1], draft.shape[-1])
+    target, draft = target[..., :common], draft[..., :common]
     log_p, log_q = F.log_softmax(target.detach(), dim=-1), F.log_softmax(draft, dim=-1)
     p = log_p.exp()
     kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)

@@ -86,10 +86,11 @@ class DraftTuner(CausalLMTuner):
             check_vocabulary(h["target"], name)
         source = super()._create(name)
         target = source if h["target"] is None else super()._create(h["target"])
-        if vocabulary_size(source) != vocabulary_size(target):
+        common = min(vocabulary_size(source), vocabulary_size(target))
+        if h["target"] is not None and (tokens := len(self.tokenizer)) > common:
             raise AdapterError(
-                f"the draft {name!r} has {vocabulary_size(source)} token ids, the target {h['target']!r} "
-                f"{vocabulary_size(target)}: choose two models of one family"
+                f"the tokenizer has {tokens} tokens, the draft {name!r} {vocabulary_size(source)} rows of embeddings "
+                f"and the target {h['target']!r} {vocabulary_size(target)}: choose two models of one family"
             )
         draft = source if h["keep_layers"] is None else shortened(source, h["keep_layers"])
         self._target = (target.requires_grad_(False),)

@@ -103,5 +103,19 @@ def test_another_number_of_token_ids_is_refused(monkeypatch):
 
     monkeypatch.setattr(module.CausalLMTuner, "_create", create)
     monkeypatch.setattr(module, "check_vocabulary", lambda target, draft: None)
-    with pytest.raises(la.AdapterError, match="'tiny_llama' has 259 token ids, the target 'other' 40"):
+    with pytest.raises(
+        la.AdapterError, match="the tokenizer has 259 tokens, the draft 'tiny_llama' 259 rows .* the target 'other' 40"
+    ):
         built(target="other")
+
+
+@pytest.mark.parametrize("padded", ["draft", "target"])
+def test_rows_that_pad_embeddings_change_no_loss(padded):
+    target, draft = torch.randn(5, 40), torch.randn(5, 40)
+    logits = {"target": target, "draft": draft}
+    expected = agreement(target, draft)
+    logits[padded] = torch.cat([logits[padded], 9 + torch.randn(5, 8)], 1)
+    found = agreement(logits["target"], logits["draft"])
+    assert torch.equal(found.kl, expected.kl)
+    assert torch.equal(found.greedy, expected.greedy)
+    assert torch.equal(found.acceptance, expected.acceptance)
