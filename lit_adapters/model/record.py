@@ -26,7 +26,8 @@ from lit_adapters.model.watch import forget, watch
 _STATE = "_lit_adapters"
 SETS = "_lit_adapter_sets"  # attribute of a model with all its adapters, also those that are not in use
 DEFAULT = "default"
-_WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
+# Where wrappers of torch hold the model, by the names of their classes.
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 
 
 @dataclass
@@ -73,8 +74,8 @@ def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def inner(model: nn.Module) -> nn.Module:
     """The module inside the wrappers of torch.compile and of data parallelism, as they have names of their own."""
-    while type(model).__name__ in _WRAPPERS:
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    while (attribute := _WRAPPERS.get(type(model).__name__)) is not None:
+        model = getattr(model, attribute)
     return model
 
 

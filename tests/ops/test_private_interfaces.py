@@ -97,8 +97,8 @@ OF_A_MODULE = {
     "_forward_pre_hooks_with_kwargs": "lit_adapters/model/meta.py",
     "_backward_hooks": "lit_adapters/methods/low_rank.py",
     "_backward_pre_hooks": "lit_adapters/methods/low_rank.py",
-    "_load_state_dict_pre_hooks": "lit_adapters/model/attach.py",
-    "_load_state_dict_post_hooks": "lit_adapters/model/attach.py",
+    "_load_state_dict_pre_hooks": "lit_adapters/model/record.py",
+    "_load_state_dict_post_hooks": "lit_adapters/model/record.py",
     "_conv_forward": "lit_adapters/methods/matrix_layers.py",
 }
 OF_TORCH_NN = {
@@ -150,4 +150,4 @@ def test_our_hooks_are_found_among_those_of_a_module():
     model.register_load_state_dict_post_hook(hook)
     for name in ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"):
         (held,) = getattr(model, name).values()
-        assert getattr(held, "hook", held) is hook, f"{name} holds no hook as given; lit_adapters/model/attach.py asks"
+        assert getattr(held, "hook", held) is hook, f"{name} holds no hook as given; lit_adapters/model/record.py asks"
