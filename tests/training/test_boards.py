@@ -105,7 +105,7 @@ def test_a_training_with_three_loggers(tmp_path, monkeypatch, store):
     monkeypatch.setenv("WANDB_MODE", "offline")
     loggers = [
         TensorBoardLogger(tmp_path, "tb"),
-        WandbLogger(save_dir=tmp_path, offline=True),
+        WandbLogger(save_dir=tmp_path, mode="offline"),
         MLFlowLogger(tracking_uri=store, artifact_location=str(tmp_path / "artifacts")),
     ]
     logged = []
