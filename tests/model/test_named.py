@@ -427,6 +427,7 @@ def test_what_is_refused():
         la.use(build("llama"), "a")
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 compiles for each module object")
 @pytest.mark.parametrize("method", ["lora", "loran", "nora++"])
 def test_another_adapter_compiles_nothing_anew(method):
     run = MODELS["llama"].run
