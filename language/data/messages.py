@@ -254,7 +254,8 @@ def says_unlearned(values: dict[str, Any], columns: set[str]) -> bool:
     """
     off = [values[n] for n in LEARN if n in values and n not in columns and not isinstance(values[n], str)]
     on = [values[name] for name in MASK if name in values and name not in columns]
-    return any(value is False or _is_number(value, 0) for value in off) or any(value is True for value in on)
+    learned = any(value is False or _is_number(value, 0) for value in off)
+    return learned or any(value is True or _is_number(value, 1) for value in on)
 
 
 def _flag(turn: dict[str, Any], name: str, origin: str) -> bool | None:

@@ -45,7 +45,7 @@ from lit_adapters.methods.method import to_methods
 from lit_adapters.methods.starts import without_starts
 from lit_adapters.model.attach import attach, detach
 from lit_adapters.model.meta import refuse_meta
-from lit_adapters.model.named import in_use, use, using
+from lit_adapters.model.named import adapter_names, in_use, use, using
 from lit_adapters.model.ranks import kept_directions, warn_unallocated, with_ranks
 from lit_adapters.model.record import DEFAULT, adapters, attachment, base_parameters, inner, unfrozen
 from lit_adapters.model.report import AdapterReport
@@ -244,6 +244,11 @@ def load_adapters(
     meaning = {} if by_shapes else checked(header.get(HEADER_KEY, {}), str(directory))
     check_same(meaning, meaning_of(model), str(directory))
     besides: dict[str, bool] = {k: v for k, v in header.get("unfrozen", {}).items() if not by_shapes or k in mine}
+    if besides and adapter_names(model):
+        raise AdapterError(
+            f"{directory} holds {next(iter(besides))!r} of the base, which was unfrozen and trained: it would change "
+            "under the other adapters of this model; load it into a model of its own"
+        )
     methods = to_methods(header["methods"])
     for part in (part for method in methods for part in method.parts()):
         part.follow_file(model, header["adapters"])

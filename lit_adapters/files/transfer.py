@@ -50,7 +50,16 @@ def _plain(name: str) -> str:
 
 
 def _in_lists(value: Any) -> Any:
+    """A setting with plain names: a list of names, or `rank_pattern`, whose keys are patterns for names."""
+    if isinstance(value, dict):
+        return {_plain_pattern(key): inner for key, inner in value.items()}
     return [_plain(v) if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+
+def _plain_pattern(pattern: str) -> str:
+    """The pattern of a name that `re.escape` wrote, without prefixes; others as they are."""
+    name = pattern.replace("\\.", ".")
+    return re.escape(_plain(name)) if re.escape(name) == pattern else pattern
 
 
 def matching_train(model: nn.Module, train: str | list[str]) -> str | list[str]:

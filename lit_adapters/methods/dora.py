@@ -206,9 +206,18 @@ class DoRAExperts(ExpertsAdapter):
     def reset_parameters(self) -> None:
         """A and B as for LoRA, m the row norms of the pretrained weights."""
         super().reset_parameters()
-        with torch.no_grad():
-            for stack in self.merges_into:
-                self.get_parameter(f"{stack}_magnitude").copy_(_row_norms(self.matrices(stack).float()))
+        self._measure()
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        for stack in self.merges_into:
+            self.get_parameter(f"{stack}_magnitude").copy_(_row_norms(self.matrices(stack).float()))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        own = any(f"{prefix}{name}" in state_dict for name in self.adapter_parameters())
+        if not own and not any(self.pair(stack)[1].any() for stack in self.merges_into):  # another base
+            self._measure()
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """The magnitudes."""

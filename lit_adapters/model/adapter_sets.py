@@ -18,6 +18,7 @@ from lit_adapters.model.record import (
     Attachment,
     adapters,
     attachment,
+    base_parameters,
     fit_in,
     inner,
     is_in_use,
@@ -36,11 +37,13 @@ class AdapterSet:
         state: The record that they leave on the model.
         placed: The adapters, each with its place.
         own: Base parameters and buffers that have values of their own for this set, by name.
+        trains: `requires_grad` of each base parameter when this set was taken out; the user may have changed it.
     """
 
     state: Attachment
     placed: list[tuple[Target, AdapterModule]]
     own: dict[str, Tensor]
+    trains: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass
@@ -144,6 +147,10 @@ class AdapterSets:
         refuse_sharded(model, "changing adapters")
         require_placed(model, "changing adapters")
         require_loaded(model, "changing adapters")
+        state = attachment(model, several=True)
+        if state.is_one and state.names[0] in self.by_name:
+            trains = {name: p.requires_grad for name, p in base_parameters(model).items()}
+            self.by_name[state.names[0]].trains = trains
         remove_adapters(model, taken_out)
 
     def put_in(self, model: nn.Module, name: str) -> None:
@@ -152,18 +159,28 @@ class AdapterSets:
         install(model, self.originals | chosen.own)
         rejoin(model, chosen.placed)
         put_in(model, chosen.state, chosen.placed)
+        for key, parameter in base_parameters(model).items():
+            parameter.requires_grad_(chosen.trains.get(key, parameter.requires_grad))
+
+    def check_places(self, names: Iterable[str]) -> None:
+        """Check that the places of some sets are as they were.
+
+        Raises:
+            AdapterError: There is no such set, or another module stands in a place.
+        """
+        for name in names:
+            for target, _ in self.get(name).placed:
+                module = getattr(target.parent, target.attribute, None)
+                if (module.pretrained() if isinstance(module, AdapterModule) else module) is not target.module:
+                    raise AdapterError(
+                        f"{target.name!r} is another module now than when {name!r} adapted it; attach anew"
+                    )
 
 
 def rejoin(model: nn.Module, placed: Iterable[tuple[Target, AdapterModule]]) -> None:
-    """Prepare adapters that were out of the model for their places.
-
-    Raises:
-        AdapterError: Another module stands in a place.
-    """
+    """Prepare adapters that were out of the model for their places."""
     anywhere = next((p.device for p in model.parameters()), None)
     for target, adapter in placed:
-        if getattr(target.parent, target.attribute, None) is not target.module:
-            raise AdapterError(f"{target.name!r} is another module now than when it was adapted; attach anew")
         tensor = next((t for m in (target.module, target.parent) for t in m.parameters()), None)
         adapter.rejoin(anywhere if tensor is None else tensor.device)
         fit_in(adapter, target)
@@ -192,9 +209,7 @@ def room_for(model: nn.Module, name: str) -> Iterator[AdapterSets]:
             "call lit_adapters.detach or lit_adapters.merge first, give all methods to one attach, or give these "
             "another name"
         )
-    before = attachment(model, several=True).names if is_in_use(model) else ()
-    if len(before) > 1:
-        raise AdapterError("several adapters are in use together; call lit_adapters.use with one of them first")
+    before = attachment(model).names if is_in_use(model) else ()
     sets.take_out(model)
     present = tensors_of(model, sets.originals)
     install(model, sets.originals)

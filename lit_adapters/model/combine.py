@@ -6,9 +6,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,15 @@ from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.afa import AFAAdapter
 from lit_adapters.methods.biased import BIAS, BiasedAdapter
 from lit_adapters.methods.bitfit import BitFit, BitFitAdapter
+from lit_adapters.methods.experts import ExpertsAdapter
 from lit_adapters.methods.lora import LoRA, LoRAAdapter
 from lit_adapters.methods.low_rank import LowRankAdapter
 from lit_adapters.methods.method import Method
-from lit_adapters.methods.nora import NoRA, NoRAActivation
+from lit_adapters.methods.nora import PRESET_RANGE, NoRA, NoRAActivation
 from lit_adapters.methods.targets import exactly
 from lit_adapters.methods.weight_adapter import WeightAdapter
-from lit_adapters.model.adapter_sets import sets_of
-from lit_adapters.model.attach import attach
+from lit_adapters.model.adapter_sets import rejoin, sets_of
+from lit_adapters.model.attach import attach, detach
 from lit_adapters.model.named import in_use, use
 from lit_adapters.model.record import adapters, inner
 from lit_adapters.ops.rational import rational_reference
@@ -106,8 +107,8 @@ def combine(
     Raises:
         AdapterError: There are no adapters of a name, `name` is taken, an argument is out of range, `rank` is missing;
             or the adapters train base parameters, have a method whose effect is neither an update nor a function
-            (DenseLoRA, peft's), or are nonlinear at present (AFA-LoRA before the end of its annealing). The model is
-            then as before.
+            (DenseLoRA, peft's), adapt experts, or are nonlinear at present (AFA-LoRA before the end of its annealing).
+            The model is then as before.
     """
     factors = [1.0] * len(names) if weights is None else list(weights)
     if isinstance(names, str) or not names or len(factors) != len(names):
@@ -133,7 +134,27 @@ def combine(
             )
         for adapter in {id(a): a for _, a in chosen.placed}.values():
             places.setdefault(adapter.qualified_name, []).append((factor, adapter))
-    rules = _Rules(rule, density, torch.Generator().manual_seed(seed))
+    before = in_use(model)
+    use(model, [])
+    try:
+        for key in names:
+            rejoin(model, sets.get(key).placed)  # on the device of the model
+        return _combined(model, places, name, _Rules(rule, density, torch.Generator().manual_seed(seed)), rank)
+    except BaseException:
+        if name in sets.by_name:
+            detach(model, name)
+        use(model, before)
+        raise
+
+
+def _combined(
+    model: nn.Module,
+    places: Mapping[str, Sequence[tuple[float, AdapterModule]]],
+    name: str,
+    rules: _Rules,
+    rank: int | None,
+) -> CombineReport:
+    """Attach the new adapters and give them their values."""
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     biases: dict[str, Tensor] = {}
     functions: dict[str, _Functions] = {}
@@ -144,6 +165,8 @@ def combine(
             functions[place] = _Functions(of_functions)
             continue
         for _, adapter in parts:
+            if isinstance(adapter, ExpertsAdapter):
+                raise AdapterError(f"{place!r} holds weights of experts, which are not combined; exclude them")
             if not isinstance(adapter, (WeightAdapter, BitFitAdapter)):
                 raise AdapterError(f"{place!r} has {adapter.method}, which is neither an update nor a function")
             adapter.check_linear()
@@ -153,13 +176,7 @@ def combine(
         of_bias = [(w, a.get_parameter(BIAS)) for w, a in parts if isinstance(a, (BitFitAdapter, BiasedAdapter))]
         if of_bias:
             biases[place] = rules.combined([(w, d.detach().double()) for w, d in of_bias])
-    before = in_use(model)
-    use(model, [])
-    try:
-        attach(model, _methods(model, pairs, biases, functions, names), name=name)
-    except BaseException:
-        use(model, before)
-        raise
+    attach(model, _methods(model, pairs, biases, functions), name=name)
     report = CombineReport(weight_errors, {}, max((len(a) for a, _ in pairs.values()), default=0))
     with torch.no_grad():
         for place, adapter in adapters(model):
@@ -181,7 +198,6 @@ def _methods(
     pairs: Mapping[str, tuple[Tensor, Tensor]],
     biases: Mapping[str, Tensor],
     functions: Mapping[str, _Functions],
-    names: Sequence[str],
 ) -> list[Method]:
     """The methods of the new adapters, with their places as targets."""
     methods: list[Method] = []
@@ -194,23 +210,11 @@ def _methods(
     if biases:
         methods.append(BitFit(exactly(list(biases), model), add_missing=True))
     if functions:
-        alike = {f.groups for f in functions.values()}
-        first = next(iter(functions.values())).first
-        config = first.config if isinstance(first, NoRAActivation) else NoRA(base="anchored")
-        methods.append(
-            NoRA(
-                groups=alike.pop() if len(alike) == 1 else "channels",
-                rank=None,
-                degrees=config.degrees,
-                denominator=config.denominator,
-                base=config.base,
-                fit_range=(-6.0, 6.0) if isinstance(config.fit_range, str) else config.fit_range,
-                scaling=config.scaling,
-                scale=config.scale,
-                targets=exactly(list(functions), model),
-                channel_dim=first.channel_dim,
-            )
-        )
+        alike: dict[tuple[Any, ...], list[str]] = {}  # NoRA has one setting for all its places
+        for place, function in functions.items():
+            alike.setdefault(function.settings, []).append(place)
+        for group in alike.values():
+            methods.append(functions[group[0]].method(exactly(group, model)))
     return methods
 
 
@@ -294,6 +298,28 @@ class _Functions:
         self._values: dict[int, Tensor] = {}  # of the sum, by the number of points
         self.first = parts[0][1]
         self.groups = math.lcm(*(a.groups for _, a in parts))
+
+    @property
+    def _config(self) -> NoRA:
+        return self.first.config if isinstance(self.first, NoRAActivation) else NoRA(base="anchored")
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What places must have in common to be of one method."""
+        c = self._config
+        return (self.groups, c.degrees, c.denominator, c.base, c.fit_range, c.scaling, c.scale, self.first.channel_dim)
+
+    def method(self, targets: list[str] | str) -> NoRA:
+        """NoRA that can hold the sum, for these places."""
+        return replace(
+            self._config,
+            groups=self.groups,
+            rank=None,
+            fit_range=PRESET_RANGE if isinstance(self._config.fit_range, str) else self._config.fit_range,
+            targets=targets,
+            exclude=(),
+            channel_dim=self.first.channel_dim,
+        )
 
     def change(self, x: Tensor, groups: int) -> Tensor:
         """sum_i w_i (phi_i - phi_0) at x (D,): (groups, D)."""

@@ -45,6 +45,7 @@ class Attachment:
         samples: Some values of each frozen base parameter, as they were when they were last loaded or attached.
         unfrozen: Names of frozen base parameters that a loaded adapter file holds, as they trained all the same.
         names: The names of the adapters in use: one, or several that act together.
+        by_row: The name of the adapters for each row of a batch, inside a block of `rows`.
     """
 
     methods: list[dict[str, Any]]
@@ -56,6 +57,12 @@ class Attachment:
     samples: dict[str, Tensor] = field(default_factory=dict)
     unfrozen: list[str] = field(default_factory=list)
     names: tuple[str, ...] = (DEFAULT,)
+    by_row: tuple[str | None, ...] | None = None
+
+    @property
+    def is_one(self) -> bool:
+        """Whether the adapters of one name act, as they were attached."""
+        return len(self.names) == 1 and self.by_row is None
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
@@ -103,7 +110,9 @@ def attachment(model: nn.Module, several: bool = False) -> Attachment:
         inside = next((name for name, _ in attached(model)), None)
         fix = f"give its part {inside!r}, which has them" if inside else "call lit_adapters.attach(model, ...) first"
         raise AdapterError(f"{type(model).__name__} has no adapters of its own; {fix}")
-    if len(state.names) > 1 and not several:
+    if not several and state.by_row is not None:
+        raise AdapterError("each row of a batch has adapters of its own inside this block of lit_adapters.rows; end it")
+    if not several and not state.is_one:
         raise AdapterError(
             f"the adapters {', '.join(map(repr, state.names))} are in use together; choose one of them with "
             f"lit_adapters.use(model, {state.names[0]!r}) first, or make one of them with lit_adapters.combine"

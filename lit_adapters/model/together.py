@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.adapter_module import AdapterModule
-from lit_adapters.methods.hooks import copy_hooks
+from lit_adapters.methods.experts import ExpertsAdapter
+from lit_adapters.methods.hooks import copy_hooks, move_hooks
 from lit_adapters.methods.matrix_layers import is_quantised
 from lit_adapters.methods.quantised import foreign_quantisation
 
@@ -28,6 +29,7 @@ class Together(AdapterModule):
     """
 
     parts: dict[str, AdapterModule]
+    _trained: list[nn.Parameter]  # of the parts, before they came here
 
     def __init__(self, parts: dict[str, AdapterModule]) -> None:
         first = next(iter(parts.values()))
@@ -36,6 +38,12 @@ class Together(AdapterModule):
         super().__init__(copy.copy(original) if first.base is not original else original, first.qualified_name)
         self.__dict__["parts"] = parts
         self.__dict__["original"] = original
+        # They do not train here, even if an optimiser has them.
+        parameters = [p for part in parts.values() for p in part.adapter_parameters().values()]
+        self.__dict__["_trained"] = [p for p in parameters if p.requires_grad]
+        for parameter in self._trained:
+            parameter.requires_grad_(False)
+        self.train(self.training)
         if self.base is not original:
             copy_hooks(original, self)
             copy_hooks(nn.Module(), self.base)
@@ -45,13 +53,19 @@ class Together(AdapterModule):
         return original
 
     def take_out(self) -> nn.Module:
-        """As for any adapter; an activation that several layers share has kept its hooks."""
+        """As for any adapter; the adapters train again."""
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
         original = self.pretrained()
-        return super().take_out() if self.base is original else original
+        if self.base is original:
+            return super().take_out()
+        move_hooks(self, original)
+        return original
 
     def train(self, mode: bool = True) -> Together:
+        """Set the mode of the base; the adapters stay in eval mode, without dropout."""
         for part in self.parts.values():
-            part.training = mode
+            part.training = False
             part.clear_caches()
         super().train(mode)
         return self
@@ -79,7 +93,8 @@ class AdapterSum(Together):
     """y = y0 + sum_i (y_i - y0): y0 is the pretrained layer's output, y_i that of its i-th adapter.
 
     For updates of a weight this is (W0 + sum_i dW_i) x + bias, for learned functions act(x) + sum_i (phi_i(x) -
-    act(x)). The sum is computed in float32; each y_i has the dtype of the layer.
+    act(x)). Of experts the weights are added, W_e + sum_i dW_e,i, as y is not linear in them. The sum is computed in
+    float32; each y_i has the dtype of the layer.
     """
 
     method = "sum"
@@ -92,6 +107,11 @@ class AdapterSum(Together):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.in_effect:
             return self.unadapted(*args, **kwargs)
+        if any(isinstance(part, ExpertsAdapter) for part in self.parts.values()):  # y is not linear in their weights
+            dtypes = {name: self.base._parameters[name].dtype for name in self.merges_into}
+            wide = torch.promote_types(next(iter(dtypes.values())), torch.float32)
+            total = {name: value.to(dtypes[name]) for name, value in self.merged_parameters(wide).items()}
+            return self.call_base_with(total, args, kwargs)
         y0 = self.base(*args, **kwargs)
         wide = y0.to(torch.promote_types(y0.dtype, torch.float32))
         y = wide

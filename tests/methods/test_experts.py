@@ -311,3 +311,29 @@ def test_optimisers_of_pairs():
     )
     with pytest.raises(la.AdapterError, match="holds the pairs of several experts in one parameter"):
         LoRARITE(parameter_groups(model, 1e-3, pairs=True))
+
+
+def test_weights_of_experts_add_up_and_merge():
+    model = build("mixtral")
+    for key, method in (("a", METHODS["lora"]), ("b", METHODS["dora"])):
+        la.attach(model, method, name=key)
+        move(model)
+    la.use(model, ["a", "b"])
+    with torch.no_grad():
+        together = run(model)
+        la.merge(model, unload=False)
+        torch.testing.assert_close(run(model), together, rtol=1e-4, atol=1e-4)
+    la.unmerge(model)
+    with pytest.raises(la.AdapterError, match="holds weights of experts, which are not combined"):
+        la.combine(model, ["a", "b"], name="c", rank=4)
+    assert la.in_use(model) == ["a", "b"]
+
+
+def test_dora_measures_another_base_that_is_loaded():
+    model = build("mixtral")
+    la.attach(model, METHODS["dora"])
+    torch.manual_seed(9)
+    other = AutoModelForCausalLM.from_config(model.config).eval()
+    model.load_state_dict(other.state_dict(), strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(run(model), run(other), rtol=1e-5, atol=1e-6)

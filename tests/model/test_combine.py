@@ -202,3 +202,49 @@ def test_what_is_refused():
     trained, _, _ = with_two("bert", (METHODS["lora"], METHODS["lora"]), ((), ["classifier"]))
     with pytest.raises(la.AdapterError, match=r"'b' train 'classifier\.\w+'"):
         la.combine(trained, ["a", "b"], name="c")
+
+
+def test_places_with_settings_of_their_own():
+    """An activation after a convolution, one after a linear layer, and functions of other degrees."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.first, self.linear, self.second = nn.Conv2d(3, 8, 1), nn.GELU(), nn.Linear(8, 12), nn.GELU()
+
+        def forward(self, x):
+            return self.second(self.linear(self.first(self.conv(x)).mean((2, 3))))
+
+    model, x = Net(), torch.randn(2, 3, 8, 8)
+    for seed, key in enumerate("ab"):
+        first = la.NoRA(groups=4, base="anchored", targets=["first"], channel_dim=1)
+        second = la.NoRA(groups=4, base="anchored", targets=["second"], channel_dim=-1, degrees=(3, 2))
+        la.attach(model, [first, second], name=key)
+        move(model, seed)
+    la.use(model, ["a", "b"])
+    with torch.no_grad():
+        together = model(x)
+        report = la.combine(model, ["a", "b"], name="c")
+        assert [a.channel_dim for _, a in la.adapters(model)] == [1, -1]
+        assert [a.config.degrees for _, a in la.adapters(model)] == [(5, 4), (3, 2)]
+        la.use(model, [])
+        effect = (together - model(x)).abs().max().item()
+        la.use(model, "c")
+        assert (model(x) - together).abs().max().item() < 0.2 * effect
+    assert max(report.functions.values()) < 0.2
+
+
+def test_an_error_in_the_middle_changes_nothing(monkeypatch):
+    model, a, _ = with_two("llama", (la.NoRA(groups=4), la.LoRA(rank=2)))
+    la.use(model, "a")
+
+    def fail(*args):
+        raise RuntimeError("no fit")
+
+    monkeypatch.setattr("lit_adapters.model.combine.fit_rational", fail)
+    with pytest.raises(RuntimeError, match="no fit"):
+        la.combine(model, ["a"], name="c")
+    assert la.adapter_names(model) == ["a", "b"]
+    assert la.in_use(model) == ["a"]
+    with torch.no_grad():
+        assert torch.equal(RUN(model), RUN(a))

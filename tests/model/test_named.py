@@ -171,8 +171,9 @@ def test_what_rows_refuse():
     with pytest.raises(la.AdapterError, match="names is empty"), la.rows(model, []):
         pass
     with la.rows(model, ["a", "b"]):
-        with pytest.raises(la.AdapterError, match="in use together"):
-            la.attach(model, METHODS["lora"], name="c")
+        for call in (lambda: la.attach(model, METHODS["lora"], name="c"), lambda: la.save_adapters(model, "nowhere")):
+            with pytest.raises(la.AdapterError, match=r"inside this block of lit_adapters\.rows"):
+                call()
         with pytest.raises(la.AdapterError, match="several do together"):
             la.merge(model)
     trained, _, _ = with_two("bert", (METHODS["lora"], METHODS["lora"]), ((), ["classifier"]))
@@ -440,3 +441,133 @@ def test_another_adapter_compiles_nothing_anew(method):
             la.use(model, key)
             torch.testing.assert_close(run(compiled), run({"a": a, "b": b}[key]), rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1
+
+
+def small():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+    for seed, key in enumerate("ab"):
+        la.attach(model, la.LoRA(rank=2, targets=["0", "2"]), name=key)
+        move(model, seed)
+    return model.eval()
+
+
+def test_a_sum_and_rows_of_the_same_names_are_not_confused(tmp_path):
+    model, x = small(), torch.randn(2, 4)
+    la.use(model, ["a", "b"])
+    together = model(x)
+    with la.rows(model, ["a", "b"]):
+        by_rows = model(x)
+        with la.using(model, "a"):
+            one = model(x)
+        assert torch.equal(model(x), by_rows)
+        with la.using(model, ["a", "b"]):
+            assert torch.equal(model(x), together)
+        assert torch.equal(model(x), by_rows)
+    assert torch.equal(model(x), together)
+    la.use(model, "a")
+    for names in (["a", None], ["a", "a"], [None, None]):
+        with la.rows(model, names), pytest.raises(la.AdapterError, match="inside this block"):
+            la.save_adapters(model, tmp_path)
+        assert la.in_use(model) == ["a"]
+        torch.testing.assert_close(model(torch.cat([x, x]))[:2], model(x))
+        assert all(p.requires_grad for _, a in la.adapters(model) for p in a.adapter_parameters().values())
+    torch.testing.assert_close(model(x), one)
+    la.use(model, [])
+    with la.rows(model, [None, None]):
+        pass
+    with pytest.raises(la.AdapterError, match="no adapter is in use"):
+        la.save_adapters(model, tmp_path)
+
+
+def test_adapters_in_use_together_do_not_train():
+    model, x = small(), torch.randn(2, 4)
+    la.use(model, "a")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1.0)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    la.use(model, ["a", "b"])
+    given = x.clone().requires_grad_()
+    model(given).sum().backward()
+    assert given.grad.any()  # the input has its gradient
+    optimizer.step()
+    la.use(model, "a")
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert [p.requires_grad for p in optimizer.param_groups[0]["params"]] == [True] * 4
+
+
+def test_dropout_does_not_act_while_several_are_in_use():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4))
+    for key in "ab":
+        la.attach(model, la.LoRA(rank=2, targets=["0"], dropout=0.5), name=key)
+        move(model, 1)
+    la.use(model, ["a", "b"])
+    model.train()
+    x = torch.randn(5, 4)
+    assert torch.equal(model(x), model(x))
+    la.use(model, "a")
+    assert model[0].training
+
+
+def test_rows_have_the_running_statistics_of_their_adapters():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    for key, shift in (("a", 5), ("b", -50)):
+        la.attach(model, la.LoRA(rank=2, targets=["0"]), name=key)
+        model.train()(torch.randn(8, 4) + shift)
+        model.eval()
+    x = torch.randn(2, 4)
+    for key in "ab":
+        la.use(model, key)
+        expected = model(x)
+        with la.rows(model, [key, key]):
+            torch.testing.assert_close(model(x), expected)
+
+
+def test_a_change_that_fails_leaves_the_adapters_in_use():
+    model = small()
+    la.use(model, "a")
+    before = model(torch.ones(1, 4))
+    model[2] = nn.Linear(4, 4)
+    for call in (
+        lambda: la.use(model, "b"),
+        lambda: la.use(model, ["a", "b"]),
+        lambda: la.rows(model, ["b"]).__enter__(),
+    ):
+        with pytest.raises(la.AdapterError, match="'2' is another module now"):
+            call()
+        assert la.in_use(model) == ["a"]
+        assert isinstance(model[0], la.AdapterModule)
+    assert before.shape == (1, 4)
+
+
+def test_what_the_user_has_unfrozen_stays_so(tmp_path):
+    model = small()
+    la.use(model, "a")
+    model[0].bias.requires_grad_(True)
+    la.save_adapters(model, tmp_path / "b", name="b")
+    assert model[0].bias.requires_grad
+    la.use(model, "b")
+    assert not model[0].bias.requires_grad
+    la.use(model, "a")
+    assert model[0].bias.requires_grad
+    with torch.no_grad():
+        model[0].bias.add_(1.0)
+    la.save_adapters(model, tmp_path / "a")
+    other = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+    la.attach(other, la.LoRA(rank=2, targets=["0"]), name="first")
+    with pytest.raises(la.AdapterError, match=r"holds '0\.bias' of the base, which was unfrozen"):
+        la.load_adapters(other, tmp_path / "a", name="second")
+    assert la.in_use(other) == ["first"]
+
+
+def test_a_hook_on_an_activation_while_several_are_in_use():
+    model, calls = build("llama").eval(), []
+    for key in "ab":
+        la.attach(model, METHODS["nora"], name=key)
+    la.use(model, ["a", "b"])
+    handle = model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *args: calls.append(1))
+    for names in (["a", "b"], "b"):
+        la.use(model, names)
+        MODELS["llama"].run(model)
+    assert len(calls) == 2
+    handle.remove()

@@ -515,7 +515,7 @@ def test_fields_of_messages_that_cannot_be_honoured_are_named(row, message):
 
 
 def test_rows_that_say_so_are_not_learned(caplog):
-    rows = [Row(ALPACA | more, "x") for more in ({}, {"weight": 0}, {"train": False}, {"mask": True}, {"weight": 3.5})]
+    rows = [Row(ALPACA | more, "x") for more in ({}, {"weight": 0}, {"train": False}, {"mask": 1}, {"weight": 3.5})]
     with caplog.at_level("INFO"):
         records, dropped = parse(rows, "alpaca")
     assert (len(records), dropped) == (2, 0)
