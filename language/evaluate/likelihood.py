@@ -6,9 +6,8 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +15,8 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from language.evaluate.prompts import FramedPrompt, PromptEncoder, TokenQuestion, common_prefix
+from language.evaluate.prompts import TokenQuestion, common_prefix
 from language.measured import alike, documents, ignores_left_padding, left_padded, measured
-from language.models import context_length
 from lit_adapters.errors import AdapterError
 from lit_adapters.model.modes import evaluating
 from lit_adapters.values import check_whole
@@ -27,90 +25,50 @@ _MIN_SHARED = 16  # tokens; a pass of its own for a shorter common prefix would 
 _ROWS = 4  # most choices of a prompt in a pass, on average: each holds a copy of the prompt's cache
 
 
-@dataclass(frozen=True)
-class ChoiceScores:
-    """Scores of `score_choices`; one entry for each prompt.
+class Score(NamedTuple):
+    """Score of a continuation.
 
     Attributes:
-        log_likelihoods: Log p(choice | prompt) in nats, one value for each choice.
-        num_bytes: Length of each choice in UTF-8 bytes.
-        truncated: Number of prompts that lost tokens on the left.
+        log_likelihood: log p(continuation | context) in nats.
+        greedy: Whether each of its tokens is the likeliest one in its place.
     """
 
-    log_likelihoods: list[list[float]]
-    num_bytes: list[list[int]]
-    truncated: int
-
-    def predictions(self, per_byte: bool = False) -> list[int]:
-        """Index of the best choice: by the sum (acc), or by the sum divided by the bytes of the choice (acc_norm)."""
-        best = []
-        for row, sizes in zip(self.log_likelihoods, self.num_bytes, strict=True):
-            values = [value / size for value, size in zip(row, sizes, strict=True)] if per_byte else row
-            best.append(values.index(max(values)))
-        return best
+    log_likelihood: float
+    greedy: bool
 
 
-@torch.no_grad()
-def score_choices(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompts: Sequence[str | FramedPrompt],
-    choices: Sequence[Sequence[str]],
-    batch_size: int = 8,
-    max_length: int | None = None,
-    description: str = "scoring",
-) -> ChoiceScores:
-    """Log-likelihood of every choice given its prompt.
-
-    A prompt is computed once and its key-value cache serves all its choices; a beginning that the prompts of a batch
-    have in common (examples of k-shot prompts) is computed once for the batch. Choices of a single token need no
-    further pass. Models whose caches cannot be shared this way (sliding windows, recurrent states) read prompt and
-    choice together: the same numbers, slower.
-
-    Args:
-        model: A causal language model of transformers. Its training mode is left as it was.
-        tokenizer: The model's tokenizer.
-        prompts: Texts, or framed as in training, one for each question; a choice follows without a space in between.
-        choices: For each prompt its continuations, usually with a leading space.
-        batch_size: Prompts in a pass; choices of several tokens are passes of up to 4 times as many rows.
-        max_length: Tokens that a pass may read; default the model's context. Longer prompts lose tokens on the left,
-            a start-of-text token excepted.
-        description: Text at the progress bar.
-
-    Raises:
-        DataError: A choice is empty or does not fit into the context.
-        AdapterError: The model's output is not a number, or `batch_size` is not at least 1.
-    """
-    if max_length is not None:
-        check_whole("max_length", max_length)
-    encoder = PromptEncoder(tokenizer, max_length or context_length(model))
-    questions = [
-        encoder.question(prompt, options)
-        for prompt, options in tqdm(
-            zip(prompts, choices, strict=True), total=len(prompts), desc=f"{description}: tokens", leave=False
-        )
-    ]
-    scores = score_tokens(model, questions, batch_size, description)
-    sizes = [[len(choice.encode()) for choice in options] for options in choices]
-    return ChoiceScores(scores, sizes, encoder.truncated)
+def likeliest(scores: Sequence[Score]) -> int:
+    """Index of the continuation with the highest log-likelihood, the first of equal ones."""
+    return max(range(len(scores)), key=lambda i: scores[i].log_likelihood)
 
 
 @torch.no_grad()
 def score_tokens(
     model: PreTrainedModel, questions: Sequence[TokenQuestion], batch_size: int = 8, description: str = "scoring"
-) -> list[list[float]]:
-    """Log-likelihoods of questions that are tokens already: one value for each continuation of each question.
+) -> list[list[Score]]:
+    """Score of each continuation of each question.
+
+    A context is read once and its key-value cache serves all its continuations; a beginning that the contexts of a
+    batch have in common (examples of k-shot prompts) is read once for the batch. Continuations of a single token need
+    no further pass. Models whose caches cannot be shared this way (sliding windows, recurrent states) read context and
+    continuation together: the same numbers, slower.
+
+    Args:
+        model: A causal language model of transformers. Its training mode is left as it was.
+        questions: Contexts with their continuations.
+        batch_size: Contexts in a pass; continuations of several tokens are passes of up to 4 times as many rows.
+        description: Text at the progress bar.
 
     Raises:
         AdapterError: The model's output is not a number, or `batch_size` is not at least 1.
     """
     check_whole("batch_size", batch_size)
-    scores: list[list[float]] = [[]] * len(questions)
+    scores: list[list[Score]] = [[]] * len(questions)
     reader = _measured_reader(model)
     with evaluating(model), tqdm(total=len(questions), desc=description, leave=False) as bar:
         for batch in _batches(_grouped([q.context for q in questions]), batch_size):
             for index, row in zip(batch, _score(reader, [questions[i] for i in batch]), strict=True):
-                if any(math.isnan(value) for value in row):
+                if any(math.isnan(score.log_likelihood) for score in row):
                     raise AdapterError(f"the model's output for prompt {index} is not a number; its weights are broken")
                 scores[index] = row
             bar.update(len(batch))
@@ -133,7 +91,7 @@ def _batches(order: list[int], size: int) -> Iterator[list[int]]:
     yield from (order[i : i + size] for i in range(0, len(order), size))
 
 
-def _score(reader: _Reader, batch: list[TokenQuestion]) -> list[list[float]]:
+def _score(reader: _Reader, batch: list[TokenQuestion]) -> list[list[Score]]:
     contexts = [question.context for question in batch]
     pairs = [(row, tokens) for row, question in enumerate(batch) for tokens in question.continuations]
     longer = [(i, row, tokens) for i, (row, tokens) in enumerate(pairs) if len(tokens) > 1]
@@ -144,7 +102,10 @@ def _score(reader: _Reader, batch: list[TokenQuestion]) -> list[list[float]]:
         reader.feed([contexts[0][:shared]], keep=1)
         reader = reader.branch([0] * len(batch))
     first = reader.feed([context[shared:] for context in contexts], keep=1)[:, -1]
-    scores = first[[row for row, _ in pairs], [tokens[0] for _, tokens in pairs]].double()
+    begins = torch.tensor([tokens[0] for _, tokens in pairs], device=first.device)
+    rows = torch.tensor([row for row, _ in pairs], device=first.device)
+    sums = first[rows, begins].double()
+    greedy = first.argmax(-1)[rows] == begins
     for start in range(0, len(longer), _ROWS * len(batch)):
         chunk = longer[start : start + _ROWS * len(batch)]
         keep = max(len(tokens) for _, _, tokens in chunk) - 1
@@ -156,8 +117,10 @@ def _score(reader: _Reader, batch: list[TokenQuestion]) -> list[list[float]]:
             rest = reader.feed([contexts[row] + tokens[:-1] for _, row, tokens in chunk], keep)
         for (i, _, tokens), log_probabilities in zip(chunk, rest, strict=True):
             targets = torch.tensor(tokens[1:], device=rest.device)
-            scores[i] += log_probabilities[-len(targets) :].gather(1, targets[:, None]).double().sum()
-    values = iter(scores.tolist())
+            of_targets = log_probabilities[-len(targets) :]
+            sums[i] += of_targets.gather(1, targets[:, None]).double().sum()
+            greedy[i] &= (of_targets.argmax(-1) == targets).all()
+    values = map(Score, sums.tolist(), greedy.tolist())
     return [[next(values) for _ in question.continuations] for question in batch]
 
 
@@ -174,6 +137,7 @@ class _Reader:
         self.model = model
         self.device = next(model.parameters()).device
         self.accepted = set(inspect.signature(model.forward).parameters)
+        self.cache_name = "cache" if "cache" in self.accepted else "past_key_values"  # before transformers 5.24
         self.pads_left = pads_left
         self.can_share = can_share
 
@@ -206,7 +170,7 @@ class _Reader:
             input_ids=tokens,
             use_cache=self.cache is not None,
             **left_padded(self.model, self.mask, length),
-            **({"past_key_values": self.cache} if self.cache is not None else {}),
+            **({self.cache_name: self.cache} if self.cache is not None else {}),
             **({"logits_to_keep": keep} if "logits_to_keep" in self.accepted else {}),
         )
         return output.logits[:, -keep:].float().log_softmax(-1)

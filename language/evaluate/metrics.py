@@ -1,7 +1,4 @@
-"""Measures of a model's answers, each with its standard error.
-
-Held-out loss and perplexity, accuracy, exact match, ROUGE.
-"""
+"""Measures that lm-evaluation-harness lacks: the loss of held-out rows, and what a generated text answers."""
 
 from __future__ import annotations
 
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
 
 # Named, because torchmetrics' default includes rougeLsum, which fetches a sentence splitter.
 ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
-_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -49,25 +45,6 @@ def proportion(correct: Sequence[bool]) -> Estimate:
     n = len(correct)
     p = sum(map(bool, correct)) / n
     return Estimate(p, math.sqrt(p * (1 - p) / n), n)
-
-
-def mean_of_groups(groups: Sequence[Estimate]) -> Estimate:
-    """Unweighted mean of independent estimates, sqrt(sum of squared errors) / number of groups as its error."""
-    count = len(groups)
-    error = math.sqrt(sum(group.stderr**2 for group in groups)) / count
-    return Estimate(sum(group.value for group in groups) / count, error, sum(group.n for group in groups))
-
-
-def bootstrap_mean(values: Sequence[float], seed: int = 0, resamples: int = _RESAMPLES) -> Estimate:
-    """Mean with the standard deviation of the means of `resamples` samples drawn with replacement, seeded."""
-    if not values:
-        raise DataError("no values to average: check the data and the limit")
-    data = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [data[torch.randint(len(data), (len(data),), generator=generator)].mean() for _ in range(resamples)]
-    )
-    return Estimate(data.mean().item(), means.std().item(), len(values))
 
 
 @dataclass(frozen=True)
@@ -130,30 +107,15 @@ def held_out_loss(rows: RowLosses) -> dict[str, Estimate]:
     return {"loss": Estimate(loss, error, total), "perplexity": Estimate(perplexity, perplexity * error, total)}
 
 
-def rouge(predictions: Sequence[str], references: Sequence[str], seed: int = 0) -> dict[str, Estimate]:
-    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L, with bootstrap standard errors over texts."""
-    return {key: bootstrap_mean(v, seed) for key, v in rouge_of_texts(predictions, references).items()}
-
-
-def rouge_of_texts(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
-    """F-measure of ROUGE-1, ROUGE-2 and ROUGE-L of each text, without stemming."""
-    values: dict[str, list[float]] = {key: [] for key in ROUGE_KEYS}
-    for prediction, reference in zip(predictions, references, strict=True):
-        scores = rouge_score(prediction, reference, rouge_keys=ROUGE_KEYS)
-        for key in ROUGE_KEYS:
-            values[key].append(float(scores[f"{key}_fmeasure"]))
-    return values
+def rouge(prediction: str, reference: str) -> dict[str, float]:
+    """F-measure of ROUGE-1, ROUGE-2 and ROUGE-L of a text, without stemming."""
+    scores = rouge_score(prediction, reference, rouge_keys=ROUGE_KEYS)
+    return {key: float(scores[f"{key}_fmeasure"]) for key in ROUGE_KEYS}
 
 
 def normalised(text: str) -> str:
     """Lower case, single spaces, no punctuation at either end: what exact match compares."""
     return re.sub(r"^[^\w]+|[^\w]+$", "", " ".join(text.lower().split()))
-
-
-def exact_match(predictions: Sequence[str], references: Sequence[str]) -> Estimate:
-    """Share of predictions that equal their reference after `normalised`."""
-    pairs = zip(predictions, references, strict=True)
-    return proportion([normalised(prediction) == normalised(reference) for prediction, reference in pairs])
 
 
 def find_option(text: str, options: Sequence[str]) -> int | None:

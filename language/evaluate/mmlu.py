@@ -1,15 +1,12 @@
-"""MMLU (arXiv 2009.03300): 57 subjects in four categories, k-shot prompts, and the averages that are in use."""
+"""MMLU (arXiv 2009.03300) from files: 57 subjects in four categories, asked with k-shot prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from language.data.rows import Row, clean, shown
 from language.data.sources import read_dev_rows, read_rows
 from language.data.splits import subset
-from language.evaluate.metrics import Estimate, mean_of_groups, proportion
 from language.evaluate.questions import Question, field_of
 from lit_adapters.errors import DataError
 
@@ -72,29 +69,6 @@ def read_mmlu(root: str | Path, shots: int = 5, per_subject: int | None = None, 
             for row in subset(rows, per_subject, "questions", subject, seed)
         ]
     return questions
-
-
-def summarise_mmlu(questions: Sequence[Question], correct: Sequence[bool]) -> dict[str, Any]:
-    """Accuracy overall, by category and by subject.
-
-    Returns:
-        `micro` counts every question once (the usual MMLU score; with `per_subject` every subject weighs the
-        same, as in the macro average). `macro` is the mean over subjects. `categories` holds both for each
-        category with questions, `subjects` the accuracy of each subject.
-    """
-    chosen = list(zip(questions, map(bool, correct), strict=True))
-
-    def averages(members: list[tuple[Question, bool]]) -> dict[str, Estimate]:
-        subjects = [proportion([c for q, c in members if q.group == s]) for s in {q.group: None for q, _ in members}]
-        return {"micro": proportion([c for _, c in members]), "macro": mean_of_groups(subjects)}
-
-    categories = {name: [pair for pair in chosen if pair[0].category == name] for name in CATEGORIES}
-    names = {question.group: None for question in questions}
-    return {
-        **averages(chosen),
-        "categories": {name: averages(members) for name, members in categories.items() if members},
-        "subjects": {name: proportion([c for q, c in chosen if q.group == name]) for name in names},
-    }
 
 
 def _by_subject(rows: list[Row]) -> dict[str, list[Row]]:

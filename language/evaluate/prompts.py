@@ -71,9 +71,9 @@ class PromptEncoder:
             DataError: The answer leaves no space, or the prompt is empty and the tokenizer has no start or end token.
         """
         if isinstance(text, str):
-            return self._fit(self.tokens([text])[0], room)
+            return self.fit(self.tokens([text])[0], room)
         context, (lead,) = self._framed(text, [text.lead])
-        return self._fit(context + lead, room)
+        return self.fit(context + lead, room)
 
     def question(self, prompt: str | FramedPrompt, choices: Sequence[str]) -> TokenQuestion:
         """Context and continuations; their concatenations are the tokens of prompt and choice.
@@ -96,7 +96,7 @@ class PromptEncoder:
             if not tokens:
                 end = prompt[-60:] if isinstance(prompt, str) else prompt.stretches[-1][-60:]
                 raise DataError(f"choice {choice!r} after prompt ...{end!r} has no tokens; give it a text")
-        return TokenQuestion(self._fit(alone[:shared], max(map(len, continuations))), continuations)
+        return TokenQuestion(self.fit(alone[:shared], max(map(len, continuations))), continuations)
 
     def _framed(self, prompt: FramedPrompt, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         """Tokens of a prompt, and of texts that go on after it."""
@@ -110,7 +110,16 @@ class PromptEncoder:
     def _started(self, row: list[int]) -> list[int]:
         return row if row[:1] == self.start else self.start + row
 
-    def _fit(self, context: list[int], room: int) -> list[int]:
+    def fit(self, context: list[int], room: int) -> list[int]:
+        """The context, or as much of its end as leaves space for an answer of `room` tokens; counted if truncated.
+
+        Args:
+            context: Tokens; none stand for the start or end token.
+            room: Tokens of the longest answer. The model predicts the last one and does not read it.
+
+        Raises:
+            DataError: As `prompt`.
+        """
         if not context:
             # The first token of a text needs something to be predicted from.
             anything = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from language.evaluate.metrics import Estimate
 from lit_adapters.console import text_table
 from lit_adapters.files.atomic import write_text_atomically
 
-_PACKAGES = ("lit-adapters", "torch", "transformers", "tokenizers", "torchmetrics")
+_PACKAGES = ("lit-adapters", "torch", "transformers", "tokenizers", "torchmetrics", "lm_eval")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES if find_spec(name.replace("-", "_"))},
+    }
 
 
 def as_plain(value: Any) -> Any:

@@ -1,14 +1,15 @@
 """Evaluation in one call: load a model, ask it the questions of several tasks, score its answers.
 
-Our own tasks stand beside those of lm-evaluation-harness because they read local files, ask in the words of the
-training, and score a prompt's choices on one reading of it.
+lm-evaluation-harness asks and scores. The questions of our own tasks come from local files and are asked in the words
+of the training; the loss of held-out rows, which the harness does not measure, needs it not.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,10 @@ from transformers import PreTrainedModel
 
 import lit_adapters as la
 from language.data.sources import is_address
-from language.evaluate.harness import PREFIX, plan_harness
-from language.evaluate.metrics import mean_of_groups
-from language.evaluate.questions import COMMONSENSE
+from language.evaluate.metrics import held_out_loss, row_losses
+from language.evaluate.questions import COMMONSENSE, read_summaries
 from language.evaluate.results import versions
-from language.evaluate.tasks import EvalSettings, as_trained, plan
+from language.evaluate.tasks import PREFIX, EvalSettings, as_trained, held_out_rows, read_questions
 from language.meaning import apply_meaning
 from language.models import Dtype, Quantization, create_model, create_tokenizer
 from language.module import CausalLMTuner, load_tuner
@@ -100,15 +100,40 @@ def evaluate(
     check_data(names, root, settings)
     ours = [name for name in names if not name.startswith(PREFIX)]
     theirs = [name for name in names if name.startswith(PREFIX)]
-    planned = {name: plan(name, model, tokenizer, root, settings) for name in ours}
-    ask_harness = plan_harness(theirs, model, tokenizer, settings) if theirs else dict
+    planned = {name: _plan(name, model, tokenizer, root, settings) for name in ours}
+    ask_harness = _harness().plan_harness(theirs, model, tokenizer, settings) if theirs else dict
     results = {name: planned[name]() for name in tqdm(ours, desc="tasks", disable=len(ours) < 2)}
     if set(COMMONSENSE) <= set(results):
         parts = [results[name]["metrics"] for name in COMMONSENSE]
-        results["commonsense"] = {"metrics": {key: mean_of_groups([part[key] for part in parts]) for key in parts[0]}}
+        means = {metric: _harness().average([part[metric] for part in parts]) for metric in parts[0]}
+        results["commonsense"] = {"metrics": means}
     results |= ask_harness()
     seconds = time.perf_counter() - started
     return {"results": results, "settings": asdict(settings), "versions": versions(), "seconds": round(seconds, 1)}
+
+
+def _plan(
+    name: str, model: PreTrainedModel, tokenizer: Any, root: str | Path | None, s: EvalSettings
+) -> Callable[[], dict[str, Any]]:
+    """Read a task's data, and return the function that asks the model and gives the task's results."""
+    if name == "perplexity":
+        data = held_out_rows(s.place(name, root), model, tokenizer, s)
+        return lambda: {"metrics": held_out_loss(row_losses(model, data.test_dataloader()))}
+    harness = _harness()
+    if name == "summarisation":
+        place = s.place(name, root)
+        texts, skipped = read_summaries(place, tokenizer, bool(s.chat), s.limit, s.seed, meaning_of(model))
+        return lambda: {**harness.ask_summaries(name, texts, model, tokenizer, s), "skipped": skipped}
+    questions = read_questions(name, tokenizer, root, s, meaning_of(model))
+    return lambda: harness.ask_questions(name, questions, model, tokenizer, s)
+
+
+def _harness() -> Any:
+    """The module that asks through lm-evaluation-harness."""
+    try:
+        return import_module("language.evaluate.harness")
+    except ImportError as error:
+        raise DataError(f"{error}: all tasks but perplexity need pip install 'lit-adapters[eval]'") from error
 
 
 def load(

@@ -1,30 +1,26 @@
-"""The tasks: each reads its questions first, and asks a model later."""
+"""What to ask: the settings of an evaluation, and the questions that its files hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from language.data.control import ControlTokens
 from language.data.formats import FormatName
 from language.data.module import InstructionDataModule
 from language.data.sources import is_address, read_rows
-from language.evaluate.likelihood import score_choices
-from language.evaluate.metrics import Estimate, exact_match, find_option, held_out_loss, proportion, rouge, row_losses
-from language.evaluate.mmlu import read_mmlu, summarise_mmlu
-from language.evaluate.prompts import FramedPrompt, PromptEncoder
-from language.evaluate.questions import Question, WritingTask, read_classification, read_commonsense, read_summaries
-from language.generate import generate
+from language.evaluate.mmlu import read_mmlu
+from language.evaluate.prompts import FramedPrompt
+from language.evaluate.questions import Question, read_classification, read_commonsense
 from language.models import context_length
 from lit_adapters.errors import DataError
 from lit_adapters.files.meaning import check_same, meaning_of
 
+PREFIX = "lm_eval:"  # before the name of a task of lm-evaluation-harness
 _DEFAULT_LENGTH = 2048  # tokens, for models that name no context
 
 
@@ -117,28 +113,6 @@ def as_trained(settings: EvalSettings, meaning: Mapping[str, Any]) -> EvalSettin
     )
 
 
-Task = Callable[[], dict[str, Any]]
-
-
-def plan(name: str, model: PreTrainedModel, tokenizer: Any, root: str | Path | None, s: EvalSettings) -> Task:
-    """Read a task's data, and return the function that asks the model and gives the task's results.
-
-    Raises:
-        DataError: Data are missing or bad (file and line).
-    """
-    if name == "perplexity":
-        return partial(_perplexity, model, _held_out(s.place(name, root), model, tokenizer, s))
-    if name == "summarisation":
-        tasks, skipped = read_summaries(
-            s.place(name, root), tokenizer, bool(s.chat), s.limit, s.seed, meaning_of(model)
-        )
-        return partial(_summaries, model, tokenizer, tasks, skipped, s)
-    questions = read_questions(name, tokenizer, root, s, meaning_of(model))
-    if name == "mmlu":
-        return partial(_mmlu, model, tokenizer, questions, s)
-    return partial(_choose if s.answers == "choice" else _generate, name, model, tokenizer, questions, s)
-
-
 def read_questions(
     name: str, tokenizer: Any, root: str | Path | None, s: EvalSettings, meaning: Mapping[str, Any] | None = None
 ) -> list[Question]:
@@ -165,68 +139,18 @@ def _guarded(questions: list[Question], tokenizer: Any) -> list[Question]:
     ]
 
 
-def _mmlu(model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: EvalSettings) -> dict[str, Any]:
-    result = _choose("mmlu", model, tokenizer, questions, s)
-    pairs = zip(result["predictions"], result["answers"], strict=True)
-    summary = summarise_mmlu(questions, [prediction == answer for prediction, answer in pairs])
-    metrics = {"micro": summary.pop("micro"), "macro": summary.pop("macro")}
-    return {**result, "metrics": metrics, **summary}
+def held_out_rows(path: str, model: PreTrainedModel, tokenizer: Any, s: EvalSettings) -> InstructionDataModule:
+    """Held-out rows in the format and templates of the model's training.
 
+    Args:
+        path: A file, or a folder with a test file.
+        model: The model, whose training and context count.
+        tokenizer: The model's own.
+        s: As `as_trained` returns them.
 
-def _choose(
-    name: str, model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: EvalSettings
-) -> dict[str, Any]:
-    prompts, choices = [q.framed or q.prompt for q in questions], [q.choices for q in questions]
-    scores = score_choices(model, tokenizer, prompts, choices, s.batch_size, s.max_length, name)
-    answers = [q.answer for q in questions]
-    by_sum, by_byte = scores.predictions(), scores.predictions(per_byte=True)
-    metrics = {"accuracy": _accuracy(by_sum, answers), "accuracy per byte": _accuracy(by_byte, answers)}
-    return {"metrics": metrics, "truncated": scores.truncated, "predictions": by_sum, "answers": answers}
-
-
-def _generate(
-    name: str, model: PreTrainedModel, tokenizer: Any, questions: list[Question], s: EvalSettings
-) -> dict[str, Any]:
-    texts, truncated = _write(model, tokenizer, [q.framed or q.prompt for q in questions], s, name)
-    predictions = [find_option(text, q.options) for text, q in zip(texts, questions, strict=True)]
-    answers = [q.answer for q in questions]
-    metrics = {
-        "accuracy": _accuracy(predictions, answers),
-        "exact match": exact_match(texts, [q.options[q.answer] for q in questions]),
-        "answered": proportion([prediction is not None for prediction in predictions]),
-    }
-    return {"metrics": metrics, "truncated": truncated, "predictions": predictions, "answers": answers}
-
-
-def _accuracy(predictions: Sequence[int | None], answers: Sequence[int]) -> Estimate:
-    return proportion([prediction == answer for prediction, answer in zip(predictions, answers, strict=True)])
-
-
-def _summaries(
-    model: PreTrainedModel, tokenizer: Any, tasks: list[WritingTask], skipped: int, s: EvalSettings
-) -> dict[str, Any]:
-    texts, truncated = _write(model, tokenizer, [task.framed or task.prompt for task in tasks], s, "summarisation")
-    metrics = rouge(texts, [task.reference for task in tasks], s.seed)
-    return {"metrics": metrics, "truncated": truncated, "skipped": skipped, "texts": texts}
-
-
-def _write(
-    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str | FramedPrompt], s: EvalSettings, name: str
-) -> tuple[list[str], int]:
-    """Greedy continuations of prompts, and how many prompts were truncated."""
-    encoder = PromptEncoder(tokenizer, s.max_length or context_length(model))
-    rows = [encoder.prompt(prompt, room=s.max_new_tokens + 1) for prompt in prompts]
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    texts = [""] * len(rows)
-    for start in tqdm(range(0, len(order), s.batch_size), desc=name, leave=False):
-        batch = order[start : start + s.batch_size]
-        answers = generate(model, tokenizer, [rows[i] for i in batch], max_new_tokens=s.max_new_tokens)
-        for index, answer in zip(batch, answers, strict=True):
-            texts[index] = answer.strip()
-    return texts, encoder.truncated
-
-
-def _held_out(path: str, model: PreTrainedModel, tokenizer: Any, s: EvalSettings) -> InstructionDataModule:
+    Raises:
+        DataError: A row is bad (file and line).
+    """
     assert s.perplexity_format is not None
     meaning = meaning_of(model)
     same = meaning.get("format") == s.perplexity_format
@@ -246,7 +170,3 @@ def _held_out(path: str, model: PreTrainedModel, tokenizer: Any, s: EvalSettings
     )
     data.setup("test")
     return data
-
-
-def _perplexity(model: PreTrainedModel, data: InstructionDataModule) -> dict[str, Any]:
-    return {"metrics": held_out_loss(row_losses(model, data.test_dataloader()))}

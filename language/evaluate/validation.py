@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from language.data.module import InstructionDataModule
 from language.data.sources import SplitName
 from language.data.splits import subset
-from language.evaluate.likelihood import score_tokens
+from language.evaluate.likelihood import likeliest, score_tokens
 from language.evaluate.prompts import PromptEncoder, TokenQuestion
 from language.evaluate.tasks import EvalSettings, read_questions
 from language.generate import prompt_rows
@@ -91,11 +91,8 @@ class ChoiceValidation(Callback):
         seed: Seeds the choice.
 
     Raises:
-        DataError: `root` is missing; later, questions cannot be read or asked, or rows of a test are packed or learn
-            their prompts, so that a row does not say which class was to be chosen.
-
-    Raises:
-        DataError: A task needs a root and has none, or data are missing or bad (file and line).
+        DataError: `root` is missing; later, data are missing or bad (file and line), or rows of a test are packed or
+            learn their prompts, so that a row does not say which class was to be chosen.
     """
 
     def __init__(
@@ -177,7 +174,7 @@ class ChoiceValidation(Callback):
         model: Any = pl_module.model
         with trainer.precision_plugin.forward_context():
             scores = score_tokens(model, questions, self.batch_size, description)
-        right = [int(torch.tensor(row).argmax()) == answer for row, answer in zip(scores, answers, strict=True)]
+        right = [likeliest(row) == answer for row, answer in zip(scores, answers, strict=True)]
         values = torch.tensor(right, dtype=torch.float32, device=pl_module.device)
         self.means.to(pl_module.device)
         self.means.update({"accuracy": values})

@@ -12,9 +12,10 @@ from lightning.pytorch import Trainer
 
 import lit_adapters as la
 from language.evaluate.__main__ import main
-from language.evaluate.likelihood import score_choices
+from language.evaluate.likelihood import likeliest, score_tokens
 from language.evaluate.metrics import Estimate
-from language.evaluate.mmlu import read_mmlu
+from language.evaluate.mmlu import CATEGORIES, read_mmlu
+from language.evaluate.prompts import PromptEncoder
 from language.evaluate.questions import COMMONSENSE
 from language.evaluate.results import as_plain, table, write_json
 from language.evaluate.run import evaluate, load, task_names
@@ -72,27 +73,54 @@ def test_mmlu(root, model, tokenizer):
     settings = EvalSettings(shots=2, batch_size=5)
     result = evaluate(model, tokenizer, "mmlu", root, settings)["results"]["mmlu"]
     questions = read_mmlu(root / "mmlu", shots=2)
-    scores = score_choices(
-        model, tokenizer, [q.prompt for q in questions], [q.choices for q in questions], batch_size=1
-    )
-    expected = [row.index(max(row)) for row in scores.log_likelihoods]
+    encoder = PromptEncoder(tokenizer, None)
+    scores = score_tokens(model, [encoder.question(q.prompt, q.choices) for q in questions], batch_size=1)
+    expected = [likeliest(row) for row in scores]
     assert result["predictions"] == expected
     assert result["answers"] == [0, 1, 2, 3] * 3
     right = [p == a for p, a in zip(expected, result["answers"], strict=True)]
-    assert result["metrics"]["micro"].value == pytest.approx(sum(right) / 12)
     assert result["subjects"]["anatomy"].value == pytest.approx(sum(right[4:8]) / 4)
-    assert set(result["categories"]) == {"STEM", "Other", "Social Sciences"}
+    assert set(result["categories"]) == {"STEM", "Other", "Social Sciences"} < set(CATEGORIES)
+    assert result["categories"]["Other"]["macro"].value == pytest.approx(sum(right[4:8]) / 4)
     assert result["truncated"] == 0
     few = evaluate(model, tokenizer, "mmlu", root, EvalSettings(shots=1, per_subject=2))["results"]["mmlu"]
     assert few["metrics"]["micro"].n == 6
+    one = evaluate(model, tokenizer, "mmlu", root, EvalSettings(shots=1, per_subject=1))["results"]["mmlu"]
+    assert math.isnan(one["metrics"]["macro"].stderr)
+
+
+def test_mmlu_averages(root, model, tokenizer):
+    """Micro counts each question once, macro each subject."""
+    write(root / "mmlu" / "test.jsonl", [])
+    sizes = {"astronomy": 5, "anatomy": 3, "college_biology": 2}
+    rows = [
+        {"subject": s, "question": f"{s} {i}?", "choices": ["a", "b", "c", f"{i}"], "answer": i % 4}
+        for s, n in sizes.items()
+        for i in range(n)
+    ]
+    write(root / "mmlu" / "test.jsonl", rows)
+    result = evaluate(model, tokenizer, "mmlu", root, EvalSettings(shots=0))["results"]["mmlu"]
+    right = [p == a for p, a in zip(result["predictions"], result["answers"], strict=True)]
+    of_subject = {s: [r for r, row in zip(right, rows, strict=True) if row["subject"] == s] for s in sizes}
+    means = {s: sum(values) / len(values) for s, values in of_subject.items()}
+    assert 0 < sum(right) < 10
+    assert result["metrics"]["micro"].value == pytest.approx(sum(right) / 10)
+    assert result["metrics"]["macro"].value == pytest.approx(sum(means.values()) / 3)
+    assert result["metrics"]["micro"].n == 10
+    stem = result["categories"]["STEM"]
+    assert stem["micro"].value == pytest.approx((5 * means["astronomy"] + 2 * means["college_biology"]) / 7)
+    assert stem["macro"].value == pytest.approx((means["astronomy"] + means["college_biology"]) / 2)
+    errors = [math.sqrt(means[s] * (1 - means[s]) / (n - 1)) for s, n in sizes.items()]
+    assert [e.stderr for e in result["subjects"].values()] == pytest.approx(errors)
+    assert result["metrics"]["macro"].stderr == pytest.approx(math.sqrt(sum(e**2 for e in errors)) / 3)
 
 
 def test_commonsense(root, model, tokenizer):
     results = evaluate(model, tokenizer, ["commonsense"], root, EvalSettings(limit=2))["results"]
     assert list(results) == [*COMMONSENSE, "commonsense"]
-    values = [results[name]["metrics"]["accuracy"].value for name in COMMONSENSE]
-    assert results["commonsense"]["metrics"]["accuracy"].value == pytest.approx(sum(values) / 8)
-    assert results["boolq"]["metrics"]["accuracy per byte"].n == 2
+    values = [results[name]["metrics"]["acc"].value for name in COMMONSENSE]
+    assert results["commonsense"]["metrics"]["acc"].value == pytest.approx(sum(values) / 8)
+    assert results["boolq"]["metrics"]["acc_bytes"].n == 2
 
 
 def test_by_generation(root, model, tokenizer):
@@ -102,8 +130,8 @@ def test_by_generation(root, model, tokenizer):
     result = evaluate(model, tokenizer, "classification", root, settings)["results"]["classification"]
     assert result["predictions"] == [1, 1, 1, 1]
     assert {name: e.value for name, e in result["metrics"].items()} == {
-        "accuracy": 0.5,
-        "exact match": 0.5,
+        "acc": 0.5,
+        "exact_match": 0.5,
         "answered": 1.0,
     }
     by_choice = evaluate(model, tokenizer, "classification", root)["results"]["classification"]

@@ -1,30 +1,29 @@
-"""lm-evaluation-harness and our scorer agree, question by question."""
+"""Tasks of lm-evaluation-harness: numbers of its own model class, and of plain code."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
 from pathlib import Path
 
+import lm_eval
 import pytest
 import torch
 import yaml
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 import lit_adapters as la
 from language.evaluate.__main__ import main
-from language.evaluate.harness import as_results, run_harness
-from language.evaluate.likelihood import score_choices
+from language.evaluate.harness import average, estimates, run_harness
+from language.evaluate.lm import SharedPromptLM
 from language.evaluate.metrics import Estimate
 from language.evaluate.questions import Question
 from language.evaluate.run import evaluate
 from language.evaluate.tasks import EvalSettings
 from language.models import create_model, create_tokenizer
 from lit_adapters.errors import DataError
-
-# Looked for, not imported: importing it takes many seconds, also where slow tests are left out.
-needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 
 
 def questions() -> list[Question]:
@@ -55,35 +54,83 @@ def write_task(folder: Path, name: str, asked: list[Question]) -> None:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
 
 
-@pytest.mark.slow
-@needs_harness
-def test_agrees_with_our_scorer(tmp_path):
+def adapted():
     torch.manual_seed(1)
-    model, tokenizer = create_model("tiny_llama"), create_tokenizer("tiny_llama")
+    model = create_model("tiny_llama")
     la.attach(model, [la.LoRAN(rank=2), la.NoRA(groups=4)])
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.train(), create_tokenizer("tiny_llama")
+
+
+def test_gives_the_numbers_of_the_harness(tmp_path):
+    """Choices, greedy answers, texts and stretches of one long text, against the harness's own model class."""
+    model, tokenizer = adapted()
     asked = questions()
     write_task(tmp_path, "numbers", asked)
+    more = {"metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]}
+    task = yaml.safe_load((tmp_path / "numbers.yaml").read_text())
+    for name, kind, metrics in (
+        ("last", "loglikelihood", ["perplexity", "acc"]),
+        ("whole", "loglikelihood_rolling", ["word_perplexity"]),
+        ("written", "generate_until", ["exact_match"]),
+    ):
+        one = {k: v for k, v in task.items() if k not in ("doc_to_choice", "metric_list")} | more
+        one |= {"task": name, "output_type": kind, "doc_to_target": "{{prompt}}", "target_delimiter": " "}
+        if kind == "generate_until":
+            one["generation_kwargs"] = {"until": ["."], "max_gen_toks": 8, "do_sample": False}
+        one["metric_list"] = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics]
+        if kind == "loglikelihood_rolling":
+            one["metric_list"][0]["aggregation"] = "weighted_perplexity"
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(one))
+    names = ["numbers", "last", "whole", "written"]
     settings = EvalSettings(harness_tasks=str(tmp_path), batch_size=4)
-    result = run_harness(model, tokenizer, ["numbers"], settings)
-    samples = sorted(result["samples"]["numbers"], key=lambda sample: sample["doc_id"])
-    theirs = [[float(answer[0]) for answer in sample["filtered_resps"]] for sample in samples]
-    ours = score_choices(model, tokenizer, [q.prompt for q in asked], [q.choices for q in asked])
-    for mine, other in zip(ours.log_likelihoods, theirs, strict=True):
-        assert mine == pytest.approx(other, abs=1e-3)
-    right = [p == q.answer for p, q in zip(ours.predictions(), asked, strict=True)]
-    assert [bool(sample["acc"]) for sample in samples] == right
-    assert result["results"]["numbers"]["acc,none"] == pytest.approx(sum(right) / 12)
-    assert 0 < sum(right) < 12
-    with pytest.raises(DataError, match=r"lm_eval knows no tasks letters: .* has numbers"):
+    ours = run_harness(model, tokenizer, names, settings)
+    assert all(module.training for module in model.modules())
+    model.eval()
+    theirs = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
+        tasks=names,
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+    )
+
+    def answers(result, name):
+        samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
+        return [response for sample in samples for response in sample["filtered_resps"]]
+
+    for name in ("numbers", "last"):
+        pairs = zip(answers(ours, name), answers(theirs, name), strict=True)
+        for (mine, mine_greedy), (other, other_greedy) in pairs:
+            assert mine == pytest.approx(other, abs=1e-3)
+            assert mine_greedy == other_greedy
+    assert answers(ours, "whole") == pytest.approx(answers(theirs, "whole"), abs=1e-3)
+    assert answers(ours, "written") == answers(theirs, "written")
+    assert ours["results"]["numbers"]["acc,none"] == theirs["results"]["numbers"]["acc,none"]
+    assert 0 < ours["results"]["numbers"]["acc,none"] < 1
+    with pytest.raises(DataError, match=r"lm_eval knows no tasks letters: .* has last, numbers"):
         run_harness(model, tokenizer, ["letters"], settings)
 
 
-@pytest.mark.slow
-@needs_harness
+def test_reads_each_prompt_once():
+    """Tokens read: each prompt, and of each choice all but its last token."""
+    model, tokenizer = create_model("tiny_llama").eval(), create_tokenizer("tiny_llama")
+    lm = SharedPromptLM(model, tokenizer)
+    prompt, choices = list(range(5, 45)), [[7], [8, 9, 10]]
+    lm._loglikelihood_tokens([(("p", "c"), prompt, c) for c in choices])  # measures the model, once
+    read = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: read.append(tuple(args[0].shape)))
+    lm._loglikelihood_tokens([(("p", "c"), prompt, c) for c in choices])
+    assert read == [(1, 40), (1, 2)]
+
+
+def test_a_choice_without_tokens():
+    model, tokenizer = create_model("tiny_llama"), create_tokenizer("tiny_llama")
+    with pytest.raises(DataError, match=r"choice '' after prompt \.\.\.'Q:' has no tokens; give it a text"):
+        SharedPromptLM(model, tokenizer)._loglikelihood_tokens([(("Q:", ""), [5, 6], [])])
+
+
 def test_the_command_line_asks_tasks_of_the_harness(tmp_path, capsys):
     write_task(tmp_path, "numbers", questions())
     out = tmp_path / "out.json"
@@ -98,17 +145,29 @@ def test_the_command_line_asks_tasks_of_the_harness(tmp_path, capsys):
 
 def test_results_of_the_harness_become_ours():
     values = {"alias": "gsm8k", "exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1}
-    values |= {"acc,none": 1, "acc_stderr,none": "N/A"}
-    found = {"results": {"gsm8k": values}, "n-samples": {"gsm8k": {"original": 100, "effective": 20}}}
-    metrics = as_results(found)["lm_eval:gsm8k"]["metrics"]
+    values |= {"acc,none": 1, "acc_stderr,none": "N/A", "sample_len": 20}
+    metrics = estimates(values)
     assert metrics["exact_match (strict-match)"] == Estimate(0.25, 0.1, 20)
     assert set(metrics) == {"exact_match (strict-match)", "acc"}
     assert metrics["acc"].value == 1.0
     assert math.isnan(metrics["acc"].stderr)
 
 
-def test_without_the_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+def test_averages():
+    parts = [Estimate(0.2, 0.03, 10), Estimate(0.4, 0.04, 30)]
+    assert average(parts) == Estimate(pytest.approx(0.3), pytest.approx(0.025), 40)
+    assert average(parts, by_size=True).value == pytest.approx(0.35)
+    assert math.isnan(average([*parts, Estimate(0.4, math.nan, 1)], by_size=True).stderr)
+
+
+def test_without_the_package(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for module in ("harness", "lm"):
+        monkeypatch.delitem(sys.modules, f"language.evaluate.{module}")
     model, tokenizer = create_model("tiny_llama"), create_tokenizer("tiny_llama")
-    with pytest.raises(DataError, match=r"pip install 'lit-adapters\[eval\]'"):
+    with pytest.raises(DataError, match=r"perplexity need pip install 'lit-adapters\[eval\]'"):
         evaluate(model, tokenizer, "lm_eval:arc_easy")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"instruction": "Say 1", "output": "1"}) + "\n")
+    result = evaluate(model, tokenizer, "perplexity", settings=EvalSettings(perplexity=str(path)))
+    assert result["results"]["perplexity"]["metrics"]["loss"].n > 0

@@ -16,7 +16,9 @@ from transformers import (
 )
 
 import lit_adapters as la
-from language.evaluate.likelihood import ChoiceScores, _measured_reader, score_choices
+from language.evaluate.likelihood import Score, _measured_reader, likeliest, score_tokens
+from language.evaluate.prompts import PromptEncoder, TokenQuestion
+from language.models import context_length
 from lit_adapters.errors import AdapterError, DataError
 
 MERGES = [("a", "b"), ("c", "d"), ("Ġ", "A"), ("Ġ", "B"), ("ab", "cd"), (":", "x")]
@@ -60,6 +62,14 @@ def plain(model, context: list[int], continuation: list[int]) -> float:
     return sum(logits[start + i, token].item() for i, token in enumerate(continuation))
 
 
+def scored(model, tokenizer, prompts, choices, batch_size=8, max_length=None):
+    """Log-likelihoods of each prompt's choices, and the number of prompts that were truncated."""
+    encoder = PromptEncoder(tokenizer, max_length or context_length(model))
+    questions = [encoder.question(prompt, options) for prompt, options in zip(prompts, choices, strict=True)]
+    rows = score_tokens(model, questions, batch_size)
+    return [[score.log_likelihood for score in row] for row in rows], encoder.truncated
+
+
 def ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
@@ -79,25 +89,25 @@ CHOICES = [
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_equals_plain_computation(build, batch_size):
     model, tokenizer = build(), make_tokenizer()
-    scores = score_choices(model, tokenizer, PROMPTS, CHOICES, batch_size=batch_size)
-    for prompt, choices, row in zip(PROMPTS, CHOICES, scores.log_likelihoods, strict=True):
+    found, truncated = scored(model, tokenizer, PROMPTS, CHOICES, batch_size=batch_size)
+    for prompt, choices, row in zip(PROMPTS, CHOICES, found, strict=True):
         context = [0, *ids(tokenizer, prompt)]
         expected = [plain(model, context, ids(tokenizer, choice)) for choice in choices]
         assert row == pytest.approx(expected, abs=1e-4)
         assert max(expected) < -0.1
-    assert scores.truncated == 0
+    assert truncated == 0
 
 
 def test_adapted_model():
     model, tokenizer = llama(), make_tokenizer()
-    before = score_choices(model, tokenizer, PROMPTS, CHOICES).log_likelihoods
+    before = scored(model, tokenizer, PROMPTS, CHOICES)[0]
     la.attach(model, [la.LoRAN(rank=2), la.NoRA(groups=4)])
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.train()
-    after = score_choices(model, tokenizer, PROMPTS, CHOICES, batch_size=4).log_likelihoods
+    after = scored(model, tokenizer, PROMPTS, CHOICES, batch_size=4)[0]
     assert all(module.training for module in model.modules())
     model.eval()
     expected = plain(model, [0, *ids(tokenizer, PROMPTS[1])], ids(tokenizer, " it is long"))
@@ -112,40 +122,40 @@ def test_reads_each_prompt_once():
     fed = []
     model.model.embed_tokens.register_forward_hook(lambda module, args, output: fed.append(tuple(args[0].shape)))
     examples, questions = EXAMPLES, ["Q: three\nA:", "Q: fives\nA:"]
-    score_choices(model, tokenizer, [examples + q for q in questions], [[" xyz", " A"]] * 2)
+    scored(model, tokenizer, [examples + q for q in questions], [[" xyz", " A"]] * 2)
     shared = len(ids(tokenizer, examples + "Q: "))
     assert fed == [(1, shared), (2, len(ids(tokenizer, questions[0])) - 3), (2, 3)]
     fed.clear()
-    score_choices(model, tokenizer, ["Q:", "R:"], [[" A", " B"]] * 2)
+    scored(model, tokenizer, ["Q:", "R:"], [[" A", " B"]] * 2)
     assert fed == [(2, 2)]
     fed.clear()
-    score_choices(model, tokenizer, ["Q:", "R:"], [[f" x{i}" for i in range(7)], [" A"]])
+    scored(model, tokenizer, ["Q:", "R:"], [[f" x{i}" for i in range(7)], [" A"]])
     assert fed == [(2, 2), (7, 2)]
     fed.clear()
-    score_choices(model, tokenizer, ["Q:"], [[f" x{i}" for i in range(7)]])
+    scored(model, tokenizer, ["Q:"], [[f" x{i}" for i in range(7)]])
     assert fed == [(1, 2), (4, 2), (3, 2)]
 
 
 def test_merges_across_the_boundary():
     model, tokenizer = llama(), make_tokenizer()
     assert ids(tokenizer, "Q:abcd") != ids(tokenizer, "Q:ab") + ids(tokenizer, "x")
-    row = score_choices(model, tokenizer, ["Q:ab"], [["cd", "x"]]).log_likelihoods[0]
+    row = scored(model, tokenizer, ["Q:ab"], [["cd", "x"]])[0][0]
     context = [0, *ids(tokenizer, "Q:")]
     # "ab" + "cd" is one token, so "ab" counts for the other choice as well.
     assert row[0] == pytest.approx(plain(model, context, ids(tokenizer, "abcd")), abs=1e-4)
     assert row[1] == pytest.approx(plain(model, context, ids(tokenizer, "abx")), abs=1e-4)
     # A space at the prompt's end becomes part of the choice's first token.
-    spaced = score_choices(model, tokenizer, ["Q: "], [["A", "B"]]).log_likelihoods
-    assert spaced[0] == pytest.approx(score_choices(model, tokenizer, ["Q:"], [[" A", " B"]]).log_likelihoods[0])
+    spaced = scored(model, tokenizer, ["Q: "], [["A", "B"]])[0]
+    assert spaced[0] == pytest.approx(scored(model, tokenizer, ["Q:"], [[" A", " B"]])[0][0])
 
 
 def test_start_tokens():
     model, with_start, without = llama(), make_tokenizer(), make_tokenizer(bos=False)
-    written = score_choices(model, with_start, ["<s>Q:"], [[" A"]]).log_likelihoods[0][0]
+    written = scored(model, with_start, ["<s>Q:"], [[" A"]])[0][0][0]
     assert written == pytest.approx(plain(model, [0, *ids(without, "Q:")], ids(without, " A")), abs=1e-4)
-    bare = score_choices(model, without, ["Q:"], [[" A"]]).log_likelihoods[0][0]
+    bare = scored(model, without, ["Q:"], [[" A"]])[0][0][0]
     assert bare == pytest.approx(plain(model, ids(without, "Q:"), ids(without, " A")), abs=1e-4)
-    empty = score_choices(model, without, [""], [["ab"]]).log_likelihoods[0][0]
+    empty = scored(model, without, [""], [["ab"]])[0][0][0]
     assert empty == pytest.approx(plain(model, [0], ids(without, "ab")), abs=1e-4)
 
 
@@ -153,29 +163,37 @@ def test_start_tokens():
 def test_long_prompts_lose_their_beginning(bos):
     model, tokenizer = llama(), make_tokenizer(bos)
     prompt = "x" * 200 + "y" * 30
-    scores = score_choices(model, tokenizer, [prompt, "Q:"], [[" A", " zzz"], [" A", " B"]], max_length=40)
-    assert scores.truncated == 1
+    found, truncated = scored(model, tokenizer, [prompt, "Q:"], [[" A", " zzz"], [" A", " B"]], max_length=40)
+    assert truncated == 1
     room = 40 - 3 - bos
     context = [0] * bos + ids(tokenizer, prompt)[-room:]
     expected = [plain(model, context, ids(tokenizer, choice)) for choice in (" A", " zzz")]
-    assert scores.log_likelihoods[0] == pytest.approx(expected, abs=1e-4)
-    assert score_choices(model, tokenizer, [prompt], [[" A"]]).truncated == 1  # the model has 128 positions
+    assert found[0] == pytest.approx(expected, abs=1e-4)
+    assert scored(model, tokenizer, [prompt], [[" A"]])[1] == 1  # the model has 128 positions
     with pytest.raises(DataError, match="9 tokens after the prompt do not fit into max_length=8"):
-        score_choices(model, tokenizer, ["Q:"], [[" A", " zzzzzzzz"]], max_length=8)
+        scored(model, tokenizer, ["Q:"], [[" A", " zzzzzzzz"]], max_length=8)
 
 
-def test_normalisation():
-    scores = ChoiceScores([[-3.0, -4.0], [-1.0, -1.0]], [[2, 8], [1, 1]], truncated=0)
-    assert scores.predictions() == [0, 0]
-    assert scores.predictions(per_byte=True) == [1, 0]
-    assert score_choices(llama(), make_tokenizer(), ["Q:"], [[" é", " A"]]).num_bytes == [[3, 2]]
+@torch.no_grad()
+@pytest.mark.parametrize("build", [llama, mistral])
+def test_greedy_answers(build):
+    """A continuation is greedy if each of its tokens is the likeliest; the first of equal ones is the likeliest."""
+    model, tokenizer = build(), make_tokenizer()
+    context, expected = [0, *ids(tokenizer, "Q: why\nA:")], []
+    for _ in range(3):
+        expected.append(model(torch.tensor([context + expected])).logits[0, -1].argmax().item())
+    other = [*expected[:2], (expected[2] + 1) % 270]
+    question = TokenQuestion(context, [expected, other, expected[:1], other[2:]])
+    (row,) = score_tokens(model, [question])
+    assert [score.greedy for score in row] == [True, False, True, other[2] == expected[0]]
+    assert likeliest([Score(-2.0, False), Score(-1.0, False), Score(-1.0, True)]) == 1
 
 
 def test_errors():
     model, tokenizer = llama(), make_tokenizer()
     with pytest.raises(DataError, match="choice '' after prompt"):
-        score_choices(model, tokenizer, ["Q:"], [[" A", ""]])
+        scored(model, tokenizer, ["Q:"], [[" A", ""]])
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(AdapterError, match="is not a number"):
-        score_choices(model, tokenizer, ["Q:"], [[" A"]])
+        scored(model, tokenizer, ["Q:"], [[" A"]])

@@ -11,11 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from language.evaluate.metrics import (
     Estimate,
-    bootstrap_mean,
-    exact_match,
     find_option,
     held_out_loss,
-    mean_of_groups,
+    normalised,
     proportion,
     rouge,
     row_losses,
@@ -107,32 +105,19 @@ def test_rouge():
     predictions = ["the cat sat on the mat today", "amanda calls larry", "one two three"]
     references = ["the cat was on the mat", "hannah needs the number so she calls larry", "four five"]
     expected = [plain_rouge(p, r) for p, r in zip(predictions, references, strict=True)]
-    result = rouge(predictions, references)
-    assert set(result) == {"rouge1", "rouge2", "rougeL"}
-    for key, estimate in result.items():
-        assert estimate.value == pytest.approx(sum(e[key] for e in expected) / 3, abs=1e-6)
-        assert estimate.n == 3
-        assert estimate.stderr > 0
-    assert rouge(["Same Words"], ["same words!"])["rougeL"].value == 1
+    for prediction, reference, values in zip(predictions, references, expected, strict=True):
+        assert rouge(prediction, reference) == pytest.approx(values, abs=1e-6)
+    assert rouge("Same Words", "same words!")["rougeL"] == 1
 
 
-def test_standard_errors():
+def test_proportion():
     assert proportion([True, True, False, False]) == Estimate(0.5, 0.25, 4)
-    values = torch.randn(400).tolist()
-    estimate = bootstrap_mean(values, seed=1)
-    assert estimate.value == pytest.approx(sum(values) / 400)
-    assert estimate.stderr == pytest.approx(torch.tensor(values).std().item() / 20, rel=0.1)
-    assert bootstrap_mean(values, seed=1) == estimate
-    assert bootstrap_mean(values, seed=2).stderr != estimate.stderr
-    assert mean_of_groups([Estimate(0.2, 0.03, 10), Estimate(0.4, 0.04, 30)]) == Estimate(
-        pytest.approx(0.3), pytest.approx(0.025), 40
-    )
     with pytest.raises(DataError, match="no questions"):
         proportion([])
 
 
-def test_exact_match_and_options():
-    assert exact_match([" Sci.Space.\n", "rec.autos"], ["sci.space", "sci.med"]).value == 0.5
+def test_answers_in_generated_text():
+    assert normalised(" Sci.Space.\n") == "sci.space"
     options = ["sci.med", "sci", "answer1", "answer10"]
     assert find_option("I think Answer10, or sci", options) == 3
     assert find_option("it is sci.med", options) == 0

@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from language.evaluate.metrics import Estimate
-from language.evaluate.mmlu import CATEGORIES, read_mmlu, summarise_mmlu
-from language.evaluate.questions import COMMONSENSE, Question, read_classification, read_commonsense, read_summaries
+from language.evaluate.mmlu import CATEGORIES, read_mmlu
+from language.evaluate.questions import COMMONSENSE, read_classification, read_commonsense, read_summaries
 from language.models import create_tokenizer
 from lit_adapters.errors import DataError
 
@@ -83,21 +82,6 @@ def test_mmlu_subsets(mmlu):
     assert len(chosen(6)) == 6 + 4 + 4 + 4
     with pytest.raises(DataError, match="a choice of 0 rows is empty"):
         chosen(0)
-
-
-def test_mmlu_averages():
-    def ask(subject, category, n):
-        return [Question("", (), 0, subject, category)] * n
-
-    questions = ask("a", "STEM", 4) + ask("b", "STEM", 1) + ask("c", "Other", 2)
-    summary = summarise_mmlu(questions, [True, True, True, False, True, False, False])
-    assert summary["micro"].value == pytest.approx(4 / 7)
-    assert summary["micro"].n == 7
-    assert summary["macro"].value == pytest.approx((3 / 4 + 1 + 0) / 3)
-    assert set(summary["categories"]) == {"STEM", "Other"}
-    assert summary["categories"]["STEM"]["micro"].value == pytest.approx(4 / 5)
-    assert summary["categories"]["STEM"]["macro"].value == pytest.approx((3 / 4 + 1) / 2)
-    assert summary["subjects"]["c"] == Estimate(0.0, 0.0, 2)
 
 
 @pytest.mark.parametrize(
