@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: questions of local files as its tasks, its own tasks, and results of both as ours."""
+"""Through lm-evaluation-harness: questions of local files as its tasks, its own tasks, and results of both as ours."""
 
 from __future__ import annotations
 
@@ -18,34 +18,43 @@ from transformers import PreTrainedModel
 
 from language.evaluate.likelihood import Score, likeliest
 from language.evaluate.lm import SharedPromptLM, TrainedPromptLM
-from language.evaluate.metrics import Estimate, find_option, normalised, rouge
+from language.evaluate.metrics import ROUGE_KEYS, Estimate, find_option, normalised, rouge
 from language.evaluate.mmlu import CATEGORIES
-from language.evaluate.questions import Question, WritingTask
+from language.evaluate.questions import COMMONSENSE, Question
 from language.evaluate.tasks import PREFIX, EvalSettings
 from lit_adapters.errors import DataError
 from lit_adapters.model.modes import evaluating
 
-_CHOICE_METRICS = ("acc", "acc_bytes")
-_Answer = Callable[[dict[str, Any], Sequence[str]], Mapping[str, float]]
 
+class QuestionTask(ConfigurableTask):
+    """Questions as a task of the harness.
 
-class LocalTask(ConfigurableTask):
-    """A task of the harness whose documents are given.
+    Choices are made by log-likelihood: `acc` by the sum, `acc_bytes` by the sum for each byte. Or the answer is looked
+    for in generated text: `acc` counts the option that the text names first, `exact_match` texts that are the option,
+    `answered` texts that name any. Texts to write have ROUGE.
 
     Args:
         name: Of the task.
-        documents: Each with `prompt` and `answer`, and `choices` if there are.
-        settings: Those of a task file of the harness.
+        questions: All with choices, or none.
+        max_new_tokens: Longest generated text; None to choose by log-likelihood.
     """
 
-    def __init__(self, name: str, documents: list[dict[str, Any]], **settings: Any) -> None:
-        self.documents = documents
+    def __init__(self, name: str, questions: Sequence[Question], max_new_tokens: int | None = None) -> None:
+        self.questions = questions
+        settings: dict[str, Any] = {"output_type": "multiple_choice", "doc_to_choice": "choices"}
+        metrics: tuple[str, ...] = ("acc", "acc_bytes")
+        if max_new_tokens is not None:
+            generation = {"until": [], "max_gen_toks": max_new_tokens, "do_sample": False}
+            settings = {"output_type": "generate_until", "generation_kwargs": generation, "process_results": _scored}
+            metrics = ("acc", "exact_match", "answered") if questions[0].choices else ROUGE_KEYS
+        settings["metric_list"] = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics]
         asked = {"doc_to_text": "prompt", "doc_to_target": "answer", "target_delimiter": "", "num_fewshot": 0}
         super().__init__(config={"task": name, "test_split": "test", **asked, **settings})
 
     def download(self, *_: Any, **__: Any) -> None:
-        """Take the documents."""
-        self.dataset = {"test": Dataset.from_list(self.documents)}
+        """Write the questions as documents."""
+        rows = [{"prompt": q.prompt.text, "choices": list(q.choices), "answer": q.answer} for q in self.questions]
+        self.dataset = {"test": Dataset.from_list(rows)}
 
     def build_all_requests(self, **settings: Any) -> None:
         """Write the requests, without the progress bar that each of MMLU's 57 subjects would have."""
@@ -53,85 +62,43 @@ class LocalTask(ConfigurableTask):
             super().build_all_requests(**settings)
 
 
-def choices(name: str, questions: Sequence[Question]) -> LocalTask:
-    """Questions whose answers are chosen by log-likelihood; `acc` by the sum, `acc_bytes` by the sum for each byte."""
-    return LocalTask(
-        name,
-        _documents(questions),
-        output_type="multiple_choice",
-        doc_to_choice="choices",
-        metric_list=_means(_CHOICE_METRICS),
-    )
+def ask(
+    asked: Mapping[str, Sequence[Question]], model: PreTrainedModel, tokenizer: Any, s: EvalSettings
+) -> dict[str, dict[str, Any]]:
+    """Results of tasks whose questions are given, as `language.evaluate.run.evaluate` describes them.
 
-
-def answers(name: str, questions: Sequence[Question], max_new_tokens: int) -> LocalTask:
-    """Questions whose answers are looked for in generated text.
-
-    `acc` counts the option that the text names first, `exact_match` texts that are the option, and `answered` texts
-    that name any.
-    """
-    options = {q.prompt: q.options for q in questions}
-
-    def process(document: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-        allowed, answer = options[document["prompt"]], document["answer"]
-        found = find_option(results[0], allowed)
-        return {
-            "acc": found == answer,
-            "exact_match": normalised(results[0]) == normalised(allowed[answer]),
-            "answered": found is not None,
-        }
-
-    return _generated(name, _documents(questions), max_new_tokens, process, ("acc", "exact_match", "answered"))
-
-
-def summaries(name: str, tasks: Sequence[WritingTask], max_new_tokens: int) -> LocalTask:
-    """Texts to write, scored by ROUGE against the reference."""
-    documents = [{"prompt": task.prompt, "answer": task.reference} for task in tasks]
-
-    def process(document: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-        return rouge(results[0], document["answer"])
-
-    return _generated(name, documents, max_new_tokens, process, ("rouge1", "rouge2", "rougeL"))
-
-
-def ask_questions(
-    name: str, questions: Sequence[Question], model: PreTrainedModel, tokenizer: Any, s: EvalSettings
-) -> dict[str, Any]:
-    """The result of a task with choices.
-
-    Returns:
-        `metrics`, `truncated` prompts, and `predictions` and `answers`, indices in the order of the questions. MMLU has
-        `micro`, which counts each question once, and `macro`, the mean over subjects, also for each of its
-        `categories`, and the accuracy of its `subjects`.
+    Args:
+        asked: The questions of each task. Those of MMLU are a task for each subject.
+        model: A causal language model of transformers. Its training mode is left as it was.
+        tokenizer: The model's own.
+        s: How to ask.
 
     Raises:
         DataError: A choice has no tokens or does not fit into the context.
         AdapterError: The model's output is not a number.
     """
-    if name == "mmlu":
-        return _mmlu(questions, model, tokenizer, s)
-    task = choices(name, questions) if s.answers == "choice" else answers(name, questions, s.max_new_tokens)
-    found, lm = _ask([task], _prompts(questions), model, tokenizer, s)
-    return {
-        "metrics": estimates(found["results"][name]),
-        "truncated": sum(q.prompt in lm.truncated for q in questions),
-        "predictions": [
-            _predicted(responses, q) for responses, q in zip(_responses(found, name), questions, strict=True)
-        ],
-        "answers": [q.answer for q in questions],
-    }
-
-
-def ask_summaries(
-    name: str, tasks: Sequence[WritingTask], model: PreTrainedModel, tokenizer: Any, s: EvalSettings
-) -> dict[str, Any]:
-    """The result of a task of writing: `metrics`, `truncated` prompts and the `texts`. Errors as `ask_questions`."""
-    found, lm = _ask([summaries(name, tasks, s.max_new_tokens)], _prompts(tasks), model, tokenizer, s)
-    return {
-        "metrics": estimates(found["results"][name]),
-        "truncated": sum(task.prompt in lm.truncated for task in tasks),
-        "texts": [text for (text,) in _responses(found, name)],
-    }
+    parts: dict[str, dict[str, QuestionTask]] = {}
+    for name, questions in asked.items():
+        generated = not questions[0].choices or (s.answers == "generation" and name != "mmlu")
+        groups = {q.group: "" for q in questions} if name == "mmlu" else {"": ""}
+        parts[name] = {
+            group: QuestionTask(
+                f"{name} {group}".strip(),
+                [q for q in questions if not group or q.group == group],
+                s.max_new_tokens if generated else None,
+            )
+            for group in groups
+        }
+    tasks = {task.task_name: task for of_name in parts.values() for task in of_name.values()}
+    with evaluating(model):
+        prompts = [q.prompt for questions in asked.values() for q in questions]
+        lm = TrainedPromptLM(model, tokenizer, prompts, s.batch_size, s.max_length)
+        found: Any = lm_eval.evaluate(lm, {"tasks": tasks})
+    results = {name: _result(of_name, found, lm.truncated) for name, of_name in parts.items()}
+    if set(COMMONSENSE) <= set(results):
+        each = [results[name]["metrics"] for name in COMMONSENSE]
+        results["commonsense"] = {"metrics": {metric: average([m[metric] for m in each]) for metric in each[0]}}
+    return results
 
 
 def average(parts: Sequence[Estimate], by_size: bool = False) -> Estimate:
@@ -155,30 +122,27 @@ def plan_harness(
     """Find tasks of the harness; what is returned asks the model and gives the metrics of each task.
 
     Args:
-        names: Tasks and groups of tasks, with or without the prefix "lm_eval:".
+        names: Tasks and groups of tasks, with the prefix "lm_eval:".
         model: A causal language model of transformers. Its training mode is left as it was.
         tokenizer: The model's own.
-        s: `harness_tasks`, `limit`, `batch_size` and `seed` count. The number of examples is the task's own.
+        s: `harness_tasks`, `limit`, `batch_size`, `max_length` and `seed` count. The number of examples is the task's.
 
     Raises:
         DataError: The harness does not know a task.
     """
     tasks = [name.removeprefix(PREFIX) for name in names]
     manager = _task_manager(tasks, s.harness_tasks)
+    seeds = {f"{name}_random_seed": s.seed for name in ("numpy", "torch", "fewshot")}
 
-    def ask() -> dict[str, dict[str, Any]]:
-        found = _simple_evaluate(model, tokenizer, tasks, manager, s)["results"]
-        return {f"{PREFIX}{task}": {"metrics": estimates(values)} for task, values in found.items()}
+    def ask_harness() -> dict[str, dict[str, Any]]:
+        with evaluating(model):
+            lm = SharedPromptLM(model, tokenizer, s.batch_size, s.max_length)
+            found: Any = lm_eval.simple_evaluate(
+                model=lm, tasks=tasks, task_manager=manager, limit=s.limit, random_seed=s.seed, **seeds
+            )
+        return {f"{PREFIX}{task}": {"metrics": estimates(values)} for task, values in found["results"].items()}
 
-    return ask
-
-
-def run_harness(model: PreTrainedModel, tokenizer: Any, tasks: Sequence[str], s: EvalSettings) -> dict[str, Any]:
-    """What `lm_eval.simple_evaluate` returns: `results` by task, `samples` with every log-likelihood, versions.
-
-    Arguments and errors are those of `plan_harness`.
-    """
-    return _simple_evaluate(model, tokenizer, tasks, _task_manager(tasks, s.harness_tasks), s)
+    return ask_harness
 
 
 def estimates(values: Mapping[str, Any]) -> dict[str, Estimate]:
@@ -195,74 +159,54 @@ def estimates(values: Mapping[str, Any]) -> dict[str, Estimate]:
     return found
 
 
-def _mmlu(questions: Sequence[Question], model: PreTrainedModel, tokenizer: Any, s: EvalSettings) -> dict[str, Any]:
-    subjects = {q.group: q.category for q in questions}
-    tasks = [choices(subject, [q for q in questions if q.group == subject]) for subject in subjects]
-    found, lm = _ask(tasks, _prompts(questions), model, tokenizer, s)
-    accuracy = {subject: estimates(found["results"][subject])["acc"] for subject in subjects}
-    responses = {subject: iter(_responses(found, subject)) for subject in subjects}
+def _result(tasks: Mapping[str, QuestionTask], found: Mapping[str, Any], truncated: set[str]) -> dict[str, Any]:
+    """The result of a task, or of MMLU from its tasks by subject."""
+    questions = [q for task in tasks.values() for q in task.questions]
+    metrics = {group: estimates(found["results"][task.task_name]) for group, task in tasks.items()}
+    result: dict[str, Any] = {
+        "truncated": sum(q.prompt.text in truncated for q in questions),
+        "answers": [answer for task in tasks.values() for answer in _answers(task, found)],
+        "right": [q.answer for q in questions],
+    }
+    if "" in metrics:
+        return {"metrics": metrics[""], **result}
 
-    def averages(chosen: Iterable[str]) -> dict[str, Estimate]:
-        parts = [accuracy[subject] for subject in chosen]
-        return {"micro": average(parts, by_size=True), "macro": average(parts)}
+    def averages(subjects: Iterable[str]) -> dict[str, Estimate]:
+        each = [metrics[subject]["acc"] for subject in subjects]
+        return {"micro": average(each, by_size=True), "macro": average(each)}
 
-    members = {name: [subject for subject in subjects if subjects[subject] == name] for name in CATEGORIES}
+    category = {q.group: q.category for q in questions}
+    members = {name: [subject for subject in tasks if category[subject] == name] for name in CATEGORIES}
     return {
-        "metrics": averages(subjects),
-        "truncated": sum(q.prompt in lm.truncated for q in questions),
-        "predictions": [_predicted(next(responses[q.group]), q) for q in questions],
-        "answers": [q.answer for q in questions],
-        "categories": {name: averages(chosen) for name, chosen in members.items() if chosen},
-        "subjects": accuracy,
+        "metrics": averages(tasks),
+        **result,
+        "categories": {name: averages(subjects) for name, subjects in members.items() if subjects},
+        "subjects": {subject: of_subject["acc"] for subject, of_subject in metrics.items()},
     }
 
 
-def _ask(
-    tasks: Sequence[LocalTask], prompts: Mapping[str, Any], model: PreTrainedModel, tokenizer: Any, s: EvalSettings
-) -> tuple[dict[str, Any], TrainedPromptLM]:
-    """The harness's results and samples, and the model class that knows which prompts were truncated."""
-    with evaluating(model):
-        lm = TrainedPromptLM(model, tokenizer, prompts, s.batch_size, s.max_length)
-        found: Any = lm_eval.evaluate(lm, {"tasks": {task.task_name: task for task in tasks}})
-    return found, lm
+def _answers(task: QuestionTask, found: Mapping[str, Any]) -> list[str]:
+    """What the model answered: the choice it made, or the text it wrote."""
+    samples = sorted(found["samples"][task.task_name], key=lambda sample: sample["doc_id"])
+    given = [sample["filtered_resps"] for sample in samples]
+    if task.OUTPUT_TYPE == "generate_until":
+        return [text for (text,) in given]
+    chosen = [likeliest([Score(*score) for score in scores]) for scores in given]
+    return [q.choices[index] for q, index in zip(task.questions, chosen, strict=True)]
 
 
-def _documents(questions: Sequence[Question]) -> list[dict[str, Any]]:
-    return [{"prompt": q.prompt, "choices": list(q.choices), "answer": q.answer} for q in questions]
-
-
-def _prompts(asked: Sequence[Question] | Sequence[WritingTask]) -> dict[str, Any]:
-    return {q.prompt: q.framed or q.prompt for q in asked}
-
-
-def _means(metrics: Sequence[str]) -> list[dict[str, Any]]:
-    return [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics]
-
-
-def _generated(
-    name: str, documents: list[dict[str, Any]], max_new_tokens: int, process: _Answer, metrics: Sequence[str]
-) -> LocalTask:
-    return LocalTask(
-        name,
-        documents,
-        output_type="generate_until",
-        generation_kwargs={"until": [], "max_gen_toks": max_new_tokens, "do_sample": False},
-        process_results=process,
-        metric_list=_means(metrics),
-    )
-
-
-def _responses(found: Mapping[str, Any], task: str) -> list[list[Any]]:
-    """What the model gave to each document of a task, in the order of the documents."""
-    samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
-    return [sample["filtered_resps"] for sample in samples]
-
-
-def _predicted(responses: Sequence[Any], question: Question) -> int | None:
-    """Index of the choice that the model made."""
-    if isinstance(responses[0], str):
-        return find_option(responses[0], question.options)
-    return likeliest([Score(*response) for response in responses])
+def _scored(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Metrics of a generated text."""
+    (text,) = results
+    if not document["choices"]:
+        return rouge(text, document["answer"])
+    options, right = [choice.strip() for choice in document["choices"]], document["answer"].strip()
+    found = find_option(text, options)
+    return {
+        "acc": found is not None and options[found] == right,
+        "exact_match": normalised(text) == normalised(right),
+        "answered": found is not None,
+    }
 
 
 def _task_manager(tasks: Sequence[str], folder: str | None) -> TaskManager:
@@ -275,16 +219,3 @@ def _task_manager(tasks: Sequence[str], folder: str | None) -> TaskManager:
         known = "`lm_eval ls tasks` lists them" if folder is None else f"{folder} has {', '.join(manager.all_tasks)}"
         raise DataError(f"lm_eval knows no tasks {', '.join(unknown)}: {known}")
     return manager
-
-
-def _simple_evaluate(
-    model: PreTrainedModel, tokenizer: Any, tasks: Sequence[str], manager: TaskManager, s: EvalSettings
-) -> dict[str, Any]:
-    with evaluating(model):
-        lm = SharedPromptLM(model, tokenizer, s.batch_size, s.max_length)
-        seeds = {f"{name}_random_seed": s.seed for name in ("numpy", "torch", "fewshot")}
-        result: Any = lm_eval.simple_evaluate(
-            model=lm, tasks=list(tasks), task_manager=manager, limit=s.limit, random_seed=s.seed, **seeds
-        )
-    assert result is not None  # None is for processes other than the first
-    return result

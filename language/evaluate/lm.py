@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from language.evaluate.likelihood import Score, score_tokens
-from language.evaluate.prompts import FramedPrompt, PromptEncoder, TokenQuestion
+from language.evaluate.prompts import Prompt, PromptEncoder, TokenQuestion
 from language.generate import generate
 from language.models import context_length
 from lit_adapters.errors import DataError
@@ -82,7 +82,7 @@ class TrainedPromptLM(SharedPromptLM):
     Args:
         model: A causal language model of transformers.
         tokenizer: The model's own.
-        prompts: Each prompt that will be asked, by its text.
+        prompts: All prompts that will be asked.
         batch_size: Prompts in a pass.
         max_length: Tokens that a pass may read; default the model's context.
 
@@ -94,12 +94,12 @@ class TrainedPromptLM(SharedPromptLM):
         self,
         model: PreTrainedModel,
         tokenizer: Any,
-        prompts: Mapping[str, str | FramedPrompt],
+        prompts: Iterable[Prompt],
         batch_size: int = 8,
         max_length: int | None = None,
     ) -> None:
         super().__init__(model, tokenizer, batch_size, max_length)
-        self.prompts = prompts
+        self.prompts = {prompt.text: prompt for prompt in prompts}
         self.truncated: set[str] = set()
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:

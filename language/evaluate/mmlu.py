@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from language.data.control import ControlTokens
 from language.data.rows import Row, clean, shown
 from language.data.sources import read_dev_rows, read_rows
 from language.data.splits import subset
+from language.evaluate.prompts import Prompt
 from language.evaluate.questions import Question, field_of
 from lit_adapters.errors import DataError
 
@@ -30,12 +33,15 @@ _SUBJECTS = {
 _CATEGORY = {subject: category for category, names in _SUBJECTS.items() for subject in names.split()}
 
 
-def read_mmlu(root: str | Path, shots: int = 5, per_subject: int | None = None, seed: int = 0) -> list[Question]:
+def read_mmlu(
+    root: str | Path, tokenizer: Any, shots: int = 5, per_subject: int | None = None, seed: int = 0
+) -> list[Question]:
     """Questions of the test split, each after the first `shots` dev questions of its subject with their answers.
 
     Args:
         root: Folder with `dev` and `test` files (jsonl, json or parquet), whose rows have `subject`,
             `question`, four `choices`, `answer` (0-3) and perhaps `category`.
+        tokenizer: Text that spells one of its control tokens stays text.
         shots: Examples in the prompt.
         per_subject: Questions of each subject, chosen at random by `seed`; default all. A smaller choice is
             contained in a larger one.
@@ -48,6 +54,7 @@ def read_mmlu(root: str | Path, shots: int = 5, per_subject: int | None = None, 
     Raises:
         DataError: A row is bad (file and line), or a subject has too few dev questions.
     """
+    guard = ControlTokens(tokenizer, tokenizer.eos_token).guard
     tests = _by_subject(read_rows(str(root), "test"))
     examples = _by_subject(read_dev_rows(str(root))) if shots else {}
     questions = []
@@ -60,9 +67,9 @@ def read_mmlu(root: str | Path, shots: int = 5, per_subject: int | None = None, 
         head += "".join(f"{_text(row)} {LETTERS[_answer(row)]}\n\n" for row in shown)
         questions += [
             Question(
-                prompt=head + _text(row),
+                prompt=Prompt((guard(head + _text(row)),)),
+                answer=f" {LETTERS[_answer(row)]}",
                 choices=tuple(f" {letter}" for letter in LETTERS),
-                answer=_answer(row),
                 group=subject,
                 category=_category(row, subject),
             )

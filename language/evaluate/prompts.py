@@ -1,4 +1,4 @@
-"""Tokens of the prompts and choices of an evaluation: as training frames them, or as a benchmark writes them."""
+"""Tokens of the prompts and choices of an evaluation, as training would have them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from language.data.control import ControlTokens
+from language.data.control import ControlTokens, unguarded
 from language.data.stretches import Stretches
 from lit_adapters.errors import DataError
 
@@ -20,7 +20,7 @@ class TokenQuestion:
 
 
 @dataclass(frozen=True)
-class FramedPrompt:
+class Prompt:
     """A prompt as training tokenises it: answers have their own tokens, whatever the tokenizer would merge.
 
     Attributes:
@@ -33,14 +33,14 @@ class FramedPrompt:
     lead: str = ""
     chat: bool = False
 
+    @property
+    def text(self) -> str:
+        """All that the model reads."""
+        return unguarded("".join(self.stretches)) + self.lead
+
 
 class PromptEncoder:
     """Tokens of prompts and choices; long prompts are truncated on the left and counted.
-
-    A choice of a framed prompt is tokenised as an answer in training. A choice of a plain text has the tokens of
-    prompt + choice after the longest prefix that the prompt shares with prompt + every choice: where a tokeniser merges
-    the end of the prompt with the start of a choice, whole tokens are scored, for all choices of that prompt from the
-    same token on, so that the sums still compare like with like.
 
     Args:
         tokenizer: A tokenizer of transformers. The start-of-text token it would add, and no other, is added.
@@ -55,27 +55,20 @@ class PromptEncoder:
         added = tokenizer("").input_ids[:1]
         self.start: list[int] = added if added and added == [tokenizer.bos_token_id] else []
 
-    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text, after the start-of-text token unless the text begins with it in writing."""
-        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
-        return [self._started(row) for row in rows]
-
-    def prompt(self, text: str | FramedPrompt, room: int = 1) -> list[int]:
+    def prompt(self, prompt: Prompt, room: int = 1) -> list[int]:
         """Tokens of a prompt, at least one, with space for an answer of `room` tokens, the last of them unread.
 
         Args:
-            text: The prompt.
+            prompt: The prompt.
             room: Tokens of the longest answer. The model predicts the last one and does not read it.
 
         Raises:
             DataError: The answer leaves no space, or the prompt is empty and the tokenizer has no start or end token.
         """
-        if isinstance(text, str):
-            return self.fit(self.tokens([text])[0], room)
-        context, (lead,) = self._framed(text, [text.lead])
+        context, (lead,) = self._tokens(prompt, [prompt.lead])
         return self.fit(context + lead, room)
 
-    def question(self, prompt: str | FramedPrompt, choices: Sequence[str]) -> TokenQuestion:
+    def question(self, prompt: Prompt, choices: Sequence[str]) -> TokenQuestion:
         """Context and continuations; their concatenations are the tokens of prompt and choice.
 
         Args:
@@ -85,30 +78,25 @@ class PromptEncoder:
         Raises:
             DataError: A choice has no tokens, or as `prompt`.
         """
-        if isinstance(prompt, str):
-            alone, *whole = self.tokens([prompt, *(prompt + choice for choice in choices)])
-        else:
-            before, (lead, *answers) = self._framed(prompt, [prompt.lead, *(prompt.lead + c for c in choices)])
-            alone, whole = before + lead, [before + answer for answer in answers]
-        shared = common_prefix([alone, *whole])
-        continuations = [tokens[shared:] for tokens in whole]
+        before, answers = self._tokens(prompt, [prompt.lead, *(prompt.lead + choice for choice in choices)])
+        shared = common_prefix(answers)
+        _, *continuations = [tokens[shared:] for tokens in answers]
         for choice, tokens in zip(choices, continuations, strict=True):
             if not tokens:
-                end = prompt[-60:] if isinstance(prompt, str) else prompt.stretches[-1][-60:]
-                raise DataError(f"choice {choice!r} after prompt ...{end!r} has no tokens; give it a text")
-        return TokenQuestion(self.fit(alone[:shared], max(map(len, continuations))), continuations)
+                raise DataError(
+                    f"choice {choice!r} after prompt ...{prompt.text[-60:]!r} has no tokens; give it a text"
+                )
+        return TokenQuestion(self.fit(before + answers[0][:shared], max(map(len, continuations))), continuations)
 
-    def _framed(self, prompt: FramedPrompt, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    def _tokens(self, prompt: Prompt, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         """Tokens of a prompt, and of texts that go on after it."""
         (stretches,) = self.stretches.documents([prompt.stretches])
         context = [token for stretch in stretches for token in stretch]
         following = self.stretches.after(
             [self.stretches.control.guard(answer) for answer in answers], [prompt.stretches[-1]] * len(answers)
         )
-        return context if prompt.chat else self._started(context), following
-
-    def _started(self, row: list[int]) -> list[int]:
-        return row if row[:1] == self.start else self.start + row
+        started = prompt.chat or context[:1] == self.start
+        return context if started else self.start + context, following
 
     def fit(self, context: list[int], room: int) -> list[int]:
         """The context, or as much of its end as leaves space for an answer of `room` tokens; counted if truncated.

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from language.data.formats import FormatName, parse
 from language.data.rows import Row, clean, names_of, shown
 from language.data.sources import read_rows
 from language.data.splits import subset
 from language.data.templates import Renderer
-from language.evaluate.prompts import FramedPrompt
+from language.evaluate.prompts import Prompt
 from lit_adapters.errors import DataError
 
 # The eight tasks of LLM-Adapters (arXiv 2304.01933).
@@ -30,37 +32,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with the answers to choose from.
+    """A prompt with its right answer.
 
     Attributes:
         prompt: What the model reads.
-        choices: Continuations of the prompt.
-        answer: Index of the right one.
+        answer: The right one of the choices, or a text that a good answer resembles.
+        choices: Continuations of the prompt; none if a text is to be written.
         group: Subject or task.
         category: Of the subject.
-        framed: The prompt as training tokenises it; None to read `prompt` as a text.
     """
 
-    prompt: str
-    choices: tuple[str, ...]
-    answer: int
+    prompt: Prompt
+    answer: str
+    choices: tuple[str, ...] = ()
     group: str = ""
     category: str = ""
-    framed: FramedPrompt | None = None
 
     @property
-    def options(self) -> tuple[str, ...]:
-        """The choices as words, to be looked for in generated text."""
-        return tuple(choice.strip() for choice in self.choices)
-
-
-@dataclass(frozen=True)
-class WritingTask:
-    """A prompt and the text that a good answer resembles."""
-
-    prompt: str
-    reference: str
-    framed: FramedPrompt | None = None
+    def right(self) -> int:
+        """Index of the right choice."""
+        return self.choices.index(self.answer)
 
 
 def make_renderer(tokenizer: Any, name: FormatName, chat: bool, meaning: Mapping[str, Any] | None = None) -> Renderer:
@@ -119,10 +110,8 @@ def read_commonsense(
         options, answer = found[1].split("/"), field_of(row, "answer", str)
         if answer not in options:
             raise DataError(f"{row.origin}: answer {answer!r} is not one of {', '.join(options)}; correct the row")
-        example = renderer.example(record)
-        framed = FramedPrompt(example.stretches, LEAD_IN, renderer.chat)
-        choices = tuple(f" {option}" for option in options)
-        questions.append(Question(example.prompt + LEAD_IN, choices, options.index(answer), name, framed=framed))
+        prompt = Prompt(renderer.example(record).stretches, LEAD_IN, renderer.chat)
+        questions.append(Question(prompt, f" {answer}", tuple(f" {option}" for option in options), name))
     return questions
 
 
@@ -161,13 +150,10 @@ def read_classification(
     if len(labels) < 2:
         raise DataError(f"{path} has a single class, {labels[0]!r}: nothing to choose from")
     renderer = make_renderer(tokenizer, "classification", chat, meaning)
-    questions = []
-    for record in subset(records, limit, "questions", "classification", seed):
-        example = renderer.example(record)
-        framed = FramedPrompt(example.stretches, chat=renderer.chat)
-        answer = labels.index(record.answer)
-        questions.append(Question(example.prompt, tuple(labels), answer, group=record.answer, framed=framed))
-    return questions
+    return [
+        Question(Prompt(renderer.example(record).stretches, chat=renderer.chat), record.answer, tuple(labels))
+        for record in subset(records, limit, "questions", "classification", seed)
+    ]
 
 
 def read_summaries(
@@ -177,8 +163,8 @@ def read_summaries(
     limit: int | None = None,
     seed: int = 0,
     meaning: Mapping[str, Any] | None = None,
-) -> tuple[list[WritingTask], int]:
-    """Dialogues with their summaries, and how many rows were empty and skipped.
+) -> list[Question]:
+    """Dialogues with their summaries. Empty rows are dropped, and counted in one line.
 
     Args:
         path: A file, or a folder with a test file; rows have `dialogue` and `summary`.
@@ -191,14 +177,12 @@ def read_summaries(
     Raises:
         DataError: A row is bad (file and line).
     """
-    records, skipped = parse(read_rows(str(path), "test"), "summarisation", drop_empty=True)
+    records, dropped = parse(read_rows(str(path), "test"), "summarisation", drop_empty=True)
+    if dropped:
+        rank_zero_info(f"Data: {dropped} empty rows of {path} dropped.")
     renderer = make_renderer(tokenizer, "summarisation", chat, meaning)
-    chosen = [renderer.example(record) for record in subset(records, limit, "questions", "summarisation", seed)]
-    tasks = [
-        WritingTask(example.prompt, example.response, FramedPrompt(example.stretches, chat=renderer.chat))
-        for example in chosen
-    ]
-    return tasks, skipped
+    examples = [renderer.example(record) for record in subset(records, limit, "questions", "summarisation", seed)]
+    return [Question(Prompt(e.stretches, chat=renderer.chat), e.response) for e in examples]
 
 
 def field_of(row: Row, name: str, kind: type[T]) -> T:

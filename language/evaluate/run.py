@@ -7,20 +7,19 @@ of the training; the loss of held-out rows, which the harness does not measure, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import lit_adapters as la
 from language.data.sources import is_address
 from language.evaluate.metrics import held_out_loss, row_losses
-from language.evaluate.questions import COMMONSENSE, read_summaries
+from language.evaluate.questions import COMMONSENSE
 from language.evaluate.results import versions
 from language.evaluate.tasks import PREFIX, EvalSettings, as_trained, held_out_rows, read_questions
 from language.meaning import apply_meaning
@@ -86,9 +85,10 @@ def evaluate(
         settings: How to ask.
 
     Returns:
-        `results` holds for each task `metrics` (name to `Estimate`), `truncated` prompts and, where there are choices,
-        `predictions` and `answers` (indices, in the order of the questions), for MMLU also `categories` and
-        `subjects`. Beside it: `settings`, `versions` and `seconds`.
+        `results` holds for each task `metrics` (name to `Estimate`), the number of `truncated` prompts, the `answers`
+        of the model and the `right` ones, in the order of the questions. MMLU, in the order of its subjects, has the
+        metrics `micro`, which counts each question once, and `macro`, the mean over subjects, both also in
+        `categories`, and the accuracy of its `subjects`. Beside it: `settings`, `versions` and `seconds`.
 
     Raises:
         DataError: A task is unknown, its data are missing or bad (file and line), or `lm_eval` is not installed.
@@ -98,34 +98,19 @@ def evaluate(
     started = time.perf_counter()
     names = task_names(tasks)
     check_data(names, root, settings)
-    ours = [name for name in names if not name.startswith(PREFIX)]
+    data = (
+        held_out_rows(settings.place("perplexity", root), model, tokenizer, settings) if "perplexity" in names else None
+    )
+    ours = [name for name in names if name != "perplexity" and not name.startswith(PREFIX)]
+    asked = {name: read_questions(name, tokenizer, root, settings, meaning_of(model)) for name in ours}
     theirs = [name for name in names if name.startswith(PREFIX)]
-    planned = {name: _plan(name, model, tokenizer, root, settings) for name in ours}
     ask_harness = _harness().plan_harness(theirs, model, tokenizer, settings) if theirs else dict
-    results = {name: planned[name]() for name in tqdm(ours, desc="tasks", disable=len(ours) < 2)}
-    if set(COMMONSENSE) <= set(results):
-        parts = [results[name]["metrics"] for name in COMMONSENSE]
-        means = {metric: _harness().average([part[metric] for part in parts]) for metric in parts[0]}
-        results["commonsense"] = {"metrics": means}
+    results = _harness().ask(asked, model, tokenizer, settings) if asked else {}
+    if data is not None:
+        results["perplexity"] = {"metrics": held_out_loss(row_losses(model, data.test_dataloader()))}
     results |= ask_harness()
     seconds = time.perf_counter() - started
     return {"results": results, "settings": asdict(settings), "versions": versions(), "seconds": round(seconds, 1)}
-
-
-def _plan(
-    name: str, model: PreTrainedModel, tokenizer: Any, root: str | Path | None, s: EvalSettings
-) -> Callable[[], dict[str, Any]]:
-    """Read a task's data, and return the function that asks the model and gives the task's results."""
-    if name == "perplexity":
-        data = held_out_rows(s.place(name, root), model, tokenizer, s)
-        return lambda: {"metrics": held_out_loss(row_losses(model, data.test_dataloader()))}
-    harness = _harness()
-    if name == "summarisation":
-        place = s.place(name, root)
-        texts, skipped = read_summaries(place, tokenizer, bool(s.chat), s.limit, s.seed, meaning_of(model))
-        return lambda: {**harness.ask_summaries(name, texts, model, tokenizer, s), "skipped": skipped}
-    questions = read_questions(name, tokenizer, root, s, meaning_of(model))
-    return lambda: harness.ask_questions(name, questions, model, tokenizer, s)
 
 
 def _harness() -> Any:

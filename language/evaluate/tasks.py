@@ -9,13 +9,11 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from language.data.control import ControlTokens
 from language.data.formats import FormatName
 from language.data.module import InstructionDataModule
 from language.data.sources import is_address, read_rows
 from language.evaluate.mmlu import read_mmlu
-from language.evaluate.prompts import FramedPrompt
-from language.evaluate.questions import Question, read_classification, read_commonsense
+from language.evaluate.questions import Question, read_classification, read_commonsense, read_summaries
 from language.models import context_length
 from lit_adapters.errors import DataError
 from lit_adapters.files.meaning import check_same, meaning_of
@@ -116,27 +114,19 @@ def as_trained(settings: EvalSettings, meaning: Mapping[str, Any]) -> EvalSettin
 def read_questions(
     name: str, tokenizer: Any, root: str | Path | None, s: EvalSettings, meaning: Mapping[str, Any] | None = None
 ) -> list[Question]:
-    """The questions of a multiple-choice task: mmlu, classification or a common-sense one.
+    """The questions of a task: mmlu, classification, summarisation or a common-sense one.
 
     Raises:
         DataError: The task is unknown, or its data are missing or bad (file and line).
     """
     chosen: dict[str, Any] = {"chat": bool(s.chat), "limit": s.limit, "seed": s.seed, "meaning": meaning}
     if name == "mmlu":
-        return _guarded(read_mmlu(s.place(name, root), s.shots, s.per_subject, s.seed), tokenizer)
+        return read_mmlu(s.place(name, root), tokenizer, s.shots, s.per_subject, s.seed)
     if name == "classification":
         return read_classification(s.place(name, root), tokenizer, **chosen)
+    if name == "summarisation":
+        return read_summaries(s.place(name, root), tokenizer, **chosen)
     return read_commonsense(s.place("commonsense", root), name, tokenizer, **chosen)
-
-
-def _guarded(questions: list[Question], tokenizer: Any) -> list[Question]:
-    """The questions; framed where the text spells a control token, which is to stay text."""
-    control = ControlTokens(tokenizer, tokenizer.eos_token)
-    guarded = [control.guard(q.prompt) for q in questions]
-    return [
-        q if text == q.prompt else replace(q, framed=FramedPrompt((text,)))
-        for q, text in zip(questions, guarded, strict=True)
-    ]
 
 
 def held_out_rows(path: str, model: PreTrainedModel, tokenizer: Any, s: EvalSettings) -> InstructionDataModule:

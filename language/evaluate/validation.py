@@ -202,6 +202,6 @@ class ChoiceValidation(Callback):
             settings = EvalSettings(shots=self.shots, per_subject=self.limit, limit=self.limit, seed=self.seed)
             asked = read_questions(self.task, pl_module.tokenizer, Path(self.root), settings)
             encoder = PromptEncoder(pl_module.tokenizer, context_length(model))
-            questions = [encoder.question(q.framed or q.prompt, q.choices) for q in asked]
-            answers = [q.answer for q in asked]
+            questions = [encoder.question(q.prompt, q.choices) for q in asked]
+            answers = [q.right for q in asked]
         self.questions, self.answers = questions, answers

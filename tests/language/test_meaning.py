@@ -147,7 +147,7 @@ def test_classes_are_those_of_the_training(folder, rows):
     assert given.classes == ["a", "b", "c"]
     tokenizer, settings = create_tokenizer("tiny_llama"), EvalSettings(classification="news.jsonl")
     asked = read_questions("classification", tokenizer, folder, settings, wider)
-    assert (asked[0].choices, asked[0].answer) == (("a", "b", "c"), 1)
+    assert (asked[0].choices, asked[0].answer) == (("a", "b", "c"), "b")
     with pytest.raises(la.DataError, match="line 1: class 'b' is none of those that the model was trained with: a"):
         read_questions("classification", tokenizer, folder, settings, meaning | {"classes": ["a", "c"]})
 

@@ -72,13 +72,13 @@ def tokenizer():
 def test_mmlu(root, model, tokenizer):
     settings = EvalSettings(shots=2, batch_size=5)
     result = evaluate(model, tokenizer, "mmlu", root, settings)["results"]["mmlu"]
-    questions = read_mmlu(root / "mmlu", shots=2)
+    questions = read_mmlu(root / "mmlu", tokenizer, shots=2)
     encoder = PromptEncoder(tokenizer, None)
     scores = score_tokens(model, [encoder.question(q.prompt, q.choices) for q in questions], batch_size=1)
-    expected = [likeliest(row) for row in scores]
-    assert result["predictions"] == expected
-    assert result["answers"] == [0, 1, 2, 3] * 3
-    right = [p == a for p, a in zip(expected, result["answers"], strict=True)]
+    expected = [q.choices[likeliest(row)] for q, row in zip(questions, scores, strict=True)]
+    assert result["answers"] == expected
+    assert result["right"] == [" A", " B", " C", " D"] * 3
+    right = [p == a for p, a in zip(expected, result["right"], strict=True)]
     assert result["subjects"]["anatomy"].value == pytest.approx(sum(right[4:8]) / 4)
     assert set(result["categories"]) == {"STEM", "Other", "Social Sciences"} < set(CATEGORIES)
     assert result["categories"]["Other"]["macro"].value == pytest.approx(sum(right[4:8]) / 4)
@@ -100,7 +100,7 @@ def test_mmlu_averages(root, model, tokenizer):
     ]
     write(root / "mmlu" / "test.jsonl", rows)
     result = evaluate(model, tokenizer, "mmlu", root, EvalSettings(shots=0))["results"]["mmlu"]
-    right = [p == a for p, a in zip(result["predictions"], result["answers"], strict=True)]
+    right = [p == a for p, a in zip(result["answers"], result["right"], strict=True)]
     of_subject = {s: [r for r, row in zip(right, rows, strict=True) if row["subject"] == s] for s in sizes}
     means = {s: sum(values) / len(values) for s, values in of_subject.items()}
     assert 0 < sum(right) < 10
@@ -128,16 +128,16 @@ def test_by_generation(root, model, tokenizer):
     train_to_say(model, tokenizer, "1")
     settings = EvalSettings(answers="generation", max_new_tokens=2)
     result = evaluate(model, tokenizer, "classification", root, settings)["results"]["classification"]
-    assert result["predictions"] == [1, 1, 1, 1]
+    assert result["answers"] == ["1", "1", "1", "1"]
     assert {name: e.value for name, e in result["metrics"].items()} == {
         "acc": 0.5,
         "exact_match": 0.5,
         "answered": 1.0,
     }
     by_choice = evaluate(model, tokenizer, "classification", root)["results"]["classification"]
-    assert by_choice["predictions"] == [1, 1, 1, 1]
+    assert by_choice["answers"] == ["1", "1", "1", "1"]
     summaries = evaluate(model, tokenizer, "summarisation", root, settings)["results"]["summarisation"]
-    assert summaries["texts"] == ["1", "1", "1"]
+    assert summaries["answers"] == ["1", "1", "1"]
     # One of the two words of "say 1" was found, and none of the others.
     assert summaries["metrics"]["rouge1"].value == pytest.approx(2 / 3 / 3)
 

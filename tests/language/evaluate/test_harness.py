@@ -16,29 +16,27 @@ from lm_eval.tasks import TaskManager
 
 import lit_adapters as la
 from language.evaluate.__main__ import main
-from language.evaluate.harness import average, estimates, run_harness
+from language.evaluate.harness import average, estimates, plan_harness
 from language.evaluate.lm import SharedPromptLM
 from language.evaluate.metrics import Estimate
-from language.evaluate.questions import Question
 from language.evaluate.run import evaluate
 from language.evaluate.tasks import EvalSettings
 from language.models import create_model, create_tokenizer
 from lit_adapters.errors import DataError
 
 
-def questions() -> list[Question]:
+def documents() -> list[dict]:
     head = "The following are multiple choice questions (with answers) about numbers.\n\n"
     head += "What is 0?\nA. no\nB. yes\nAnswer: B\n\n"
-    letters = [Question(f"{head}What is {i}?\nA. {i}\nB. {i + 1}\nAnswer:", (" A", " B"), i % 2) for i in range(6)]
-    texts = [Question(f"Count to {i}:", (f" {i}", " some more", " é"), i % 3) for i in range(6)]
-    return letters + texts
+    letters = [(f"{head}What is {i}?\nA. {i}\nB. {i + 1}\nAnswer:", [" A", " B"], i % 2) for i in range(6)]
+    texts = [(f"Count to {i}:", [f" {i}", " some more", " é"], i % 3) for i in range(6)]
+    return [{"prompt": prompt, "choices": choices, "answer": answer} for prompt, choices, answer in letters + texts]
 
 
-def write_task(folder: Path, name: str, asked: list[Question]) -> None:
-    """Questions as a multiple-choice task of the harness, whose data are a local file."""
-    rows = [{"prompt": q.prompt, "choices": list(q.choices), "answer": q.answer} for q in asked]
+def write_task(folder: Path, name: str = "numbers", **settings) -> None:
+    """A task file of the harness, by default of multiple choice; its data are a local file."""
     data = folder / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data.write_text("".join(json.dumps(row) + "\n" for row in documents()), encoding="utf-8")
     task = {
         "task": name,
         "dataset_path": "json",
@@ -46,12 +44,14 @@ def write_task(folder: Path, name: str, asked: list[Question]) -> None:
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{prompt}}",
-        "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{answer}}",
         "target_delimiter": "",
-        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
     }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    if not settings:
+        settings = {"doc_to_choice": "{{choices}}", "metrics": {"acc": "mean", "acc_norm": "mean"}}
+    metrics = settings.pop("metrics")
+    task["metric_list"] = [{"metric": m, "aggregation": a, "higher_is_better": True} for m, a in metrics.items()]
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | settings), encoding="utf-8")
 
 
 def adapted():
@@ -68,32 +68,26 @@ def adapted():
 def test_gives_the_numbers_of_the_harness(tmp_path):
     """Choices, greedy answers, texts and stretches of one long text, against the harness's own model class."""
     model, tokenizer = adapted()
-    asked = questions()
-    write_task(tmp_path, "numbers", asked)
-    more = {"metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]}
-    task = yaml.safe_load((tmp_path / "numbers.yaml").read_text())
-    for name, kind, metrics in (
-        ("last", "loglikelihood", ["perplexity", "acc"]),
-        ("whole", "loglikelihood_rolling", ["word_perplexity"]),
-        ("written", "generate_until", ["exact_match"]),
-    ):
-        one = {k: v for k, v in task.items() if k not in ("doc_to_choice", "metric_list")} | more
-        one |= {"task": name, "output_type": kind, "doc_to_target": "{{prompt}}", "target_delimiter": " "}
-        if kind == "generate_until":
-            one["generation_kwargs"] = {"until": ["."], "max_gen_toks": 8, "do_sample": False}
-        one["metric_list"] = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics]
-        if kind == "loglikelihood_rolling":
-            one["metric_list"][0]["aggregation"] = "weighted_perplexity"
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(one))
+    write_task(tmp_path)
+    last = {"doc_to_target": "{{prompt}}", "target_delimiter": " "}
+    write_task(tmp_path, "last", output_type="loglikelihood", metrics={"acc": "mean"}, **last)
+    write_task(
+        tmp_path,
+        "whole",
+        output_type="loglikelihood_rolling",
+        metrics={"word_perplexity": "weighted_perplexity"},
+        **last,
+    )
+    written = {"generation_kwargs": {"until": ["."], "max_gen_toks": 8, "do_sample": False}, **last}
+    write_task(tmp_path, "written", output_type="generate_until", metrics={"exact_match": "mean"}, **written)
     names = ["numbers", "last", "whole", "written"]
-    settings = EvalSettings(harness_tasks=str(tmp_path), batch_size=4)
-    ours = run_harness(model, tokenizer, names, settings)
-    assert all(module.training for module in model.modules())
     model.eval()
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    ours = lm_eval.simple_evaluate(SharedPromptLM(model, tokenizer, 4), tasks=names, task_manager=manager)
     theirs = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
         tasks=names,
-        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        task_manager=manager,
     )
 
     def answers(result, name):
@@ -109,8 +103,13 @@ def test_gives_the_numbers_of_the_harness(tmp_path):
     assert answers(ours, "written") == answers(theirs, "written")
     assert ours["results"]["numbers"]["acc,none"] == theirs["results"]["numbers"]["acc,none"]
     assert 0 < ours["results"]["numbers"]["acc,none"] < 1
+    settings = EvalSettings(harness_tasks=str(tmp_path), batch_size=4)
+    model.train()
+    result = evaluate(model, tokenizer, "lm_eval:numbers", settings=settings)["results"]["lm_eval:numbers"]
+    assert all(module.training for module in model.modules())
+    assert result["metrics"]["acc"].value == ours["results"]["numbers"]["acc,none"]
     with pytest.raises(DataError, match=r"lm_eval knows no tasks letters: .* has last, numbers"):
-        run_harness(model, tokenizer, ["letters"], settings)
+        plan_harness(["lm_eval:letters"], model, tokenizer, settings)
 
 
 def test_reads_each_prompt_once():
@@ -132,7 +131,7 @@ def test_a_choice_without_tokens():
 
 
 def test_the_command_line_asks_tasks_of_the_harness(tmp_path, capsys):
-    write_task(tmp_path, "numbers", questions())
+    write_task(tmp_path)
     out = tmp_path / "out.json"
     main(["--model=tiny_llama", "--tasks=lm_eval:numbers", f"--harness_tasks={tmp_path}", f"--out={out}", "--limit=9"])
     metrics = json.loads(out.read_text())["results"]["lm_eval:numbers"]["metrics"]

@@ -42,9 +42,9 @@ def test_questions_have_the_tokens_of_training(write, tmp_path, kind, chat):
     data, rows = trained(path, tokenizer, "classification", chat)
     encoder = PromptEncoder(tokenizer, None)
     for question, row in zip(read_classification(path, tokenizer, chat), rows, strict=True):
-        asked = encoder.question(question.framed, question.choices)
-        assert asked.context + asked.continuations[question.answer] == row
-        assert row[: len(encoder.prompt(question.framed))] == encoder.prompt(question.framed)
+        asked = encoder.question(question.prompt, question.choices)
+        assert asked.context + asked.continuations[question.right] == row
+        assert row[: len(encoder.prompt(question.prompt))] == encoder.prompt(question.prompt)
     data.paths["val"] = path
     for question, answer, row in zip(*choice_questions(data, "val"), rows, strict=True):
         assert [*question.context, *question.continuations[answer][:-1]] == row
@@ -52,13 +52,13 @@ def test_questions_have_the_tokens_of_training(write, tmp_path, kind, chat):
     row = {"instruction": "Is it? Answer format: true/false", "input": "", "output": TRUE, "answer": "true"}
     _, (row_ids,) = trained(write("boolq.test.jsonl", [row]), tokenizer, "alpaca", chat)
     (question,) = read_commonsense(tmp_path, "boolq", tokenizer, chat)
-    asked = encoder.question(question.framed, question.choices)
+    asked = encoder.question(question.prompt, question.choices)
     assert asked.context + asked.continuations[0] == row_ids
 
     path = write("s.jsonl", [{"dialogue": "what is it", "summary": "a fox"}])
     _, (row_ids,) = trained(path, tokenizer, "summarisation", chat)
-    ((task,), _) = read_summaries(path, tokenizer, chat)
-    prompt = encoder.prompt(task.framed)
+    (question,) = read_summaries(path, tokenizer, chat)
+    prompt = encoder.prompt(question.prompt)
     assert row_ids[: len(prompt)] == prompt
 
 
@@ -67,10 +67,11 @@ def test_questions_of_mmlu_that_spell_a_control_token(tmp_path, write):
     write("test.jsonl", [row, row | {"question": "What?", "choices": ["a", "b", "c", "d"]}])
     tokenizer = made("bytes")
     spelled, plain = read_questions("mmlu", tokenizer, tmp_path, EvalSettings(mmlu=".", shots=0))
-    asked = PromptEncoder(tokenizer, None).question(spelled.framed or "", spelled.choices)
-    assert not {0, 1} & set(asked.context)
-    assert tokenizer.decode(asked.context) == spelled.prompt
-    assert plain.framed is None
+    for question in (spelled, plain):
+        asked = PromptEncoder(tokenizer, None).question(question.prompt, question.choices)
+        assert not {0, 1} & set(asked.context)
+        assert tokenizer.decode(asked.context) == question.prompt.text
+    assert "</s>" in spelled.prompt.text
 
 
 @pytest.mark.parametrize(

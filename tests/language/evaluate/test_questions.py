@@ -36,31 +36,31 @@ def mmlu(tmp_path):
     return tmp_path
 
 
-def test_mmlu_prompt(mmlu):
-    questions = read_mmlu(mmlu, shots=2)
+def test_mmlu_prompt(mmlu, tokenizer):
+    questions = read_mmlu(mmlu, tokenizer, shots=2)
     assert len(questions) == 20
     question = questions[-3]
-    assert question.prompt == (
+    assert question.prompt.text == (
         "The following are multiple choice questions (with answers) about sociology.\n\n"
         "What is 0?\nA. 0w\nB. 0x\nC. 0y\nD. 0z\nAnswer: A\n\n"
         "What is 1?\nA. 1w\nB. 1x\nC. 1y\nD. 1z\nAnswer: B\n\n"
         "What is 11?\nA. 11w\nB. 11x\nC. 11y\nD. 11z\nAnswer:"
     )
     assert question.choices == (" A", " B", " C", " D")
-    assert (question.answer, question.group, question.category) == (1, "sociology", "Social Sciences")
-    assert "about world religions." in read_mmlu(mmlu, shots=0)[-5].prompt
+    assert (question.right, question.group, question.category) == (1, "sociology", "Social Sciences")
+    assert "about world religions." in read_mmlu(mmlu, tokenizer, shots=0)[-5].prompt.text
 
 
-def test_mmlu_categories(mmlu):
+def test_mmlu_categories(mmlu, tokenizer):
     expected = {"astronomy": "STEM", "anatomy": "Other", "world_religions": "Humanities"}
-    questions = read_mmlu(mmlu)
+    questions = read_mmlu(mmlu, tokenizer)
     assert {q.group: q.category for q in questions} == expected | {"sociology": "Social Sciences"}
     # The row's own field comes first, in any spelling.
     write(mmlu / "test.jsonl", [mmlu_row("made_up", 1, 0, category="social sciences")])
-    assert read_mmlu(mmlu, shots=0)[0].category == "Social Sciences"
+    assert read_mmlu(mmlu, tokenizer, shots=0)[0].category == "Social Sciences"
     write(mmlu / "test.jsonl", [mmlu_row("made_up", 1, 0)])
     with pytest.raises(DataError, match=r"test\.jsonl line 1: category None of subject 'made_up'"):
-        read_mmlu(mmlu, shots=0)
+        read_mmlu(mmlu, tokenizer, shots=0)
 
 
 def test_mmlu_table_has_57_subjects():
@@ -72,9 +72,9 @@ def test_mmlu_table_has_57_subjects():
     )
 
 
-def test_mmlu_subsets(mmlu):
+def test_mmlu_subsets(mmlu, tokenizer):
     def chosen(n, seed=0):
-        return {(q.group, q.prompt) for q in read_mmlu(mmlu, per_subject=n, seed=seed)}
+        return {(q.group, q.prompt.text) for q in read_mmlu(mmlu, tokenizer, per_subject=n, seed=seed)}
 
     assert len(chosen(3)) == 12
     assert chosen(2) < chosen(3) == chosen(3)
@@ -93,15 +93,15 @@ def test_mmlu_subsets(mmlu):
         (mmlu_row("anatomy", 1, 0, question=None), "field 'question' must be of type str"),
     ],
 )
-def test_mmlu_errors(mmlu, row, message):
+def test_mmlu_errors(mmlu, tokenizer, row, message):
     write(mmlu / "test.jsonl", [mmlu_row("anatomy", 0, 0), row])
     with pytest.raises(DataError, match=rf"test\.jsonl line 2: {message}"):
-        read_mmlu(mmlu)
+        read_mmlu(mmlu, tokenizer)
 
 
-def test_mmlu_needs_enough_examples(mmlu):
+def test_mmlu_needs_enough_examples(mmlu, tokenizer):
     with pytest.raises(DataError, match="has 5 dev questions of 'astronomy', not the 6 of shots=6"):
-        read_mmlu(mmlu, shots=6)
+        read_mmlu(mmlu, tokenizer, shots=6)
 
 
 INSTRUCTION = "Please choose the correct answer to the question: Why?\n\nAnswer1: a Answer2: b Answer3: c\n\n"
@@ -119,18 +119,17 @@ def commonsense_row(answer="answer3", end="Answer format: answer1/answer2/answer
 def test_commonsense(tmp_path, tokenizer):
     write(tmp_path / "openbookqa.test.jsonl", [commonsense_row(), commonsense_row("answer1")])
     question, other = read_commonsense(tmp_path, "openbookqa", tokenizer)
-    assert question.prompt == (
+    assert question.prompt.text == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         f"### Instruction:\n{INSTRUCTION}Answer format: answer1/answer2/answer3\n\n### Response:\n"
         "the correct answer is"
     )
     assert question.choices == (" answer1", " answer2", " answer3")
-    assert question.options == ("answer1", "answer2", "answer3")
-    assert (question.answer, other.answer) == (2, 0)
+    assert (question.right, other.right) == (2, 0)
     assert len(COMMONSENSE) == 8
     chat = read_commonsense(tmp_path, "openbookqa", tokenizer, chat=True, limit=1)
     assert len(chat) == 1
-    assert chat[0].prompt.endswith("answer3</s>\n<s>assistant\nthe correct answer is")
+    assert chat[0].prompt.text.endswith("answer3</s>\n<s>assistant\nthe correct answer is")
 
 
 @pytest.mark.parametrize(
@@ -161,9 +160,9 @@ def test_classification(tmp_path, tokenizer):
     rows = [{"text": f"text {i}", "label": i % 3, "label_name": ("sci", "rec", "alt")[i % 3]} for i in range(9)]
     path = write(tmp_path / "groups" / "test.jsonl", rows)
     questions = read_classification(path.parent, tokenizer)
-    assert questions[3].prompt == "text 3\n\nLabel:\n"
+    assert questions[3].prompt.text == "text 3\n\nLabel:\n"
     assert questions[3].choices == ("alt", "rec", "sci")
-    assert [q.answer for q in questions[:3]] == [2, 1, 0]
+    assert [q.right for q in questions[:3]] == [2, 1, 0]
     few = read_classification(path, tokenizer, limit=1)
     assert len(few) == 1
     assert few[0].choices == ("alt", "rec", "sci")
@@ -172,9 +171,10 @@ def test_classification(tmp_path, tokenizer):
         read_classification(path, tokenizer)
 
 
-def test_summaries(tmp_path, tokenizer):
+def test_summaries(tmp_path, tokenizer, caplog):
     rows = [{"dialogue": "A: hi\r\nB: ho", "summary": "They greet."}, {"dialogue": "", "summary": "Nothing."}]
-    tasks, skipped = read_summaries(write(tmp_path / "test.jsonl", rows), tokenizer)
-    assert skipped == 1
-    assert [task.reference for task in tasks] == ["They greet."]
-    assert tasks[0].prompt == "Summarize this dialogue.\n\nA: hi\nB: ho\n\nSummary:\n"
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        (question,) = read_summaries(write(tmp_path / "test.jsonl", rows), tokenizer)
+    assert "Data: 1 empty rows of" in caplog.text
+    assert (question.answer, question.choices) == ("They greet.", ())
+    assert question.prompt.text == "Summarize this dialogue.\n\nA: hi\nB: ho\n\nSummary:\n"
