@@ -1,9 +1,9 @@
-# make demo | demo-language | test | slow | lint | docs | bench ROOT=<folder with data>   Each creates .venv on a fresh machine.
+# make demo | demo-language | test | slow | lowest | lint | docs | bench ROOT=<folder with data>   Each creates .venv on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/.complete
 
-.PHONY: demo demo-language test slow lint docs bench clean
+.PHONY: demo demo-language test slow lowest lint docs bench clean
 
 demo: $(ENVIRONMENT)  ## fine-tune a pretrained ViT on real images with NoRA++, against the head alone
 	$(BIN)/python -m vision.demo $(DEMO)
@@ -22,6 +22,17 @@ slow: $(ENVIRONMENT)  ## real weights, compiled kernels, several processes
 	# Alone, as what runs beside it would be measured too; what fails, once more: a process can be unlucky with its
 	# memory or its neighbours, a loss of speed is in each.
 	$(BIN)/python -m pytest -m slow tests/test_speed.py || $(BIN)/python -m pytest -m slow --last-failed tests/test_speed.py
+
+# With the oldest versions that pyproject.toml allows, in an environment of its own.
+LOWEST := .venv-lowest/bin/python
+LOWEST_TESTS := tests/activations tests/files tests/huggingface tests/language tests/learned tests/lightning tests/methods \
+	tests/model tests/ops tests/optimizers tests/training tests/vision
+
+lowest: $(ENVIRONMENT)  ## fast tests of the library and the applications with the lowest versions
+	$(BIN)/uv venv -q --clear .venv-lowest
+	$(BIN)/uv pip install -q --python $(LOWEST) --resolution lowest-direct \
+		-e ".[vision,language,peft,nf4,eval,study]" "pytest>=8" "pytest-xdist[psutil]>=3.6"
+	OMP_NUM_THREADS=1 $(LOWEST) -m pytest -n logical --maxprocesses 8 --dist loadfile $(LOWEST_TESTS)
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check
@@ -56,4 +67,4 @@ $(ENVIRONMENT): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-lowest

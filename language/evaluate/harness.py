@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -74,25 +75,27 @@ def ask(
         s: How to ask.
 
     Raises:
-        DataError: A choice has no tokens or does not fit into the context.
+        DataError: A choice has no tokens, or an answer does not fit into the context.
         AdapterError: The model's output is not a number.
     """
     parts: dict[str, dict[str, QuestionTask]] = {}
     for name, questions in asked.items():
         generated = not questions[0].choices or (s.answers == "generation" and name != "mmlu")
-        groups = {q.group: "" for q in questions} if name == "mmlu" else {"": ""}
-        parts[name] = {
-            group: QuestionTask(
-                f"{name} {group}".strip(),
-                [q for q in questions if not group or q.group == group],
-                s.max_new_tokens if generated else None,
-            )
-            for group in groups
-        }
+        longest = s.max_new_tokens if generated else None
+        if name == "mmlu":
+            subjects = {q.group: [other for other in questions if other.group == q.group] for q in questions}
+            parts[name] = {subject: QuestionTask(f"mmlu {subject}", of) for subject, of in subjects.items()}
+        else:
+            parts[name] = {"": QuestionTask(name, questions, longest)}
     tasks = {task.task_name: task for of_name in parts.values() for task in of_name.values()}
     with evaluating(model):
         prompts = [q.prompt for questions in asked.values() for q in questions]
         lm = TrainedPromptLM(model, tokenizer, prompts, s.batch_size, s.max_length)
+        if s.max_new_tokens >= lm.max_length and any(t.OUTPUT_TYPE == "generate_until" for t in tasks.values()):
+            raise DataError(
+                f"max_new_tokens={s.max_new_tokens} leaves no room for a prompt in the {lm.max_length} tokens that the "
+                "model reads: lower it"
+            )
         found: Any = lm_eval.evaluate(lm, {"tasks": tasks})
     results = {name: _result(of_name, found, lm.truncated) for name, of_name in parts.items()}
     if set(COMMONSENSE) <= set(results):
@@ -128,19 +131,30 @@ def plan_harness(
         s: `harness_tasks`, `limit`, `batch_size`, `max_length` and `seed` count. The number of examples is the task's.
 
     Raises:
-        DataError: The harness does not know a task.
+        DataError: The harness does not know a task, or cannot load its data.
     """
-    tasks = [name.removeprefix(PREFIX) for name in names]
-    manager = _task_manager(tasks, s.harness_tasks)
-    seeds = {f"{name}_random_seed": s.seed for name in ("numpy", "torch", "fewshot")}
+    asked = [name.removeprefix(PREFIX) for name in names]
+    manager = _task_manager(asked, s.harness_tasks)
+    try:
+        loaded = manager.load(asked)
+    except Exception as error:  # of a data set that cannot be fetched or read, or of a task file
+        raise DataError(f"lm_eval cannot load {', '.join(asked)}: {type(error).__name__}: {error}") from error
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(s.seed)
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
 
     def ask_harness() -> dict[str, dict[str, Any]]:
         with evaluating(model):
             lm = SharedPromptLM(model, tokenizer, s.batch_size, s.max_length)
-            found: Any = lm_eval.simple_evaluate(
-                model=lm, tasks=tasks, task_manager=manager, limit=s.limit, random_seed=s.seed, **seeds
-            )
-        return {f"{PREFIX}{task}": {"metrics": estimates(values)} for task, values in found["results"].items()}
+            found: Any = lm_eval.evaluate(lm, loaded, limit=s.limit)
+        results: dict[str, dict[str, Any]] = {
+            f"{PREFIX}{task}": {"metrics": estimates(values)} for task, values in found["results"].items()
+        }
+        for task, samples in found["samples"].items():
+            prompts = [sample["arguments"][0][0] for sample in samples]
+            results[f"{PREFIX}{task}"]["truncated"] = sum(prompt in lm.truncated for prompt in prompts)
+        return results
 
     return ask_harness
 
@@ -150,10 +164,10 @@ def estimates(values: Mapping[str, Any]) -> dict[str, Estimate]:
     found = {}
     for key, value in values.items():
         metric, comma, chosen = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+        if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
             continue
         error = values.get(f"{metric}_stderr,{chosen}")
-        stderr = float(error) if isinstance(error, (int, float)) else math.nan  # "N/A" where it has none
+        stderr = float(error) if isinstance(error, Real) else math.nan  # "N/A" where it has none
         name = metric if chosen == "none" else f"{metric} ({chosen})"
         found[name] = Estimate(float(value), stderr, int(values.get("sample_len", 0)))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, TypeVar
 
 from lm_eval.api.instance import Instance
@@ -24,14 +25,18 @@ Key = TypeVar("Key")
 class SharedPromptLM(HFLM):
     """The harness's own model class for transformers, faster: the key-value cache of a prompt serves all its choices.
 
-    Texts become tokens as the harness does it, so that its tasks give the numbers that `lm_eval --model hf` gives. A
-    prompt that is too long loses its beginning, but keeps its start-of-text token.
+    Texts become tokens as the harness does it, so that its tasks give the numbers that `lm_eval --model hf` gives. But
+    a prompt that is too long loses its beginning as training does it: it keeps its start-of-text token, and leaves room
+    for the longest of its choices.
 
     Args:
         model: A causal language model of transformers.
         tokenizer: The model's own.
         batch_size: Prompts in a pass.
         max_length: Tokens that a pass may read; default the model's context.
+
+    Attributes:
+        truncated: Texts of the prompts that lost their beginning before choices were scored.
 
     Raises:
         DataError: Later, a choice has no tokens, or prompt and choice do not fit into `max_length`.
@@ -41,10 +46,13 @@ class SharedPromptLM(HFLM):
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, batch_size: int = 8, max_length: int | None = None
     ) -> None:
-        with _without_warnings():
-            length = max_length or context_length(model)
+        length = max_length or context_length(model)
+        if tokenizer.pad_token is None:  # the harness would give it one
+            tokenizer = deepcopy(tokenizer)
+        with _unchanged(model):
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length)
         self.encoder = PromptEncoder(tokenizer, length)
+        self.truncated: set[str] = set()
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -60,9 +68,9 @@ class SharedPromptLM(HFLM):
                 if not tokens:
                     prompt, choice = requests[i][0]
                     raise DataError(f"choice {choice!r} after prompt ...{prompt[-60:]!r} has no tokens; give it a text")
-            questions.append(
-                TokenQuestion(self.encoder.fit(list(context), max(map(len, continuations))), continuations)
-            )
+            with self._noting(requests[asked[0]][0][0]):
+                fitting = self.encoder.fit(list(context), max(map(len, continuations)))
+            questions.append(TokenQuestion(fitting, continuations))
         return self._scores(places, questions)
 
     def _scores(self, places: Mapping[Any, list[int]], questions: Sequence[TokenQuestion]) -> list[Score]:
@@ -75,9 +83,17 @@ class SharedPromptLM(HFLM):
         }
         return [by_place[i] for i in range(len(by_place))]
 
+    @contextmanager
+    def _noting(self, text: str) -> Iterator[None]:
+        """Note the prompt if it is truncated."""
+        before = self.encoder.truncated
+        yield
+        if self.encoder.truncated > before:
+            self.truncated.add(text)
+
 
 class TrainedPromptLM(SharedPromptLM):
-    """A model that is asked prompts in the tokens of its training.
+    """The same, asked prompts in the tokens of the model's training.
 
     Args:
         model: A causal language model of transformers.
@@ -85,9 +101,6 @@ class TrainedPromptLM(SharedPromptLM):
         prompts: All prompts that will be asked.
         batch_size: Prompts in a pass.
         max_length: Tokens that a pass may read; default the model's context.
-
-    Attributes:
-        truncated: Texts of the prompts that lost their beginning.
     """
 
     def __init__(
@@ -100,7 +113,6 @@ class TrainedPromptLM(SharedPromptLM):
     ) -> None:
         super().__init__(model, tokenizer, batch_size, max_length)
         self.prompts = {prompt.text: prompt for prompt in prompts}
-        self.truncated: set[str] = set()
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """Log-likelihood of each continuation, and whether it is the greedy answer."""
@@ -128,14 +140,6 @@ class TrainedPromptLM(SharedPromptLM):
                 texts[index] = answer.strip()
         return texts
 
-    @contextmanager
-    def _noting(self, text: str) -> Iterator[None]:
-        """Note the prompt if it is truncated."""
-        before = self.encoder.truncated
-        yield
-        if self.encoder.truncated > before:
-            self.truncated.add(text)
-
 
 def _places(keys: Iterable[Key]) -> dict[Key, list[int]]:
     """Where each key stands in a sequence."""
@@ -146,12 +150,14 @@ def _places(keys: Iterable[Key]) -> dict[Key, list[int]]:
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Silence what the harness says about models that are loaded already, as all of ours are."""
+def _unchanged(model: PreTrainedModel) -> Iterator[None]:
+    """Keep the harness from tying the weights of a model again, and from warnings that all loaded models get."""
     logger = logging.getLogger("lm_eval.models.huggingface")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    model.__dict__["tie_weights"] = lambda: None
     try:
         yield
     finally:
+        del model.__dict__["tie_weights"]
         logger.setLevel(level)

@@ -114,8 +114,8 @@ def rouge(prediction: str, reference: str) -> dict[str, float]:
 
 
 def normalised(text: str) -> str:
-    """Lower case, single spaces, no punctuation at either end: what exact match compares."""
-    return re.sub(r"^[^\w]+|[^\w]+$", "", " ".join(text.lower().split()))
+    """Lower case, single spaces, no quotes around the text, no mark at its end: what `exact_match` compares."""
+    return " ".join(text.lower().split()).strip("\"'`").rstrip(".,;:!?").strip("\"'`")
 
 
 def find_option(text: str, options: Sequence[str]) -> int | None:

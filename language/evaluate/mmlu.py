@@ -48,11 +48,11 @@ def read_mmlu(
         seed: Seeds the choice.
 
     Returns:
-        Questions in the file's order; `group` is the subject and `category` one of the four. The continuations
-        are " A" to " D".
+        Questions by subject, in the file's order; `group` is the subject and `category` one of the four. The
+        continuations are " A" to " D".
 
     Raises:
-        DataError: A row is bad (file and line), or a subject has too few dev questions.
+        DataError: A row is bad (file and line), or a subject has too few dev questions or two categories.
     """
     guard = ControlTokens(tokenizer, tokenizer.eos_token).guard
     tests = _by_subject(read_rows(str(root), "test"))
@@ -62,6 +62,8 @@ def read_mmlu(
         shown = examples.get(subject, [])[:shots]
         if len(shown) < shots:
             raise DataError(f"{root} has {len(shown)} dev questions of {subject!r}, not the {shots} of shots={shots}")
+        if len({_category(row, subject) for row in rows}) > 1:
+            raise DataError(f"{root}: questions of subject {subject!r} name two categories; correct the rows")
         topic = subject.replace("_", " ")
         head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
         head += "".join(f"{_text(row)} {LETTERS[_answer(row)]}\n\n" for row in shown)
@@ -81,7 +83,10 @@ def read_mmlu(
 def _by_subject(rows: list[Row]) -> dict[str, list[Row]]:
     subjects: dict[str, list[Row]] = {}
     for row in rows:
-        subjects.setdefault(field_of(row, "subject", str), []).append(row)
+        subject = field_of(row, "subject", str)
+        if not subject or subject != subject.strip():
+            raise DataError(f"{row.origin}: subject {subject!r} is empty or has white space around it; correct the row")
+        subjects.setdefault(subject, []).append(row)
     return subjects
 
 

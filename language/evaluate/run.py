@@ -1,7 +1,7 @@
 """Evaluation in one call: load a model, ask it the questions of several tasks, score its answers.
 
 lm-evaluation-harness asks and scores. The questions of our own tasks come from local files and are asked in the words
-of the training; the loss of held-out rows, which the harness does not measure, needs it not.
+of the training. The harness does not measure the loss of held-out rows; our own code does.
 """
 
 from __future__ import annotations

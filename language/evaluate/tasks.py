@@ -41,10 +41,10 @@ class EvalSettings:
         per_subject: MMLU questions of each subject, chosen by seed; default all.
         limit: Questions of each other task, chosen by seed; default all.
         seed: Seeds the choice of questions and the bootstrap.
-        chat: Ask in the model's chat template; default as in training where the model tells it, else not. MMLU is
-            always plain.
+        chat: Ask in the model's chat template; default as in training where the model tells it, else not. MMLU and
+            tasks of the harness are always plain.
         answers: Whether common-sense and classification answers are chosen by log-likelihood or looked for in
-            generated text.
+            generated text. Other tasks do not follow it.
         max_new_tokens: Longest generated answer.
         batch_size: Prompts in a pass.
         max_length: Tokens that the model may read at once; default its context.

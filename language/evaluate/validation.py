@@ -13,7 +13,8 @@ from language.data.sources import SplitName
 from language.data.splits import subset
 from language.evaluate.likelihood import likeliest, score_tokens
 from language.evaluate.prompts import PromptEncoder, TokenQuestion
-from language.evaluate.tasks import EvalSettings, read_questions
+from language.evaluate.questions import COMMONSENSE
+from language.evaluate.tasks import EvalSettings, as_trained, read_questions
 from language.generate import prompt_rows
 from language.loss import IGNORED
 from language.means import Means
@@ -104,6 +105,8 @@ class ChoiceValidation(Callback):
         batch_size: int = 8,
         seed: int = 0,
     ) -> None:
+        if task not in (known := ("classification", "mmlu", *COMMONSENSE)):
+            raise DataError(f"task {task!r} has no choices to validate: use one of {', '.join(known)}")
         if task != "classification" and root is None:
             raise DataError(f"task {task!r} needs root, the folder of its data")
         self.task, self.root, self.limit, self.shots = task, root, limit, shots
@@ -199,8 +202,11 @@ class ChoiceValidation(Callback):
             questions, answers = [q for q, _ in chosen], [a for _, a in chosen]
         else:
             assert self.root is not None
-            settings = EvalSettings(shots=self.shots, per_subject=self.limit, limit=self.limit, seed=self.seed)
-            asked = read_questions(self.task, pl_module.tokenizer, Path(self.root), settings)
+            data: Any = getattr(trainer, "datamodule", None)
+            meaning = data.meaning() if isinstance(data, InstructionDataModule) else {}
+            given = EvalSettings(shots=self.shots, per_subject=self.limit, limit=self.limit, seed=self.seed)
+            settings = as_trained(given, meaning)
+            asked = read_questions(self.task, pl_module.tokenizer, Path(self.root), settings, meaning)
             encoder = PromptEncoder(pl_module.tokenizer, context_length(model))
             questions = [encoder.question(q.prompt, q.choices) for q in asked]
             answers = [q.right for q in asked]

@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torch import nn
+from torch.optim.swa_utils import SWALR
 
 import lit_adapters as la
 from lit_adapters.training.left_out import LEFT_OUT, put_copies_back
@@ -18,6 +19,15 @@ AVERAGES = {
     "mean": lambda: WeightAveraging(),
     "swa": lambda: StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1),
 }
+rate = SWALR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0), swa_lr=1.0)
+PLAIN = pytest.mark.skipif(
+    any(map(callable, rate.state_dict().values())),
+    reason="before torch 2.10 the state of SWALR has a function, which a file of plain values cannot hold",
+)
+
+
+def plain(averages):
+    return [pytest.param(name, marks=PLAIN) if name == "swa" else name for name in averages]
 
 
 def methods():
@@ -68,7 +78,7 @@ SIZES = AVERAGES | {"a callback of one's own": Copies}
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("average", SIZES)
+@pytest.mark.parametrize("average", plain(SIZES))
 def test_checkpoints_stay_small_and_resume(tmp_path, average, first):
     def run(folder, *more, **settings):
         task, other = Wide(), SIZES[average]()
@@ -107,7 +117,7 @@ def test_a_damaged_note_of_what_was_left_out(places):
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average", plain(AVERAGES))
 def test_the_end_is_linear_and_the_base_exact(tmp_path, average, first):
     task, base = run(tmp_path, average, first, max_epochs=2), frozen(Task(methods()))
     assert {a.beta.item() for _, a in la.adapters(task) if a.schedule is not None} == {0.0}

@@ -69,50 +69,94 @@ def tokenizer():
     return create_tokenizer("tiny_llama")
 
 
+def moved(model):
+    """The model with weights that answer differently from question to question."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
 def test_mmlu(root, model, tokenizer):
-    settings = EvalSettings(shots=2, batch_size=5)
-    result = evaluate(model, tokenizer, "mmlu", root, settings)["results"]["mmlu"]
-    questions = read_mmlu(root / "mmlu", tokenizer, shots=2)
+    """Subjects of different sizes, whose rows alternate: each answer belongs to its question, micro counts each
+    question once, macro each subject."""
+    sizes = {"astronomy": 9, "anatomy": 5, "college_biology": 3}
+    rows = [
+        {"subject": s, "question": f"{s} {i}?", "choices": ["a", "b", "c", f"{i}"], "answer": (i + len(s)) % 4}
+        for i in range(9)
+        for s, n in sizes.items()
+        if i < n
+    ]
+    write(root / "mmlu" / "test.jsonl", rows)
+    moved(model)
+    result = evaluate(model, tokenizer, "mmlu", root, EvalSettings(shots=0, batch_size=5))["results"]["mmlu"]
+    questions = read_mmlu(root / "mmlu", tokenizer, shots=0)
     encoder = PromptEncoder(tokenizer, None)
-    scores = score_tokens(model, [encoder.question(q.prompt, q.choices) for q in questions], batch_size=1)
-    expected = [q.choices[likeliest(row)] for q, row in zip(questions, scores, strict=True)]
-    assert result["answers"] == expected
-    assert result["right"] == [" A", " B", " C", " D"] * 3
-    right = [p == a for p, a in zip(expected, result["right"], strict=True)]
-    assert result["subjects"]["anatomy"].value == pytest.approx(sum(right[4:8]) / 4)
-    assert set(result["categories"]) == {"STEM", "Other", "Social Sciences"} < set(CATEGORIES)
-    assert result["categories"]["Other"]["macro"].value == pytest.approx(sum(right[4:8]) / 4)
-    assert result["truncated"] == 0
+    scores = [score_tokens(model, [encoder.question(q.prompt, q.choices)])[0] for q in questions]
+    answers = [q.choices[likeliest(row)] for q, row in zip(questions, scores, strict=True)]
+    assert len(set(answers)) > 1
+    assert result["answers"] == answers
+    assert result["right"] == [q.answer for q in questions]
+
+    right = {s: [a == q.answer for a, q in zip(answers, questions, strict=True) if q.group == s] for s in sizes}
+    means = {s: sum(values) / len(values) for s, values in right.items()}
+    assert len(set(means.values())) > 1
+    assert {s: e.value for s, e in result["subjects"].items()} == pytest.approx(means)
+    assert result["metrics"]["micro"].value == pytest.approx(sum(map(sum, right.values())) / 17)
+    assert result["metrics"]["macro"].value == pytest.approx(sum(means.values()) / 3)
+    assert result["metrics"]["micro"].n == 17
+    assert set(result["categories"]) == {"STEM", "Other"} < set(CATEGORIES)
+    stem = result["categories"]["STEM"]
+    assert stem["micro"].value == pytest.approx((9 * means["astronomy"] + 3 * means["college_biology"]) / 12)
+    assert stem["macro"].value == pytest.approx((means["astronomy"] + means["college_biology"]) / 2)
+    errors = [math.sqrt(means[s] * (1 - means[s]) / (n - 1)) for s, n in sizes.items()]
+    assert [e.stderr for e in result["subjects"].values()] == pytest.approx(errors)
+    assert result["metrics"]["macro"].stderr == pytest.approx(math.sqrt(sum(e**2 for e in errors)) / 3)
+
+
+def test_mmlu_subsets(root, model, tokenizer):
     few = evaluate(model, tokenizer, "mmlu", root, EvalSettings(shots=1, per_subject=2))["results"]["mmlu"]
     assert few["metrics"]["micro"].n == 6
     one = evaluate(model, tokenizer, "mmlu", root, EvalSettings(shots=1, per_subject=1))["results"]["mmlu"]
     assert math.isnan(one["metrics"]["macro"].stderr)
 
 
-def test_mmlu_averages(root, model, tokenizer):
-    """Micro counts each question once, macro each subject."""
-    write(root / "mmlu" / "test.jsonl", [])
-    sizes = {"astronomy": 5, "anatomy": 3, "college_biology": 2}
-    rows = [
-        {"subject": s, "question": f"{s} {i}?", "choices": ["a", "b", "c", f"{i}"], "answer": i % 4}
-        for s, n in sizes.items()
-        for i in range(n)
-    ]
-    write(root / "mmlu" / "test.jsonl", rows)
-    result = evaluate(model, tokenizer, "mmlu", root, EvalSettings(shots=0))["results"]["mmlu"]
-    right = [p == a for p, a in zip(result["answers"], result["right"], strict=True)]
-    of_subject = {s: [r for r, row in zip(right, rows, strict=True) if row["subject"] == s] for s in sizes}
-    means = {s: sum(values) / len(values) for s, values in of_subject.items()}
-    assert 0 < sum(right) < 10
-    assert result["metrics"]["micro"].value == pytest.approx(sum(right) / 10)
-    assert result["metrics"]["macro"].value == pytest.approx(sum(means.values()) / 3)
-    assert result["metrics"]["micro"].n == 10
-    stem = result["categories"]["STEM"]
-    assert stem["micro"].value == pytest.approx((5 * means["astronomy"] + 2 * means["college_biology"]) / 7)
-    assert stem["macro"].value == pytest.approx((means["astronomy"] + means["college_biology"]) / 2)
-    errors = [math.sqrt(means[s] * (1 - means[s]) / (n - 1)) for s, n in sizes.items()]
-    assert [e.stderr for e in result["subjects"].values()] == pytest.approx(errors)
-    assert result["metrics"]["macro"].stderr == pytest.approx(math.sqrt(sum(e**2 for e in errors)) / 3)
+def test_a_question_that_occurs_twice(root, model, tokenizer):
+    """With another right answer the second time."""
+    rows = [{"text": "same", "label": label} for label in ("a", "b")] + [{"text": "other", "label": "c"}]
+    write(root / "newsgroups20" / "test.jsonl", rows)
+    result = evaluate(moved(model), tokenizer, "classification", root)["results"]["classification"]
+    assert result["right"] == ["a", "b", "c"]
+    assert result["answers"][0] == result["answers"][1]
+    right = sum(a == r for a, r in zip(result["answers"], result["right"], strict=True))
+    assert result["metrics"]["acc"].value == pytest.approx(right / 3)
+
+
+def test_truncated_prompts_are_counted(root, model, tokenizer):
+    write(root / "newsgroups20" / "test.jsonl", [{"text": "x" * n, "label": n} for n in (3, 300, 301)])
+    settings = EvalSettings(max_length=64)
+    result = evaluate(model, tokenizer, "classification", root, settings)["results"]
+    assert result["classification"]["truncated"] == 2
+    assert "2 prompts were longer than the context" in table(result)
+    with pytest.raises(DataError, match="max_new_tokens=64 leaves no room for a prompt in the 64 tokens"):
+        evaluate(model, tokenizer, "summarisation", root, settings)
+
+
+def test_the_model_and_its_tokenizer_stay_as_they_were(root, tokenizer):
+    """Also a head that was untied by hand, which the harness would tie again."""
+    model = create_model("tiny_llama").train()
+    model.config.tie_word_embeddings = True
+    model._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert not torch.equal(before["lm_head.weight"], before["model.embed_tokens.weight"])
+    without = create_tokenizer("tiny_llama")
+    without.pad_token = None
+    evaluate(model, without, "classification", root)
+    assert without.pad_token is None
+    assert all(module.training for module in model.modules())
+    assert "tie_weights" not in vars(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_commonsense(root, model, tokenizer):

@@ -117,7 +117,8 @@ def test_proportion():
 
 
 def test_answers_in_generated_text():
-    assert normalised(" Sci.Space.\n") == "sci.space"
+    assert normalised(" 'Sci.Space.'\n") == normalised('Sci.Space".') == "sci.space"
+    assert [normalised(text) for text in ("C++", "-1", "a  b!")] == ["c++", "-1", "a b"]
     options = ["sci.med", "sci", "answer1", "answer10"]
     assert find_option("I think Answer10, or sci", options) == 3
     assert find_option("it is sci.med", options) == 0

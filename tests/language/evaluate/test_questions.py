@@ -91,12 +91,20 @@ def test_mmlu_subsets(mmlu, tokenizer):
         (mmlu_row("anatomy", 1, "B"), "field 'answer' must be of type int, got 'B'"),
         (mmlu_row("anatomy", 1, 0, choices=["a", "b"]), "choices must be 4 texts"),
         (mmlu_row("anatomy", 1, 0, question=None), "field 'question' must be of type str"),
+        (mmlu_row("anatomy ", 1, 0), "subject 'anatomy ' is empty or has white space around it"),
+        (mmlu_row("", 1, 0), "subject '' is empty"),
     ],
 )
 def test_mmlu_errors(mmlu, tokenizer, row, message):
     write(mmlu / "test.jsonl", [mmlu_row("anatomy", 0, 0), row])
     with pytest.raises(DataError, match=rf"test\.jsonl line 2: {message}"):
         read_mmlu(mmlu, tokenizer)
+
+
+def test_mmlu_subjects_have_one_category(mmlu, tokenizer):
+    write(mmlu / "test.jsonl", [mmlu_row("made_up", i, 0, category=c) for i, c in enumerate(("STEM", "Other"))])
+    with pytest.raises(DataError, match="questions of subject 'made_up' name two categories"):
+        read_mmlu(mmlu, tokenizer, shots=0)
 
 
 def test_mmlu_needs_enough_examples(mmlu, tokenizer):

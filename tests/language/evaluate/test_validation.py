@@ -10,10 +10,12 @@ from torch.utils.data import DataLoader
 
 import lit_adapters as la
 from language.evaluate.likelihood import likeliest, score_tokens
+from language.evaluate.prompts import PromptEncoder
 from language.evaluate.run import evaluate
 from language.evaluate.tasks import EvalSettings
 from language.evaluate.validation import ChoiceValidation, choice_questions
 from language.loss import token_losses
+from lit_adapters.files.meaning import set_meaning
 from tests.language.tiny import batch, built, data, moved, trainer, tuner
 
 COLOURS = {"red": "cherry", "redder": "a ripe tomato", "green": "grass", "blue": "sky"}
@@ -135,7 +137,28 @@ def test_questions_of_a_benchmark(tmp_path, write):
     assert measured["val/mmlu_accuracy"] == pytest.approx(expected["results"]["mmlu"]["metrics"]["micro"].value)
 
 
+def test_questions_are_asked_as_in_training(tmp_path, write):
+    """In the prompt template of the data, as an evaluation of the trained model asks them."""
+    rows = [
+        {"instruction": f"Is it {i}? Answer format: yes/no/perhaps", "output": "x", "answer": ("yes", "no")[i % 2]}
+        for i in range(9)
+    ]
+    root = write(rows, "commonsense/boolq.test.jsonl").removesuffix("commonsense/boolq.test.jsonl")
+    module, given = moved(built()), data(prompt_template="{instruction} {input} =")
+    callback = ChoiceValidation("boolq", root=root, limit=None)
+    measured = trainer(tmp_path, callbacks=[callback]).validate(module, datamodule=given, verbose=False)[0]
+    encoder = PromptEncoder(module.tokenizer, None)
+    text = "Is it 0? Answer format: yes/no/perhaps  =the correct answer is"
+    assert encoder.tokenizer.decode(callback.questions[0].context).endswith(text)
+    module.model.eval()
+    set_meaning(module.model, given.meaning())
+    expected = evaluate(module.model, module.tokenizer, "boolq", root)["results"]["boolq"]["metrics"]["acc"]
+    assert measured["val/boolq_accuracy"] == pytest.approx(expected.value)
+
+
 def test_what_cannot_be_asked(tmp_path, colours, write):
+    with pytest.raises(la.DataError, match="task 'summarisation' has no choices to validate: use one of classif"):
+        ChoiceValidation("summarisation", root=".")
     with pytest.raises(la.DataError, match="task 'mmlu' needs root"):
         ChoiceValidation("mmlu")
     with pytest.raises(la.DataError, match="format=alpaca has no classes"):
