@@ -27,6 +27,9 @@ slow: $(ENVIRONMENT)  ## real weights, compiled kernels, several processes
 LOWEST := .venv-lowest/bin/python
 LOWEST_TESTS := tests/activations tests/files tests/huggingface tests/language tests/learned tests/lightning tests/methods \
 	tests/model tests/ops tests/optimizers tests/training tests/vision
+# These hold us to packages that are no dependencies, which have lowest versions of their own.
+LOWEST_TESTS += $(patsubst %,--ignore=tests/%,files/test_diffusers.py huggingface/test_trl.py \
+	methods/test_quantised_by_others.py optimizers/test_product_optimizers.py training/test_boards.py)
 
 lowest: $(ENVIRONMENT)  ## fast tests of the library and the applications with the lowest versions
 	$(BIN)/uv venv -q --clear .venv-lowest

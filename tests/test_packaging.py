@@ -1,5 +1,6 @@
 """What an installed copy holds."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,14 @@ def test_an_installed_copy_holds_every_file(monkeypatch):
     data = {Path(path) for item in folders.items() for path in command.find_data_files(*item)}
     present = {p.relative_to(ROOT) for p in (ROOT / "lit_adapters").rglob("*") if p.is_file()}
     assert {p for p in present if "__pycache__" not in p.parts} == modules | data
+
+
+def test_the_page_of_versions_names_the_lowest_ones():
+    """Those of pyproject.toml, all of which `make lowest` installs."""
+    declared = (ROOT / "pyproject.toml").read_text()
+    declared = declared[declared.index("dependencies = [") : declared.index("cluster = [")]
+    declared += "".join(re.findall(r"\nstudy = .*", (ROOT / "pyproject.toml").read_text()))
+    lowest = dict(re.findall(r'"([A-Za-z0-9_]+)(?:\[\w+\])?>=([0-9.]+)', declared))
+    shown = dict(re.findall(r"\n\| (\w+) \| ([0-9.]+) \|", (ROOT / "docs" / "versions.md").read_text()))
+    assert shown == lowest
+    assert {"torch", "transformers", "peft", "lm_eval", "scipy"} < lowest.keys()

@@ -132,7 +132,7 @@ def test_dropout_acts_on_the_branch_alone_and_only_in_training():
     update = adapter.train()(x) - adapter.base(x)
     # An output is dropped with probability 1/2, and what stays differs with the inputs that are dropped.
     assert 0.3 < (update == 0).float().mean() < 0.7
-    assert update.unique(dim=0).shape[0] == 20
+    assert update.unique(dim=0).shape[0] > 10
     with torch.no_grad():
         adapter.dense_D.zero_()
     assert torch.equal(adapter(x), adapter.base(x))
