@@ -83,7 +83,9 @@ def ask(
         generated = not questions[0].choices or (s.answers == "generation" and name != "mmlu")
         longest = s.max_new_tokens if generated else None
         if name == "mmlu":
-            subjects = {q.group: [other for other in questions if other.group == q.group] for q in questions}
+            subjects: dict[str, list[Question]] = {}
+            for question in questions:
+                subjects.setdefault(question.group, []).append(question)
             parts[name] = {subject: QuestionTask(f"mmlu {subject}", of) for subject, of in subjects.items()}
         else:
             parts[name] = {"": QuestionTask(name, questions, longest)}
