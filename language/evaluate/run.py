@@ -40,7 +40,7 @@ def task_names(tasks: str | Sequence[str]) -> list[str]:
     listed = tasks.split(",") if isinstance(tasks, str) else list(tasks)
     names = [n for task in listed for n in (COMMONSENSE if task.strip() == "commonsense" else [task.strip()])]
     for name in names:
-        if name not in TASKS and not name.startswith(PREFIX):
+        if name not in TASKS and (not name.startswith(PREFIX) or name == PREFIX):
             raise DataError(
                 f"task {name!r} is unknown: use {', '.join(TASKS)}, commonsense for those eight, or {PREFIX}NAME for a "
                 "task of lm-evaluation-harness"

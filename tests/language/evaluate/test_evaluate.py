@@ -291,8 +291,9 @@ def test_checkpoint(root, tmp_path):
 
 def test_errors(root, model, tokenizer, tmp_path):
     assert task_names("mmlu, boolq,mmlu") == ["mmlu", "boolq"]
-    with pytest.raises(DataError, match="task 'mmul' is unknown: use mmlu"):
-        task_names("mmul")
+    for name in ("mmul", "lm_eval:"):
+        with pytest.raises(DataError, match=f"task '{name}' is unknown: use mmlu"):
+            task_names(name)
     with pytest.raises(DataError, match="give a model, perhaps with adapters, or a checkpoint"):
         load(None)
     with pytest.raises(AdapterError, match=r"none\.ckpt' does not exist"):
