@@ -11,7 +11,7 @@ from typing import Any
 
 from language.evaluate.results import table, write_json
 from language.evaluate.run import check_data, evaluate, load, task_names
-from language.evaluate.tasks import EvalSettings
+from language.evaluate.settings import EvalSettings
 from language.models import Dtype, Quantization, trust_code_of
 from lit_adapters import console
 from lit_adapters.errors import AdapterError

@@ -22,7 +22,7 @@ from language.evaluate.lm import SharedPromptLM, TrainedPromptLM
 from language.evaluate.metrics import ROUGE_KEYS, Estimate, find_option, normalised, rouge
 from language.evaluate.mmlu import CATEGORIES
 from language.evaluate.questions import COMMONSENSE, Question
-from language.evaluate.tasks import PREFIX, EvalSettings
+from language.evaluate.settings import PREFIX, EvalSettings
 from lit_adapters.errors import DataError
 from lit_adapters.model.modes import evaluating
 

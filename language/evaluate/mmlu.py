@@ -11,6 +11,7 @@ from language.data.sources import read_dev_rows, read_rows
 from language.data.splits import subset
 from language.evaluate.prompts import Prompt
 from language.evaluate.questions import Question, field_of
+from language.evaluate.settings import DEFAULTS, EvalSettings
 from lit_adapters.errors import DataError
 
 LETTERS = "ABCD"
@@ -33,19 +34,14 @@ _SUBJECTS = {
 _CATEGORY = {subject: category for category, names in _SUBJECTS.items() for subject in names.split()}
 
 
-def read_mmlu(
-    root: str | Path, tokenizer: Any, shots: int = 5, per_subject: int | None = None, seed: int = 0
-) -> list[Question]:
-    """Questions of the test split, each after the first `shots` dev questions of its subject with their answers.
+def read_mmlu(root: str | Path, tokenizer: Any, settings: EvalSettings = DEFAULTS) -> list[Question]:
+    """Questions of the test split, each after the first dev questions of its subject with their answers.
 
     Args:
         root: Folder with `dev` and `test` files (jsonl, json or parquet), whose rows have `subject`,
             `question`, four `choices`, `answer` (0-3) and perhaps `category`.
         tokenizer: Text that spells one of its control tokens stays text.
-        shots: Examples in the prompt.
-        per_subject: Questions of each subject, chosen at random by `seed`; default all. A smaller choice is
-            contained in a larger one.
-        seed: Seeds the choice.
+        settings: `shots`, `per_subject` and `seed` count.
 
     Returns:
         Questions by subject, in the file's order; `group` is the subject and `category` one of the four. The
@@ -54,6 +50,7 @@ def read_mmlu(
     Raises:
         DataError: A row is bad (file and line), or a subject has too few dev questions or two categories.
     """
+    shots = settings.shots
     guard = ControlTokens(tokenizer, tokenizer.eos_token).guard
     tests = _by_subject(read_rows(str(root), "test"))
     examples = _by_subject(read_dev_rows(str(root))) if shots else {}
@@ -75,7 +72,7 @@ def read_mmlu(
                 group=subject,
                 category=_category(row, subject),
             )
-            for row in subset(rows, per_subject, "questions", subject, seed)
+            for row in subset(rows, settings.per_subject, "questions", subject, settings.seed)
         ]
     return questions
 

@@ -20,6 +20,7 @@ from language.data.sources import read_rows
 from language.data.splits import subset
 from language.data.templates import Renderer
 from language.evaluate.prompts import Prompt
+from language.evaluate.settings import DEFAULTS, EvalSettings
 from lit_adapters.errors import DataError
 
 # The eight tasks of LLM-Adapters (arXiv 2304.01933).
@@ -54,13 +55,15 @@ class Question:
         return self.choices.index(self.answer)
 
 
-def make_renderer(tokenizer: Any, name: FormatName, chat: bool, meaning: Mapping[str, Any] | None = None) -> Renderer:
-    """Prompts of a format, plain or in the tokenizer's chat template, with the templates of the training if there are.
+def make_renderer(
+    tokenizer: Any, name: FormatName, settings: EvalSettings, meaning: Mapping[str, Any] | None = None
+) -> Renderer:
+    """Prompts of a format, plain or in a chat template, with the templates of the training if there are.
 
     Args:
         tokenizer: The model's own.
         name: The format.
-        chat: Ask in the chat template.
+        settings: `chat` counts.
         meaning: What the model was trained with, see `language.data.InstructionDataModule.meaning`.
 
     Raises:
@@ -68,17 +71,15 @@ def make_renderer(tokenizer: Any, name: FormatName, chat: bool, meaning: Mapping
     """
     meaning = meaning or {}
     template = meaning.get("prompt_template") if meaning.get("format") == name else None
-    folded = meaning.get("system_in_user", False)
-    return Renderer(tokenizer, tokenizer.eos_token or "", name, template, chat, meaning.get("chat_template"), folded)
+    folded, chat_template = meaning.get("system_in_user", False), meaning.get("chat_template")
+    return Renderer(tokenizer, tokenizer.eos_token or "", name, template, bool(settings.chat), chat_template, folded)
 
 
 def read_commonsense(
     root: str | Path,
     name: str,
     tokenizer: Any,
-    chat: bool = False,
-    limit: int | None = None,
-    seed: int = 0,
+    settings: EvalSettings = DEFAULTS,
     meaning: Mapping[str, Any] | None = None,
 ) -> list[Question]:
     """Questions of one of the eight tasks, from `root/NAME.test.jsonl` with instruction, output and answer.
@@ -89,20 +90,19 @@ def read_commonsense(
     Args:
         root: Folder of the files.
         name: One of `COMMONSENSE`.
-        tokenizer: Its chat template is used if `chat`.
-        chat: Ask in the chat template.
-        limit: Number of questions, chosen at random by `seed`; default all.
-        seed: Seeds the choice.
-        meaning: What the model was trained with; its templates, and the classes of classification, are used.
+        tokenizer: The model's own.
+        settings: `limit`, `seed` and `chat` count.
+        meaning: What the model was trained with: its templates are used.
 
     Raises:
         DataError: The task is unknown, or a row is bad (file and line).
     """
     if name not in COMMONSENSE:
         raise DataError(f"common-sense task {name!r} is unknown: use {', '.join(COMMONSENSE)}")
-    renderer = make_renderer(tokenizer, "alpaca", chat, meaning)
+    renderer = make_renderer(tokenizer, "alpaca", settings, meaning)
+    rows = read_rows(str(Path(root) / f"{name}.test.jsonl"), "test")
     questions = []
-    for row in subset(read_rows(str(Path(root) / f"{name}.test.jsonl"), "test"), limit, "questions", name, seed):
+    for row in subset(rows, settings.limit, "questions", name, settings.seed):
         (record,), _ = parse([row], "alpaca")
         found = _OPTIONS.search(record.fields["instruction"])
         if not found:
@@ -118,20 +118,16 @@ def read_commonsense(
 def read_classification(
     path: str | Path,
     tokenizer: Any,
-    chat: bool = False,
-    limit: int | None = None,
-    seed: int = 0,
+    settings: EvalSettings = DEFAULTS,
     meaning: Mapping[str, Any] | None = None,
 ) -> list[Question]:
     """Texts with their class; the choices are the names of all classes in the file.
 
     Args:
         path: A file, or a folder with a test file; rows have `text` and `label_name`, or `label`.
-        tokenizer: Its chat template is used if `chat`.
-        chat: Ask in the chat template.
-        limit: Number of texts, chosen at random by `seed`; default all.
-        seed: Seeds the choice.
-        meaning: What the model was trained with; its templates, and the classes of classification, are used.
+        tokenizer: The model's own.
+        settings: `limit`, `seed` and `chat` count.
+        meaning: What the model was trained with: its templates and classes are used.
 
     Raises:
         DataError: A row is bad (file and line), or there is a single class.
@@ -149,30 +145,26 @@ def read_classification(
         labels = list(trained)
     if len(labels) < 2:
         raise DataError(f"{path} has a single class, {labels[0]!r}: nothing to choose from")
-    renderer = make_renderer(tokenizer, "classification", chat, meaning)
+    renderer = make_renderer(tokenizer, "classification", settings, meaning)
     return [
         Question(Prompt(renderer.example(record).stretches, chat=renderer.chat), record.answer, tuple(labels))
-        for record in subset(records, limit, "questions", "classification", seed)
+        for record in subset(records, settings.limit, "questions", "classification", settings.seed)
     ]
 
 
 def read_summaries(
     path: str | Path,
     tokenizer: Any,
-    chat: bool = False,
-    limit: int | None = None,
-    seed: int = 0,
+    settings: EvalSettings = DEFAULTS,
     meaning: Mapping[str, Any] | None = None,
 ) -> list[Question]:
     """Dialogues with their summaries. Empty rows are dropped, and counted in one line.
 
     Args:
         path: A file, or a folder with a test file; rows have `dialogue` and `summary`.
-        tokenizer: Its chat template is used if `chat`.
-        chat: Ask in the chat template.
-        limit: Number of dialogues, chosen at random by `seed`; default all.
-        seed: Seeds the choice.
-        meaning: What the model was trained with; its templates, and the classes of classification, are used.
+        tokenizer: The model's own.
+        settings: `limit`, `seed` and `chat` count.
+        meaning: What the model was trained with: its templates are used.
 
     Raises:
         DataError: A row is bad (file and line).
@@ -180,8 +172,11 @@ def read_summaries(
     records, dropped = parse(read_rows(str(path), "test"), "summarisation", drop_empty=True)
     if dropped:
         rank_zero_info(f"Data: {dropped} empty rows of {path} dropped.")
-    renderer = make_renderer(tokenizer, "summarisation", chat, meaning)
-    examples = [renderer.example(record) for record in subset(records, limit, "questions", "summarisation", seed)]
+    renderer = make_renderer(tokenizer, "summarisation", settings, meaning)
+    examples = [
+        renderer.example(record)
+        for record in subset(records, settings.limit, "questions", "summarisation", settings.seed)
+    ]
     return [Question(Prompt(e.stretches, chat=renderer.chat), e.response) for e in examples]
 
 

@@ -21,7 +21,8 @@ from language.data.sources import is_address
 from language.evaluate.metrics import held_out_loss, row_losses
 from language.evaluate.questions import COMMONSENSE
 from language.evaluate.results import versions
-from language.evaluate.tasks import PREFIX, EvalSettings, as_trained, held_out_rows, read_questions
+from language.evaluate.settings import PREFIX, EvalSettings, as_trained
+from language.evaluate.tasks import held_out_rows, read_questions
 from language.meaning import apply_meaning
 from language.models import Dtype, Quantization, create_model, create_tokenizer
 from language.module import CausalLMTuner, load_tuner

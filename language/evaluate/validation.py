@@ -14,7 +14,8 @@ from language.data.splits import subset
 from language.evaluate.likelihood import likeliest, score_tokens
 from language.evaluate.prompts import PromptEncoder, TokenQuestion
 from language.evaluate.questions import COMMONSENSE
-from language.evaluate.tasks import EvalSettings, as_trained, read_questions
+from language.evaluate.settings import EvalSettings, as_trained
+from language.evaluate.tasks import read_questions
 from language.generate import prompt_rows
 from language.loss import IGNORED
 from language.means import Means

@@ -13,7 +13,8 @@ import lit_adapters as la
 from language.__main__ import main
 from language.data import InstructionDataModule
 from language.evaluate.run import load
-from language.evaluate.tasks import EvalSettings, as_trained, read_questions
+from language.evaluate.settings import EvalSettings, as_trained
+from language.evaluate.tasks import read_questions
 from language.generate import generate
 from language.meaning import apply_meaning, check_meaning
 from language.models import create_model, create_tokenizer

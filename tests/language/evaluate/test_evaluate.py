@@ -19,7 +19,7 @@ from language.evaluate.prompts import PromptEncoder
 from language.evaluate.questions import COMMONSENSE
 from language.evaluate.results import as_plain, table, write_json
 from language.evaluate.run import evaluate, load, task_names
-from language.evaluate.tasks import EvalSettings
+from language.evaluate.settings import EvalSettings
 from language.models import create_model, create_tokenizer
 from language.module import CausalLMTuner
 from lit_adapters.errors import AdapterError, DataError
@@ -91,7 +91,7 @@ def test_mmlu(root, model, tokenizer):
     write(root / "mmlu" / "test.jsonl", rows)
     moved(model)
     result = evaluate(model, tokenizer, "mmlu", root, EvalSettings(shots=0, batch_size=5))["results"]["mmlu"]
-    questions = read_mmlu(root / "mmlu", tokenizer, shots=0)
+    questions = read_mmlu(root / "mmlu", tokenizer, EvalSettings(shots=0))
     encoder = PromptEncoder(tokenizer, None)
     scores = [score_tokens(model, [encoder.question(q.prompt, q.choices)])[0] for q in questions]
     answers = [q.choices[likeliest(row)] for q, row in zip(questions, scores, strict=True)]

@@ -20,7 +20,7 @@ from language.evaluate.harness import average, estimates, plan_harness
 from language.evaluate.lm import SharedPromptLM
 from language.evaluate.metrics import Estimate
 from language.evaluate.run import evaluate
-from language.evaluate.tasks import EvalSettings
+from language.evaluate.settings import EvalSettings
 from language.models import create_model, create_tokenizer
 from lit_adapters.errors import DataError
 

@@ -9,7 +9,8 @@ import pytest
 from language.data.module import InstructionDataModule
 from language.evaluate.prompts import PromptEncoder
 from language.evaluate.questions import read_classification, read_commonsense, read_summaries
-from language.evaluate.tasks import EvalSettings, read_questions
+from language.evaluate.settings import EvalSettings
+from language.evaluate.tasks import read_questions
 from language.evaluate.validation import choice_questions
 from lit_adapters.errors import DataError
 from tests.language.data.test_tokenizers import KINDS, made
@@ -41,7 +42,7 @@ def test_questions_have_the_tokens_of_training(write, tmp_path, kind, chat):
     path = write("c.jsonl", [{"text": "the </s> fox", "label": "what"}, {"text": "dog", "label": "jumps over"}])
     data, rows = trained(path, tokenizer, "classification", chat)
     encoder = PromptEncoder(tokenizer, None)
-    for question, row in zip(read_classification(path, tokenizer, chat), rows, strict=True):
+    for question, row in zip(read_classification(path, tokenizer, EvalSettings(chat=chat)), rows, strict=True):
         asked = encoder.question(question.prompt, question.choices)
         assert asked.context + asked.continuations[question.right] == row
         assert row[: len(encoder.prompt(question.prompt))] == encoder.prompt(question.prompt)
@@ -51,13 +52,13 @@ def test_questions_have_the_tokens_of_training(write, tmp_path, kind, chat):
 
     row = {"instruction": "Is it? Answer format: true/false", "input": "", "output": TRUE, "answer": "true"}
     _, (row_ids,) = trained(write("boolq.test.jsonl", [row]), tokenizer, "alpaca", chat)
-    (question,) = read_commonsense(tmp_path, "boolq", tokenizer, chat)
+    (question,) = read_commonsense(tmp_path, "boolq", tokenizer, EvalSettings(chat=chat))
     asked = encoder.question(question.prompt, question.choices)
     assert asked.context + asked.continuations[0] == row_ids
 
     path = write("s.jsonl", [{"dialogue": "what is it", "summary": "a fox"}])
     _, (row_ids,) = trained(path, tokenizer, "summarisation", chat)
-    (question,) = read_summaries(path, tokenizer, chat)
+    (question,) = read_summaries(path, tokenizer, EvalSettings(chat=chat))
     prompt = encoder.prompt(question.prompt)
     assert row_ids[: len(prompt)] == prompt
 

@@ -8,6 +8,7 @@ import pytest
 
 from language.evaluate.mmlu import CATEGORIES, read_mmlu
 from language.evaluate.questions import COMMONSENSE, read_classification, read_commonsense, read_summaries
+from language.evaluate.settings import EvalSettings
 from language.models import create_tokenizer
 from lit_adapters.errors import DataError
 
@@ -37,7 +38,7 @@ def mmlu(tmp_path):
 
 
 def test_mmlu_prompt(mmlu, tokenizer):
-    questions = read_mmlu(mmlu, tokenizer, shots=2)
+    questions = read_mmlu(mmlu, tokenizer, EvalSettings(shots=2))
     assert len(questions) == 20
     question = questions[-3]
     assert question.prompt.text == (
@@ -48,7 +49,7 @@ def test_mmlu_prompt(mmlu, tokenizer):
     )
     assert question.choices == (" A", " B", " C", " D")
     assert (question.right, question.group, question.category) == (1, "sociology", "Social Sciences")
-    assert "about world religions." in read_mmlu(mmlu, tokenizer, shots=0)[-5].prompt.text
+    assert "about world religions." in read_mmlu(mmlu, tokenizer, EvalSettings(shots=0))[-5].prompt.text
 
 
 def test_mmlu_categories(mmlu, tokenizer):
@@ -57,10 +58,10 @@ def test_mmlu_categories(mmlu, tokenizer):
     assert {q.group: q.category for q in questions} == expected | {"sociology": "Social Sciences"}
     # The row's own field comes first, in any spelling.
     write(mmlu / "test.jsonl", [mmlu_row("made_up", 1, 0, category="social sciences")])
-    assert read_mmlu(mmlu, tokenizer, shots=0)[0].category == "Social Sciences"
+    assert read_mmlu(mmlu, tokenizer, EvalSettings(shots=0))[0].category == "Social Sciences"
     write(mmlu / "test.jsonl", [mmlu_row("made_up", 1, 0)])
     with pytest.raises(DataError, match=r"test\.jsonl line 1: category None of subject 'made_up'"):
-        read_mmlu(mmlu, tokenizer, shots=0)
+        read_mmlu(mmlu, tokenizer, EvalSettings(shots=0))
 
 
 def test_mmlu_table_has_57_subjects():
@@ -74,13 +75,13 @@ def test_mmlu_table_has_57_subjects():
 
 def test_mmlu_subsets(mmlu, tokenizer):
     def chosen(n, seed=0):
-        return {(q.group, q.prompt.text) for q in read_mmlu(mmlu, tokenizer, per_subject=n, seed=seed)}
+        return {(q.group, q.prompt.text) for q in read_mmlu(mmlu, tokenizer, EvalSettings(per_subject=n, seed=seed))}
 
     assert len(chosen(3)) == 12
     assert chosen(2) < chosen(3) == chosen(3)
     assert chosen(3, seed=1) != chosen(3)
     assert len(chosen(6)) == 6 + 4 + 4 + 4
-    with pytest.raises(DataError, match="a choice of 0 rows is empty"):
+    with pytest.raises(DataError, match="per_subject=0 must be at least 1"):
         chosen(0)
 
 
@@ -104,12 +105,12 @@ def test_mmlu_errors(mmlu, tokenizer, row, message):
 def test_mmlu_subjects_have_one_category(mmlu, tokenizer):
     write(mmlu / "test.jsonl", [mmlu_row("made_up", i, 0, category=c) for i, c in enumerate(("STEM", "Other"))])
     with pytest.raises(DataError, match="questions of subject 'made_up' name two categories"):
-        read_mmlu(mmlu, tokenizer, shots=0)
+        read_mmlu(mmlu, tokenizer, EvalSettings(shots=0))
 
 
 def test_mmlu_needs_enough_examples(mmlu, tokenizer):
     with pytest.raises(DataError, match="has 5 dev questions of 'astronomy', not the 6 of shots=6"):
-        read_mmlu(mmlu, tokenizer, shots=6)
+        read_mmlu(mmlu, tokenizer, EvalSettings(shots=6))
 
 
 INSTRUCTION = "Please choose the correct answer to the question: Why?\n\nAnswer1: a Answer2: b Answer3: c\n\n"
@@ -135,7 +136,7 @@ def test_commonsense(tmp_path, tokenizer):
     assert question.choices == (" answer1", " answer2", " answer3")
     assert (question.right, other.right) == (2, 0)
     assert len(COMMONSENSE) == 8
-    chat = read_commonsense(tmp_path, "openbookqa", tokenizer, chat=True, limit=1)
+    chat = read_commonsense(tmp_path, "openbookqa", tokenizer, EvalSettings(chat=True, limit=1))
     assert len(chat) == 1
     assert chat[0].prompt.text.endswith("answer3</s>\n<s>assistant\nthe correct answer is")
 
@@ -171,7 +172,7 @@ def test_classification(tmp_path, tokenizer):
     assert questions[3].prompt.text == "text 3\n\nLabel:\n"
     assert questions[3].choices == ("alt", "rec", "sci")
     assert [q.right for q in questions[:3]] == [2, 1, 0]
-    few = read_classification(path, tokenizer, limit=1)
+    few = read_classification(path, tokenizer, EvalSettings(limit=1))
     assert len(few) == 1
     assert few[0].choices == ("alt", "rec", "sci")
     write(path, [{"text": "a", "label": 1}, {"text": "b", "label": 1}])

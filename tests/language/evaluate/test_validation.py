@@ -12,7 +12,7 @@ import lit_adapters as la
 from language.evaluate.likelihood import likeliest, score_tokens
 from language.evaluate.prompts import PromptEncoder
 from language.evaluate.run import evaluate
-from language.evaluate.tasks import EvalSettings
+from language.evaluate.settings import EvalSettings
 from language.evaluate.validation import ChoiceValidation, choice_questions
 from language.loss import token_losses
 from lit_adapters.files.meaning import set_meaning
