@@ -1,9 +1,9 @@
-# make demo | demo-language | test | slow | lowest | lint | docs | bench ROOT=<folder with data>   Each creates .venv on a fresh machine.
+# make demo | demo-language | test | slow | lowest | lint | docs | wheel | bench ROOT=<folder with data>   Each creates .venv on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/.complete
 
-.PHONY: demo demo-language test slow lowest lint docs bench clean
+.PHONY: demo demo-language test slow lowest lint docs wheel bench clean
 
 demo: $(ENVIRONMENT)  ## fine-tune a pretrained ViT on real images with NoRA++, against the head alone
 	$(BIN)/python -m vision.demo $(DEMO)
@@ -44,6 +44,9 @@ lint: $(ENVIRONMENT)
 
 docs: $(ENVIRONMENT)  ## the site from docs/ and the docstrings, in site/; warnings and dead links are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+wheel: $(ENVIRONMENT)  ## a wheel in dist/ with compiled kernels, for Linux on x86-64; it needs no compiler
+	LIT_ADAPTERS_KERNELS=1 $(BIN)/python -m pip wheel -q --no-deps -w dist .
 
 # ROOT holds cifar10/ (train and test, folders or .tar.gz) and alpaca_demo/. Methods are compared by configs/studies.
 bench: $(ENVIRONMENT)  ## measure speed and memory: hours

@@ -1,7 +1,7 @@
-"""Kernels in C++ for the CPU, compiled at first use and kept in the folder `kernels` of the cache folder.
+"""Kernels in C++ for the CPU: those of the wheel, and others compiled at first use and kept in the cache folder.
 
-A library runs as code, so one from the cache is loaded only if it is a file of this user (or of root) that nobody else
-can write to, and matches its checksum. Any other is compiled anew.
+A library runs as code, so one from the folder `kernels` of the cache folder is loaded only if it is a file of this user
+(or of root) that nobody else can write to, and matches its checksum. Any other is compiled anew.
 
 This takes the place of torch.utils.cpp_extension.load, which needs ninja and does not rebuild a kernel for another
 processor. A kernel here includes no header of PyTorch or Python: it compiles in 2 s, where one that does takes 20.
@@ -18,9 +18,6 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
-import signal
-import subprocess
 import tempfile
 import warnings
 from pathlib import Path
@@ -29,32 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_adapters.ops import _compiler
 from lit_adapters.ops.folders import cache_folder, is_private_file, private_folder
 
 log = logging.getLogger(__name__)
 
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-fno-exceptions", "-fno-rtti", "-fopenmp", "-fPIC", "-w"]
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _SERIAL = 1 << 14  # up to so many elements, one thread is faster than several
 
-COMPILER_SECONDS = 60  # it takes two, on a busy machine twenty
 _DIGEST = hashlib.sha256().digest_size
 
 _broken: set[str] = set()  # kernels that could not be built or loaded
-
-
-def compiler() -> str:
-    """The path of the C++ compiler: $CXX if it can be found, else g++.
-
-    Raises:
-        OSError: Neither is on the PATH.
-    """
-    candidates = [os.environ.get("CXX"), "g++"]
-    found = next((path for name in candidates if name and (path := shutil.which(name))), None)
-    if found is None:
-        raise OSError("no C++ compiler (g++) on the PATH")
-    return found
 
 
 @functools.cache
@@ -67,7 +49,7 @@ def _processor() -> str:
 
 @functools.cache
 def build(name: str, **macros: int) -> ctypes.CDLL:
-    """Compile and load a kernel, or load it from the cache.
+    """Load a kernel from the wheel or the cache, or compile it.
 
     Args:
         name: The name of a C++ file beside this one, without its suffix.
@@ -79,14 +61,17 @@ def build(name: str, **macros: int) -> ctypes.CDLL:
     Raises:
         OSError: The file cannot be compiled, written or loaded.
     """
-    source, header = (Path(__file__).with_name(file) for file in (f"{name}.cpp", "vectors.h"))
-    command = [compiler(), *FLAGS, *(f"-D{macro}={value}" for macro, value in macros.items())]
-    key = "\n".join([*command, source.read_text(), header.read_text(), platform.platform(), _processor()])
+    shipped = _compiler.shipped(name, macros, torch.backends.cpu.get_cpu_capability())
+    if shipped is not None and shipped.is_file():
+        return ctypes.CDLL(str(shipped))
+    source, text = _compiler.source_of(name)
+    command = [_compiler.compiler(), *_compiler.options(macros, _compiler.NATIVE)]
+    key = "\n".join([*command, text, platform.platform(), _processor()])
     file = f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     path = _folder() / file
     if not _intact(path):
         log.info("compiling %s.cpp %s, about two seconds", name, macros or "")
-        library = _compile(command, source)
+        library = _compiler.compile_library(command, source)
         try:
             _write(path, library)
         except OSError as error:
@@ -128,40 +113,6 @@ def _intact(path: Path) -> bool:
         return False
     content = path.read_bytes()
     return hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
-
-
-def _compile(command: list[str], source: Path) -> bytes:
-    """The library that a C++ file compiles to.
-
-    Raises:
-        OSError: The compiler fails, or does not end in time.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        steps = [
-            [*command, "-c", str(source), "-o", f"{scratch}/kernel.o"],
-            # Without -fopenmp, so that no OpenMP runtime is linked: PyTorch has loaded one.
-            [command[0], "-shared", f"{scratch}/kernel.o", "-lm", "-o", f"{scratch}/kernel.so"],
-        ]
-        for step in steps:
-            _run(step)
-        return Path(scratch, "kernel.so").read_bytes()
-
-
-def _run(step: list[str]) -> None:
-    # In a session of its own, so that what the compiler has started ends with it.
-    none = subprocess.DEVNULL
-    with subprocess.Popen(
-        step, stdin=none, stdout=none, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
-    ) as process:
-        try:
-            _, complaint = process.communicate(timeout=COMPILER_SECONDS)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise OSError(f"{step[0]} did not end within {COMPILER_SECONDS} s") from None
-            raise
-    if process.returncode:
-        raise OSError(f"{step[0]} failed: {complaint.strip()[:300]}")
 
 
 def _write(path: Path, library: bytes) -> None:

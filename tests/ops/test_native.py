@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lit_adapters.activations.weight_functions import WeightUpdate
+from lit_adapters.ops import _compiler, rational, rational_reference
 from lit_adapters.ops import _native as native
-from lit_adapters.ops import rational, rational_reference
 from lit_adapters.ops.merged_linear import merged_weight
 from lit_adapters.ops.rescaled import scale_without_bias as rescaled
 from tests.mutations import byte_edits
@@ -33,7 +33,7 @@ def kernels(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def compiled():
     """What the compiler makes of one kernel."""
-    return native._compile([native.compiler(), *native.FLAGS], Path(native.__file__).with_name("rescaled.cpp"))
+    return _compiler.compile_library([_compiler.compiler(), *_compiler.FLAGS], _compiler.source_of("rescaled")[0])
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def compilations(compiled, monkeypatch):
         found.append(source.stem)
         return compiled
 
-    monkeypatch.setattr(native, "_compile", at_once)
+    monkeypatch.setattr(_compiler, "compile_library", at_once)
     return found
 
 
@@ -129,7 +129,7 @@ def test_a_compiler_that_does_not_end_is_stopped_with_what_it_started(kernels, t
     stuck.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {tmp_path}/child\nwait\n")
     stuck.chmod(0o755)
     monkeypatch.setenv("CXX", str(stuck))
-    monkeypatch.setattr(native, "COMPILER_SECONDS", 0.5)
+    monkeypatch.setattr(_compiler, "SECONDS", 0.5)
     with pytest.warns(UserWarning, match="stuck did not end within 0.5 s"):
         assert max(rescaled_twice()) <= 1e-6
     child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")

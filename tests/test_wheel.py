@@ -1,0 +1,107 @@
+"""The wheel with compiled kernels: it needs no compiler and writes nothing into the cache folder."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+import torch
+
+from lit_adapters.ops import _compiler
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        (platform.machine(), platform.libc_ver()[0]) != ("x86_64", "glibc"), reason="the wheel is for Linux on x86-64"
+    ),
+]
+
+# Every kernel, twice, where a warning is an error. tests/ comes from the checkout, the library from the wheel.
+USE = """
+import sys
+sys.path[:0] = [{wheel!r}, {root!r}]
+import lit_adapters, torch
+assert lit_adapters.__file__.startswith({wheel!r})
+from lit_adapters.ops import _native
+from lit_adapters.ops.rational import rational, rational_reference
+from tests.ops.test_native import merged_twice, rational_twice, rescaled_twice
+assert torch.backends.cpu.get_cpu_capability() == {capability!r}
+a, b = torch.randn(8, 6), torch.randn(8, 4)
+x = torch.randn(4, 64)
+other = rational(x, a, b, "sum-of-abs").double() - rational_reference(x.double(), a.double(), b.double(), "sum-of-abs")
+assert max(*rational_twice(), *merged_twice(), *rescaled_twice(), other.abs().max()) <= 1e-6
+loaded = {{line.split("/")[-1] for line in open("/proc/self/maps") if "/ops/shipped/" in line}}
+print(len(loaded))
+"""
+
+
+def built(folder, **environment):
+    """The wheel that pip builds from a copy of the checkout."""
+    pytest.importorskip("setuptools")
+    source = folder / "source"
+    source.mkdir()
+    shutil.copytree(ROOT / "lit_adapters", source / "lit_adapters", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
+    subprocess.run(command, cwd=source, env={**os.environ, **environment}, check=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel with kernels, unpacked."""
+    folder = tmp_path_factory.mktemp("wheel")
+    file = built(folder, LIT_ADAPTERS_KERNELS="1")
+    assert file.name.endswith("-py3-none-manylinux_2_17_x86_64.whl")
+    ZipFile(file).extractall(folder / "unpacked")
+    return folder / "unpacked"
+
+
+@pytest.mark.parametrize("capability", list(_compiler.INSTRUCTIONS))
+def test_the_wheel_needs_no_compiler(wheel, capability, tmp_path):
+    if capability == "AVX512" and torch.backends.cpu.get_cpu_capability() != capability:
+        pytest.skip("this processor has no AVX-512")
+    code = USE.format(wheel=str(wheel), root=str(ROOT), capability=capability)
+    environment = {key: value for key, value in os.environ.items() if key != "CXX"}
+    environment |= {
+        "PATH": str(tmp_path),
+        "LIT_ADAPTERS_CACHE": str(tmp_path / "cache"),
+        "ATEN_CPU_CAPABILITY": capability.lower(),
+    }
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:lit_adapters", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert not run.returncode, run.stderr
+    assert run.stdout.split() == [str(len(_compiler.SHIPPED))]
+    assert "cannot be built" not in run.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_changed_source_is_not_taken_for_the_compiled_one(wheel, monkeypatch):
+    name, macros = _compiler.SHIPPED[0]
+    monkeypatch.setattr(_compiler, "__file__", str(wheel / "lit_adapters" / "ops" / "_compiler.py"))
+    path = _compiler.shipped(name, macros, "AVX2")
+    assert path.is_file()
+    source = wheel / "lit_adapters" / "ops" / f"{name}.cpp"
+    text = source.read_text()
+    source.write_text(text + "\n")
+    assert not _compiler.shipped(name, macros, "AVX2").exists()
+    source.write_text(text)
+    assert _compiler.shipped(name, macros, "DEFAULT") is None
+    assert _compiler.shipped(name, {"M": 3, "N": 2, "ABS_OF_SUM": 1}, "AVX2") is None
+
+
+def test_without_kernels_the_wheel_is_for_any_platform(tmp_path):
+    file = built(tmp_path)
+    assert file.name.endswith("-py3-none-any.whl")
+    assert not [name for name in ZipFile(file).namelist() if name.endswith(".so")]
