@@ -267,6 +267,35 @@ def inside_peft_rows(records: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
+def estimates_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """What was estimated of steps, and what they took."""
+    return [
+        [
+            "/".join(r["recipe"].split("/")[1:]),
+            ", ".join(setting.split(".")[-1] for setting in r["settings"]) or "as it is",
+            f"{r['allocated_mib']:,.0f} MiB",
+            f"{r['estimated_mib'] / r['allocated_mib']:.2f}",
+            f"{r['seconds']:.2f} s",
+            f"{r['estimated_seconds'] / r['seconds']:.2f}",
+        ]
+        for r in records
+    ]
+
+
+def published_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """What was estimated of others' runs, beside what they published."""
+    return [
+        [
+            r["method"],
+            f"{r['gib']} GiB" if r["gib"] else "not told",
+            f"{r['estimated_gib']:.1f} GiB",
+            f"{r['seconds']:,} s",
+            f"{r['estimated_seconds']:,.0f} s at least",
+        ]
+        for r in records
+    ]
+
+
 def several_adapters_rows(records: list[dict[str, Any]]) -> list[list[str]]:
     """What ten adapters cost, and a batch in which each row has its own."""
     return [

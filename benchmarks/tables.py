@@ -200,10 +200,25 @@ def linearisations() -> None:
         header += ["the same in peft", "ten by rows / ten passes", "largest difference of logits"]
         shown = f"{table(header, performance_tables.several_adapters_rows(records))}\n\n{machine(records)}"
         replace_block(ROOT / "docs" / "several-adapters.md", "several-adapters", shown)
+    page = ROOT / "docs" / "estimates.md"
+    if records := load(RESULTS / "estimates.json"):
+        header = [
+            "recipe",
+            "with",
+            "memory of a step",
+            "estimated / measured",
+            "time of a step",
+            "estimated / measured",
+        ]
+        shown = f"{table(header, performance_tables.estimates_rows(records))}\n\n{machine(records)}"
+        replace_block(page, "estimates", shown)
+    if records := load(RESULTS / "estimates_published.json"):
+        header = ["method", "memory, published", "estimated", "time, published", "estimated"]
+        replace_block(page, "estimates-published", table(header, performance_tables.published_rows(records)))
     if records := load(RESULTS / "linearisation.json"):
         header = ["run", "adapted", "activations taken out", "with corrections", "share of the difference"]
         header += ["error of the outputs", "largest error of a layer"]
-        shown = f"{table(header, subspace_tables.linearisation_rows(records))}\n\n{machine(records)}"
+        shown = f"{table(header, subspace_tables.linearisation_rows(records))}\n\n{machines([[r] for r in records])}"
         replace_block(ROOT / "docs" / "from-peft.md", "linearisation", shown)
 
 

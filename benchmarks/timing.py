@@ -109,8 +109,10 @@ def allocated_mib(step: Callable[[], object]) -> float:
         file = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
-    largest: int = max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]")
-    return largest / 2**20
+    counts = [e["args"] for e in sorted(events, key=lambda e: e.get("ts", 0)) if e["name"] == "[memory]"]
+    before = counts[0]["Total Allocated"] - counts[0]["Bytes"]
+    largest: int = max(count["Total Allocated"] for count in counts)
+    return (largest - before) / 2**20
 
 
 def spread(values: list[float]) -> dict[str, Any]:

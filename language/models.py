@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -111,6 +112,35 @@ def create_model(
     if gradient_checkpointing:
         _checkpoint_blocks(model)
     return model.eval()
+
+
+def create_skeleton(
+    name: str, *, dtype: Dtype = "float32", gradient_checkpointing: bool = False, attention: str | None = None
+) -> Any:
+    """`create_model` without the weights: from the configuration alone, with random values or none (on `meta`).
+
+    Args:
+        name: As for `create_model`.
+        dtype: Type of the weights.
+        gradient_checkpointing: As for `create_model`.
+        attention: As for `create_model`.
+
+    Raises:
+        AssetError: The configuration cannot be fetched, or the file is missing or torn.
+        AdapterError: As `create_model`.
+    """
+    if name == TINY_LLAMA:
+        model: Any = _tiny_llama({"dtype": _DTYPES[dtype]})
+    else:
+        with _loading(name) as source:
+            trusted = name in _trusted
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trusted)
+            model = AutoModelForCausalLM.from_config(config, dtype=_DTYPES[dtype], trust_remote_code=trusted)
+    if attention is not None:
+        _set_attention(model, attention)
+    if gradient_checkpointing:
+        _checkpoint_blocks(model)
+    return model
 
 
 def create_tokenizer(name: str) -> PreTrainedTokenizerBase:

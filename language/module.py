@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ from language.models import (
     Quantization,
     context_length,
     create_model,
+    create_skeleton,
     create_tokenizer,
     trust_code_of,
     vocabulary_size,
@@ -37,6 +39,7 @@ from lit_adapters.lightning.step_mean import StepMeanModule
 from lit_adapters.methods.method import to_methods
 from lit_adapters.model.sharding import refuse_sharded, shard
 from lit_adapters.training.hyperparameters import read_hyperparameters
+from lit_adapters.training.step_cost import Example
 
 
 class CausalLMTuner(LoadsFromFiles, StepMeanModule):
@@ -81,6 +84,11 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
     """
 
     fixed_by_weights: ClassVar[frozenset[str]] = frozenset({"model", "adapters", "train", "init_seed"})
+    memory_savers: ClassVar[tuple[str, ...]] = (
+        "model.gradient_checkpointing=true",
+        "model.dtype=bfloat16",
+        "model.quantization=nf4",
+    )
     logs_perplexity: ClassVar[bool] = True  # exp(loss), beside the mean of -log p
 
     def __init__(
@@ -165,6 +173,32 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
             self.report = la.attach(model, self.methods, train=self.train_modules)
         rank_zero_info(str(self.report))
         return model
+
+    def training_example(self, data: Any) -> Example:
+        """A step on a full batch of the data, all of whose tokens are learned, for `lit-adapters estimate`."""
+        if type(self).training_step is not CausalLMTuner.training_step:
+            raise AdapterError(f"{type(self).__name__} has a training step of its own, for which there is no estimate")
+        h, rows, length = self.hparams, data.batch_size, data.max_length
+
+        def build() -> nn.Module:
+            model = create_skeleton(
+                h["model"],
+                dtype=h["dtype"],
+                gradient_checkpointing=h["gradient_checkpointing"],
+                attention=h["attention"],
+            ).train()
+            la.attach(model, self.methods, train=self.train_modules)
+            return model
+
+        def loss(model: nn.Module) -> Tensor:
+            tokens, positions = torch.zeros(rows, length, dtype=torch.long), torch.arange(length)
+            logits = model(input_ids=tokens, use_cache=False, logits_to_keep=positions).logits.flatten(0, 1)
+            learned = torch.arange(rows * length)
+            return F.cross_entropy(logits[learned].float(), tokens.flatten(), reduction="sum")
+
+        with torch.device("meta"):
+            outputs = vocabulary_size(create_skeleton(h["model"]))
+        return Example(build, loss, rows, rows * length, "tokens", outputs, packed=h["quantization"] == "nf4")
 
     def on_fit_start(self) -> None:
         """Give the model the meaning of its data, and measure whether it does what the loss relies on."""

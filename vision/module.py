@@ -28,6 +28,7 @@ from lit_adapters.lightning.loading import LoadsFromFiles
 from lit_adapters.lightning.step_mean import StepMeanModule
 from lit_adapters.methods.method import to_methods
 from lit_adapters.model.sharding import shard
+from lit_adapters.training.step_cost import Example
 from lit_adapters.values import check_choice
 from vision.backbones import check_sizes, create_backbone, use_eager_attention
 from vision.figures import confusion_figure
@@ -58,6 +59,7 @@ class ViTClassifier(LoadsFromFiles, StepMeanModule):
             built, in `configure_model`.
     """
 
+    memory_savers: ClassVar[tuple[str, ...]] = ("trainer.precision=bf16-mixed",)
     fixed_by_weights: ClassVar[frozenset[str]] = frozenset(
         {"backbone", "num_classes", "pretrained", "adapters", "train", "image_size", "init_seed"}
     )
@@ -191,6 +193,23 @@ class ViTClassifier(LoadsFromFiles, StepMeanModule):
         self.report = la.attach(model, self.methods, train=self.train_modules)
         rank_zero_info(str(self.report))
         return model
+
+    def training_example(self, data: Any) -> Example:
+        """A step on a full batch of the data, for `lit-adapters estimate`."""
+        h, rows, size = self.hparams, data.batch_size, self.hparams["image_size"]
+
+        def build() -> nn.Module:
+            model = create_backbone(h["backbone"], num_classes=h["num_classes"], pretrained=False, image_size=size)
+            if h["attention"] == "eager":
+                use_eager_attention(model)
+            la.attach(model, self.methods, train=self.train_modules)
+            return model
+
+        def loss(model: nn.Module) -> Tensor:
+            images, labels = torch.zeros(rows, 3, size, size), torch.zeros(rows, dtype=torch.long)
+            return F.cross_entropy(model(images).float(), labels, reduction="sum")
+
+        return Example(build, loss, rows, rows, "images", h["num_classes"])
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) to logits (B, num_classes)."""

@@ -19,6 +19,8 @@ from safetensors.torch import save_model
 from torch import nn
 
 from lit_adapters import console, methods
+from lit_adapters.cli.estimate import add_arguments as add_estimate_options
+from lit_adapters.cli.estimate import estimate
 from lit_adapters.cli.models import adapted_model, build_base, import_modules
 from lit_adapters.cli.study import add_arguments, study_command
 from lit_adapters.errors import AdapterError
@@ -196,6 +198,13 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     command("methods", list_methods, "list the adapter methods: what each is, whether it merges into weights", "")
+    sub = command(
+        "estimate",
+        estimate,
+        "say what a recipe takes in memory and time, before anything is loaded",
+        "--config configs/language/smollm2/lora.yaml --device l40s data.batch_size=16",
+    )
+    add_estimate_options(sub)
     sub = command(
         "inspect",
         inspect,

@@ -228,6 +228,10 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
         """Whether `calibrate` must run before training."""
         return False
 
+    def assume_calibrated(self) -> None:
+        """Train without calibration: for models without values, from which nothing is learned."""
+        self._awaits_calibration = False
+
     @property
     def calibrates(self) -> bool:
         """Whether `lit_adapters.calibrate` shows this adapter its inputs, and calls `calibrate`."""

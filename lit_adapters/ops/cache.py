@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 Value = TypeVar("Value")
+
+_represents_others = True  # whether a tensor may represent another one inside a dispatch mode
 
 
 class Cache(Generic[Value]):
@@ -40,7 +43,8 @@ class Cache(Generic[Value]):
         Returns:
             The value.
         """
-        if torch._C._len_torch_dispatch_stack() or any(t.is_inference() for t in sources):
+        represents = _represents_others and torch._C._len_torch_dispatch_stack()
+        if represents or any(t.is_inference() for t in sources):
             with torch.no_grad():
                 return compute()
         versions, last = [(t, t._version, _address(t)) for t in sources], self._last
@@ -62,6 +66,17 @@ class Cache(Generic[Value]):
 
     def __reduce__(self) -> tuple[type[Cache], tuple[()]]:
         return Cache, ()
+
+
+@contextmanager
+def keeping_in_modes() -> Iterator[None]:
+    """Inside the block values are kept in dispatch modes too, for a mode whose tensors represent no others."""
+    global _represents_others
+    _represents_others = False
+    try:
+        yield
+    finally:
+        _represents_others = True
 
 
 def _address(tensor: Tensor) -> int:

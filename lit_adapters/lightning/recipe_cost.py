@@ -1,0 +1,120 @@
+"""What a step of a recipe takes, before weights or data are loaded."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from lit_adapters.errors import AdapterError
+from lit_adapters.lightning.optimizers import build_optimizers
+from lit_adapters.training.step_cost import Example, StepCost, step_cost
+
+PROGRAMS = ("vision", "language")  # the applications of a checkout
+# The recipe may be for a machine that is not this one, and nothing is to be written.
+_HERE = (
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
+    "--trainer.logger=false",
+    "--trainer.callbacks=null",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an estimate needs of a recipe.
+
+    Attributes:
+        module: The LightningModule, which builds its model later.
+        example: Its training step.
+        optimizer: Makes the optimiser of a model.
+        autocast: The dtype of products under autocast; None without it.
+        weights: The dtype that all weights are cast to; None leaves them.
+        accumulated: Batches of a step.
+    """
+
+    module: Any
+    example: Example
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    autocast: torch.dtype | None
+    weights: torch.dtype | None
+    accumulated: int
+
+    def cost(self) -> StepCost:
+        """What one batch takes."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a training, which this is not
+            return step_cost(self.example, self.optimizer, self.autocast, self.weights)
+
+
+def read_recipe(file: Path, settings: Sequence[str] = (), program: str | None = None) -> Recipe:
+    """Read a recipe of a training. Neither weights nor data are loaded.
+
+    Args:
+        file: The recipe.
+        settings: Changes of it, as KEY=VALUE.
+        program: The module with the command line `main`; by default the application whose model the recipe has.
+
+    Raises:
+        AdapterError: The recipe cannot be read, or its module has no `training_example`.
+    """
+    program = program or _program_of(file)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    arguments = [f"--config={file}", *(f"--{setting}" for setting in settings), *_HERE]
+    try:
+        main = import_module(f"{program}.__main__").main
+    except ModuleNotFoundError as error:
+        raise AdapterError(f"--program {program}: {error}; run it in the folder of the checkout") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            cli = main(arguments, run=False)
+        except AdapterError as error:
+            raise AdapterError(f"{error} (read as a recipe of {program}; --program says whose it is)") from error
+    module, section = cli.model, cli.config["optimizer"]
+    if not hasattr(module, "training_example"):
+        raise AdapterError(f"{type(module).__name__} has no training_example, which an estimate needs")
+    if section is None:
+        raise AdapterError(f"{str(file)!r} has no section optimizer, whose states take memory: add it")
+
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        module.model, module.trainer = model, cli.trainer
+        built: torch.optim.Optimizer = build_optimizers(module, section, lr_scale=cli.config["lr_scale"])
+        return built
+
+    precision = str(cli.trainer.precision)
+    halves = torch.bfloat16 if precision[:2] in ("16", "bf") else None
+    return Recipe(
+        module,
+        module.training_example(cli.datamodule),
+        optimizer,
+        autocast=halves if precision.endswith("mixed") else None,
+        weights=halves if precision.endswith("true") else None,
+        accumulated=cli.trainer.accumulate_grad_batches,
+    )
+
+
+def _program_of(recipe: Path) -> str:
+    """The application whose model takes what the recipe gives it."""
+    try:
+        given = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]
+    except OSError as error:
+        raise AdapterError(f"--config {str(recipe)!r}: {error}") from error
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise AdapterError(f"{str(recipe)!r} has no section model: give a recipe of a training") from error
+    known = {"vision": "backbone", "language": "model"}
+    for program in PROGRAMS:
+        if isinstance(given, dict) and known[program] in given:
+            return program
+    raise AdapterError(f"{str(recipe)!r} names neither a backbone nor a language model: give --program")

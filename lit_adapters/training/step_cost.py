@@ -1,0 +1,298 @@
+"""What a training step takes in memory and arithmetic, found without weights, data or the device it will run on.
+
+The model is built without values, and one step after another is traced with fake tensors, which have shapes and no
+memory. Each storage counts from the operation that makes it to its last reference, so that what autograd saves, what
+adapters keep between steps and what an operation needs for a moment are all in the peak.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from lit_adapters.model.attach import adapters
+from lit_adapters.ops.cache import keeping_in_modes
+
+WEIGHTS, TRAINED = "weights", "trained parameters"
+GRADIENTS, STATES, KEPT = "gradients", "optimiser states", "copies that adapters keep"
+ACTIVATIONS, LOGITS, TEMPORARY = "activations", "logits", "temporary"
+OF_ROWS = (ACTIVATIONS, LOGITS, TEMPORARY)  # these grow with the rows of a batch
+
+
+@dataclass(frozen=True)
+class Example:
+    """A training step that can be traced.
+
+    Attributes:
+        build: Makes the adapted model; it is called on the meta device, so that no values are computed.
+        loss: The loss of the model for a batch of the usual size, made up.
+        rows: Rows of the batch.
+        items: Tokens or images of the batch.
+        unit: What they are.
+        outputs: Size of the last dimension of logits.
+        packed: Whether the frozen weights of linear layers, but for the head, will be in 4 bits.
+    """
+
+    build: Callable[[], nn.Module]
+    loss: Callable[[nn.Module], Tensor]
+    rows: int
+    items: int
+    unit: str
+    outputs: int
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Operations of one kind in a step.
+
+    Attributes:
+        flops: Multiplications and additions of matrix products, convolutions and attention.
+        moved: Bytes of inputs and outputs.
+        dtype: In which it computes.
+    """
+
+    flops: int
+    moved: int
+    dtype: torch.dtype
+
+
+@dataclass
+class StepCost:
+    """What a step takes.
+
+    Attributes:
+        parts: Bytes at the peak, by part.
+        operations: What was computed, in order.
+        of_rows: The most bytes that activations, logits and temporary tensors take together.
+        largest_block: Bytes of the parameters of the largest of the repeated blocks.
+    """
+
+    parts: dict[str, int]
+    operations: list[Operation] = field(repr=False)
+    of_rows: int
+    largest_block: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of a step."""
+        return sum(o.flops for o in self.operations)
+
+    @property
+    def moved(self) -> int:
+        """Bytes that operations of a step read and write."""
+        return sum(o.moved for o in self.operations)
+
+
+def step_cost(
+    example: Example,
+    optimizer: Callable[[nn.Module], Optimizer],
+    autocast: torch.dtype | None = None,
+    weights: torch.dtype | None = None,
+) -> StepCost:
+    """Trace two training steps, the second of which has everything that stays from the first.
+
+    Args:
+        example: The step.
+        optimizer: Makes the optimiser of the model's trainable parameters.
+        autocast: In which dtype autocast computes products; None without it.
+        weights: The model is cast to this dtype first, as by the Trainer's `bf16-true`.
+
+    Returns:
+        What the second step takes. Attention is the CPU's fused kernel, which keeps queries, keys, values and outputs,
+        as the fused kernels of GPUs do.
+    """
+    with torch.device("meta"):
+        model = example.build()
+        if weights is not None:
+            model.to(weights)
+    for _, adapter in adapters(model):
+        adapter.assume_calibrated()
+    mode = FakeTensorMode()
+    _give_shapes(model, mode)
+    with mode, keeping_in_modes():
+        recorder = _Recorder(example.outputs)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            recorder.add(tensor, TRAINED if tensor.requires_grad else WEIGHTS)
+        stepping = optimizer(model)
+        with recorder:
+            for _ in range(2):
+                recorder.begin()
+                step(model, example, stepping, autocast, recorder)
+    parts = dict(recorder.at_peak)
+    if example.packed:
+        saved, largest = _packed(model)
+        parts[WEIGHTS] -= saved
+        parts[TEMPORARY] = parts.get(TEMPORARY, 0) + largest  # one weight at a time is unpacked
+    return StepCost(parts, recorder.operations, recorder.of_rows, _largest_block(model))
+
+
+_PACKED_BYTES = 0.5 + (1 + 4 / 256) / 64  # of a number: 4 bits; a scale of 8 bits for 64, and one of 32 for 256 scales
+
+
+def _packed(model: nn.Module) -> tuple[int, int]:
+    """Bytes that packing saves, and those of the largest packed weight."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    whole = {id(m.weight) for m in model.modules() if m is head or isinstance(m, nn.Embedding)}
+    # Adapters hold the weight of their base under its own name.
+    candidates = (module._parameters.get("weight") for module in model.modules())
+    weights = {
+        id(w): w for w in candidates if w is not None and w.dim() == 2 and not w.requires_grad and id(w) not in whole
+    }
+    sizes = [(_bytes(w), w.numel()) for w in weights.values()]
+    return sum(size - int(count * _PACKED_BYTES) for size, count in sizes), max((size for size, _ in sizes), default=0)
+
+
+def step(model: nn.Module, example: Example, optimizer: Optimizer, autocast: Any, recorder: _Recorder) -> None:
+    """Forward, backward and optimiser."""
+    recorder.phase = ACTIVATIONS
+    with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+        loss = example.loss(model)
+    recorder.phase = TEMPORARY
+    loss.backward()
+    del loss
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            recorder.rename(parameter.grad, GRADIENTS)
+    recorder.phase = STATES
+    optimizer.step()
+    optimizer.zero_grad()
+    recorder.rename_rest(ACTIVATIONS, KEPT)
+
+
+class _Recorder(TorchDispatchMode):
+    """Adds up storages that are alive, and what operations compute."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.phase = WEIGHTS
+        self.alive: dict[int, tuple[str, int]] = {}
+        self.now: Counter[str] = Counter()
+        self.came = 0  # storages so far
+        self.born: dict[int, int] = {}  # how many there were with this one, of those alive
+        self.at_peak: dict[str, int] = {}
+        self.peak_at = 0  # storages so far, at the peak
+        self.operations: list[Operation] = []
+        self.of_rows = 0
+        self.begun = 0
+
+    def begin(self) -> None:
+        """Begin a step: forget the peak and the operations of the last."""
+        self.at_peak, self.peak_at, self.operations = {}, 0, []
+        self.begun += 1
+
+    def add(self, tensor: Tensor, part: str | None = None) -> None:
+        """Count a tensor's storage from now on, if it is new."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.alive:
+            return
+        if part is None:
+            wide = self.phase != STATES and tensor.dim() > 1 and tensor.shape[-1] == self.outputs
+            part = LOGITS if wide else self.phase
+        self.came += 1
+        self.born[key] = self.came
+        self.alive[key] = part, storage.nbytes()
+        self.now[part] += storage.nbytes()
+        weakref.finalize(storage, self._forget, key)
+        self.of_rows = max(self.of_rows, sum(self.now[part] for part in OF_ROWS))
+        if self.now.total() > sum(self.at_peak.values()):
+            self.at_peak, self.peak_at = dict(self.now), self.came
+
+    def rename(self, tensor: Tensor, part: str) -> None:
+        """Count a storage that is known as another part."""
+        self._rename(tensor.untyped_storage()._cdata, part)
+
+    def rename_rest(self, part: str, other: str) -> None:
+        """Count all that is alive of a part as another one."""
+        for key in [key for key, (known, _) in self.alive.items() if known == part]:
+            self._rename(key, other)
+
+    def _rename(self, key: int, part: str) -> None:
+        known, size = self.alive[key]
+        counts: list[dict[str, int]] = [self.now]
+        if self.born[key] <= self.peak_at:
+            counts.append(self.at_peak)
+        for count in counts:
+            count[known] = count.get(known, 0) - size
+            count[part] = count.get(part, 0) + size
+        self.alive[key] = part, size
+
+    def _forget(self, key: int) -> None:
+        part, size = self.alive.pop(key)
+        del self.born[key]
+        self.now[part] -= size
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and count what it takes."""
+        if function is torch.ops.aten._local_scalar_dense.default:
+            # Checks ask whether all is well, optimisers how many steps they took: before or after they count this one.
+            return args[0].dtype == torch.bool or self.begun - 0.5
+        result = function(*args, **(kwargs or {}))
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        known = {t.untyped_storage()._cdata for t in inputs}
+        for tensor in outputs:
+            self.add(tensor)
+        if function.is_view or not outputs:
+            return result
+        count = flop_registry.get(function._overloadpacket)
+        flops = 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
+        moved = sum(_bytes(t) for t in inputs)
+        moved += sum(_bytes(t) for t in outputs if t.untyped_storage()._cdata not in known)
+        self.operations.append(Operation(flops, moved, outputs[0].dtype))
+        return result
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _give_shapes(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace the tensors of a model on the meta device by fake ones on the CPU; what is shared stays shared."""
+    memory: dict[int, Tensor] = {}
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        with mode:
+            if storage._cdata not in memory:
+                count = storage.nbytes() // tensor.element_size()
+                memory[storage._cdata] = torch.empty(count, dtype=tensor.dtype, device="cpu")
+            view = memory[storage._cdata].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return nn.Parameter(view, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else view
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    if id(tensor) not in made:
+                        made[id(tensor)] = fake(tensor)
+                    tensors[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def _largest_block(model: nn.Module) -> int:
+    """Bytes of the parameters of the largest child of a list of modules; of the whole model where there is none."""
+    blocks = [
+        child for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential)) for child in module
+    ]
+    sizes = [sum(map(_bytes, block.parameters())) for block in blocks]
+    return max(sizes, default=sum(map(_bytes, model.parameters())))

@@ -1,0 +1,103 @@
+"""`lit-adapters estimate`: what it says of recipes, without weights, data or files of its own."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from lit_adapters.cli.commands import main
+from lit_adapters.cli.estimate import _number
+from lit_adapters.errors import AdapterError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMOKE = [str(path) for path in sorted(CONFIGS.glob("*/smoke/*.yaml")) if path.stem not in ("dpo", "grpo", "draft")]
+VISION, LANGUAGE = "configs/vision/smoke/lora.yaml", "configs/language/smoke/lora.yaml"
+GPU = ("--device", "l40s")
+
+
+@pytest.fixture
+def estimate(capsys):
+    def command(*arguments):
+        main(["estimate", *map(str, arguments)])
+        return capsys.readouterr().out
+
+    return command
+
+
+def total(printed):
+    return float(re.search(r"in all +([\d,.]+)", printed)[1].replace(",", ""))
+
+
+@pytest.mark.parametrize(("recipe", "unit"), [(VISION, "images"), (LANGUAGE, "tokens")])
+def test_it_says_what_fits(estimate, recipe, unit):
+    before = set(os.listdir())
+    data = "data.root=/nowhere" if recipe == VISION else "data.path=/nowhere.jsonl"
+    printed = estimate("--config", recipe, *GPU, data)
+    assert "weights" in printed
+    assert "time on L40S: at least" in printed
+    assert f"{unit} a second" in printed
+    assert "fits 44.7 GiB: yes" in printed
+    assert set(os.listdir()) == before
+    more = estimate("--config", recipe, *GPU, "data.batch_size=64")
+    assert total(more) > total(printed)
+
+
+def test_it_says_what_to_change(estimate):
+    printed = estimate("--config", LANGUAGE, *GPU, "--device-memory", "12MiB", "--devices", 4)
+    assert "fits 0.0 GiB: no; a batch of" in printed
+    for change in ("gradient_checkpointing=true", "dtype=bfloat16", "quantization=nf4", "--strategy fsdp --devices 4"):
+        assert change in printed
+    assert "buckets of gradients" not in estimate("--config", LANGUAGE, *GPU)
+    assert "sending" in printed
+
+
+def test_accumulated_batches_take_time_and_no_memory(estimate):
+    one, four = (estimate("--config", VISION, *GPU, f"trainer.accumulate_grad_batches={n}") for n in (1, 4))
+    assert total(one) == total(four)
+    assert "a step of 8 images" in one
+    assert "a step of 32 images" in four
+
+
+def test_this_machine_is_measured(estimate):
+    printed = estimate("--config", VISION)
+    assert re.search(r"time on this CPU, \d+ threads: at least ", printed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nowhere.yaml"], "'nowhere.yaml'"),
+        (["--config", "configs/studies/smoke.yaml"], "has no section model"),
+        (["--config", VISION, "--devices", "0"], "--devices 0 must be at least 1"),
+        (["--config", VISION, "--device", "h900"], "'h900' is unknown: use cpu, a100-40gb"),
+        (["--config", VISION, "--device-memory", "lots"], "'lots' is no number above 0"),
+        (["--config", VISION, "data.batch_sze=3"], "data.batch_sze.*read as a recipe of vision"),
+        (["--config", VISION, "--program", "nothing_such"], "No module named 'nothing_such'"),
+        (["--config", "configs/language/smoke/dpo.yaml", "--program", "language.dpo"], "DPOTuner has a training step"),
+    ],
+)
+def test_wrong_inputs_are_one_line(arguments, message):
+    with pytest.raises(SystemExit, match=message) as ended:
+        main(["estimate", *arguments])
+    assert len(str(ended.value).strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("80GiB", 80 * 2**30), ("864GB", 864e9), ("362T", 362e12), ("3.2e12", 3.2e12), ("1.5 GB/s", 1.5e9), ("7", 7)],
+)
+def test_numbers_have_units(text, value):
+    assert _number("--x", text) == value
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-3", "1.2.3GB", "0", "5 apples", "nan"])
+def test_what_is_no_number(text):
+    with pytest.raises(AdapterError, match="is no number above 0"):
+        _number("--x", text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SMOKE, ids=lambda path: "-".join(Path(path).parts[-3::2]))
+def test_every_smoke_recipe(estimate, recipe):
+    assert "fits 44.7 GiB: yes" in estimate("--config", recipe, *GPU)

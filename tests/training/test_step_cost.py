@@ -1,0 +1,199 @@
+"""What a step takes, traced without values: held to the allocator, to formulas and to known sizes."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lit_adapters as la
+from benchmarks.timing import allocated_mib
+from lit_adapters import optimizers
+from lit_adapters.ops import cache
+from lit_adapters.training.hardware import DEVICES, Device
+from lit_adapters.training.placement import BUCKETS, GATHERED, place
+from lit_adapters.training.step_cost import (
+    GRADIENTS,
+    KEPT,
+    LOGITS,
+    STATES,
+    TEMPORARY,
+    TRAINED,
+    WEIGHTS,
+    Example,
+    Operation,
+    step_cost,
+)
+from tests.matrix import ALL, METHODS
+
+ROWS, LENGTH, VOCABULARY = 4, 64, 512
+
+
+def llama(**changes):
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=VOCABULARY, **changes)).train()
+
+
+def loss(model):
+    tokens = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
+    mask[0, 0] = 0  # as in a padded batch
+    return model(input_ids=tokens, attention_mask=mask, labels=tokens, use_cache=False).loss
+
+
+def adamw(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+
+def example(method=None, prepare=None, **changes):
+    def build():
+        model = llama(**changes)
+        if method is not None:
+            la.attach(model, method)
+        if prepare is not None:
+            prepare(model)
+        return model
+
+    return Example(build, loss, ROWS, ROWS * LENGTH, "tokens", VOCABULARY)
+
+
+def beyond_the_model(cost):
+    return (cost.peak - cost.parts.get(WEIGHTS, 0) - cost.parts.get(TRAINED, 0)) / 2**20
+
+
+def held_to_the_allocator(given, autocast=None, optimizer=adamw):
+    cost = step_cost(given, optimizer, autocast)
+    model = given.build()
+    storages = [t.untyped_storage() for t in [*model.parameters(), *model.buffers()]]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    assert cost.parts.get(WEIGHTS, 0) + cost.parts.get(TRAINED, 0) == sum(storages.values())
+    stepping = optimizer(model)
+
+    def step():
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            value = given.loss(model)
+        value.backward()
+        stepping.step()
+        stepping.zero_grad()
+
+    assert beyond_the_model(cost) == pytest.approx(allocated_mib(step), rel=0.1)
+    return cost
+
+
+@pytest.mark.parametrize("name", ["lora", "nora"])
+def test_memory_is_what_the_allocator_counts(name):
+    held_to_the_allocator(example(METHODS[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", list(ALL))
+def test_memory_of_every_method_is_what_the_allocator_counts(name, autocast):
+    held_to_the_allocator(example(ALL[name]), autocast)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["LoRAPlus", "LoRARITE", "LoFT"])
+def test_memory_of_every_optimizer_is_what_the_allocator_counts(name):
+    def optimizer(model):
+        return getattr(optimizers, name)(optimizers.parameter_groups(model, lr=1e-3, pairs=True))
+
+    held_to_the_allocator(example(la.LoRA(rank=16)), optimizer=optimizer)
+
+
+def test_full_fine_tuning_and_checkpointing():
+    full = held_to_the_allocator(example())
+    assert full.parts[TRAINED] > 0
+    assert full.parts[STATES] == pytest.approx(2 * full.parts[TRAINED], rel=1e-3)
+
+    def enable(model):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    plain, checkpointed = (held_to_the_allocator(example(METHODS["lora"], p)) for p in (None, enable))
+    assert checkpointed.of_rows < plain.of_rows
+    assert checkpointed.flops > plain.flops
+
+
+def test_logits_are_told_apart():
+    parts = step_cost(example(METHODS["lora"]), adamw).parts
+    assert parts[LOGITS] % (ROWS * LENGTH * VOCABULARY * 4) == 0
+
+
+def test_tied_weights_count_once():
+    tied, untied = (step_cost(example(METHODS["lora"], tie_word_embeddings=t), adamw) for t in (True, False))
+    assert untied.parts[WEIGHTS] - tied.parts[WEIGHTS] == VOCABULARY * 64 * 4
+
+
+def test_weights_are_cast():
+    full, half = (step_cost(example(METHODS["lora"]), adamw, weights=dtype) for dtype in (None, torch.bfloat16))
+    assert half.parts[TRAINED] == full.parts[TRAINED]  # adapters stay in float32
+    assert half.parts[WEIGHTS] == pytest.approx(full.parts[WEIGHTS] / 2, rel=0.01)
+
+
+def test_operations_of_a_linear_layer():
+    """2 n m k operations in the forward pass, as many for the gradient of the weight, none for that of the input."""
+    rows, inputs, outputs = 8, 16, 32
+
+    def build():
+        return nn.Linear(inputs, outputs, bias=False)
+
+    given = Example(build, lambda m: m(torch.ones(rows, inputs)).sum(), rows, rows, "rows", 0)
+    cost = step_cost(given, lambda m: torch.optim.SGD(m.parameters(), lr=1.0))
+    assert cost.flops == 2 * 2 * rows * inputs * outputs
+    assert cost.parts[GRADIENTS] == cost.parts[TRAINED] == 4 * inputs * outputs
+    product = next(o for o in cost.operations if o.flops)
+    assert product.moved == 4 * (rows * inputs + inputs * outputs + rows * outputs)
+
+
+def test_what_adapters_keep_between_steps_is_told():
+    method = la.NestedLoRA(rank=32, inner_rank=2, init="svd")  # keeps its frozen outer pair in the dtype of products
+    cost = step_cost(example(method), adamw, torch.bfloat16)
+    assert cost.parts[KEPT] > 0
+
+
+def test_packed_weights_take_what_bitsandbytes_needs():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    weight = torch.randn(128, 4096)
+    packed = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    packed = packed.to("cpu")
+    state = packed.quant_state
+    taken = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+
+    def build():
+        model = nn.Sequential(nn.Linear(4096, 128, bias=False), nn.GELU())
+        la.attach(model, la.LoRA(rank=2, targets=["0"]))
+        return model
+
+    def cost(is_packed):
+        given = Example(build, lambda m: m(torch.ones(2, 4096)).sum(), 2, 2, "rows", 0, is_packed)
+        return step_cost(given, adamw)
+
+    plain, quantised = cost(False), cost(True)
+    assert plain.parts[WEIGHTS] - quantised.parts[WEIGHTS] == pytest.approx(weight.nbytes - taken, rel=1e-3)
+    assert quantised.parts[TEMPORARY] - plain.parts.get(TEMPORARY, 0) == weight.nbytes
+
+
+def test_values_are_kept_in_other_modes_as_before():
+    step_cost(example(METHODS["lora"]), adamw)
+    assert cache._represents_others
+
+
+def test_several_devices():
+    cost = step_cost(example(METHODS["lora"]), adamw)
+    assert place(cost, 1, "fsdp").parts == cost.parts
+    trained = cost.parts[TRAINED]
+    ddp = place(cost, 4, "ddp")
+    assert ddp.peak == cost.peak + trained == cost.peak + ddp.parts[BUCKETS]
+    assert ddp.sent == 2 * 3 / 4 * trained
+    sharded = place(cost, 4, "fsdp")
+    assert sharded.parts[WEIGHTS] == cost.parts[WEIGHTS] / 4
+    assert sharded.parts[GATHERED] == 2 * cost.largest_block
+    assert sharded.sent == 3 / 4 * (2 * (cost.parts[WEIGHTS] + trained) + trained)
+    assert ddp.seconds_between(DEVICES["h100"]) == ddp.sent / 450e9
+
+
+def test_each_operation_is_bound_by_arithmetic_or_memory():
+    device = Device("d", 1e9, halves=20.0, floats=10.0, bandwidth=5.0, link=1.0, overhead=0.5, reach=(0.5, 0.25))
+    floats = [Operation(100, 5, torch.float32), Operation(0, 20, torch.float32)]
+    assert device.seconds(floats) == (10 + 4) / 0.5 + 2 * 0.5
+    assert device.seconds([Operation(100, 5, torch.bfloat16)]) == 5 / 0.25 + 0.5
+    assert device.bounds(floats) == (10, 5)
