@@ -1,0 +1,89 @@
+"""Two nodes of one process each, as torchrun starts them: the same as one node of two, also after one was killed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.lightning.tiny_task import assert_equal_bits
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "configs/vision/smoke/nora_plus_plus.yaml"
+FSDP = [
+    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
+    *("--trainer.strategy.data_parallel_size=2", "--trainer.strategy.tensor_parallel_size=1"),
+    *("--trainer.strategy.save_distributed_checkpoint=false", "--trainer.strategy.process_group_backend=gloo"),
+]
+STRATEGIES = {"ddp": ["--trainer.strategy=ddp"], "fsdp": FSDP}
+pytestmark = pytest.mark.slow
+
+
+def free_port():
+    with closing(socket.socket()) as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def train(folder, strategy, nodes, *arguments, restarts=0):
+    """Train by torchrun on so many nodes, two processes in all; the last checkpoint, and what was printed."""
+    here = f"localhost:{free_port()}"
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={2 // nodes}"]
+    launcher += [f"--max-restarts={restarts}", "--rdzv-backend=c10d", f"--rdzv-endpoint={here}", "--rdzv-id=1"]
+    task = ["-m", "vision", "fit", f"--config={RECIPE}", "--ckpt_path=last", "--trainer.max_epochs=2"]
+    task += [f"--trainer.num_nodes={nodes}", f"--trainer.devices={2 // nodes}", *STRATEGIES[strategy], *arguments]
+    task += [f"--trainer.logger.init_args.save_dir={folder}", "--trainer.logger.init_args.version=one"]
+    # Restarted processes would meet in the store of the first ones, and torch 2.14 waits there for ever.
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    logs = [folder / f"node{number}.txt" for number in range(nodes)]
+    agents = []
+    for log in logs:
+        with log.open("w") as file:
+            command = [*launcher, *task]
+            agents.append(
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+            )
+    try:
+        codes = [agent.wait(timeout=300) for agent in agents]
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                os.killpg(agent.pid, signal.SIGKILL)
+    printed = "\n".join(log.read_text() for log in logs)
+    assert codes == [0] * nodes, printed[-6000:]
+    checkpoints = folder / "vision" / "smoke-nora_plus_plus" / "one" / "checkpoints"
+    return torch.load(checkpoints / "last.ckpt", weights_only=True), printed
+
+
+@pytest.fixture(scope="module", params=list(STRATEGIES))
+def uninterrupted(request, tmp_path_factory):
+    """The strategy, and what two nodes learn by it."""
+    return request.param, train(tmp_path_factory.mktemp("nodes"), request.param, 2)[0]
+
+
+def test_two_nodes_learn_what_one_of_two_processes_does(uninterrupted, tmp_path):
+    strategy, learned = uninterrupted
+    alone, _ = train(tmp_path, strategy, 1)
+    assert learned["global_step"] == alone["global_step"] == 6
+    assert_equal_bits(learned["state_dict"], alone["state_dict"])
+
+
+def test_a_killed_node_is_restarted_and_the_run_is_exact(uninterrupted, tmp_path):
+    strategy, learned = uninterrupted
+    keep = [
+        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+        "--trainer.callbacks.every_n_train_steps=2",
+    ]
+    keep += ["--trainer.callbacks.filename=last-step"]
+    kill = ["--trainer.callbacks+=tests.scale.stopping.Stopping", f"--trainer.callbacks.marker={tmp_path}/killed"]
+    kill += ["--trainer.callbacks.step=5", "--trainer.callbacks.name=SIGKILL", "--trainer.callbacks.rank=1"]
+    again, printed = train(tmp_path, strategy, 2, *keep, *kill, restarts=2)
+    assert (tmp_path / "killed1").exists()
+    assert "last-step" in printed  # resumed from
+    assert_equal_bits(again["state_dict"], learned["state_dict"])
