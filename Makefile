@@ -45,7 +45,7 @@ lint: $(ENVIRONMENT)
 docs: $(ENVIRONMENT)  ## the site from docs/ and the docstrings, in site/; warnings and dead links are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-wheel: $(ENVIRONMENT)  ## a wheel in dist/ with compiled kernels, for Linux on x86-64; it needs no compiler
+wheel: $(ENVIRONMENT)  ## a wheel in dist/ with compiled kernels, for Linux on x86-64; where it is installed no compiler is needed
 	LIT_ADAPTERS_KERNELS=1 $(BIN)/python -m pip wheel -q --no-deps -w dist .
 
 # ROOT holds cifar10/ (train and test, folders or .tar.gz) and alpaca_demo/. Methods are compared by configs/studies.

@@ -197,7 +197,10 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
             return F.cross_entropy(logits[learned].float(), tokens.flatten(), reduction="sum")
 
         with torch.device("meta"):
-            outputs = vocabulary_size(create_skeleton(h["model"]))
+            skeleton = create_skeleton(h["model"])
+        outputs, context = vocabulary_size(skeleton), context_length(skeleton)
+        if context is not None and length > context:
+            raise la.DataError(f"data.max_length {length} exceeds the model's {context} positions: set it to {context}")
         return Example(build, loss, rows, rows * length, "tokens", outputs, packed=h["quantization"] == "nf4")
 
     def on_fit_start(self) -> None:

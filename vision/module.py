@@ -206,7 +206,8 @@ class ViTClassifier(LoadsFromFiles, StepMeanModule):
             return model
 
         def loss(model: nn.Module) -> Tensor:
-            images, labels = torch.zeros(rows, 3, size, size), torch.zeros(rows, dtype=torch.long)
+            dtype = next(model.parameters()).dtype  # the Trainer casts inputs under `bf16-true`
+            images, labels = torch.zeros(rows, 3, size, size, dtype=dtype), torch.zeros(rows, dtype=torch.long)
             return F.cross_entropy(model(images).float(), labels, reduction="sum")
 
         return Example(build, loss, rows, rows, "images", h["num_classes"])

@@ -44,7 +44,7 @@ def import_modules(names: Sequence[str]) -> None:
         AdapterError: A module does not exist, or importing it fails.
     """
     for name in names:
-        _look_here_for(name)
+        look_here_for(name)
         try:
             importlib.import_module(name)
         except Exception as error:  # whatever a user's module may raise
@@ -64,7 +64,7 @@ def find_callable(path: str, option: str) -> Any:
     Raises:
         AdapterError: Nothing has this path, its module does not import, or what it names cannot be called.
     """
-    _look_here_for(path)
+    look_here_for(path)
     parts = path.split(".")
     for length in range(len(parts) - 1, 0, -1):
         module = ".".join(parts[:length])
@@ -86,7 +86,7 @@ def find_callable(path: str, option: str) -> Any:
     )
 
 
-def _look_here_for(path: str) -> None:
+def look_here_for(path: str) -> None:
     """Let Python find a module that the user typed in the working directory, if it is nowhere else."""
     top = path.split(".")[0]
     try:

@@ -19,7 +19,8 @@ from lit_adapters.lightning.optimizers import build_optimizers
 from lit_adapters.training.step_cost import Example, StepCost, step_cost
 
 PROGRAMS = ("vision", "language")  # the applications of a checkout
-# The recipe may be for a machine that is not this one, and nothing is to be written.
+_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
+# The recipe may be for a machine that is not this one, and a run has no folder.
 _HERE = (
     "--trainer.accelerator=cpu",
     "--trainer.devices=1",
@@ -50,11 +51,11 @@ class Recipe:
     weights: torch.dtype | None
     accumulated: int
 
-    def cost(self) -> StepCost:
-        """What one batch takes."""
+    def cost(self, foreach: bool = False) -> StepCost:
+        """What a step takes; `foreach` as for `step_cost`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a training, which this is not
-            return step_cost(self.example, self.optimizer, self.autocast, self.weights)
+            return step_cost(self.example, self.optimizer, self.autocast, self.weights, foreach)
 
 
 def read_recipe(file: Path, settings: Sequence[str] = (), program: str | None = None) -> Recipe:
@@ -68,7 +69,7 @@ def read_recipe(file: Path, settings: Sequence[str] = (), program: str | None = 
     Raises:
         AdapterError: The recipe cannot be read, or its module has no `training_example`.
     """
-    program = program or _program_of(file)
+    program = program or program_of(file)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     arguments = [f"--config={file}", *(f"--{setting}" for setting in settings), *_HERE]
@@ -93,20 +94,28 @@ def read_recipe(file: Path, settings: Sequence[str] = (), program: str | None = 
         built: torch.optim.Optimizer = build_optimizers(module, section, lr_scale=cli.config["lr_scale"])
         return built
 
-    precision = str(cli.trainer.precision)
-    halves = torch.bfloat16 if precision[:2] in ("16", "bf") else None
+    precision, accumulated = str(cli.trainer.precision), cli.trainer.accumulate_grad_batches
+    if precision not in _PRECISIONS:
+        raise AdapterError(f"trainer.precision {precision!r} is not estimated: use {', '.join(_PRECISIONS)}")
+    if accumulated < 1:
+        raise AdapterError(f"trainer.accumulate_grad_batches={accumulated} must be at least 1")
+    halves = None if precision == "32-true" else torch.bfloat16
     return Recipe(
         module,
         module.training_example(cli.datamodule),
         optimizer,
         autocast=halves if precision.endswith("mixed") else None,
         weights=halves if precision.endswith("true") else None,
-        accumulated=cli.trainer.accumulate_grad_batches,
+        accumulated=accumulated,
     )
 
 
-def _program_of(recipe: Path) -> str:
-    """The application whose model takes what the recipe gives it."""
+def program_of(recipe: Path) -> str:
+    """The application whose model takes what the recipe gives it.
+
+    Raises:
+        AdapterError: The recipe cannot be read, or neither does.
+    """
     try:
         given = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]
     except OSError as error:

@@ -92,7 +92,7 @@ def shard(build: Callable[[], nn.Module], mesh: DeviceMesh) -> nn.Module:
     if dist.get_rank() == 0:
         try:
             source = build()
-            _check(source)
+            check_shardable(source)
             message[1] = _skeleton(source)
         except Exception as error:  # any error, as the other processes are waiting
             message[0] = error if isinstance(error, AdapterError) else AdapterError(f"{type(error).__name__}: {error}")
@@ -100,7 +100,7 @@ def shard(build: Callable[[], nn.Module], mesh: DeviceMesh) -> nn.Module:
     failure, model = message
     if failure is not None:
         raise failure
-    for group in (*_repeated_blocks(model), model):
+    for group in (*repeated_blocks(model), model):
         # The root, too, is resharded after each pass, so that hooks always find the shards.
         fully_shard(group, mesh=mesh, reshard_after_forward=True)
     model.to_empty(device=mesh.device_type if mesh.device_type == "cpu" else torch.cuda.current_device())
@@ -123,7 +123,12 @@ def _data_parallel(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["data_parallel"]
 
 
-def _check(model: nn.Module) -> None:
+def check_shardable(model: nn.Module) -> None:
+    """Check that FSDP2 can shard a model.
+
+    Raises:
+        AdapterError: A parameter is a single number, quantised, or shared between blocks.
+    """
     for name, parameter in model.named_parameters():
         if parameter.dim() == 0:
             raise AdapterError(
@@ -149,7 +154,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, empty)
 
 
-def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The members of every list of modules of one class with parameters; for nested lists, of the outermost only."""
     blocks: list[nn.Module] = []
     inside: set[nn.Module] = set()

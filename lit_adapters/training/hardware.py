@@ -27,8 +27,8 @@ class Device:
         bandwidth: Most bytes of memory that it reads or writes in a second.
         link: Most bytes that it sends to its neighbours in a second; it receives as many at the same time.
         overhead: Seconds that an operation takes at least.
-        reach: Share of its bounds that it comes to, in float32 and in a step with halves; 1 for a device that was not
-            measured.
+        reach: Share of its bounds that it comes to, in float32 and in a step with halves.
+        measured: Whether overhead and reach were measured, so that a time is more than a bound.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Device:
     link: float
     overhead: float = 0.0
     reach: tuple[float, float] = (1.0, 1.0)
+    measured: bool = False
 
     def seconds(self, operations: Sequence[Operation]) -> float:
         """The time of operations one after the other."""
@@ -55,15 +56,20 @@ class Device:
         return self.floats if dtype.itemsize >= 4 else self.halves
 
 
-# From the makers' data sheets, without sparsity; float32 without TF32. Links: NVLink one way, else PCIe.
+# From the makers' data sheets, without sparsity; float32 without TF32. Memory: what CUDA reports. Links: one way of
+# NVLink, else PCIe.
+_GIB = 2.0**30
 DEVICES = {
-    "a100-40gb": Device("A100 40 GB", 40e9, 312e12, 19.5e12, 1555e9, 300e9),
-    "a100-80gb": Device("A100 80 GB", 80e9, 312e12, 19.5e12, 2039e9, 300e9),
-    "h100": Device("H100 SXM", 80e9, 989e12, 67e12, 3350e9, 450e9),
-    "h200": Device("H200 SXM", 141e9, 989e12, 67e12, 4800e9, 450e9),
-    "l40s": Device("L40S", 48e9, 362e12, 91.6e12, 864e9, 32e9),
-    "rtx4090": Device("RTX 4090", 24e9, 165e12, 82.6e12, 1008e9, 32e9),
+    "a100-40gb": Device("A100 40 GB", 39.4 * _GIB, 312e12, 19.5e12, 1555e9, 300e9),
+    "a100-80gb": Device("A100 80 GB", 79.1 * _GIB, 312e12, 19.5e12, 2039e9, 300e9),
+    "h100": Device("H100 SXM", 79.1 * _GIB, 989e12, 67e12, 3350e9, 450e9),
+    "h200": Device("H200 SXM", 139.8 * _GIB, 989e12, 67e12, 4800e9, 450e9),
+    "l40s": Device("L40S", 44.4 * _GIB, 362e12, 91.6e12, 864e9, 32e9),
+    "rtx4090": Device("RTX 4090", 23.6 * _GIB, 165e12, 82.6e12, 1008e9, 32e9),
 }
+
+
+_LINK = 1.25e9  # not measured: a network of 10 gigabits
 
 
 def this_machine() -> Device:
@@ -77,7 +83,9 @@ def this_machine() -> Device:
     other = torch.empty_like(block)
     bandwidth = 2 * block.nbytes / _fastest(lambda: other.copy_(block))
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    device = Device(f"this CPU, {torch.get_num_threads()} threads", memory, halves, floats, bandwidth, 1e9)
+    device = Device(
+        f"this CPU, {torch.get_num_threads()} threads", memory, halves, floats, bandwidth, _LINK, measured=True
+    )
     tiny = _Reference(width=32, tokens=8)
     device = replace(device, overhead=tiny.measured(None) / len(tiny.operations(None)))
     usual = _Reference(width=512, tokens=512)
@@ -106,7 +114,8 @@ class _Reference:
     def operations(self, autocast: torch.dtype | None) -> list[Operation]:
         rows, tokens, width = self.shape
         example = Example(self.build, self.loss, rows, rows * tokens, "tokens", width)
-        return step_cost(example, self._optimizer, autocast).operations
+        cost = step_cost(example, self._optimizer, autocast)
+        return [*cost.operations, *cost.update]
 
     def measured(self, autocast: torch.dtype | None) -> float:
         """Seconds of a step."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lit_adapters.training.hardware import Device
-from lit_adapters.training.step_cost import GRADIENTS, STATES, TRAINED, WEIGHTS, StepCost
+from lit_adapters.training.step_cost import GRADIENTS, OPTIMIZER, TRAINED, WEIGHTS, StepCost
 
 Strategy = Literal["ddp", "fsdp"]
-BUCKETS, GATHERED = "buckets of gradients", "gathered blocks"
+BUCKETS, GATHERED = "buckets of gradients", "gathered parameters"
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,18 @@ class Placement:
         return self.sent / device.link
 
 
-def place(cost: StepCost, devices: int, strategy: Strategy) -> Placement:
+def place(cost: StepCost, devices: int, strategy: Strategy, batches: int = 1) -> Placement:
     """Share a step between devices.
 
     With DDP each holds everything, and the gradients once more in buckets, which a ring adds up. With FSDP2 each holds
-    its share of parameters, gradients and states, and two whole blocks at a time; parameters are gathered in the
-    forward pass and again in the backward pass.
+    its share of parameters, gradients and states, two blocks at a time as a whole, and what is in no block.
+    Parameters are gathered in the forward pass and again in the backward pass of each batch.
 
     Args:
         cost: The step of one device.
         devices: How many there are.
         strategy: How they share.
+        batches: Batches of a step.
     """
     parts: dict[str, float] = dict(cost.parts)
     trained = parts.get(TRAINED, 0.0)
@@ -54,6 +55,7 @@ def place(cost: StepCost, devices: int, strategy: Strategy) -> Placement:
     if strategy == "ddp":
         return Placement({**parts, BUCKETS: trained}, 2 * around * trained)
     whole = parts.get(WEIGHTS, 0.0) + trained
-    for part in (WEIGHTS, TRAINED, GRADIENTS, STATES):
+    for part in (WEIGHTS, TRAINED, GRADIENTS, OPTIMIZER):
         parts[part] = parts.get(part, 0.0) / devices
-    return Placement({**parts, GATHERED: 2.0 * cost.largest_block}, around * (2 * whole + trained))
+    parts[GATHERED] = 2.0 * cost.largest_block + cost.rest
+    return Placement(parts, around * (2 * whole * batches + trained))

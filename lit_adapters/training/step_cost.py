@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lit_adapters.model.attach import adapters
+from lit_adapters.model.sharding import repeated_blocks
 from lit_adapters.ops.cache import keeping_in_modes
 
 WEIGHTS, TRAINED = "weights", "trained parameters"
-GRADIENTS, STATES, KEPT = "gradients", "optimiser states", "copies that adapters keep"
+GRADIENTS, OPTIMIZER, KEPT = "gradients", "optimiser", "copies that adapters keep"
 ACTIVATIONS, LOGITS, TEMPORARY = "activations", "logits", "temporary"
-OF_ROWS = (ACTIVATIONS, LOGITS, TEMPORARY)  # these grow with the rows of a batch
 
 
 @dataclass(frozen=True)
@@ -75,30 +75,30 @@ class StepCost:
 
     Attributes:
         parts: Bytes at the peak, by part.
-        operations: What was computed, in order.
-        of_rows: The most bytes that activations, logits and temporary tensors take together.
+        operations: Of the forward and backward pass of a batch, in order.
+        update: Of the optimiser.
         largest_block: Bytes of the parameters of the largest of the repeated blocks.
+        rest: Bytes of the parameters in none of them.
     """
 
     parts: dict[str, int]
     operations: list[Operation] = field(repr=False)
-    of_rows: int
+    update: list[Operation] = field(repr=False)
     largest_block: int
+    rest: int
 
     @property
     def peak(self) -> int:
         """Bytes at the peak."""
         return sum(self.parts.values())
 
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of a step."""
-        return sum(o.flops for o in self.operations)
+    def flops(self, batches: int = 1) -> int:
+        """Floating-point operations of a step that accumulates so many batches."""
+        return sum(o.flops for o in [*self.operations * batches, *self.update])
 
-    @property
-    def moved(self) -> int:
-        """Bytes that operations of a step read and write."""
-        return sum(o.moved for o in self.operations)
+    def moved(self, batches: int = 1) -> int:
+        """Bytes that operations of such a step read and write."""
+        return sum(o.moved for o in [*self.operations * batches, *self.update])
 
 
 def step_cost(
@@ -106,6 +106,7 @@ def step_cost(
     optimizer: Callable[[nn.Module], Optimizer],
     autocast: torch.dtype | None = None,
     weights: torch.dtype | None = None,
+    foreach: bool = False,
 ) -> StepCost:
     """Trace two training steps, the second of which has everything that stays from the first.
 
@@ -114,6 +115,7 @@ def step_cost(
         optimizer: Makes the optimiser of the model's trainable parameters.
         autocast: In which dtype autocast computes products; None without it.
         weights: The model is cast to this dtype first, as by the Trainer's `bf16-true`.
+        foreach: Whether the optimiser takes all parameters at once where it may choose, as torch's do on GPUs.
 
     Returns:
         What the second step takes. Attention is the CPU's fused kernel, which keeps queries, keys, values and outputs,
@@ -132,6 +134,9 @@ def step_cost(
         for tensor in [*model.parameters(), *model.buffers()]:
             recorder.add(tensor, TRAINED if tensor.requires_grad else WEIGHTS)
         stepping = optimizer(model)
+        for group in stepping.param_groups:
+            if foreach and "foreach" in group and group["foreach"] is None:
+                group["foreach"] = True
         with recorder:
             for _ in range(2):
                 recorder.begin()
@@ -141,7 +146,12 @@ def step_cost(
         saved, largest = _packed(model)
         parts[WEIGHTS] -= saved
         parts[TEMPORARY] = parts.get(TEMPORARY, 0) + largest  # one weight at a time is unpacked
-    return StepCost(parts, recorder.operations, recorder.of_rows, _largest_block(model))
+    blocks = [sum(map(_bytes, block.parameters())) for block in repeated_blocks(model)]
+    rest = sum(map(_bytes, model.parameters())) - sum(blocks)
+    operations: dict[bool, list[Operation]] = {True: [], False: []}
+    for phase, operation in recorder.operations:
+        operations[phase == OPTIMIZER].append(operation)
+    return StepCost(parts, operations[False], operations[True], max(blocks, default=0), rest)
 
 
 _PACKED_BYTES = 0.5 + (1 + 4 / 256) / 64  # of a number: 4 bits; a scale of 8 bits for 64, and one of 32 for 256 scales
@@ -161,20 +171,29 @@ def _packed(model: nn.Module) -> tuple[int, int]:
 
 
 def step(model: nn.Module, example: Example, optimizer: Optimizer, autocast: Any, recorder: _Recorder) -> None:
-    """Forward, backward and optimiser."""
+    """Forward, backward and optimiser in the order of Lightning, where gradients live until the next backward pass."""
     recorder.phase = ACTIVATIONS
     with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
         loss = example.loss(model)
     recorder.phase = TEMPORARY
+    optimizer.zero_grad()
     loss.backward()
     del loss
     for parameter in model.parameters():
         if parameter.grad is not None:
             recorder.rename(parameter.grad, GRADIENTS)
-    recorder.phase = STATES
+    recorder.phase = OPTIMIZER
     optimizer.step()
-    optimizer.zero_grad()
     recorder.rename_rest(ACTIVATIONS, KEPT)
+
+
+aten = torch.ops.aten
+_FREE = (aten._unsafe_view.default, aten.lift_fresh.default)  # move nothing, and do not say so
+# The CPU's fused attention, which torch does not count: products, and where queries stand among the arguments.
+_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: (2, 0),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (5, 1),
+}
 
 
 class _Recorder(TorchDispatchMode):
@@ -190,8 +209,7 @@ class _Recorder(TorchDispatchMode):
         self.born: dict[int, int] = {}  # how many there were with this one, of those alive
         self.at_peak: dict[str, int] = {}
         self.peak_at = 0  # storages so far, at the peak
-        self.operations: list[Operation] = []
-        self.of_rows = 0
+        self.operations: list[tuple[str, Operation]] = []
         self.begun = 0
 
     def begin(self) -> None:
@@ -206,14 +224,13 @@ class _Recorder(TorchDispatchMode):
         if key in self.alive:
             return
         if part is None:
-            wide = self.phase != STATES and tensor.dim() > 1 and tensor.shape[-1] == self.outputs
+            wide = self.phase != OPTIMIZER and tensor.dim() > 1 and tensor.shape[-1] == self.outputs
             part = LOGITS if wide else self.phase
         self.came += 1
         self.born[key] = self.came
         self.alive[key] = part, storage.nbytes()
         self.now[part] += storage.nbytes()
         weakref.finalize(storage, self._forget, key)
-        self.of_rows = max(self.of_rows, sum(self.now[part] for part in OF_ROWS))
         if self.now.total() > sum(self.at_peak.values()):
             self.at_peak, self.peak_at = dict(self.now), self.came
 
@@ -243,7 +260,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and count what it takes."""
-        if function is torch.ops.aten._local_scalar_dense.default:
+        if function is aten._local_scalar_dense.default:
             # Checks ask whether all is well, optimisers how many steps they took: before or after they count this one.
             return args[0].dtype == torch.bool or self.begun - 0.5
         result = function(*args, **(kwargs or {}))
@@ -252,14 +269,26 @@ class _Recorder(TorchDispatchMode):
         known = {t.untyped_storage()._cdata for t in inputs}
         for tensor in outputs:
             self.add(tensor)
-        if function.is_view or not outputs:
+        if function.is_view or function in _FREE or not outputs:
             return result
-        count = flop_registry.get(function._overloadpacket)
-        flops = 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
-        moved = sum(_bytes(t) for t in inputs)
+        moved = sum(_bytes(t) for t in inputs if function is not aten.embedding.default)
         moved += sum(_bytes(t) for t in outputs if t.untyped_storage()._cdata not in known)
-        self.operations.append(Operation(flops, moved, outputs[0].dtype))
+        if function is aten.embedding.default:
+            moved *= 2  # it reads the rows that it writes
+        flops = _flops(function, args, kwargs or {}, result)
+        self.operations.append((self.phase, Operation(flops, moved, outputs[0].dtype)))
         return result
+
+
+def _flops(function: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Multiplications and additions of an operation; 0 for what has no products."""
+    if function in _ATTENTION:
+        # Two products of queries, keys and values forward; five backward, where one of them is formed again.
+        products, first = _ATTENTION[function]
+        query, key = args[first], args[first + 1]
+        return products * 2 * query.numel() * key.shape[-2]
+    count = flop_registry.get(function._overloadpacket)
+    return 0 if count is None else int(count(*args, **kwargs, out_val=result))
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -287,12 +316,3 @@ def _give_shapes(model: nn.Module, mode: FakeTensorMode) -> None:
                     if id(tensor) not in made:
                         made[id(tensor)] = fake(tensor)
                     tensors[name] = made[id(tensor)]  # type: ignore[assignment]
-
-
-def _largest_block(model: nn.Module) -> int:
-    """Bytes of the parameters of the largest child of a list of modules; of the whole model where there is none."""
-    blocks = [
-        child for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential)) for child in module
-    ]
-    sizes = [sum(map(_bytes, block.parameters())) for block in blocks]
-    return max(sizes, default=sum(map(_bytes, model.parameters())))

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from lit_adapters.errors import AdapterError
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMOKE = [str(path) for path in sorted(CONFIGS.glob("*/smoke/*.yaml")) if path.stem not in ("dpo", "grpo", "draft")]
 VISION, LANGUAGE = "configs/vision/smoke/lora.yaml", "configs/language/smoke/lora.yaml"
+QLORA = "configs/language/smoke/qlora.yaml"
 GPU = ("--device", "l40s")
 
 
@@ -37,7 +40,7 @@ def test_it_says_what_fits(estimate, recipe, unit):
     assert "weights" in printed
     assert "time on L40S: at least" in printed
     assert f"{unit} a second" in printed
-    assert "fits 44.7 GiB: yes" in printed
+    assert "fits 44.4 GiB: yes" in printed
     assert set(os.listdir()) == before
     more = estimate("--config", recipe, *GPU, "data.batch_size=64")
     assert total(more) > total(printed)
@@ -45,13 +48,14 @@ def test_it_says_what_fits(estimate, recipe, unit):
 
 def test_it_says_what_to_change(estimate):
     printed = estimate("--config", LANGUAGE, *GPU, "--device-memory", "12MiB", "--devices", 4)
-    assert "fits 0.0 GiB: no; a batch of" in printed
-    for change in ("gradient_checkpointing=true", "dtype=bfloat16", "quantization=nf4", "--strategy fsdp --devices 4"):
+    assert "fits 12.0 MiB: no; a batch of" in printed
+    for change in ("gradient_checkpointing=true", "dtype=bfloat16"):
         assert change in printed
     assert "buckets of gradients" not in estimate("--config", LANGUAGE, *GPU)
     assert "sending" in printed
 
 
+@pytest.mark.slow
 def test_accumulated_batches_take_time_and_no_memory(estimate):
     one, four = (estimate("--config", VISION, *GPU, f"trainer.accumulate_grad_batches={n}") for n in (1, 4))
     assert total(one) == total(four)
@@ -59,9 +63,43 @@ def test_accumulated_batches_take_time_and_no_memory(estimate):
     assert "a step of 32 images" in four
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "share"), [("configs/vision/smoke/full.yaml", 3), (LANGUAGE, 0.7), (LANGUAGE, 3)])
+def test_the_batch_that_it_names_fits_and_a_larger_one_does_not(estimate, recipe, share):
+    memory = total(estimate("--config", recipe, *GPU)) * share
+    said = estimate("--config", recipe, *GPU, "--device-memory", f"{memory}Mi")
+    rows = int(re.search(r"(?:a batch of|with at least) ([\d,]+) rows", said)[1].replace(",", ""))
+    found = [total(estimate("--config", recipe, *GPU, f"data.batch_size={n}")) for n in (rows, 2 * rows)]
+    assert found[0] <= memory * 1.01  # as printed
+    assert found[1] > memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "precision"), [(VISION, "bf16-true"), (LANGUAGE, "bf16-true"), (LANGUAGE, "bf16-mixed")]
+)
+def test_halves_take_less(estimate, recipe, precision):
+    assert total(estimate("--config", recipe, *GPU, f"trainer.precision={precision}")) < total(
+        estimate("--config", recipe, *GPU)
+    )
+
+
+@pytest.mark.slow
+def test_the_installed_command_finds_the_applications_of_the_checkout(tmp_path):
+    """A console script does not have the working directory on its path."""
+    (tmp_path / "lit_adapters").symlink_to(CONFIGS.parent / "lit_adapters")
+    code = "from lit_adapters.cli import main; main()"
+    command = [sys.executable, "-P", "-c", code, "estimate", "--config", VISION, *GPU]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, cwd=CONFIGS.parent, env=environment, capture_output=True, text=True)
+    assert not run.returncode, run.stderr
+    assert "fits 44.4 GiB: yes" in run.stdout
+
+
+@pytest.mark.slow
 def test_this_machine_is_measured(estimate):
     printed = estimate("--config", VISION)
-    assert re.search(r"time on this CPU, \d+ threads: at least ", printed)
+    assert re.search(r"time on this CPU, \d+ threads: about ", printed)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +110,13 @@ def test_this_machine_is_measured(estimate):
         (["--config", VISION, "--devices", "0"], "--devices 0 must be at least 1"),
         (["--config", VISION, "--device", "h900"], "'h900' is unknown: use cpu, a100-40gb"),
         (["--config", VISION, "--device-memory", "lots"], "'lots' is no number above 0"),
+        (["--config", VISION, "--device-memory", "1e400"], "'1e400' is no number above 0"),
+        (["--config", VISION, "help"], "setting 'help' must be KEY=VALUE"),
+        (["--config", VISION, "trainer.devices=8"], "'trainer.devices=8' does not count here"),
+        (["--config", VISION, "trainer.precision=64-true"], "precision '64-true' is not estimated"),
+        (["--config", VISION, "trainer.accumulate_grad_batches=0"], "accumulate_grad_batches"),
+        (["--config", LANGUAGE, "data.max_length=100000"], "data.max_length 100000 exceeds the model's"),
+        (["--config", QLORA, "--strategy", "fsdp", "--devices", "2"], "4-bit weights cannot be shared"),
         (["--config", VISION, "data.batch_sze=3"], "data.batch_sze.*read as a recipe of vision"),
         (["--config", VISION, "--program", "nothing_such"], "No module named 'nothing_such'"),
         (["--config", "configs/language/smoke/dpo.yaml", "--program", "language.dpo"], "DPOTuner has a training step"),
@@ -100,4 +145,4 @@ def test_what_is_no_number(text):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", SMOKE, ids=lambda path: "-".join(Path(path).parts[-3::2]))
 def test_every_smoke_recipe(estimate, recipe):
-    assert "fits 44.7 GiB: yes" in estimate("--config", recipe, *GPU)
+    assert "fits 44.4 GiB: yes" in estimate("--config", recipe, *GPU)
