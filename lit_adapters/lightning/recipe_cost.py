@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -53,8 +54,7 @@ class Recipe:
 
     def cost(self, foreach: bool = False) -> StepCost:
         """What a step takes; `foreach` as for `step_cost`."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a training, which this is not
+        with _quiet():
             return step_cost(self.example, self.optimizer, self.autocast, self.weights, foreach)
 
 
@@ -70,15 +70,12 @@ def read_recipe(file: Path, settings: Sequence[str] = (), program: str | None = 
         AdapterError: The recipe cannot be read, or its module has no `training_example`.
     """
     program = program or program_of(file)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     arguments = [f"--config={file}", *(f"--{setting}" for setting in settings), *_HERE]
     try:
         main = import_module(f"{program}.__main__").main
     except ModuleNotFoundError as error:
         raise AdapterError(f"--program {program}: {error}; run it in the folder of the checkout") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         try:
             cli = main(arguments, run=False)
         except AdapterError as error:
@@ -108,6 +105,22 @@ def read_recipe(file: Path, settings: Sequence[str] = (), program: str | None = 
         weights=halves if precision.endswith("true") else None,
         accumulated=accumulated,
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what is said of a training, which this is not."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def program_of(recipe: Path) -> str:

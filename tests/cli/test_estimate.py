@@ -1,5 +1,6 @@
 """`lit-adapters estimate`: what it says of recipes, without weights, data or files of its own."""
 
+import logging
 import os
 import re
 import subprocess
@@ -34,7 +35,7 @@ def total(printed):
 
 @pytest.mark.parametrize(("recipe", "unit"), [(VISION, "images"), (LANGUAGE, "tokens")])
 def test_it_says_what_fits(estimate, recipe, unit):
-    before = set(os.listdir())
+    before, level = set(os.listdir()), logging.getLogger("lightning.pytorch").level
     data = "data.root=/nowhere" if recipe == VISION else "data.path=/nowhere.jsonl"
     printed = estimate("--config", recipe, *GPU, data)
     assert "weights" in printed
@@ -42,6 +43,7 @@ def test_it_says_what_fits(estimate, recipe, unit):
     assert f"{unit} a second" in printed
     assert "fits 44.4 GiB: yes" in printed
     assert set(os.listdir()) == before
+    assert logging.getLogger("lightning.pytorch").level == level
     more = estimate("--config", recipe, *GPU, "data.batch_size=64")
     assert total(more) > total(printed)
 
