@@ -74,7 +74,13 @@ def read_recipe(file: Path, settings: Sequence[str] = (), program: str | None = 
     try:
         main = import_module(f"{program}.__main__").main
     except ModuleNotFoundError as error:
-        raise AdapterError(f"--program {program}: {error}; run it in the folder of the checkout") from error
+        here = str(error.name).split(".")[0] == program.split(".")[0]
+        fix = (
+            "run it in the folder of the checkout"
+            if here
+            else f"pip install -e '.[{program.split('.')[0]}]' installs it"
+        )
+        raise AdapterError(f"--program {program}: {error}; {fix}") from error
     with _quiet():
         try:
             cli = main(arguments, run=False)
