@@ -177,7 +177,9 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
     def training_example(self, data: Any) -> Example:
         """A step on a full batch of the data, all of whose tokens are learned, for `lit-adapters estimate`."""
         if type(self).training_step is not CausalLMTuner.training_step:
-            raise AdapterError(f"{type(self).__name__} has a training step of its own, for which there is no estimate")
+            raise AdapterError(
+                f"{type(self).__name__} has its own training step; estimates cover supervised fine-tuning only"
+            )
         h, rows, length = self.hparams, data.batch_size, data.max_length
 
         def build() -> nn.Module:
@@ -192,7 +194,8 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
 
         def loss(model: nn.Module) -> Tensor:
             tokens, positions = torch.zeros(rows, length, dtype=torch.long), torch.arange(length)
-            logits = model(input_ids=tokens, use_cache=False, logits_to_keep=positions).logits.flatten(0, 1)
+            batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            logits = read(model, batch, positions).flatten(0, 1)
             learned = torch.arange(rows * length)
             return F.cross_entropy(logits[learned].float(), tokens.flatten(), reduction="sum")
 

@@ -175,7 +175,7 @@ def _number(option: str, text: str) -> float:
     """80GiB, 864GB, 362T or 3.2e12 as a number.
 
     Raises:
-        AdapterError: It is none of these, or not above 0.
+        AdapterError: The text is not a number, or the number is not above 0.
     """
     found = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(|[KMGTP]|[KMGT]i)(?:B|B/s|FLOPS)?", text.strip())
     try:
@@ -183,7 +183,7 @@ def _number(option: str, text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise AdapterError(f"{option} {text!r} is no number above 0 with a unit, such as 80GiB, 864GB or 362T")
+        raise AdapterError(f"{option} {text!r} must be a number above 0, such as 80GiB, 864GB or 362T")
     return value
 
 

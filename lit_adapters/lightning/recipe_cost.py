@@ -19,7 +19,8 @@ from lit_adapters.errors import AdapterError
 from lit_adapters.lightning.optimizers import build_optimizers
 from lit_adapters.training.step_cost import Example, StepCost, step_cost
 
-PROGRAMS = ("vision", "language")  # the applications of a checkout
+# The applications of a checkout, by an argument that their model alone has.
+PROGRAMS = {"backbone": "vision", "model": "language"}
 _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
 # The recipe may be for a machine that is not this one, and a run has no folder.
 _HERE = (
@@ -141,8 +142,7 @@ def program_of(recipe: Path) -> str:
         raise AdapterError(f"--config {str(recipe)!r}: {error}") from error
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise AdapterError(f"{str(recipe)!r} has no section model: give a recipe of a training") from error
-    known = {"vision": "backbone", "language": "model"}
-    for program in PROGRAMS:
-        if isinstance(given, dict) and known[program] in given:
+    for argument, program in PROGRAMS.items():
+        if isinstance(given, dict) and argument in given:
             return program
     raise AdapterError(f"{str(recipe)!r} names neither a backbone nor a language model: give --program")

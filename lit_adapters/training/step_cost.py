@@ -78,7 +78,7 @@ class StepCost:
         operations: Of the forward and backward pass of a batch, in order.
         update: Of the optimiser.
         largest_block: Bytes of the parameters of the largest of the repeated blocks.
-        rest: Bytes of the parameters in none of them.
+        rest: Bytes of the parameters outside the blocks.
     """
 
     parts: dict[str, int]
@@ -108,7 +108,7 @@ def step_cost(
     weights: torch.dtype | None = None,
     foreach: bool = False,
 ) -> StepCost:
-    """Trace two training steps, the second of which has everything that stays from the first.
+    """Trace two training steps and measure the second, which also holds what the first leaves: optimiser states, say.
 
     Args:
         example: The step.
@@ -140,7 +140,7 @@ def step_cost(
         with recorder:
             for _ in range(2):
                 recorder.begin()
-                step(model, example, stepping, autocast, recorder)
+                _step(model, example, stepping, autocast, recorder)
     parts = dict(recorder.at_peak)
     if example.packed:
         saved, largest = _packed(model)
@@ -170,7 +170,7 @@ def _packed(model: nn.Module) -> tuple[int, int]:
     return sum(size - int(count * _PACKED_BYTES) for size, count in sizes), max((size for size, _ in sizes), default=0)
 
 
-def step(model: nn.Module, example: Example, optimizer: Optimizer, autocast: Any, recorder: _Recorder) -> None:
+def _step(model: nn.Module, example: Example, optimizer: Optimizer, autocast: Any, recorder: _Recorder) -> None:
     """Forward, backward and optimiser in the order of Lightning, where gradients live until the next backward pass."""
     recorder.phase = ACTIVATIONS
     with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
