@@ -30,11 +30,14 @@ assert lit_adapters.__file__.startswith({wheel!r})
 from lit_adapters.ops import _native
 from lit_adapters.ops.rational import rational, rational_reference
 from tests.ops.test_native import merged_twice, rational_twice, rescaled_twice
+from tests.ops.test_rational import coefficients, normwise
 assert torch.backends.cpu.get_cpu_capability() == {capability!r}
-a, b = torch.randn(8, 6), torch.randn(8, 4)
-x = torch.randn(4, 64)
-other = rational(x, a, b, "sum-of-abs").double() - rational_reference(x.double(), a.double(), b.double(), "sum-of-abs")
-assert max(*rational_twice(), *merged_twice(), *rescaled_twice(), other.abs().max()) <= 1e-6
+torch.manual_seed(0)
+x, (a, b) = torch.randn(4, 64), coefficients(8)
+expected = rational_reference(x.double(), a.double(), b.double(), "sum-of-abs")
+other = normwise(rational(x, a, b, "sum-of-abs"), expected)
+errors = [*rational_twice(), *merged_twice(), *rescaled_twice(), other]
+assert max(errors) <= 1e-6, errors
 loaded = {{line.split("/")[-1] for line in open("/proc/self/maps") if "/ops/shipped/" in line}}
 print(len(loaded))
 """

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ def scheduler(tmp_path):
         slurm = {"JOB_ID": job, "JOB_NAME": "x", "NTASKS": 1, "NTASKS_PER_NODE": 1, "JOB_NUM_NODES": 1}
         slurm |= {"PROCID": 0, "LOCALID": 0, "NODEID": 0, "JOB_NODELIST": "localhost"}
         environment = os.environ | {f"SLURM_{key}": str(value) for key, value in slurm.items()}
-        environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        path = [str(folder), str(Path(sys.executable).parent), os.environ["PATH"]]  # `python` is this one
+        environment |= {"PATH": ":".join(path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         save = f"--trainer.logger.init_args.save_dir={tmp_path}"
         command = [str(SCRIPT), "vision", RECIPE, save, "--trainer.max_epochs=2", *arguments]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
