@@ -296,6 +296,21 @@ def published_rows(records: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
+def larger_than_memory_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """What training data take in memory, and on the disk."""
+    return [
+        [
+            f"{r['gigabytes']:g} GB",
+            f"{r['tokens'] / 1e6:.0f} million",
+            "on the disk" if r["on_disk"] else "in memory",
+            f"{r['memory'] / 2**20:,.0f} MiB",
+            f"{r['tokenising_seconds']:,.0f} s",
+            f"{r['batches'] * r['batch_size'] / r['batches_seconds']:,.0f}",
+        ]
+        for r in records
+    ]
+
+
 def several_adapters_rows(records: list[dict[str, Any]]) -> list[list[str]]:
     """What ten adapters cost, and a batch in which each row has its own."""
     return [

@@ -200,6 +200,10 @@ def linearisations() -> None:
         header += ["the same in peft", "ten by rows / ten passes", "largest difference of logits"]
         shown = f"{table(header, performance_tables.several_adapters_rows(records))}\n\n{machine(records)}"
         replace_block(ROOT / "docs" / "several-adapters.md", "several-adapters", shown)
+    if records := load(RESULTS / "larger_than_memory.json"):
+        header = ["text", "tokens", "rows are held", "memory", "tokenising", "rows read a second"]
+        shown = f"{table(header, performance_tables.larger_than_memory_rows(records))}\n\n{machine(records)}"
+        replace_block(ROOT / "docs" / "scaling.md", "larger-than-memory", shown)
     page = ROOT / "docs" / "estimates.md"
     if records := load(RESULTS / "estimates.json"):
         header = [

@@ -7,7 +7,7 @@ writes their text for a tokenizer.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any, Literal
@@ -119,56 +119,83 @@ class Record:
         return repr(self.messages[:-1] or sorted(self.fields.items())) + (repr(self.tools) if self.tools else "")
 
 
-def parse(
-    rows: Sequence[Row],
-    name: FormatName,
-    columns: Mapping[str, str] | None = None,
-    drop_empty: bool = False,
-    strip_answers: bool = False,
-) -> tuple[list[Record], int]:
-    r"""Check rows and turn them into records; line ends become `\n`.
+class Parser:
+    r"""Checks rows and turns them into records; line ends become `\n`.
 
     Prompts and classes lose the white space that surrounds them, answers keep it. Rows that say so (`weight: 0`,
     `train: false`, `mask: true`) are not learned: they are left out, and counted in one line.
 
     Args:
-        rows: The rows.
-        name: Their format.
+        name: Format of the rows.
         columns: The file's name of a field where it differs: `{"label": "label_name"}`.
         drop_empty: Drop rows whose prompt or answer is empty instead of raising.
         strip_answers: Remove the white space that surrounds answers.
+
+    Attributes:
+        empty: Rows that were dropped because they are empty.
+    """
+
+    def __init__(
+        self,
+        name: FormatName,
+        columns: Mapping[str, str] | None = None,
+        drop_empty: bool = False,
+        strip_answers: bool = False,
+    ) -> None:
+        self.name = name
+        self.columns = columns or {}
+        self.drop_empty = drop_empty
+        self.strip_answers = strip_answers
+        self.empty = 0
+
+    def records(self, rows: Iterable[Row]) -> Iterator[Record]:
+        """The records of rows, one at a time.
+
+        Raises:
+            DataError: A field is missing or not text, a role or a field of a message is unknown, or a prompt or answer
+                is empty; the message names file, line and field. Or no record is left.
+        """
+        first, seen, unlearned, self.empty = None, 0, 0, 0
+        for row in rows:
+            first, seen = first or row, seen + 1
+            try:
+                if self.name == "chat":
+                    yield _read_messages(row, self.columns, self.strip_answers)
+                elif says_unlearned(row.values, set(self.columns.values())):
+                    unlearned += 1
+                else:
+                    yield _read_fields(row, self.name, self.columns, self.strip_answers)
+            except EmptyFieldError as error:
+                if not self.drop_empty:
+                    raise DataError(
+                        f"{row.origin}: {error}; correct the row, or set drop_empty to drop such rows"
+                    ) from None
+                self.empty += 1
+        if unlearned:
+            rank_zero_info(f"Data: {unlearned} of {seen} rows say that they are not to be learned; left out.")
+        if first is not None and unlearned + self.empty == seen:
+            raise DataError(
+                f"all {seen} rows of {first.origin} and after are empty or not to be learned: check format={self.name}"
+            )
+
+
+def parse(
+    rows: Iterable[Row],
+    name: FormatName,
+    columns: Mapping[str, str] | None = None,
+    drop_empty: bool = False,
+    strip_answers: bool = False,
+) -> tuple[list[Record], int]:
+    """Check rows and turn them into records, as `Parser` does.
 
     Returns:
         The records, and how many rows were dropped because they are empty.
 
     Raises:
-        DataError: A field is missing or not text, a role or a field of a message is unknown, or a prompt or answer is
-            empty; the message names file, line and field.
+        DataError: As `Parser.records`.
     """
-    columns = columns or {}
-    records = []
-    empty = unlearned = 0
-    for row in rows:
-        try:
-            if name == "chat":
-                records.append(_read_messages(row, columns, strip_answers))
-            elif says_unlearned(row.values, set(columns.values())):
-                unlearned += 1
-            else:
-                records.append(_read_fields(row, name, columns, strip_answers))
-        except EmptyFieldError as error:
-            if not drop_empty:
-                raise DataError(
-                    f"{row.origin}: {error}; correct the row, or set drop_empty to drop such rows"
-                ) from None
-            empty += 1
-    if unlearned:
-        rank_zero_info(f"Data: {unlearned} of {len(rows)} rows say that they are not to be learned; left out.")
-    if not records:
-        raise DataError(
-            f"all {len(rows)} rows of {rows[0].origin} and after are empty or not to be learned: check format={name}"
-        )
-    return records, empty
+    parser = Parser(name, columns, drop_empty, strip_answers)
+    return list(parser.records(rows)), parser.empty
 
 
 def field_names(name: FormatName) -> tuple[str, ...]:

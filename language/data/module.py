@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +12,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Sampler
 
-from language.data.formats import FORMATS, FormatName, Record, check_columns, check_template, field_names, parse
+from language.data.formats import FORMATS, FormatName, Parser, Record, check_columns, check_template, field_names
 from language.data.packing import BucketSampler, PackedCollator, PaddedCollator, TokenDataset, pack
-from language.data.rows import check_characters, shown
-from language.data.sources import SplitName, has_split, read_rows
+from language.data.rows import Row, check_characters, shown
+from language.data.sources import SplitName, each_row, fingerprint, has_split, read_rows
 from language.data.splits import hold_out, subset
 from language.data.templates import Example, Renderer
-from language.data.tokenise import Encoder, tokenise
+from language.data.token_files import tokenise, tokenise_on_disk
+from language.data.tokenise import Documents, Encoder
 from language.loss import Batch
 from language.meaning import check_meaning
 from language.models import create_tokenizer
@@ -77,6 +78,9 @@ class InstructionDataModule(lightning.LightningDataModule):
         strip_answers: Remove the white space that surrounds answers; otherwise it is learned. Prompts and classes
             always lose it.
         cache_dir: Folder that keeps tokenised data for the next run; by default they are not kept.
+        on_disk: For training data larger than memory: read rows one at a time, and leave their tokens in `cache_dir`,
+            from where batches are read. Batches are the same. No rows can be held out or chosen: set val_path, or
+            val_fraction to 0.
         num_workers: Worker processes per loader; 0 loads in the training process.
         seed: Seeds splits, subsets and packing.
         order_seed: Seeds the order of epochs; default seed.
@@ -112,6 +116,7 @@ class InstructionDataModule(lightning.LightningDataModule):
         drop_empty: bool = False,
         strip_answers: bool = False,
         cache_dir: str | None = None,
+        on_disk: bool = False,
         num_workers: int = 0,
         seed: int = 0,
         order_seed: int | None = None,
@@ -137,6 +142,7 @@ class InstructionDataModule(lightning.LightningDataModule):
         self.drop_empty = drop_empty
         self.strip_answers = strip_answers
         self.cache_dir = cache_dir
+        self.on_disk = on_disk
         self.num_workers = num_workers
         self.seed = seed
         self.order_seed = seed if order_seed is None else order_seed
@@ -201,7 +207,7 @@ class InstructionDataModule(lightning.LightningDataModule):
         """All labels of classification data, training rows and those held out of them, sorted."""
         if self.format != "classification":
             raise DataError(f"format={self.format} has no classes; only classification has")
-        return sorted({record.answer for record in self._training_rows})
+        return sorted({record.answer for record in (self._each_record() if self.on_disk else self._training_rows)})
 
     def meaning(self) -> dict[str, Any]:
         """What a model that learns these data must be asked with: it travels with the weights."""
@@ -258,20 +264,39 @@ class InstructionDataModule(lightning.LightningDataModule):
         return split == "train" or self._own(split) is not None or self._fraction(split) > 0
 
     def _dataset(self, split: SplitName) -> TokenDataset:
-        records = self._records(split)
-        cache = Path(self.cache_dir).expanduser() if self.cache_dir else None
-        documents = tokenise(records, self.renderer, self.encoder, f"tokenising {split} rows", cache)
+        documents = self._documents(split)
         if documents.dropped or documents.cut:
             rank_zero_info(
-                f"Data: of {len(records)} {split} rows {documents.cut} were cut to max_length={self.max_length} tokens "
-                f"and {documents.dropped} dropped because nothing to learn would have been left."
+                f"Data: of {len(documents) + documents.dropped} {split} rows {documents.cut} were cut to "
+                f"max_length={self.max_length} tokens and {documents.dropped} dropped because nothing to learn would "
+                "have been left."
             )
         if self.packing != "packed":
-            return TokenDataset(documents, [[i] for i in range(len(documents))])
-        rows = pack(documents.lengths.tolist(), self.max_length, split, self.seed)
+            return TokenDataset(documents)
+        rows = pack(documents.lengths, self.max_length, split, self.seed)
         full = len(documents.input_ids) / (len(rows) * self.max_length)
         rank_zero_info(f"Data: {len(documents)} {split} documents packed into {len(rows)} rows, {full:.0%} full.")
         return TokenDataset(documents, rows)
+
+    def _documents(self, split: SplitName) -> Documents:
+        """The tokens of a split."""
+        description = f"tokenising {split} rows"
+        cache = Path(self.cache_dir).expanduser() if self.cache_dir else None
+        if split != "train" or not self.on_disk:
+            return tokenise(self._records(split), self.renderer, self.encoder, description, cache)
+        assert cache is not None
+        for name in ("val", "test"):
+            if self._fraction(name):
+                raise DataError(
+                    f"{name}_fraction={self._fraction(name)} would hold rows out, which on_disk cannot do: set "
+                    f"{name}_path to a file of its own, or {name}_fraction to 0"
+                )
+        origin = (fingerprint(self.path, "train"), self.format, self.columns, self.drop_empty, self.strip_answers)
+        return tokenise_on_disk(self._each_record(), origin, self.renderer, self.encoder, description, cache)
+
+    def _each_record(self) -> Iterator[Record]:
+        """The training rows, read one at a time."""
+        yield from self._parse_rows(each_row(self.path, "train"), self.path)
 
     def _records(self, split: SplitName) -> list[Record]:
         if split not in SPLITS:
@@ -308,11 +333,13 @@ class InstructionDataModule(lightning.LightningDataModule):
         return self._parse(self.path, "train")
 
     def _parse(self, path: str | list[str], split: SplitName) -> list[Record]:
-        rows = read_rows(path, split)
-        records, dropped = parse(rows, self.format, self.columns, self.drop_empty, self.strip_answers)
-        if dropped:
-            rank_zero_info(f"Data: {dropped} empty rows of {path} dropped.")
-        return records
+        return list(self._parse_rows(read_rows(path, split), path))
+
+    def _parse_rows(self, rows: Iterable[Row], path: str | list[str]) -> Iterator[Record]:
+        parser = Parser(self.format, self.columns, self.drop_empty, self.strip_answers)
+        yield from parser.records(rows)
+        if parser.empty:
+            rank_zero_info(f"Data: {parser.empty} empty rows of {path} dropped.")
 
     def train_dataloader(self) -> DataLoader:
         """Training batches, in a new order each epoch; the last one may be smaller."""
@@ -383,6 +410,13 @@ def check_settings(data: InstructionDataModule) -> None:
     for name, seed in {"seed": data.seed, "order_seed": data.order_seed}.items():
         if abs(seed) >= 2**63:
             raise DataError(f"{name}={shown(seed)} must be below 2^63")
+    if data.on_disk:
+        if data.cache_dir is None:
+            raise DataError("on_disk leaves tokens in cache_dir, which is not set: name a folder")
+        if data.subsets["train"] is not None:
+            raise DataError(
+                f"train_subset={data.subsets['train']} would choose rows, which on_disk cannot do: leave it out"
+            )
     _check_texts(data)
 
 

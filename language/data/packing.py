@@ -19,34 +19,61 @@ from language.loss import IGNORED, Batch
 from lit_adapters.lightning.resume.sampler import EpochSampler, permutation
 
 BUCKET_BATCHES = 50  # batches that are sorted by length together
+_CHUNK = 1 << 16  # documents whose lengths are looked at together
 
 
-def pack(lengths: Sequence[int], max_length: int, *key: int | str) -> list[list[int]]:
+class Rows(Sequence[list[int]]):
+    """Document indices of each row, in two tensors: lists of millions of rows would fill the memory.
+
+    Args:
+        documents: Document indices, row after row, shape (documents,).
+        sizes: Documents of each row, shape (rows,).
+    """
+
+    def __init__(self, documents: Tensor, sizes: Tensor) -> None:
+        self.documents = documents
+        self.ends = sizes.cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> list[int]:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        start = int(self.ends[index - 1]) if index else 0
+        return self.documents[start : int(self.ends[index])].tolist()
+
+
+def pack(lengths: Tensor, max_length: int, *key: int | str) -> Rows:
     """Put documents into rows of at most `max_length` tokens, none of them split.
 
     Documents come in the order that belongs to the key, and each goes into the fullest row that still has room.
 
     Args:
-        lengths: Tokens of each document, none above `max_length`.
+        lengths: Tokens of each document, none above `max_length`, shape (documents,).
         max_length: Tokens of a row.
         key: Seeds the order.
 
     Returns:
         Document indices of each row.
     """
-    rows: list[list[int]] = []
+    order = permutation(len(lengths), "pack", *key)
+    row_of = torch.empty_like(order)  # the row of each document of the order
+    rows = 0
     rooms: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for index in permutation(len(lengths), "pack", *key).tolist():
-        place = bisect_left(rooms, (lengths[index], -1))
-        if place == len(rooms):
-            left, row = max_length, len(rows)
-            rows.append([])
-        else:
-            left, row = rooms.pop(place)
-        rows[row].append(index)
-        if left > lengths[index]:
-            insort(rooms, (left - lengths[index], row))
-    return rows
+    for start in range(0, len(order), _CHUNK):
+        chunk = lengths[order[start : start + _CHUNK]].tolist()
+        for number, length in enumerate(chunk, start):
+            place = bisect_left(rooms, (length, -1))
+            if place == len(rooms):
+                left, row = max_length, rows
+                rows += 1
+            else:
+                left, row = rooms.pop(place)
+            row_of[number] = row
+            if left > length:
+                insort(rooms, (left - length, row))
+    return Rows(order[row_of.argsort(stable=True)], row_of.bincount())
 
 
 class TokenDataset(Dataset):
@@ -54,26 +81,28 @@ class TokenDataset(Dataset):
 
     Args:
         documents: The documents.
-        rows: Document indices of each row.
+        rows: Document indices of each row; by default each document is a row.
     """
 
-    def __init__(self, documents: Documents, rows: list[list[int]]) -> None:
+    def __init__(self, documents: Documents, rows: Sequence[list[int]] | None = None) -> None:
         self.documents = documents
         self.rows = rows
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.documents if self.rows is None else self.rows)
 
     @property
     def lengths(self) -> Tensor:
         """Tokens of the longest document of each row, int64, shape (rows,)."""
+        if self.rows is None:
+            return self.documents.lengths
         lengths = self.documents.lengths.tolist()
         return torch.tensor([max(lengths[i] for i in row) for row in self.rows])
 
     def __getitem__(self, index: int | tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
         """The row at `index`, or at an (epoch, index) pair of `EpochSampler`."""
         row = index[1] if isinstance(index, tuple) else index
-        return [self.documents[i] for i in self.rows[row]]
+        return [self.documents[i] for i in ([row] if self.rows is None else self.rows[row])]
 
 
 class PackedCollator:

@@ -12,6 +12,7 @@ import json
 import stat
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -202,22 +203,38 @@ def _read_csv(file: Path, delimiter: str = ",") -> Iterator[Row]:
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
-    import pyarrow
     from pyarrow import parquet
 
-    try:
+    with _not_parquet(file):
         opened = parquet.ParquetFile(file)
         _check_unpacked(file, opened.metadata)
-        table = opened.read()
-        rows = table.to_pylist()
+        schema = opened.schema_arrow
+        batches = opened.iter_batches()
+    if len(set(schema.names)) < len(schema.names):
+        raise DataError(f"{file} has two columns of one name among {', '.join(schema.names)}: rename one")
+    names = _class_names(file, (schema.metadata or {}).get(b"huggingface"))
+    number = 0
+    while True:
+        with _not_parquet(file):
+            batch = next(batches, None)
+            rows = [] if batch is None else batch.to_pylist()
+        if batch is None:
+            return
+        for values in rows:
+            number += 1
+            yield as_row(named(values, names), f"{file} row {number}")
+
+
+@contextmanager
+def _not_parquet(file: Path) -> Iterator[None]:
+    """Raise what goes wrong in reading a parquet file as one error that names it."""
+    import pyarrow
+
+    try:
+        yield
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         reason = str(error).split("\n")[0][:200]
         raise DataError(f"{file} is truncated or not parquet ({reason}): copy or download it again") from error
-    if len(set(table.column_names)) < len(table.column_names):
-        raise DataError(f"{file} has two columns of one name among {', '.join(table.column_names)}: rename one")
-    names = _class_names(file, (table.schema.metadata or {}).get(b"huggingface"))
-    for number, values in enumerate(rows, 1):
-        yield as_row(named(values, names), f"{file} row {number}")
 
 
 def _check_unpacked(file: Path, metadata: Any) -> None:

@@ -12,12 +12,23 @@ from urllib.parse import parse_qsl
 from lightning.pytorch.utilities import rank_zero_info
 
 from language.data.folders import NAMES, SplitName, look_into
-from language.data.readers import as_row, named, read_file
+from language.data.readers import as_row, check_regular, named, read_file
 from language.data.rows import Row
+from lit_adapters.assets.checked_files import sha256_of
 from lit_adapters.assets.package_index import is_package_address, resolve
 from lit_adapters.errors import DataError
 
-__all__ = ["HUB", "Row", "SplitName", "has_split", "is_address", "read_dev_rows", "read_rows"]
+__all__ = [
+    "HUB",
+    "Row",
+    "SplitName",
+    "each_row",
+    "fingerprint",
+    "has_split",
+    "is_address",
+    "read_dev_rows",
+    "read_rows",
+]
 
 HUB = "hub:"
 _PARTS = ("config", "split", "revision")  # of an address on the hub
@@ -59,10 +70,44 @@ def read_rows(path: str | list[str], split: SplitName) -> list[Row]:
             names of a folder's files leave their splits in doubt.
         AssetError: A package cannot be fetched.
     """
-    rows = [row for address in ([path] if isinstance(path, str) else path) for row in _read(address, split)]
-    if not rows:
+    return list(each_row(path, split))
+
+
+def each_row(path: str | list[str], split: SplitName) -> Iterator[Row]:
+    """Read the rows of a split one at a time, for data larger than memory.
+
+    Raises:
+        DataError: As `read_rows`.
+        AssetError: A package cannot be fetched.
+    """
+    empty = True
+    for address in [path] if isinstance(path, str) else path:
+        for row in _read(address, split):
+            empty = False
+            yield row
+    if empty:
         raise DataError(f"{path} holds no rows: give a file with data")
-    return rows
+
+
+def fingerprint(path: str | list[str], split: SplitName) -> tuple[str, ...]:
+    """What tells the data of a split from others: digests of its files, or of data sets of the hub.
+
+    Raises:
+        DataError: Data do not exist, or cannot be read.
+        AssetError: A package cannot be fetched.
+    """
+    found: list[str] = []
+    for address in [path] if isinstance(path, str) else path:
+        if address.startswith(HUB):
+            found.append(_load_hub(address, split)[0]._fingerprint)
+            continue
+        for file in _local_files(address, split):
+            try:
+                check_regular(file)
+                found.append(sha256_of(file))
+            except OSError as error:
+                raise DataError(f"cannot read {file}: {error}") from error
+    return tuple(found)
 
 
 def read_dev_rows(path: str) -> list[Row]:
@@ -77,11 +122,17 @@ def read_dev_rows(path: str) -> list[Row]:
 
 
 def _read(address: str, split: SplitName) -> Iterator[Row]:
-    if not address.strip():
-        raise DataError(f"data {address!r} is empty: give a file, a folder, a package:// address or {HUB}NAME")
     if address.startswith(HUB):
         yield from _read_hub(address, split)
         return
+    for file in _local_files(address, split):
+        yield from read_file(file)
+
+
+def _local_files(address: str, split: SplitName) -> list[Path]:
+    """The files of a split at an address that is not on the hub."""
+    if not address.strip():
+        raise DataError(f"data {address!r} is empty: give a file, a folder, a package:// address or {HUB}NAME")
     path = resolve(address).expanduser()
     try:
         exists, is_folder = path.exists(), path.is_dir()
@@ -90,8 +141,7 @@ def _read(address: str, split: SplitName) -> Iterator[Row]:
         raise DataError(f"cannot look for data {address[:200]!r}: {error}") from error
     if not exists:
         raise DataError(f"data {address} does not exist: give a file, a folder, a package:// address or {HUB}NAME")
-    for file in files:
-        yield from read_file(file)
+    return files
 
 
 def _files_of(path: Path, split: SplitName) -> list[Path]:
@@ -168,6 +218,14 @@ def _hub_splits(address: str) -> tuple[str, ...]:
 
 
 def _read_hub(address: str, split: SplitName) -> Iterator[Row]:
+    data, name = _load_hub(address, split)
+    classes = {column: feature.names for column, feature in data.features.items() if hasattr(feature, "names")}
+    for number, values in enumerate(data, 1):
+        yield as_row(named(values, classes), f"{address} {name} row {number}")
+
+
+def _load_hub(address: str, split: SplitName) -> tuple[Any, str]:
+    """A data set of the hub, mapped from the disk, and what it calls the split."""
     parts, name = _HubAddress.of(address), _hub_split(address, split)
     if name is None:
         raise DataError(
@@ -176,7 +234,4 @@ def _read_hub(address: str, split: SplitName) -> Iterator[Row]:
         )
     if name not in (names := _hub_splits(address)):
         raise DataError(f"{address} has no split {name!r}; it has {', '.join(names)}")
-    data = _datasets(address).load_dataset(parts.name, parts.config, split=name, revision=parts.revision)
-    classes = {column: feature.names for column, feature in data.features.items() if hasattr(feature, "names")}
-    for number, values in enumerate(data, 1):
-        yield as_row(named(values, classes), f"{address} {name} row {number}")
+    return _datasets(address).load_dataset(parts.name, parts.config, split=name, revision=parts.revision), name

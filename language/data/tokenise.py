@@ -1,21 +1,14 @@
-"""From text to labelled tokens: what is learned, what is cut where the context is too short, and a cache of it all.
-
-The cache is our own, not that of `datasets`: its key holds the texts of the rows, the state of the tokenizer and the
-version of the rules, so that a changed row or template is never read from an old file.
-"""
+"""From text to labelled tokens: what is learned, and what is cut where the context is too short."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,9 +18,8 @@ from language.data.stretches import Stretches
 from language.data.templates import Example, Piece, Renderer
 from language.loss import IGNORED
 from lit_adapters.errors import DataError
-from lit_adapters.files.atomic import write_atomically
 
-_CACHE_VERSION = 3  # bump it when the rules below change: cached files of other versions are not used
+RULES = 3  # bump it when the rules below change: cached files of other versions are not used
 _CHUNK = 256  # records tokenised at a time
 _CHECKED = 8  # rows whose prompts are compared with those of evaluation
 
@@ -63,6 +55,19 @@ class Documents:
         span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         ids = self.input_ids[span].long()
         return ids, ids.where(self.learned[span], IGNORED)
+
+
+@dataclass
+class Counts:
+    """How tokenising changed records.
+
+    Attributes:
+        dropped: Records that are missing because no learned token fits.
+        cut: Documents that lost tokens to `max_length`.
+    """
+
+    dropped: int = 0
+    cut: int = 0
 
 
 class Labelled(NamedTuple):
@@ -155,34 +160,59 @@ class Encoder:
         """Tokenise records.
 
         Raises:
-            DataError: No record has room for an answer, or as `Renderer.pieces`.
+            DataError: As `each_document`.
         """
+        counts = Counts()
         ids: list[Tensor] = []
         learned: list[Tensor] = []
-        dropped = cut = 0
-        with tqdm(total=len(records), desc=description, unit="rows", delay=1.0) as bar:
-            for start in range(0, len(records), _CHUNK):
-                chunk = records[start : start + _CHUNK]
+        for document in self.each_document(records, renderer, description, counts, len(records)):
+            ids.append(torch.tensor(document.ids, dtype=torch.int32))
+            learned.append(torch.tensor(document.learned))
+        offsets = torch.tensor([0, *map(len, ids)]).cumsum(0)
+        return Documents(torch.cat(ids), torch.cat(learned), offsets, counts.dropped, counts.cut)
+
+    def each_document(
+        self,
+        records: Iterable[Record],
+        renderer: Renderer,
+        description: str,
+        counts: Counts,
+        total: int | None = None,
+    ) -> Iterator[Labelled]:
+        """Tokenise records, a few at a time, without those that have no room for an answer.
+
+        Args:
+            records: The records.
+            renderer: Writes their text.
+            description: Of the progress bar.
+            counts: Is filled as records are read.
+            total: How many records there are, for the progress bar.
+
+        Raises:
+            DataError: No record has room for an answer, or as `Renderer.pieces`.
+        """
+        number = 0
+        remaining = iter(records)
+        with tqdm(total=total, desc=description, unit="rows", delay=1.0) as bar:
+            while chunk := list(islice(remaining, _CHUNK)):
                 pieces = [renderer.pieces(record) for record in chunk]
                 encoded = self.stretches.documents([piece.text for piece in document] for document in pieces)
-                for number, (record, document) in enumerate(zip(chunk, pieces, strict=True)):
-                    labelled = self.labelled(document, encoded[number], renderer.body(record))
-                    if start + number < _CHECKED and not labelled.cut:
+                for record, document, tokens in zip(chunk, pieces, encoded, strict=True):
+                    labelled = self.labelled(document, tokens, renderer.body(record))
+                    if number < _CHECKED and not labelled.cut:
                         self._check(renderer.example(record), labelled)
-                    cut += labelled.cut
-                    if not any(labelled.learned):
-                        dropped += 1
-                        continue
-                    ids.append(torch.tensor(labelled.ids, dtype=torch.int32))
-                    learned.append(torch.tensor(labelled.learned))
+                    number += 1
+                    if any(labelled.learned):
+                        counts.cut += labelled.cut
+                        yield labelled
+                    else:
+                        counts.dropped += 1
                 bar.update(len(chunk))
-        if not ids:
+        if counts.dropped == number:
             raise DataError(
-                f"{description}: none of {len(records)} rows has room for an answer in max_length={self.max_length} "
+                f"{description}: none of {number} rows has room for an answer in max_length={self.max_length} "
                 "tokens: raise it"
             )
-        offsets = torch.tensor([0, *map(len, ids)]).cumsum(0)
-        return Documents(torch.cat(ids), torch.cat(learned), offsets, dropped, cut - dropped)
 
     def labelled(self, pieces: Sequence[Piece], tokens: Sequence[list[int]], body: str = "") -> Labelled:
         """The label rule: which tokens of a document are there, and which of them are learned.
@@ -254,51 +284,6 @@ class Encoder:
         before = self.begun(before)
         room -= len(before) + len(after)
         return None if room < 1 else before + middle[-room:] + after
-
-
-def tokenise(
-    records: Sequence[Record], renderer: Renderer, encoder: Encoder, description: str, cache_dir: Path | None = None
-) -> Documents:
-    """Tokenise records, or take them from the cache.
-
-    The cache's file is named after everything that the tokens depend on: the rows, all settings, and the tokenizer.
-    Of several processes one tokenises and the others wait for it.
-
-    Raises:
-        DataError: The cache folder cannot be written; or as `Encoder.documents`.
-    """
-    if cache_dir is None:
-        return encoder.documents(records, renderer, description)
-    key = repr((_CACHE_VERSION, renderer.settings, encoder.settings, [astuple(record)[:-1] for record in records]))
-    file = cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix(".lock")):
-            if (cached := _load(file)) is not None:
-                return cached
-            documents = encoder.documents(records, renderer, description)
-            write_atomically(file, lambda path: _save(documents, path))
-            return documents
-    except OSError as error:
-        raise DataError(f"cannot use cache_dir {cache_dir}: {error}; set it to a folder that can be written") from error
-
-
-def _save(documents: Documents, path: Path) -> None:
-    tensors = {"input_ids": documents.input_ids, "learned": documents.learned, "offsets": documents.offsets}
-    save_file(tensors, path, {"dropped": str(documents.dropped), "cut": str(documents.cut)})
-
-
-def _load(file: Path) -> Documents | None:
-    """The cached documents; None where there are none, or a torn file."""
-    if not file.exists():
-        return None
-    try:
-        with safe_open(file, "pt") as tensors:
-            ids, learned, offsets = map(tensors.get_tensor, ("input_ids", "learned", "offsets"))
-            counts = tensors.metadata()
-            return Documents(ids, learned, offsets, int(counts["dropped"]), int(counts["cut"]))
-    except SafetensorError:
-        return None
 
 
 def _fingerprint(tokenizer: Any) -> str:

@@ -96,6 +96,7 @@ class PreferenceDataModule(InstructionDataModule):
             mask_prompt=True,
             drop_empty=False,
             cache_dir=None,
+            on_disk=False,
             max_length=max_length,
             max_answer_length=max(1, max_length // 2) if max_answer_length is None else max_answer_length,
             batch_size=batch_size,

@@ -81,6 +81,7 @@ class QuestionDataModule(InstructionDataModule):
             drop_empty=False,
             strip_answers=True,
             cache_dir=None,
+            on_disk=False,
             max_length=max_length,
             batch_size=batch_size,
             prompt_template=prompt_template,

@@ -50,5 +50,11 @@ class EpochSampler(DistributedSampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = self.order()
         padded = order.repeat(-(-self.total_size // len(order)))[: self.total_size]
-        epoch = self.epoch
-        return iter([(epoch, index) for index in padded[self.rank :: self.num_replicas].tolist()])
+        return _pairs(self.epoch, padded[self.rank :: self.num_replicas])
+
+
+def _pairs(epoch: int, order: Tensor) -> Iterator[tuple[int, int]]:
+    """(epoch, index) pairs. Only few are there at a time: millions of them would fill the memory."""
+    for chunk in order.split(1 << 16):
+        for index in chunk.tolist():
+            yield epoch, index

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from language.data.packing import BucketSampler, PackedCollator, PaddedCollator, TokenDataset, pack
 from language.data.tokenise import IGNORED, Documents
-from lit_adapters.lightning.resume.sampler import EpochSampler
+from lit_adapters.lightning.resume.sampler import EpochSampler, permutation
 
 LENGTHS = [5, 9, 3, 7, 4]
 
@@ -101,14 +101,30 @@ def test_padding_changes_no_loss():
 
 
 def test_pack_uses_every_document_once_and_fills_rows():
-    lengths = torch.randint(1, 101, (500,), generator=torch.Generator().manual_seed(0)).tolist()
-    lengths += [100, 100]
+    lengths = torch.randint(1, 101, (500,), generator=torch.Generator().manual_seed(0))
+    lengths = torch.cat([lengths, torch.tensor([100, 100])])
     rows = pack(lengths, 100, "train", 3)
+    assert len(rows) == len(list(rows))
     assert sorted(i for row in rows for i in row) == list(range(502))
-    assert max(sum(lengths[i] for i in row) for row in rows) == 100
-    assert sum(lengths) / (100 * len(rows)) > 0.9
-    assert pack(lengths, 100, "train", 3) == rows
-    assert pack(lengths, 100, "train", 4) != rows
+    assert max(int(lengths[row].sum()) for row in rows) == 100
+    assert lengths.sum() / (100 * len(rows)) > 0.9
+    assert list(pack(lengths, 100, "train", 3)) == list(rows)
+    assert list(pack(lengths, 100, "train", 4)) != list(rows)
+
+
+def test_pack_takes_the_fullest_row_with_room(monkeypatch):
+    """Against a plain search through all rows, in more than one chunk."""
+    monkeypatch.setattr("language.data.packing._CHUNK", 64)
+    lengths = torch.randint(1, 11, (300,), generator=torch.Generator().manual_seed(1))
+    expected: list[list[int]] = []
+    for index in permutation(300, "pack", "key").tolist():
+        sums = [int(lengths[row].sum()) for row in expected]
+        fitting = [(-total, i) for i, total in enumerate(sums) if total + lengths[index] <= 10]
+        if fitting:
+            expected[min(fitting)[1]].append(index)
+        else:
+            expected.append([index])
+    assert list(pack(lengths, 10, "key")) == expected
 
 
 # Buckets
