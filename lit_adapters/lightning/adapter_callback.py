@@ -19,6 +19,7 @@ from lit_adapters.lightning.recording import Recording
 from lit_adapters.lightning.resume.adapters_only import AdaptersOnly
 from lit_adapters.lightning.resume.callback import Resuming
 from lit_adapters.lightning.resume.finishing import Finishing
+from lit_adapters.lightning.resume.stopping import Stopping
 from lit_adapters.model.record import adapters
 from lit_adapters.training.attached import attached_models
 from lit_adapters.training.recording import Statistic, checked_statistics
@@ -113,6 +114,7 @@ class AdapterCallback(CallbackOfParts):
             self._allocating,  # its penalty adds to gradients that have been checked
             Linearity(),
             self._recording,
+            Stopping(),
             Resuming(),  # restores random states at the start of a training, so after all that might draw from them
             *([AdaptersOnly()] if self.save_adapters_only else []),
             finishing.last_part,

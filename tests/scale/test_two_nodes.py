@@ -1,10 +1,11 @@
-"""Two nodes of one process each, as torchrun starts them: the same as one node of two, also after one was killed."""
+"""Two nodes of one process each, as torchrun starts them: the same as one node of two, also after one was lost."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -31,7 +32,10 @@ def free_port():
 
 
 def train(folder, strategy, nodes, *arguments, restarts=0):
-    """Train by torchrun on so many nodes, two processes in all; the last checkpoint, and what was printed."""
+    """Train by torchrun on so many nodes, two processes in all; the last checkpoint, and what was printed.
+
+    A node that is killed is started anew.
+    """
     here = f"localhost:{free_port()}"
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={2 // nodes}"]
     launcher += [f"--max-restarts={restarts}", "--rdzv-backend=c10d", f"--rdzv-endpoint={here}", "--rdzv-id=1"]
@@ -42,21 +46,37 @@ def train(folder, strategy, nodes, *arguments, restarts=0):
     environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     logs = [folder / f"node{number}.txt" for number in range(nodes)]
-    agents = []
-    for log in logs:
-        with log.open("w") as file:
-            command = [*launcher, *task]
-            agents.append(
-                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+
+    def start(number):
+        # The first node holds what the nodes agree by; without it no other could go on.
+        host = ["--rdzv-conf", f"is_host={number == 0},last_call_timeout=1"]
+        command = [*launcher, *host, *task]
+        with logs[number].open("a") as file:
+            print("started", file=file, flush=True)
+            return subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment | {"NODE": str(number)},
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
             )
+
+    agents = [start(number) for number in range(nodes)]
+    end = time.monotonic() + 300
     try:
-        codes = [agent.wait(timeout=300) for agent in agents]
+        while any(agent.poll() is None for agent in agents):
+            assert time.monotonic() < end, "\n".join(log.read_text() for log in logs)[-6000:]
+            for number, agent in enumerate(agents):
+                if agent.poll() == -signal.SIGKILL:
+                    agents[number] = start(number)
+            time.sleep(0.2)
     finally:
         for agent in agents:
             if agent.poll() is None:
                 os.killpg(agent.pid, signal.SIGKILL)
     printed = "\n".join(log.read_text() for log in logs)
-    assert codes == [0] * nodes, printed[-6000:]
+    assert [agent.returncode for agent in agents] == [0] * nodes, printed[-6000:]
     checkpoints = folder / "vision" / "smoke-nora_plus_plus" / "one" / "checkpoints"
     return torch.load(checkpoints / "last.ckpt", weights_only=True), printed
 
@@ -74,16 +94,21 @@ def test_two_nodes_learn_what_one_of_two_processes_does(uninterrupted, tmp_path)
     assert_equal_bits(learned["state_dict"], alone["state_dict"])
 
 
-def test_a_killed_node_is_restarted_and_the_run_is_exact(uninterrupted, tmp_path):
+KEEP = [
+    "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+    "--trainer.callbacks.every_n_train_steps=2",
+    "--trainer.callbacks.filename=last-step",
+]
+LOST = {"a process": "--trainer.callbacks.rank=1", "a node": "--trainer.callbacks.launcher=1"}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_what_is_killed_is_restarted_and_the_run_is_exact(uninterrupted, lost, tmp_path):
     strategy, learned = uninterrupted
-    keep = [
-        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
-        "--trainer.callbacks.every_n_train_steps=2",
-    ]
-    keep += ["--trainer.callbacks.filename=last-step"]
     kill = ["--trainer.callbacks+=tests.scale.stopping.Stopping", f"--trainer.callbacks.marker={tmp_path}/killed"]
-    kill += ["--trainer.callbacks.step=5", "--trainer.callbacks.name=SIGKILL", "--trainer.callbacks.rank=1"]
-    again, printed = train(tmp_path, strategy, 2, *keep, *kill, restarts=2)
-    assert (tmp_path / "killed1").exists()
+    kill += ["--trainer.callbacks.step=5", "--trainer.callbacks.name=SIGKILL", LOST[lost]]
+    again, printed = train(tmp_path, strategy, 2, *KEEP, *kill, restarts=2)
+    assert len(list(tmp_path.glob("killed*"))) == 1
+    assert (tmp_path / "node1.txt").read_text().count("started\n") == (2 if lost == "a node" else 1)
     assert "last-step" in printed  # resumed from
     assert_equal_bits(again["state_dict"], learned["state_dict"])

@@ -19,6 +19,7 @@ from tests.lightning.tiny_task import Task, fit, loader
 
 ROOT = Path(__file__).parents[3]
 LOOP_STATE = "lit_adapters/lightning/resume/loop_state.py"
+STOPPING = "lit_adapters/lightning/resume/stopping.py"
 ANNEALING = "lit_adapters/lightning/annealing.py"
 
 # Where an attribute lies, seen from a Trainer after a training batch; the file of ours that uses it.
@@ -45,6 +46,9 @@ OF_A_TRAINER = {
     "fit_loop.epoch_loop.val_loop._restarting": LOOP_STATE,
     "fit_loop.epoch_loop.val_loop.batch_progress.reset": LOOP_STATE,
     "fit_loop.epoch_loop.min_steps": ANNEALING,
+    "fit_loop.epoch_loop._broadcast_sigterm_tensor": STOPPING,
+    "_signal_connector.received_sigterm": STOPPING,
+    "_signal_connector._original_handlers": STOPPING,
 }
 COUNTERS = {"ready", "started", "processed", "completed"}
 
