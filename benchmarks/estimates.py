@@ -47,6 +47,7 @@ CASES: list[tuple[str, list[str]]] = [
     (LANGUAGE.format("lora"), ["data.batch_size=4", "model.gradient_checkpointing=true"]),
     (LANGUAGE.format("lora"), ["data.batch_size=4", BF16]),
     (LANGUAGE.format("nora"), ["data.batch_size=4", BF16]),
+    (LANGUAGE.format("dpo"), ["data.batch_size=2"]),
 ]
 
 

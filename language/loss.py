@@ -94,6 +94,17 @@ def learned_logits(forward: Callable[[Batch, Tensor], Tensor], batch: Batch) -> 
     return forward(batch, positions)[following[:, positions]].float(), learned
 
 
+def made_up_logits(forward: Callable[[Batch, Tensor], Tensor], rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Logits, float32 (rows * length, V), of a full batch of zeros of which each token is learned, and its tokens.
+
+    As `learned_logits`, with operations that can be traced without values.
+    """
+    tokens = torch.zeros(rows, length, dtype=torch.long)
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    logits = forward(batch, torch.arange(length)).flatten(0, 1)
+    return logits[torch.arange(rows * length)].float(), tokens.flatten()
+
+
 def learned_tokens(batch: Batch) -> Tensor:
     """Which tokens (B, T) have a label and something before them to be predicted from."""
     learned = batch["labels"] != IGNORED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 import lit_adapters as la
 from language.generate import generate, prompt_rows
-from language.loss import Batch, read, row_means, token_losses
+from language.loss import Batch, made_up_logits, read, row_means, token_losses
 from language.meaning import apply_meaning
 from language.means import Means
 from language.measured import check_causal, check_packing
@@ -175,36 +176,45 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
         return model
 
     def training_example(self, data: Any) -> Example:
-        """A step on a full batch of the data, all of whose tokens are learned, for `lit-adapters estimate`."""
-        if type(self).training_step is not CausalLMTuner.training_step:
-            raise AdapterError(
-                f"{type(self).__name__} has its own training step; estimates cover supervised fine-tuning only"
-            )
+        """A step on a full batch of the data, all of whose tokens are learned, for `lit-adapters estimate`.
+
+        Raises:
+            AdapterError: A subclass has a training step of its own and no `made_up_loss`.
+            DataError: The data are longer than the model's context.
+        """
+        of_step, of_loss = (
+            next(cls for cls in type(self).__mro__ if name in vars(cls)) for name in ("training_step", "made_up_loss")
+        )
+        if of_step is not of_loss:
+            raise AdapterError(f"{type(self).__name__} has its own training step, which cannot be estimated")
         h, rows, length = self.hparams, data.batch_size, data.max_length
-
-        def build() -> nn.Module:
-            model = create_skeleton(
-                h["model"],
-                dtype=h["dtype"],
-                gradient_checkpointing=h["gradient_checkpointing"],
-                attention=h["attention"],
-            ).train()
-            la.attach(model, self.methods, train=self.train_modules)
-            return model
-
-        def loss(model: nn.Module) -> Tensor:
-            tokens, positions = torch.zeros(rows, length, dtype=torch.long), torch.arange(length)
-            batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-            logits = read(model, batch, positions).flatten(0, 1)
-            learned = torch.arange(rows * length)
-            return F.cross_entropy(logits[learned].float(), tokens.flatten(), reduction="sum")
-
         with torch.device("meta"):
             skeleton = create_skeleton(h["model"])
         outputs, context = vocabulary_size(skeleton), context_length(skeleton)
         if context is not None and length > context:
             raise la.DataError(f"data.max_length {length} exceeds the model's {context} positions: set it to {context}")
-        return Example(build, loss, rows, rows * length, "tokens", outputs, packed=h["quantization"] == "nf4")
+        tokens = self.rows_per_item * rows * length
+        loss = partial(self.made_up_loss, rows=rows, length=length)
+        return Example(self._skeleton, loss, rows, tokens, "tokens", outputs, packed=h["quantization"] == "nf4")
+
+    rows_per_item = 1  # rows that the model reads for each of `data.batch_size`
+
+    def _skeleton(self) -> nn.Module:
+        """The adapted model without its weights."""
+        h = self.hparams
+        model = create_skeleton(
+            h["model"],
+            dtype=h["dtype"],
+            gradient_checkpointing=h["gradient_checkpointing"],
+            attention=h["attention"],
+        ).train()
+        la.attach(model, self.methods, train=self.train_modules)
+        return model
+
+    def made_up_loss(self, model: nn.Module, rows: int, length: int) -> Tensor:
+        """The loss of a full batch whose tokens are made up, as `training_step` computes it."""
+        logits, tokens = made_up_logits(partial(read, model), rows, length)
+        return F.cross_entropy(logits, tokens, reduction="sum")
 
     def on_fit_start(self) -> None:
         """Give the model the meaning of its data, and measure whether it does what the loss relies on."""

@@ -13,13 +13,15 @@ trl's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from language.loss import Batch, learned_logits, learned_tokens
+from language.loss import Batch, learned_logits, learned_tokens, made_up_logits, read
 from language.module import CausalLMTuner
 from language.reference import Reference
 from lit_adapters.errors import AdapterError, DataError
@@ -149,6 +151,23 @@ class DPOTuner(CausalLMTuner):
         self.log("train/reward_margin", margins.mean(), sync_dist=True)
         self.log("train/learned_tokens", float(self.learned_tokens), sync_dist=True, reduce_fx="sum")
         return loss
+
+    rows_per_item = 2  # the chosen and the rejected answer of a pair
+
+    def _skeleton(self) -> nn.Module:
+        model = super()._skeleton()
+        model.reference = Reference(model)  # its values are counted with the model's
+        return model
+
+    def made_up_loss(self, model: nn.Module, rows: int, length: int) -> Tensor:
+        """The loss of a full batch of pairs whose tokens are made up, as `training_step` computes it."""
+
+        def answers(forward: Callable[[Batch, Tensor], Tensor]) -> Tensor:
+            logits, tokens = made_up_logits(forward, 2 * rows, length)
+            return -F.cross_entropy(logits, tokens, reduction="none").view(2 * rows, length).sum(1)
+
+        reference = answers(model.get_submodule("reference"))
+        return self._pair_losses(self._margins(answers(partial(read, model)), reference)).sum()
 
     def batch_loss(self, batch: Batch) -> Tensor:
         """The mean loss of the pairs of a training batch; AdapterCallback calibrates on it."""

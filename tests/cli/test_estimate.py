@@ -14,7 +14,7 @@ from lit_adapters.cli.estimate import _number
 from lit_adapters.errors import AdapterError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SMOKE = [str(path) for path in sorted(CONFIGS.glob("*/smoke/*.yaml")) if path.stem not in ("dpo", "grpo", "draft")]
+SMOKE = [str(path) for path in sorted(CONFIGS.glob("*/smoke/*.yaml")) if path.stem not in ("grpo", "draft")]
 VISION, LANGUAGE = "configs/vision/smoke/lora.yaml", "configs/language/smoke/lora.yaml"
 QLORA = "configs/language/smoke/qlora.yaml"
 GPU = ("--device", "l40s")
@@ -91,11 +91,14 @@ def test_the_installed_command_finds_the_applications_of_the_checkout(tmp_path):
     """A console script does not have the working directory on its path."""
     (tmp_path / "lit_adapters").symlink_to(CONFIGS.parent / "lit_adapters")
     code = "from lit_adapters.cli import main; main()"
-    command = [sys.executable, "-P", "-c", code, "estimate", "--config", VISION, *GPU]
+    # AFA-LoRA warns at the end of a process that has not trained to the end, and here nothing was trained.
+    command = [sys.executable, "-P", "-c", code, "estimate", "--config", "configs/vision/smoke/afa.yaml", *GPU]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     run = subprocess.run(command, cwd=CONFIGS.parent, env=environment, capture_output=True, text=True)
     assert not run.returncode, run.stderr
     assert "fits 44.4 GiB: yes" in run.stdout
+    assert "Exception ignored" not in run.stderr
+    assert "nonlinear" not in run.stderr
 
 
 @pytest.mark.slow
@@ -121,10 +124,7 @@ def test_this_machine_is_measured(estimate):
         (["--config", QLORA, "--strategy", "fsdp", "--devices", "2"], "4-bit weights cannot be shared"),
         (["--config", VISION, "data.batch_sze=3"], "data.batch_sze.*read as a recipe of vision"),
         (["--config", VISION, "--program", "nothing_such"], "No module named 'nothing_such'"),
-        (
-            ["--config", "configs/language/smoke/dpo.yaml", "--program", "language.dpo"],
-            "has its own training step",
-        ),
+        (["--config", "configs/language/smoke/grpo.yaml"], "GRPOTuner has its own training step"),
     ],
 )
 def test_wrong_inputs_are_one_line(arguments, message):
