@@ -1,9 +1,9 @@
-# make demo | demo-language | test | slow | lowest | lint | docs | wheel | bench ROOT=<folder with data>   Each creates .venv on a fresh machine.
+# make demo | demo-language | test | slow | lowest | lint | docs | wheel | bench ROOT=<folder with data> | bench-gpu   Each creates .venv on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/.complete
 
-.PHONY: demo demo-language test slow lowest lint docs wheel bench clean
+.PHONY: demo demo-language test slow lowest lint docs wheel bench bench-gpu clean
 
 demo: $(ENVIRONMENT)  ## fine-tune a pretrained ViT on real images with NoRA++, against the head alone
 	$(BIN)/python -m vision.demo $(DEMO)
@@ -67,6 +67,9 @@ bench: $(ENVIRONMENT)  ## measure speed and memory: hours
 	for question in rational_speed time_shares loran_speed inference startup growth; do \
 		$(BIN)/python -m benchmarks.$$question || exit 1; done
 	$(BIN)/python -m benchmarks.tables
+
+bench-gpu: $(ENVIRONMENT)  ## measure kernels, training steps, fine-tuning and generation on one GPU: ten minutes, no network
+	@$(BIN)/python -m benchmarks.gpu || failed=1; $(BIN)/python -m benchmarks.tables && test -z "$$failed"
 
 # The marker is written last, so that an interrupted installation is repeated.
 $(ENVIRONMENT): pyproject.toml

@@ -18,6 +18,7 @@ from benchmarks import (
     study_tables,
     subspace_tables,
 )
+from benchmarks.gpu import tables as gpu_tables
 from benchmarks.results_file import RESULTS, load
 from lit_adapters.files.atomic import write_text_atomically
 
@@ -74,6 +75,7 @@ def main() -> None:
     subspaces()
     linearisations()
     performance()
+    gpu()
     study_tables.fill(ROOT)
 
 
@@ -161,6 +163,13 @@ def performance() -> None:
         t.growth_figure(records, ROOT / "docs" / "growth.png")
         shown_on_page.append(records)
     replace_block(page, "machine", machines(shown_on_page))
+
+
+def gpu() -> None:
+    """Fill the block on what was measured on a GPU."""
+    found = gpu_tables.sections(load(RESULTS / "gpu.json"))
+    shown = [f"{heading}\n\n{table(*rows)}" if rows else heading for heading, rows in found]
+    replace_block(ROOT / "docs" / "performance.md", "gpu", "\n\n".join(shown) or gpu_tables.NOT_RUN)
 
 
 def subspaces() -> None:

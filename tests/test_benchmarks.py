@@ -19,6 +19,7 @@ from tests.study.synthetic import finished, synthetic_study
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py")) if "argparse" in path.read_text()]
+SCRIPTS += ["gpu.__main__"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
