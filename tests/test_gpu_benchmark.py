@@ -90,7 +90,9 @@ def test_the_full_models_have_their_shape_and_take_every_arm(name, parameters):
     of_arms = {}
     for arm, library in arms(name):
         model = with_arm(sharing(base.requires_grad_(False)), name, arm, library)
-        of_arms[arm, library] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        of_arms[arm, library] = sum(p.numel() for p in trained)
+        assert arm == "full" or {p.dtype for p in trained} == {torch.float32}
     for arm in ("lora", "dora"):
         assert of_arms[arm, "ours"] == of_arms[arm, "peft"] > 1_000_000
     assert {("full", "ours"), ("frozen", "ours"), ("nora", "ours"), ("loran", "ours")} < set(of_arms)

@@ -87,7 +87,11 @@ def with_arm(model: nn.Module, name: str, arm: str, library: str = "ours") -> nn
     if arm == "full":
         return model.requires_grad_(True).train()
     if arm == "frozen" or arm in METHODS:
-        return adapted(model, name, "frozen" if arm == "frozen" else library, arm, RANK)
+        model = adapted(model, name, "frozen" if arm == "frozen" else library, arm, RANK)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # as peft's `get_peft_model` does, and ours
+        return model
     method = ARMS[arm].method
     assert method is not None
     la.attach(model, method(**(ARMS[arm].vision if name == "vit" else ARMS[arm].language)))

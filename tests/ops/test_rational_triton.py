@@ -115,7 +115,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from lit_adapters.ops import _rational_triton as kernels
 
-for memory in ("fp32", "bf16", "fp64"):
+for memory in ("fp32", "bf16", "fp16", "fp64"):
     for kernel, tensors, more in (
         (kernels._forward_kernel, ("x_pointer", "y_pointer"), {}),
         (kernels._backward_kernel, ("g_pointer", "x_pointer", "d_pointer"), {"COEFFICIENTS": True}),
@@ -136,7 +136,7 @@ def test_compiles_to_machine_code_for_a_gpu_without_atomics():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("compiled") == 6
+    assert done.stdout.count("compiled") == 8
 
 
 def test_unknown_backend_is_refused():
