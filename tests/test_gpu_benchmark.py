@@ -63,9 +63,9 @@ def test_a_failing_question_is_recorded_and_the_others_are_asked(tmp_path):
 def test_the_budget_is_kept(tmp_path):
     begin = time.monotonic()
     records = ask(asked(never_ends, never_ends, answers, share=0.6), TINY, 3 / 60, tmp_path / "gpu.json")
-    assert time.monotonic() - begin < 3 + 2
+    assert time.monotonic() - begin < 3 + 5
     assert [r["status"] for r in records] == ["stopped", "stopped", "not run"]
-    assert [r["seconds"] for r in records] == [pytest.approx(s, abs=0.7) for s in (1.8, 1.2, 0)]
+    assert [r["seconds"] for r in records] == [pytest.approx(s, abs=1) for s in (1.8, 1.2, 0)]
 
 
 def test_what_a_stopped_question_has_yielded_is_kept(tmp_path, monkeypatch):
