@@ -1,0 +1,35 @@
+"""Generation with our adapter: python -m benchmarks.jobs.ours_generation SETTINGS.json"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lit_adapters as la
+from benchmarks.jobs.continuing import continue_prompts
+from benchmarks.jobs.report import Report
+
+
+def main() -> None:
+    """Load the model and the adapter, merge it if asked to, and continue the prompts."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    report = Report(job["report"])
+    report.stage("start-up")
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    report.stage("model")
+    la.load_adapters(model, job["adapter"])
+    if job["merge"]:
+        la.merge(model)
+    model.eval()
+    report.stage("adapter")
+    continue_prompts(model, tokenizer, job, report)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
