@@ -48,9 +48,9 @@ docs: $(ENVIRONMENT)  ## the site from docs/ and the docstrings, in site/; warni
 wheel: $(ENVIRONMENT)  ## a wheel in dist/ with compiled kernels, for Linux on x86-64; where it is installed no compiler is needed
 	LIT_ADAPTERS_KERNELS=1 $(BIN)/python -m pip wheel -q --no-deps -w dist .
 
-# ROOT holds cifar10/ (train and test, folders or .tar.gz) and alpaca_demo/. Methods are compared by configs/studies.
+# ROOT holds cifar10/ (train and test, folders or .tar.gz), alpaca_demo/ and mmlu/. Methods are compared by configs/studies.
 bench: $(ENVIRONMENT)  ## measure speed and memory: hours
-	@test -n "$(ROOT)" || { echo 'error: make bench ROOT=DIR, the folder with cifar10/ and alpaca_demo/'; exit 1; }
+	@test -n "$(ROOT)" || { echo 'error: make bench ROOT=DIR, the folder with cifar10/, alpaca_demo/ and mmlu/'; exit 1; }
 	for model in vit smollm2; do for precision in fp32 bf16; do \
 		$(BIN)/python -m benchmarks.step_time --model $$model --precision $$precision || exit 1; done; done
 	$(BIN)/python -m benchmarks.callback_overhead --root $(ROOT)
@@ -62,6 +62,7 @@ bench: $(ENVIRONMENT)  ## measure speed and memory: hours
 	$(BIN)/python -m benchmarks.several_adapters
 	$(BIN)/python -m benchmarks.estimates
 	$(BIN)/python -m benchmarks.larger_than_memory
+	$(BIN)/python -m benchmarks.whole_jobs --rows $(ROOT)/alpaca_demo/train.jsonl --images $(ROOT)/cifar10 --mmlu $(ROOT)/mmlu
 	$(BIN)/python -m benchmarks.peft_memory --ranks 4 8 16 64 --precisions fp32 bf16
 	$(BIN)/python -m benchmarks.peft_memory --models vit llama --precisions fp32 bf16 --checkpointing
 	for question in rational_speed time_shares loran_speed inference startup growth; do \

@@ -254,6 +254,42 @@ def growth_figure(records: list[Record], path: Path) -> None:
     save_figure(figure, path, dpi=110)
 
 
+WHOLE_JOB = 0.85  # the most of the peer's time that a job may take
+
+
+def whole_job_rows(records: list[Record]) -> list[list[str]]:
+    """One row for each job: the last record, bold where it takes more of the peer's time or memory than it may."""
+    rows = []
+    for r in _latest(records, lambda r: r["job"]):
+        over, ours, theirs = r["over_peer"], r["ours"], r["theirs"]
+        rows.append(
+            [
+                f"{r['job']}, beside {r['peer']}",
+                f"{ours['seconds']['median']:.0f} / {theirs['seconds']['median']:.0f}",
+                _bounded(over["seconds"], WHOLE_JOB),
+                with_spread(over["steady_seconds"]) if "steady_seconds" in over else "no steps",
+                f"{ours['per_second']:,.0f} / {theirs['per_second']:,.0f} {r['unit']}",
+                _bounded(over["peak_mib"], 1.0),
+            ]
+        )
+    return rows
+
+
+def whole_job_stages(records: list[Record]) -> list[list[str]]:
+    """Two rows for each job: where the seconds go, ours and the peer's."""
+    rows = []
+    for r in _latest(records, lambda r: r["job"]):
+        for name, side in (("ours", r["ours"]), (r["peer"], r["theirs"])):
+            stages = ", ".join(f"{stage} {seconds['median']:.1f}" for stage, seconds in side["stages"].items())
+            rows.append([f"{r['job']}, {name}", stages])
+    return rows
+
+
+def _bounded(ratio: dict[str, Any], limit: float) -> str:
+    text = with_spread(ratio)
+    return f"**{text}**" if round(ratio["median"], 2) > limit else text
+
+
 def inside_peft_rows(records: list[dict[str, Any]]) -> list[list[str]]:
     """What our methods cost inside peft, against `attach`."""
     return [

@@ -147,6 +147,12 @@ def performance() -> None:
     replace_block(page, "peft", table(header, t.peft_page_rows(compared, load(RESULTS / "peft_memory.json"))))
     if records := load(RESULTS / "rational_speed.json"):
         replace_block(page, "rational", t.unbounded_rationals(records))
+    if records := load(RESULTS / "whole_jobs.json"):
+        header = ["job", "seconds, ours / peer's", "time", "a steady step", "a second, ours / peer's", "peak memory"]
+        replace_block(page, "whole-jobs", table(header, t.whole_job_rows(records)))
+        shown = table(["job", "seconds by stage"], t.whole_job_stages(records))
+        replace_block(every, "whole-jobs", f"{shown}\n\n{machine(records)}")
+        shown_on_page.append(records)
     steps = load(RESULTS / "step_time.json")
     for model in dict.fromkeys(r["model"] for r in steps):
         of = {p: [r for r in steps if (r["model"], r["precision"]) == (model, p)] for p in ("fp32", "bf16")}
