@@ -23,11 +23,17 @@ static inline Floats absolute_of(Floats c) { return absolute(c); }
 static inline Doubles absolute_of(Doubles c) { return absolute(c); }
 
 template <class V> struct Point {
-    V reciprocal, y, slope, by_b1, power;  // 1/Q, R, dR/dx; dR/db_j = -by_b1 power^(j-1) R / Q
+    V reciprocal, y, slope, sign;  // 1/Q, R, dR/dx; dR/db_j = -sign x^j R / Q, of |x| in the other form
 };
 
-// EXACT divides by Q: a multiplication by 1/Q might be fused with a subtraction that follows, and the difference of two
-// equal functions would not be 0.
+// p / q by 1/q. With EXACT the product is not fused with a subtraction that follows, which would make the difference of
+// two equal functions other than 0.
+template <bool EXACT, class V> static inline V quotient(V p, V q, V reciprocal) {
+    if (!EXACT) return p * reciprocal;
+    if constexpr (sizeof(V) == sizeof(Floats)) return unfused(p * reciprocal);
+    return p / q;
+}
+
 template <bool EXACT, class V, class C> static inline Point<V> value_and_slope(V x, const C *a, const C *b) {
     V p = spread<V>(a[M]), p_slope = {};
     for (int i = M - 1; i >= 0; --i) {
@@ -41,19 +47,18 @@ template <bool EXACT, class V, class C> static inline Point<V> value_and_slope(V
         v = v * power + b[j];
     }
     V inner = power * v, sign = inner >= 0 ? all<V>(1) : all<V>(-1);
-    V q = sign * inner + 1, q_slope = sign * (v + power * v_slope), by_b1 = sign * x;
+    V q = sign * inner + 1, q_slope = sign * (v + power * v_slope);
 #else
     V power = absolute(x), v = spread<V>(absolute_of(b[N - 1])), v_slope = {};
     for (int j = N - 2; j >= 0; --j) {
         v_slope = v_slope * power + v;
         v = v * power + absolute_of(b[j]);
     }
-    V sign = x >= 0 ? all<V>(1) : all<V>(-1);
-    V q = power * v + 1, q_slope = sign * (v + power * v_slope), by_b1 = power;
+    V sign = all<V>(1);
+    V q = power * v + 1, q_slope = (x >= 0 ? all<V>(1) : all<V>(-1)) * (v + power * v_slope);
 #endif
-    V reciprocal = 1 / q, y = EXACT ? p / q : p * reciprocal;
-    V slope = p_slope - q_slope * y;
-    return {reciprocal, y, EXACT ? slope / q : slope * reciprocal, by_b1, power};
+    V reciprocal = 1 / q, y = quotient<EXACT>(p, q, reciprocal);
+    return {reciprocal, y, quotient<EXACT>(p_slope - q_slope * y, q, reciprocal), sign};
 }
 
 template <class V, class C> static inline V value(V x, const Group<C> &c) {
@@ -65,15 +70,13 @@ template <class V, class C> static inline V value(V x, const Group<C> &c) {
 template <class V, class C> static inline V gradient(V g, V x, const Group<C> &c, V *sums) {
     Point<V> at = c.a0 ? value_and_slope<true>(x, c.a, c.b) : value_and_slope<false>(x, c.a, c.b);
     if (sums) {
-        V term = g * at.reciprocal, other = -term * at.y * at.by_b1;
-        for (int i = 0; i <= M; ++i) {
-            sums[i] += term;
-            term *= x;
-        }
-        for (int j = 0; j < N; ++j) {
-            sums[M + 1 + j] += other;
-            other *= at.power;
-        }
+        V powers[(M > N ? M : N) + 1];
+        powers[1] = x;
+        for (int i = 2; i <= (M > N ? M : N); ++i) powers[i] = powers[i / 2] * powers[i - i / 2];
+        V term = g * at.reciprocal, other = -term * at.y * at.sign;
+        sums[0] += term;
+        for (int i = 1; i <= M; ++i) sums[i] += term * powers[i];
+        for (int j = 1; j <= N; ++j) sums[M + j] += other * (ABS_OF_SUM ? powers[j] : absolute(powers[j]));
     }
     return g * (c.a0 ? at.slope - value_and_slope<true>(x, c.a0, c.b0).slope : at.slope);
 }
@@ -97,50 +100,82 @@ static inline Group<float> group(const float *a, const float *b, const float *a0
     return {a + g * (M + 1), b + g * N, a0 ? a0 + g * (M + 1) : nullptr, b0 ? b0 + g * N : nullptr};
 }
 
+// Rows of K elements, D apart, all of one group. Where half a vector is left at the end of a row, two rows share one.
+template <class T>
+static inline void forward_rows(const T *x, T *y, const Group<float> &c, int64_t rows, int64_t K, int64_t D) {
+    const int64_t whole = K / LANES * LANES;
+    const bool halves = K - whole == LANES / 2;
+    for (int64_t row = 0; row < rows; ++row) {
+        const T *from = x + row * D;
+        T *to = y + row * D;
+        for (int64_t k = 0; k < whole; k += LANES) store(to + k, value_of(load(from + k), c));
+        if (halves && row % 2)
+            store_two(to - D + whole, to + whole, value_of(load_two(from - D + whole, from + whole), c));
+        else if (whole < K && (!halves || row + 1 == rows))
+            store_partial(to + whole, value_of(load_partial(from + whole, K - whole), c), K - whole);
+    }
+}
+
+template <class T>
+static inline void backward_rows(const T *g, const T *x, T *d, Floats *lanes, double *total, const Group<float> &c,
+                                 int64_t rows, int64_t K, int64_t D) {
+    const int64_t whole = K / LANES * LANES;
+    const bool halves = K - whole == LANES / 2;
+    for (int64_t row = 0; row < rows; ++row) {
+        const T *grad = g + row * D, *from = x + row * D;
+        T *to = d + row * D;
+        for (int64_t k = 0; k < whole; k += LANES)
+            store(to + k, gradient_of(load(grad + k), load(from + k), c, lanes, total));
+        if (halves && row % 2) {
+            Floats g_ends = load_two(grad - D + whole, grad + whole), x_ends = load_two(from - D + whole, from + whole);
+            store_two(to - D + whole, to + whole, gradient_of(g_ends, x_ends, c, lanes, total));
+        } else if (whole < K && (!halves || row + 1 == rows)) {
+            Floats g_end = load_partial(grad + whole, K - whole), x_end = load_partial(from + whole, K - whole);
+            store_partial(to + whole, gradient_of(g_end, x_end, c, lanes, total), K - whole);
+        }
+    }
+}
+
+// Rows that are read together: several where groups are so narrow that a row of one is over before it has begun.
+static inline int64_t together(int64_t K) { return K < 4 * LANES ? 8 : 1; }
+
 template <class T>
 static void forward(const T *x, T *y, const float *a, const float *b, const float *a0, const float *b0, int64_t outer,
                     int64_t G, int64_t K, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < outer * G; ++row) {
-        const Group<float> c = group(a, b, a0, b0, row % G);
-        const T *from = x + row * K;
-        T *to = y + row * K;
-        int64_t k = 0;
-        for (; k + LANES <= K; k += LANES) store(to + k, value_of(load(from + k), c));
-        if (k < K) store_partial(to + k, value_of(load_partial(from + k, K - k), c), K - k);
-    }
+    const int64_t rows = together(K), blocks = (outer + rows - 1) / rows;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t i = 0; i < G; ++i) {
+            const int64_t first = block * rows, at = (first * G + i) * K;
+            forward_rows(x + at, y + at, group(a, b, a0, b0, i), first + rows < outer ? rows : outer - first, K, G * K);
+        }
 }
 
 // Threads take chunks of a fixed number of rows, so that the sums of the chunks (chunks, G, WIDTH) do not depend on the
 // number of threads. Within a chunk each coefficient has a vector of sums, whose lanes are added up at the end.
 template <class T>
 static void backward(const T *g, const T *x, T *d, double *sums, const float *a, const float *b, const float *a0,
-                     const float *b0, int64_t outer, int64_t G, int64_t K, int64_t rows, int threads) {
-    const int64_t chunks = (outer + rows - 1) / rows;
+                     const float *b0, int64_t outer, int64_t G, int64_t K, int64_t chunk_rows, int threads) {
+    const int64_t rows = together(K), chunks = (outer + chunk_rows - 1) / chunk_rows;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t last = (chunk + 1) * rows < outer ? (chunk + 1) * rows : outer;
+        const int64_t last = (chunk + 1) * chunk_rows < outer ? (chunk + 1) * chunk_rows : outer;
         // Allocated as in C, so that the C++ runtime need not be linked, whether the compiler is called gcc or g++.
         Floats *chunk_lanes = sums ? (Floats *)aligned_alloc(64, (G * WIDTH * sizeof(Floats) + 63) / 64 * 64) : nullptr;
         if (sums) memset(chunk_lanes, 0, G * WIDTH * sizeof(Floats));
         double *totals = sums ? sums + chunk * G * WIDTH : nullptr;
-        for (int64_t row = chunk * rows; row < last; ++row)
+        for (int64_t row = chunk * chunk_rows; row < last; row += rows)
             for (int64_t i = 0; i < G; ++i) {
+                const int64_t at = (row * G + i) * K, count = row + rows < last ? rows : last - row;
                 const Group<float> c = group(a, b, a0, b0, i);
-                const int64_t at = (row * G + i) * K;
-                const T *from = x + at, *grad = g + at;
-                T *to = d + at;
-                double *total = sums ? totals + i * WIDTH : nullptr;
-                Floats row_sums[WIDTH], *lanes = sums ? row_sums : nullptr;  // in registers for the length of a row
-                if (sums) memcpy(row_sums, &chunk_lanes[i * WIDTH], sizeof row_sums);
-                int64_t k = 0;
-                for (; k + LANES <= K; k += LANES)
-                    store(to + k, gradient_of(load(grad + k), load(from + k), c, lanes, total));
-                if (k < K) {
-                    Floats g_end = load_partial(grad + k, K - k), x_end = load_partial(from + k, K - k);
-                    store_partial(to + k, gradient_of(g_end, x_end, c, lanes, total), K - k);
+                if (!sums) {
+                    backward_rows(g + at, x + at, d + at, nullptr, nullptr, c, count, K, G * K);
+                    continue;
                 }
-                if (sums) memcpy(&chunk_lanes[i * WIDTH], row_sums, sizeof row_sums);
+                Floats row_sums[WIDTH];  // in registers for these rows
+                memcpy(row_sums, &chunk_lanes[i * WIDTH], sizeof row_sums);
+                backward_rows(g + at, x + at, d + at, row_sums, totals + i * WIDTH, c, count, K, G * K);
+                memcpy(&chunk_lanes[i * WIDTH], row_sums, sizeof row_sums);
             }
         for (int64_t i = 0; sums && i < G * WIDTH; ++i)
             for (int l = 0; l < LANES; ++l) totals[i] += chunk_lanes[i][l];

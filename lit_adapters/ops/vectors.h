@@ -47,11 +47,29 @@ static inline Floats load(const uint16_t *from) {  // bfloat16 is the upper half
     return (Floats)(__builtin_convertvector(h, Words) << 16);
 }
 static inline void store(float *to, Floats x) { memcpy(to, &x, sizeof x); }
-static inline void store(uint16_t *to, Floats x) {  // rounded to nearest, ties to even; a NaN stays NaN
+static inline Halves halves_of(Floats x) {  // rounded to nearest, ties to even; a NaN stays NaN
+#ifdef __AVX512BF16__
+    return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
     Words w = (Words)x;
     Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-    Halves h = __builtin_convertvector(x == x ? rounded : (w >> 16) | 0x40, Halves);
+    return __builtin_convertvector(x == x ? rounded : (w >> 16) | 0x40, Halves);
+#endif
+}
+static inline void store(uint16_t *to, Floats x) {
+    Halves h = halves_of(x);
     memcpy(to, &h, sizeof h);
+}
+
+// The value, which the compiler may not fuse with a sum that follows.
+static inline Floats unfused(Floats x) {
+#ifdef __AVX__
+    asm("" : "+v"(x));
+    return x;
+#else
+    volatile Floats kept = x;
+    return kept;
+#endif
 }
 
 // Fewer than LANES elements, at the end of a row. The other lanes are zero, which adds nothing to any sum.
@@ -67,9 +85,7 @@ static inline void store_partial(float *to, Floats x, int64_t count) {
     _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), (__m512)x);
 }
 static inline void store_partial(uint16_t *to, Floats x, int64_t count) {
-    uint16_t rounded[LANES];
-    store(rounded, x);
-    _mm256_mask_storeu_epi16(to, (__mmask16)((1u << count) - 1), _mm256_loadu_si256((const __m256i *)rounded));
+    _mm256_mask_storeu_epi16(to, (__mmask16)((1u << count) - 1), (__m256i)halves_of(x));
 }
 #else
 template <class T> static inline Floats load_partial(const T *from, int64_t count) {
@@ -81,6 +97,40 @@ template <class T> static inline void store_partial(T *to, Floats x, int64_t cou
     T padded[LANES];
     store(padded, x);
     memcpy(to, padded, count * sizeof(T));
+}
+#endif
+
+// Half a vector from each of two places.
+#ifdef __AVX512DQ__
+static inline Floats load_two(const float *low, const float *high) {
+    return (Floats)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1);
+}
+static inline Floats load_two(const uint16_t *low, const uint16_t *high) {
+    __m128i l = _mm_loadu_si128((const __m128i *)low), h = _mm_loadu_si128((const __m128i *)high);
+    Halves both = (Halves)_mm256_inserti128_si256(_mm256_castsi128_si256(l), h, 1);
+    return (Floats)(__builtin_convertvector(both, Words) << 16);
+}
+static inline void store_two(float *low, float *high, Floats x) {
+    _mm256_storeu_ps(low, _mm512_castps512_ps256((__m512)x));
+    _mm256_storeu_ps(high, _mm512_extractf32x8_ps((__m512)x, 1));
+}
+static inline void store_two(uint16_t *low, uint16_t *high, Floats x) {
+    __m256i h = (__m256i)halves_of(x);
+    _mm_storeu_si128((__m128i *)low, _mm256_castsi256_si128(h));
+    _mm_storeu_si128((__m128i *)high, _mm256_extracti128_si256(h, 1));
+}
+#else
+template <class T> static inline Floats load_two(const T *low, const T *high) {
+    T both[LANES];
+    memcpy(both, low, sizeof both / 2);
+    memcpy(both + LANES / 2, high, sizeof both / 2);
+    return load(both);
+}
+template <class T> static inline void store_two(T *low, T *high, Floats x) {
+    T both[LANES];
+    store(both, x);
+    memcpy(low, both, sizeof both / 2);
+    memcpy(high, both + LANES / 2, sizeof both / 2);
 }
 #endif
 

@@ -16,8 +16,8 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("length", [8, 11, 16, 24, 37])
-@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("length", [8, 11, 16, 24, 37, 40, 100])
+@pytest.mark.parametrize("rows", [1, 7, 8, 300])
 def test_rows_of_any_length_in_one_or_several_chunks(length, rows, form, monkeypatch):
     monkeypatch.setattr(native, "_CHUNK", 1 << 10)
     ran = calls(monkeypatch)
@@ -43,7 +43,7 @@ def test_one_function_for_each_channel(rows, channels, form, monkeypatch):
         assert normwise(value, reference) <= tolerance
 
 
-@pytest.mark.parametrize("groups", [8, 192])
+@pytest.mark.parametrize("groups", [1, 8, 192])
 def test_the_result_does_not_depend_on_the_number_of_threads(groups):
     a, b = coefficients(groups)
     x, grad = torch.randn(700, 192), torch.randn(700, 192)
@@ -57,7 +57,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(groups):
     assert all(torch.equal(s, t) for other in results[1:] for s, t in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("groups", [4, 48])
+@pytest.mark.parametrize("groups", [2, 4, 48])
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_is_rounded_once(form, groups):
     a, b = coefficients(groups)
