@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from benchmarks.arms import ARMS, STEPS, names
-from benchmarks.bounds import PEFT_STEP, RATIONAL
+from benchmarks.bounds import BLOCKS, PEFT_STEP, RATIONAL
 from benchmarks.results_file import span, with_spread
 from lit_adapters.learned.pictures import save_figure
 
@@ -39,21 +39,20 @@ def rational_rows(records: list[Record]) -> list[list[str]]:
 
 
 def unbounded_rationals(records: list[Record]) -> str:
-    """The variants that have no bound in one dtype or both, in a sentence."""
-    by_variant = {row[0]: row for row in rational_rows(records)}
-    blocks = by_variant["blocks"]
-    formula = by_variant["eager formula"]
+    """The variant without a bound, and which GELU was the faster one, in two sentences."""
+    (formula,) = (row for row in rational_rows(records) if row[0] == "eager formula")
+    faster = {r["dtype"]: r["faster"] for r in records if r["device"] == "cpu" and "faster" in r}
+    which = " and ".join(f"{name} in {dtype}" for dtype, name in faster.items())
     return (
-        f"Without a bound: blocks in bfloat16, {blocks[2]}; "
-        f"the eager formula, {formula[1]} in float32 and {formula[2]} in bfloat16."
+        f"The faster one was {which}. Without a bound: the eager formula, {formula[1]} in float32 and {formula[2]} in "
+        "bfloat16."
     )
 
 
 def _rational_bound(variant: str) -> str:
-    if variant not in RATIONAL:
-        return ""
-    limit = RATIONAL[variant].limit
-    return f"{limit} (float32)" if variant == "blocks" else f"{limit:.2f}"
+    if variant == "blocks":
+        return " and ".join(f"{limit:.2f} ({dtype})" for dtype, limit in BLOCKS.items())
+    return f"{RATIONAL[variant].limit:.2f}" if variant in RATIONAL else ""
 
 
 def combination(record: Record) -> tuple[str, bool, bool, int, str]:

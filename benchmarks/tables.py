@@ -86,7 +86,7 @@ def performance() -> None:
     header = ["quantity", "at most", "measured (quartiles)"]
     replace_block(page, "bounds", table(header, [bound.row() for bound in bounds.bounds()]))
     t = performance_tables
-    over = "time / compiled GELU's"
+    over = "time / GELU's"
     sections: dict[str, tuple[Path, str, list[str], Callable[[list[dict[str, Any]]], list[list[str]]]]] = {
         "rational": (
             every,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -39,8 +40,8 @@ def alternate(
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Seconds of each function's first call, and of a call in each of `rounds` turns (means of `calls`).
 
-    Machines drift: the functions take turns, in the opposite order every other round, and one more call of each that is
-    not counted comes first.
+    Machines drift, and a function finds the memory as the one before leaves it: the functions take turns, in a random
+    order and in the next round in its opposite, and one more call of each that is not counted comes first.
 
     Raises:
         SystemExit: There are fewer than two rounds, which have no quartiles.
@@ -51,8 +52,13 @@ def alternate(
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
+    draw = random.Random(0)
+    order = list(functions)
     for number in tqdm(range(rounds), desc="rounds"):
-        for name in list(functions)[:: 1 if number % 2 == 0 else -1]:
+        order.reverse()
+        if number % 2 == 0:
+            draw.shuffle(order)
+        for name in order:
             times[name].append(timed(lambda f=functions[name]: [f() for _ in range(calls)]) / calls)
     return first, times
 
