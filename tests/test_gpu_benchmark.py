@@ -49,6 +49,7 @@ def test_a_question_is_answered_and_shown(question, tmp_path):
     assert all(len(row) == len(header) for row in rows)
 
 
+@pytest.mark.slow
 def test_a_failing_question_is_recorded_and_the_others_are_asked(tmp_path):
     records = ask(asked(fails, dies, answers), TINY, 10, tmp_path / "gpu.json")
     assert [r["status"] for r in records] == ["failed", "failed", "answered"]
@@ -60,6 +61,7 @@ def test_a_failing_question_is_recorded_and_the_others_are_asked(tmp_path):
     assert json.loads((tmp_path / "gpu.json").read_text()) == records
 
 
+@pytest.mark.slow
 def test_the_budget_is_kept(tmp_path):
     begin = time.monotonic()
     records = ask(asked(never_ends, never_ends, answers, share=0.6), TINY, 3 / 60, tmp_path / "gpu.json")
@@ -83,6 +85,7 @@ def test_one_thing_among_several_may_fail():
     assert attempt({"arm": "a"}, lambda: {}["b"]) == {"arm": "a", "error": "KeyError: 'b'"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "parameters"), [("llama", 1_235_814_400), ("vit", 86_567_656)])
 def test_the_full_models_have_their_shape_and_take_every_arm(name, parameters):
     base = MODELS[name](Setting("meta", "full"))

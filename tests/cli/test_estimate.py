@@ -33,7 +33,9 @@ def total(printed):
     return float(re.search(r"in all +([\d,.]+)", printed)[1].replace(",", ""))
 
 
-@pytest.mark.parametrize(("recipe", "unit"), [(VISION, "images"), (LANGUAGE, "tokens")])
+@pytest.mark.parametrize(
+    ("recipe", "unit"), [(VISION, "images"), pytest.param(LANGUAGE, "tokens", marks=pytest.mark.slow)]
+)
 def test_it_says_what_fits(estimate, recipe, unit):
     before, level = set(os.listdir()), logging.getLogger("lightning.pytorch").level
     data = "data.root=/nowhere" if recipe == VISION else "data.path=/nowhere.jsonl"
@@ -48,6 +50,7 @@ def test_it_says_what_fits(estimate, recipe, unit):
     assert total(more) > total(printed)
 
 
+@pytest.mark.slow
 def test_it_says_what_to_change(estimate):
     printed = estimate("--config", LANGUAGE, *GPU, "--device-memory", "12MiB", "--devices", 4)
     assert "fits 12.0 MiB: no; a batch of" in printed
