@@ -8,10 +8,11 @@
 ViT-S/14 at 56 px with random weights beside a plain loop of timm and peft and beside transformers' Trainer; `mmlu`:
 beside lm-evaluation-harness; `generation`, `generation_merged`: with an adapter, beside peft. Float32.
 
-Ours is our command line (in `generation` a script) on a recipe of configs/. Both sides get the same weights, rows,
-batches, LoRA, AdamW, rate and threads; neither validates. Logs, figures and checkpoints are what each side makes by
-itself, but the peers save the adapter alone. A run of each side is a process of its own; they take turns. Memory is
-the peak of what is resident in it. "Steady" is the median of a step, the first two left out.
+Ours is our command line (in `generation` a script) on a recipe of configs/. Both sides get the same weights (the ViT's
+are random, each side's own), rows, batches, LoRA, AdamW (the peers' fused, as is their default), rate and threads;
+neither validates. Logs, figures and checkpoints are what each side makes by itself, but the peers save the adapter
+alone. A run of each side is a process of its own; they take turns. Memory is the peak of what is resident in it.
+"Steady" is the median of a step, the first two left out.
 """
 
 from __future__ import annotations

@@ -179,14 +179,17 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
         """A step on a full batch of the data, all of whose tokens are learned, for `lit-adapters estimate`.
 
         Raises:
-            AdapterError: A subclass has a training step of its own and no `made_up_loss`.
+            AdapterError: A subclass has a training step of its own and no `made_up_loss`, or the other way round.
             DataError: The data are longer than the model's context.
         """
         of_step, of_loss = (
             next(cls for cls in type(self).__mro__ if name in vars(cls)) for name in ("training_step", "made_up_loss")
         )
         if of_step is not of_loss:
-            raise AdapterError(f"{type(self).__name__} has its own training step, which cannot be estimated")
+            raise AdapterError(
+                f"{type(self).__name__} has its own training step or made_up_loss and not both, so that it cannot be "
+                "estimated: write the other one too"
+            )
         h, rows, length = self.hparams, data.batch_size, data.max_length
         with torch.device("meta"):
             skeleton = create_skeleton(h["model"])

@@ -285,12 +285,8 @@ class InstructionDataModule(lightning.LightningDataModule):
         if split != "train" or not self.on_disk:
             return tokenise(self._records(split), self.renderer, self.encoder, description, cache)
         assert cache is not None
-        for name in ("val", "test"):
-            if self._fraction(name):
-                raise DataError(
-                    f"{name}_fraction={self._fraction(name)} would hold rows out, which on_disk cannot do: set "
-                    f"{name}_path to a file of its own, or {name}_fraction to 0"
-                )
+        for name in SPLITS[1:]:
+            self._fraction(name)  # before anything is read
         origin = (fingerprint(self.path, "train"), self.format, self.columns, self.drop_empty, self.strip_answers)
         return tokenise_on_disk(self._each_record(), origin, self.renderer, self.encoder, description, cache)
 
@@ -326,7 +322,13 @@ class InstructionDataModule(lightning.LightningDataModule):
         """Share of the training rows to hold out for a split: none where it has data of its own."""
         if self._own(split) is not None:
             return 0.0
-        return self.val_fraction if split == "val" else self.test_fraction
+        fraction = self.val_fraction if split == "val" else self.test_fraction
+        if fraction and self.on_disk:
+            raise DataError(
+                f"{split}_fraction={fraction} would hold rows out, which on_disk cannot do: set {split}_path to a file "
+                f"of its own, or {split}_fraction to 0"
+            )
+        return fraction
 
     @cached_property
     def _training_rows(self) -> list[Record]:

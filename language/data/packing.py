@@ -6,8 +6,8 @@ so that a run resumes bit for bit from the middle of an epoch.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heappop, heappush
 
 import torch
 from torch import Tensor
@@ -60,19 +60,23 @@ def pack(lengths: Tensor, max_length: int, *key: int | str) -> Rows:
     order = permutation(len(lengths), "pack", *key)
     row_of = torch.empty_like(order)  # the row of each document of the order
     rows = 0
-    rooms: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    open_rows: list[list[int]] = [[] for _ in range(max_length + 1)]  # by the tokens that are left: heaps
+    rooms = 0  # bit i is set where a row has i tokens left
     for start in range(0, len(order), _CHUNK):
         chunk = lengths[order[start : start + _CHUNK]].tolist()
         for number, length in enumerate(chunk, start):
-            place = bisect_left(rooms, (length, -1))
-            if place == len(rooms):
+            if fitting := rooms >> length:
+                left = length + (fitting & -fitting).bit_length() - 1
+                row = heappop(open_rows[left])
+                if not open_rows[left]:
+                    rooms ^= 1 << left
+            else:
                 left, row = max_length, rows
                 rows += 1
-            else:
-                left, row = rooms.pop(place)
             row_of[number] = row
             if left > length:
-                insort(rooms, (left - length, row))
+                heappush(open_rows[left - length], row)
+                rooms |= 1 << (left - length)
     return Rows(order[row_of.argsort(stable=True)], row_of.bincount())
 
 

@@ -25,6 +25,7 @@ _LONGEST_LINE = 1 << 28  # characters of a line of jsonl; a file of one endless 
 _LARGEST = {".json": 1 << 32, ".yml": 1 << 28, ".yaml": 1 << 28}  # bytes of files that are read whole
 # A parquet or .gz file may unpack to this many bytes, or to this many times its own size, whichever is more.
 _UNPACKED, _RATIO = 1 << 30, 1000
+_BATCH = 256  # rows of a parquet file that are read together
 
 
 def read_file(file: Path) -> Iterator[Row]:
@@ -209,7 +210,7 @@ def _read_parquet(file: Path) -> Iterator[Row]:
         opened = parquet.ParquetFile(file)
         _check_unpacked(file, opened.metadata)
         schema = opened.schema_arrow
-        batches = opened.iter_batches()
+        batches = opened.iter_batches(_BATCH)
     if len(set(schema.names)) < len(schema.names):
         raise DataError(f"{file} has two columns of one name among {', '.join(schema.names)}: rename one")
     names = _class_names(file, (schema.metadata or {}).get(b"huggingface"))

@@ -71,7 +71,7 @@ def estimate(args: argparse.Namespace) -> None:
         raise AdapterError(shards)
     device, cost = _device(args), cost_of()
     placed = placed_on(cost, args.devices, args.strategy)
-    rows = [("memory of a device at the peak of a step", "MiB")]
+    rows = [(f"memory of a device at the peak of a step of {program}", "MiB")]
     rows += [(part, f"{size / 2**20:,.1f}") for part, size in placed.parts.items() if size >= 0.05 * 2**20]
     rows.append(("in all", f"{placed.peak / 2**20:,.1f}"))
     print(console.text_table(rows, right=(1,)))

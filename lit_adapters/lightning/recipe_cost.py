@@ -20,7 +20,13 @@ from lit_adapters.lightning.optimizers import build_optimizers
 from lit_adapters.training.step_cost import Example, StepCost, step_cost
 
 # The applications of a checkout, by an argument that their model alone has.
-PROGRAMS = {"backbone": "vision", "beta": "language.dpo", "rewards": "language.grpo", "model": "language"}
+PROGRAMS = {
+    "backbone": "vision",
+    "beta": "language.dpo",
+    "label_smoothing": "language.dpo",
+    "rewards": "language.grpo",
+    "model": "language",
+}
 _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
 # The recipe may be for a machine that is not this one, and a run has no folder.
 _HERE = (

@@ -127,7 +127,10 @@ def test_this_machine_is_measured(estimate):
         (["--config", QLORA, "--strategy", "fsdp", "--devices", "2"], "4-bit weights cannot be shared"),
         (["--config", VISION, "data.batch_sze=3"], "data.batch_sze.*read as a recipe of vision"),
         (["--config", VISION, "--program", "nothing_such"], "No module named 'nothing_such'"),
-        (["--config", "configs/language/smoke/grpo.yaml"], "GRPOTuner has its own training step"),
+        (
+            ["--config", "configs/language/smoke/grpo.yaml"],
+            "GRPOTuner has its own training step or made_up_loss and not both",
+        ),
     ],
 )
 def test_wrong_inputs_are_one_line(arguments, message):

@@ -73,9 +73,11 @@ def test_a_job_of_two_tasks_stops_together(scheduler, tmp_path, signalled):
     first = scheduler(2, *stop, tasks=2)
     assert not first.returncode, first.stderr
     assert (tmp_path / "asked").read_text() == "requeue 2\n"
+    folder = tmp_path / "vision" / "smoke-nora_plus_plus"
+    assert "stopped by SIGTERM after step 3" in first.stdout + first.stderr
+    assert [p.name for p in (folder / "slurm-2" / "checkpoints").glob("*interrupted*")] == ["last-interrupted.ckpt"]
     second = scheduler(2, *stop, tasks=2)
     assert not second.returncode, second.stderr
-    folder = tmp_path / "vision" / "smoke-nora_plus_plus"
     ends = [torch.load(folder / f"slurm-{job}" / "checkpoints" / "last.ckpt", weights_only=True) for job in (1, 2)]
     assert ends[0]["global_step"] == ends[1]["global_step"]
     assert_equal_bits(ends[0]["state_dict"], ends[1]["state_dict"])

@@ -15,7 +15,7 @@ from lit_adapters.training.processes import process_count
 
 
 class Stopping(Callback):
-    """Lets all processes stop after the same batch, wherever SIGTERM arrives, and in whatever order.
+    """Lets all processes stop after the same batch, whichever of them SIGTERM reaches.
 
     Lightning's own handler of the signal waits for the other processes, while these may wait for a gradient: then none
     goes on, and no checkpoint is written. Here a process only notes the signal. After each training batch the processes
@@ -24,7 +24,8 @@ class Stopping(Callback):
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked = False  # this process
+        self._agreed = False
         self._noting: Any = None
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -48,6 +49,7 @@ class Stopping(Callback):
             if callable(earlier):
                 earlier(number, frame)
 
+        self._asked = self._agreed = False
         self._noting = note
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, note)
@@ -59,11 +61,29 @@ class Stopping(Callback):
             return
         asked = torch.tensor(int(self._asked), device=trainer.strategy.root_device)
         distributed.all_reduce(asked, distributed.ReduceOp.MAX)
-        if asked:
+        self._agreed = bool(asked)
+        if self._agreed:
             trainer._signal_connector.received_sigterm = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let a validation after the last batch of an epoch run to its end."""
+        if self._agreed:
+            trainer._signal_connector.received_sigterm = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop after it."""
+        if self._agreed:
+            trainer._signal_connector.received_sigterm = True
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave Lightning's loop as it was."""
+        self._give_back(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave Lightning's loop as it was."""
+        self._give_back(trainer)
+
+    def _give_back(self, trainer: Trainer) -> None:
         if self._noting is not None:
             del trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor
-            self._noting = None
+            self._noting, self._agreed = None, False

@@ -153,6 +153,13 @@ def test_refused(write, tokenizer, tmp_path, change, message):
         fitted(module(write(pairs(5)), tokenizer, tmp_path, **change))
 
 
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_rows_that_were_trained_are_held_out_in_no_stage(write, tokenizer, tmp_path, stage):
+    data = module(write(pairs(20)), tokenizer, tmp_path, val_fraction=0.1, test_fraction=0.1)
+    with pytest.raises(DataError, match="would hold rows out, which on_disk cannot do"):
+        data.setup(stage)
+
+
 def test_another_process_maps_the_file(write, tokenizer, tmp_path):
     documents = fitted(module(write(pairs(400)), tokenizer, tmp_path))._datasets["train"].documents
     sent = pickle.dumps(documents)
@@ -195,5 +202,5 @@ def test_memory_does_not_grow_with_the_data(write, tmp_path):
             path = write(pairs(rows, words=lambda i: 100))
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 grown[on_disk, rows] = pool.apply(anonymous_memory, (path, str(tmp_path / f"{on_disk}"), on_disk))
-    assert grown[True, 8_000] - grown[True, 1_000] < 2**22, grown
-    assert grown[False, 8_000] - grown[False, 1_000] > 2**24, grown
+    assert grown[True, 8_000] - grown[True, 1_000] < 2**21, grown
+    assert grown[False, 8_000] - grown[False, 1_000] > 2**22, grown
