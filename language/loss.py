@@ -95,7 +95,7 @@ def learned_logits(forward: Callable[[Batch, Tensor], Tensor], batch: Batch) -> 
 
 
 def made_up_logits(forward: Callable[[Batch, Tensor], Tensor], rows: int, length: int) -> tuple[Tensor, Tensor]:
-    """Logits, float32 (rows * length, V), of a full batch of zeros of which each token is learned, and its tokens.
+    """Logits, float32 (rows * length, V), and tokens of a full batch: its tokens are zeros, and all are learned.
 
     As `learned_logits`, with operations that can be traced without values.
     """

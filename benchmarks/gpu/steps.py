@@ -5,7 +5,7 @@ Full fine-tuning of the LLaMA keeps its weights and AdamW's state in bfloat16, w
 forward, loss, backward and AdamW.
 
 Memory: each arm alone, with a model of its own that is freed before the next. Time: all arms that ran take turns in one
-process, and share the weights that none of them changes.
+process, and share the frozen weights.
 """
 
 from __future__ import annotations

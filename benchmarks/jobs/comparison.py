@@ -29,7 +29,7 @@ def check_counts(job: Job, ours: dict[str, int], theirs: dict[str, int]) -> None
         one, other = ours[name], theirs[name]
         differ = one != other if name in EXACT else name in CLOSE and abs(one - other) > TOLERANCE * other
         if differ:
-            raise SystemExit(f"error: {job.name} is no comparison: ours has {one} {name}, {job.peer} {other}")
+            raise SystemExit(f"error: {job.name} cannot be compared: ours has {one} {name}, {job.peer} {other}")
 
 
 def in_turns(job: Job, rounds: int, run: Callable[[Side], dict[str, Any]]) -> Runs:

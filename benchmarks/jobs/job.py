@@ -81,7 +81,7 @@ class Training:
 def fit_side(module: str, recipe: str, training: Training, folder: Path, options: Sequence[str]) -> Side:
     """Our command line for a training.
 
-    It logs and draws what the recipe says. There is no validation, as on the peer's side, and the rate is constant.
+    It logs and draws what the recipe says. It does not validate, and its rate is constant, as with the peer.
 
     Args:
         module: Such as "language", or "language.dpo".

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
+from typing import Any
 
-import torch
-from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks.jobs.report import Report
-from benchmarks.jobs.trainers import plain_arguments, reporting
+from benchmarks.jobs.trl_run import train
 
 
-def main() -> None:
-    """Train and save the adapter; the reference is the model without it."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    report = Report(job["report"])
-    report.stage("start-up")
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
-    report.stage("model")
-    rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
-    trainer = reporting(DPOTrainer, report)(
-        model=model,
-        args=DPOConfig(**plain_arguments(job), max_length=job["max_length"], beta=job["beta"]),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(job["model"]),
-        peft_config=LoraConfig(r=job["rank"], lora_alpha=job["alpha"], target_modules=job["targets"]),
-    )
-    report.stage("data")
-    trainer.train()
-    trainer.save_model(job["out"])
-    report.write()
+def arguments(job: dict[str, Any]) -> dict[str, Any]:
+    """What the job sets of TRL's arguments."""
+    return {"max_length": job["max_length"], "beta": job["beta"]}
 
 
 if __name__ == "__main__":
-    main()
+    train(sys.argv[1], DPOTrainer, DPOConfig, arguments)

@@ -21,7 +21,7 @@ class StepEnds(TrainerCallback):
 
 
 def reporting(trainer: type, report: Report) -> Any:
-    """A subclass of a trainer's class that counts the batches of which it computes the loss."""
+    """A trainer class that also counts what its batches hold, and reports its steps."""
 
     class Reporting(trainer):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:

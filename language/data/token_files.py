@@ -104,7 +104,7 @@ def _kept(cache_dir: Path, key: object, make: Callable[[Path], Documents]) -> Do
     Args:
         cache_dir: Where the file is kept.
         key: What the tokens depend on.
-        make: Makes the documents where there is no file, with a folder for what it needs meanwhile.
+        make: Makes the documents where there is no file; it gets a folder for temporary files.
 
     Raises:
         DataError: The folder cannot be used.
