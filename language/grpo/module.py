@@ -77,6 +77,11 @@ def clipped_objective(
     return Objective((kl_weight * kl - gain).sum(), kl.detach().sum(), clipped.sum())
 
 
+def _random_state(device: torch.device) -> Tensor:
+    """The state of the device's random numbers: two are equal if none was drawn in between."""
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
 class GRPOTuner(CausalLMTuner):
     """A causal language model that learns from the rewards of completions that it samples (GRPO, arXiv 2402.03300).
 
@@ -93,10 +98,10 @@ class GRPOTuner(CausalLMTuner):
     completion is, and the two clips may differ. n counts the tokens of an optimiser step: of all its
     micro-batches (`accumulate_grad_batches`) and processes.
 
-    - pi_old is the policy that sampled. Its log-probabilities are taken right after sampling, in one pass in eval mode
-      over the finished completions: with the weights and AFA-LoRA's beta of that moment (beta moves with every
-      optimiser step), without dropout, at the sampling temperature. With `iterations: 1` and no dropout, rho is 1 up
-      to rounding.
+    - pi_old is the policy that sampled. Its log-probabilities are taken in eval mode over the finished completions,
+      with the weights and AFA-LoRA's beta of that moment (beta moves with every optimiser step), without dropout, at
+      the sampling temperature. With `iterations: 1` and no dropout this is the pass that learns, and rho is 1; a pass
+      of its own is made for `iterations` above 1, or where the pass that learns draws random numbers.
     - pi_ref is the model before training, `language.reference.Reference`.
     - Sampling is that of `language.grpo.rollouts.sample`, by transformers' `generate` with its key-value cache. The end
       token of a completion is learned. The samples of a batch are a function of the weights, init_seed, epoch and
@@ -235,7 +240,11 @@ class GRPOTuner(CausalLMTuner):
                 f"data module iterations={h['iterations']}, as the model has"
             )
         rollout = {name: tensor.to(self.device) for name, tensor in rollout.items()}
+        before = _random_state(self.device)
         new = log_probabilities(self.forward, rollout, h["temperature"])
+        if "old" not in rollout:
+            is_exact = torch.equal(_random_state(self.device), before)  # without dropout
+            rollout["old"] = new.detach() if is_exact else self._old(rollout)
         terms = clipped_objective(
             new,
             rollout["old"],
@@ -285,8 +294,8 @@ class GRPOTuner(CausalLMTuner):
         rewards = parts @ self.rewards.weights
         pad: Any = self.tokenizer.pad_token_id
         rollout = {k: v.to(self.device) for k, v in joined(rows, completions, pad).items()}
-        with torch.no_grad(), evaluating(self._built):
-            rollout["old"] = log_probabilities(self.forward, rollout, h["temperature"])
+        if h["iterations"] > 1:
+            rollout["old"] = self._old(rollout)
         if self.reference is not None:
             rollout["reference"] = log_probabilities(self.reference, rollout, h["temperature"])
         lengths = torch.tensor([len(completion) for completion in completions])
@@ -299,6 +308,11 @@ class GRPOTuner(CausalLMTuner):
         on_device = {f"train/{name}": value.to(self.device) for name, value in logged.items()}
         self.log_dict(on_device, sync_dist=True, batch_size=size)
         return rollout | {"prompts": batch["input_ids"], "reward": rewards.mean().to(self.device)}
+
+    def _old(self, rollout: dict[str, Tensor]) -> Tensor:
+        """log pi_old of each token, (n,)."""
+        with torch.no_grad(), evaluating(self._built):
+            return log_probabilities(self.forward, rollout, self.hparams["temperature"])
 
     def _measured(self, batch: Batch) -> dict[str, Tensor]:
         """The rewards of the likeliest completions, (B,) for each function and for their weighted sum."""

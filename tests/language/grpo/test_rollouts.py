@@ -91,7 +91,7 @@ def test_old_log_probabilities_are_those_of_the_policy_that_sampled(name, temper
     method = copy.deepcopy(METHODS[name])
     if hasattr(method, "dropout"):
         method.dropout = 0.5
-    module = moved(built(adapters=method, temperature=temperature)).train()
+    module = moved(built(adapters=method, temperature=temperature, iterations=2)).train()
     la.set_progress(module.model, 0.3)
     rollout = module._sample(batch(), 0)
     assert all(part.training for part in module.model.modules())

@@ -71,7 +71,7 @@ def theirs(module, rollout):
 @pytest.mark.parametrize("name", METHODS)
 def test_loss_and_gradient_are_those_of_trl(name):
     rows = batch(3)
-    settings = {"kl_weight": 0.3, "clip_low": 0.02, "clip_high": 0.03, "temperature": 0.7}
+    settings = {"kl_weight": 0.3, "clip_low": 0.02, "clip_high": 0.03, "temperature": 0.7, "iterations": 2}
     module = moved(built(adapters=METHODS[name], **settings)).train()
     rollout = module._sample(rows, 0)
     moved(module)
