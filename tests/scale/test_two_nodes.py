@@ -102,7 +102,7 @@ KEEP = [
 LOST = {"a process": "--trainer.callbacks.rank=1", "a node": "--trainer.callbacks.launcher=1"}
 
 
-@pytest.mark.parametrize("lost", LOST)
+@pytest.mark.parametrize(("uninterrupted", "lost"), zip(STRATEGIES, LOST, strict=True), indirect=["uninterrupted"])
 def test_what_is_killed_is_restarted_and_the_run_is_exact(uninterrupted, lost, tmp_path):
     strategy, learned = uninterrupted
     kill = ["--trainer.callbacks+=tests.scale.stopping.Stopping", f"--trainer.callbacks.marker={tmp_path}/killed"]
