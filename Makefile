@@ -18,7 +18,7 @@ test: $(ENVIRONMENT)  ## fast tests: no network, under five minutes
 	OMP_NUM_THREADS=1 $(PYTEST)  # one thread a process, as the processes share the cores
 
 slow: $(ENVIRONMENT)  ## real weights, compiled kernels, several processes
-	$(PYTEST) -m slow --ignore=tests/test_speed.py
+	OMP_NUM_THREADS=1 $(PYTEST) -m slow --ignore=tests/test_speed.py
 	# Alone, as what runs beside it would be measured too; what fails, once more: a process can be unlucky with its
 	# memory or its neighbours, a loss of speed is in each.
 	$(BIN)/python -m pytest -m slow tests/test_speed.py || $(BIN)/python -m pytest -m slow --last-failed tests/test_speed.py

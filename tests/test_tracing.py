@@ -184,22 +184,27 @@ def test_a_model_in_train_mode(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("merged", "method"), [(m, name) for m in (False, True) for name in METHODS if not (m and name in UNMERGEABLE)]
-)
-def test_a_program_runs_where_this_package_is_not(method, merged, tmp_path):
-    model, (x, other) = network(method), inputs()
-    if merged:
-        la.merge(linear(model))
-    torch.export.save(export(model, x, strict=True), tmp_path / "m.pt2")
-    torch.save(other, tmp_path / "x.pt")
+@pytest.mark.parametrize("merged", [False, True])
+def test_programs_run_where_this_package_is_not(merged, tmp_path):
+    """One process runs the programs of all methods, as starting one takes seconds."""
+    models = {method: network(method) for method in METHODS if not (merged and method in UNMERGEABLE)}
+    x, other = inputs()
+    torch.save(other, tmp_path / "x")
+    for method, model in models.items():
+        folder = tmp_path / method.replace("/", "-")
+        folder.mkdir()
+        if merged:
+            la.merge(linear(model))
+        torch.export.save(export(model, x, strict=True), folder / "m.pt2")
     program = (
-        "import sys, torch; sys.modules['lit_adapters'] = None; "
-        "y = torch.export.load(sys.argv[1] + '/m.pt2').module()(torch.load(sys.argv[1] + '/x.pt')); "
-        "torch.save(y.detach(), sys.argv[1] + '/y.pt')"
+        "import sys, torch; sys.modules['lit_adapters'] = None; x = torch.load('x')\n"
+        "for folder in sys.argv[1:]: "
+        "torch.save(torch.export.load(folder + '/m.pt2').module()(x).detach(), folder + '/y.pt')"
     )
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=tmp_path)
-    assert_alike(lambda _: torch.load(tmp_path / "y.pt"), model, (other,))
+    folders = {method: method.replace("/", "-") for method in models}
+    subprocess.run([sys.executable, "-c", program, *folders.values()], check=True, cwd=tmp_path)
+    for method, model in models.items():
+        assert_alike(lambda _, folder=folders[method]: torch.load(tmp_path / folder / "y.pt"), model, (other,))
 
 
 @pytest.mark.slow

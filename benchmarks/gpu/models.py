@@ -25,7 +25,7 @@ def llama(setting: Setting) -> Any:
     sizes = setting.choose(
         {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
         | {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0},
-        {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
         | {"num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 512},
     )
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def vit(setting: Setting) -> nn.Module:
     import timm
 
     torch.manual_seed(0)
-    sizes = setting.choose({}, {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2})
+    sizes = setting.choose({}, {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 2})
     with torch.device(setting.device):
         return timm.create_model("vit_base_patch16_224", **sizes).train()
 

@@ -81,6 +81,6 @@ def memory(setting: Setting, name: str, arm: str, library: str) -> Record:
     model = with_arm(MODELS[name](setting), name, arm, library)
     _, loss = batch(setting, name)
     step = training_step(model, partial(loss, model))
-    for _ in range(3):
+    for _ in range(setting.choose(3, 1)):
         step()
     return {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), **setting.peak()}

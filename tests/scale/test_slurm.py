@@ -62,25 +62,28 @@ def test_a_job_is_requeued_and_ends_as_an_uninterrupted_one(scheduler, tmp_path)
     assert_equal_bits(ends[0]["state_dict"], ends[1]["state_dict"])
 
 
-@pytest.mark.parametrize("signalled", [0, 1])
-def test_a_job_of_two_tasks_stops_together(scheduler, tmp_path, signalled):
+def test_a_job_of_two_tasks_stops_together(scheduler, tmp_path):
     """Wherever SIGTERM arrives: the tasks finish the same batch and write one checkpoint."""
-    whole = scheduler(1, "--trainer.strategy=ddp", tasks=2)
+    whole = scheduler(2, "--trainer.strategy=ddp", tasks=2)
     assert not whole.returncode, whole.stderr
-    stop = ["--trainer.callbacks+=tests.scale.stopping.Stopping", f"--trainer.callbacks.marker={tmp_path}/stopped"]
-    stop += ["--trainer.callbacks.step=2", "--trainer.callbacks.name=SIGTERM"]
-    stop += ["--trainer.strategy=ddp", f"--trainer.callbacks.rank={signalled}"]
-    first = scheduler(2, *stop, tasks=2)
-    assert not first.returncode, first.stderr
-    assert (tmp_path / "asked").read_text() == "requeue 2\n"
     folder = tmp_path / "vision" / "smoke-nora_plus_plus"
-    assert "stopped by SIGTERM after step 3" in first.stdout + first.stderr
-    assert [p.name for p in (folder / "slurm-2" / "checkpoints").glob("*interrupted*")] == ["last-interrupted.ckpt"]
-    second = scheduler(2, *stop, tasks=2)
-    assert not second.returncode, second.stderr
-    ends = [torch.load(folder / f"slurm-{job}" / "checkpoints" / "last.ckpt", weights_only=True) for job in (1, 2)]
-    assert ends[0]["global_step"] == ends[1]["global_step"]
-    assert_equal_bits(ends[0]["state_dict"], ends[1]["state_dict"])
+    uninterrupted = torch.load(folder / "slurm-2" / "checkpoints" / "last.ckpt", weights_only=True)
+    for signalled in (0, 1):
+        stop = ["--trainer.callbacks+=tests.scale.stopping.Stopping"]
+        stop += [f"--trainer.callbacks.marker={tmp_path}/stopped-{signalled}"]
+        stop += ["--trainer.callbacks.step=2", "--trainer.callbacks.name=SIGTERM"]
+        stop += ["--trainer.strategy=ddp", f"--trainer.callbacks.rank={signalled}"]
+        first = scheduler(signalled, *stop, tasks=2)
+        assert not first.returncode, first.stderr
+        assert (tmp_path / "asked").read_text().splitlines()[signalled:] == [f"requeue {signalled}"]
+        checkpoints = folder / f"slurm-{signalled}" / "checkpoints"
+        assert "stopped by SIGTERM after step 3" in first.stdout + first.stderr
+        assert [path.name for path in checkpoints.glob("*interrupted*")] == ["last-interrupted.ckpt"]
+        second = scheduler(signalled, *stop, tasks=2)
+        assert not second.returncode, second.stderr
+        goes_on = torch.load(checkpoints / "last.ckpt", weights_only=True)
+        assert goes_on["global_step"] == uninterrupted["global_step"]
+        assert_equal_bits(goes_on["state_dict"], uninterrupted["state_dict"])
 
 
 def test_a_job_that_fails_is_not_requeued(scheduler, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -81,17 +82,17 @@ def train(folder, strategy, nodes, *arguments, restarts=0):
     return torch.load(checkpoints / "last.ckpt", weights_only=True), printed
 
 
-@pytest.fixture(scope="module", params=list(STRATEGIES))
-def uninterrupted(request, tmp_path_factory):
-    """The strategy, and what two nodes learn by it."""
-    return request.param, train(tmp_path_factory.mktemp("nodes"), request.param, 2)[0]
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """What two nodes learn by a strategy, trained when it is first asked for."""
+    return cache(lambda strategy: train(tmp_path_factory.mktemp("nodes"), strategy, 2)[0])
 
 
-def test_two_nodes_learn_what_one_of_two_processes_does(uninterrupted, tmp_path):
-    strategy, learned = uninterrupted
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_nodes_learn_what_one_of_two_processes_does(uninterrupted, strategy, tmp_path):
     alone, _ = train(tmp_path, strategy, 1)
-    assert learned["global_step"] == alone["global_step"] == 6
-    assert_equal_bits(learned["state_dict"], alone["state_dict"])
+    assert uninterrupted(strategy)["global_step"] == alone["global_step"] == 6
+    assert_equal_bits(uninterrupted(strategy)["state_dict"], alone["state_dict"])
 
 
 KEEP = [
@@ -102,13 +103,12 @@ KEEP = [
 LOST = {"a process": "--trainer.callbacks.rank=1", "a node": "--trainer.callbacks.launcher=1"}
 
 
-@pytest.mark.parametrize(("uninterrupted", "lost"), zip(STRATEGIES, LOST, strict=True), indirect=["uninterrupted"])
-def test_what_is_killed_is_restarted_and_the_run_is_exact(uninterrupted, lost, tmp_path):
-    strategy, learned = uninterrupted
+@pytest.mark.parametrize(("strategy", "lost"), zip(STRATEGIES, LOST, strict=True))
+def test_what_is_killed_is_restarted_and_the_run_is_exact(uninterrupted, strategy, lost, tmp_path):
     kill = ["--trainer.callbacks+=tests.scale.stopping.Stopping", f"--trainer.callbacks.marker={tmp_path}/killed"]
     kill += ["--trainer.callbacks.step=5", "--trainer.callbacks.name=SIGKILL", LOST[lost]]
     again, printed = train(tmp_path, strategy, 2, *KEEP, *kill, restarts=2)
     assert len(list(tmp_path.glob("killed*"))) == 1
     assert (tmp_path / "node1.txt").read_text().count("started\n") == (2 if lost == "a node" else 1)
     assert "last-step" in printed  # resumed from
-    assert_equal_bits(again["state_dict"], learned["state_dict"])
+    assert_equal_bits(again["state_dict"], uninterrupted(strategy)["state_dict"])
