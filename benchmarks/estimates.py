@@ -48,6 +48,8 @@ CASES: list[tuple[str, list[str]]] = [
     (LANGUAGE.format("lora"), ["data.batch_size=4", BF16]),
     (LANGUAGE.format("nora"), ["data.batch_size=4", BF16]),
     (LANGUAGE.format("dpo"), ["data.batch_size=2"]),
+    (LANGUAGE.format("grpo"), ["data.batch_size=2"]),
+    (LANGUAGE.format("draft"), ["data.batch_size=4"]),
 ]
 
 

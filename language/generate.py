@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from language.loss import IGNORED, Batch
 from language.meaning import trained_end
@@ -16,6 +18,7 @@ from language.measured import check_finite, ignores_left_padding
 from language.models import context_length
 from lit_adapters.errors import AdapterError, DataError
 from lit_adapters.model.modes import evaluating
+from lit_adapters.training.step_cost import CACHE, count_as, repeated
 from lit_adapters.values import check_number, check_whole
 
 TEMPERATURES = (1e-6, 1e3)  # from the likeliest token to almost any
@@ -99,6 +102,50 @@ def continuations(
             **drawing,
         )
     return tokens[:, longest:]
+
+
+@torch.no_grad()
+def made_up_completions(model: Any, rows: int, length: int, new: int) -> None:
+    """Continue `rows` prompts of `length` made-up tokens by `new` tokens, with operations that can be traced.
+
+    Raises:
+        AdapterError: The model does not keep keys and values of all earlier tokens.
+    """
+    tokens = torch.zeros(rows, length + new, dtype=torch.long)
+    cache = DynamicCache(config=model.config)
+    layers: list[Any] = cache.layers
+
+    def read_on(begin: int, end: int) -> None:
+        given = {"attention_mask": torch.ones_like(tokens[:, :end]), cache_name(model): cache}
+        output = model(input_ids=tokens[:, begin:end], use_cache=True, logits_to_keep=1, **given)
+        output.logits[:, -1].float().softmax(-1)
+
+    def kept() -> list[Tensor]:
+        return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+
+    def lengthen(layer: Any, count: int) -> None:
+        keys, values = (t.new_zeros(rows, t.shape[1], count, t.shape[3]) for t in (layer.keys, layer.values))
+        layer.update(keys, values)
+
+    with evaluating(model):
+        read_on(0, length)
+        if cache.get_seq_length() != length or not all(isinstance(layer, DynamicLayer) for layer in layers):
+            raise AdapterError(
+                f"sampling from {type(model).__name__} cannot be estimated: it keeps more than keys and values"
+            )
+        count_as(CACHE, kept())
+        for number in repeated(new - 1):
+            begin = length + number
+            if (missing := begin - cache.get_seq_length()) > 0:  # a trace leaves passes out
+                for layer in layers:
+                    lengthen(layer, missing)
+            read_on(begin, begin + 1)
+            count_as(CACHE, kept())
+
+
+def cache_name(model: Any) -> str:
+    """What the model calls the argument for keys and values of earlier tokens."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
 
 
 class Finite(LogitsProcessor):

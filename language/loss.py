@@ -94,15 +94,18 @@ def learned_logits(forward: Callable[[Batch, Tensor], Tensor], batch: Batch) -> 
     return forward(batch, positions)[following[:, positions]].float(), learned
 
 
-def made_up_logits(forward: Callable[[Batch, Tensor], Tensor], rows: int, length: int) -> tuple[Tensor, Tensor]:
-    """Logits, float32 (rows * length, V), and tokens of a full batch: its tokens are zeros, and all are learned.
+def made_up_logits(
+    forward: Callable[[Batch, Tensor], Tensor], rows: int, length: int, learned: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits, float32 (rows * learned, V), and learned tokens of a full batch: zeros, of which the last are learned.
 
-    As `learned_logits`, with operations that can be traced without values.
+    As `learned_logits`, with operations that can be traced without values. All tokens are learned by default.
     """
+    learned = length if learned is None else learned
     tokens = torch.zeros(rows, length, dtype=torch.long)
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    logits = forward(batch, torch.arange(length)).flatten(0, 1)
-    return logits[torch.arange(rows * length)].float(), tokens.flatten()
+    logits = forward(batch, torch.arange(length - learned, length)).flatten(0, 1)
+    return logits[torch.arange(rows * learned)].float(), tokens[:, length - learned :].flatten()
 
 
 def learned_tokens(batch: Batch) -> Tensor:

@@ -183,7 +183,8 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
             DataError: The data are longer than the model's context.
         """
         of_step, of_loss = (
-            next(cls for cls in type(self).__mro__ if name in vars(cls)) for name in ("training_step", "made_up_loss")
+            next(cls for cls in type(self).__mro__ if names & vars(cls).keys())
+            for names in ({"training_step", "_losses"}, {"made_up_loss"})
         )
         if of_step is not of_loss:
             raise AdapterError(
@@ -196,23 +197,35 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
         outputs, context = vocabulary_size(skeleton), context_length(skeleton)
         if context is not None and length > context:
             raise la.DataError(f"data.max_length {length} exceeds the model's {context} positions: set it to {context}")
-        tokens = self.rows_per_item * rows * length
+        tokens = self.rows_per_item * rows * (length + self.sampled_tokens)
         loss = partial(self.made_up_loss, rows=rows, length=length)
         return Example(self._skeleton, loss, rows, tokens, "tokens", outputs, packed=h["quantization"] == "nf4")
 
-    rows_per_item = 1  # rows that the model reads for each of `data.batch_size`
+    @property
+    def rows_per_item(self) -> int:
+        """Rows that the model reads for each of `data.batch_size`."""
+        return 1
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens that a training step adds to each row."""
+        return 0
 
     def _skeleton(self) -> nn.Module:
         """The adapted model without its weights."""
+        model = self._create_skeleton(self.hparams["model"]).train()
+        la.attach(model, self.methods, train=self.train_modules)
+        return model
+
+    def _create_skeleton(self, name: str) -> Any:
+        """A model as `_create` makes it, without its weights."""
         h = self.hparams
-        model = create_skeleton(
-            h["model"],
+        return create_skeleton(
+            name,
             dtype=h["dtype"],
             gradient_checkpointing=h["gradient_checkpointing"],
             attention=h["attention"],
-        ).train()
-        la.attach(model, self.methods, train=self.train_modules)
-        return model
+        )
 
     def made_up_loss(self, model: nn.Module, rows: int, length: int) -> Tensor:
         """The loss of a full batch whose tokens are made up, as `training_step` computes it."""

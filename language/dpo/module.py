@@ -152,7 +152,10 @@ class DPOTuner(CausalLMTuner):
         self.log("train/learned_tokens", float(self.learned_tokens), sync_dist=True, reduce_fx="sum")
         return loss
 
-    rows_per_item = 2  # the chosen and the rejected answer of a pair
+    @property
+    def rows_per_item(self) -> int:
+        """The chosen and the rejected answer of a pair."""
+        return 2
 
     def _skeleton(self) -> nn.Module:
         model = super()._skeleton()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lit_adapters as la
 from language.draft.distillation import Agreement, agreement
 from language.draft.shortened import shortened, unshare_trained, unshared_copy
-from language.loss import Batch, learned_logits, read
+from language.loss import Batch, learned_logits, made_up_logits, read
 from language.models import create_tokenizer, trust_code_of, vocabulary_size
 from language.module import CausalLMTuner, frequencies_kept
 from lit_adapters.errors import AdapterError
@@ -100,6 +100,24 @@ class DraftTuner(CausalLMTuner):
         draft = super()._build()
         unshare_trained(draft)
         return draft
+
+    def _skeleton(self) -> nn.Module:
+        h = self.hparams
+        source: Any = self._create_skeleton(h["model"])
+        target: Any = source if h["target"] is None else self._create_skeleton(h["target"])
+        draft = source if h["keep_layers"] is None else shortened(source, h["keep_layers"])
+        target.requires_grad_(False).eval()
+        la.attach(draft.train(), self.methods, train=self.train_modules)
+        unshare_trained(draft)
+        draft.target = target  # its values are counted with the draft's
+        return draft
+
+    def made_up_loss(self, model: nn.Module, rows: int, length: int) -> Tensor:
+        """The loss of a full batch whose tokens are made up, as `training_step` computes it."""
+        with torch.no_grad():
+            target, _ = made_up_logits(partial(read, model.get_submodule("target")), rows, length)
+        draft, _ = made_up_logits(partial(read, model), rows, length)
+        return agreement(target, draft).kl.sum()
 
     def _losses(self, batch: Batch) -> Tensor:
         """KL(p || q) at each learned token of a batch, float32 (n,)."""

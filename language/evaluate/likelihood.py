@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from language.evaluate.prompts import TokenQuestion, common_prefix
+from language.generate import cache_name
 from language.measured import alike, documents, ignores_left_padding, left_padded, measured
 from lit_adapters.errors import AdapterError
 from lit_adapters.model.modes import evaluating
@@ -137,7 +138,7 @@ class _Reader:
         self.model = model
         self.device = next(model.parameters()).device
         self.accepted = set(inspect.signature(model.forward).parameters)
-        self.cache_name = "cache" if "cache" in self.accepted else "past_key_values"  # before transformers 5.24
+        self.cache_name = cache_name(model)
         self.pads_left = pads_left
         self.can_share = can_share
 

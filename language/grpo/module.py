@@ -14,19 +14,21 @@ middle of a batch's iterations; tests compare loss and gradient with trl's.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import lit_adapters as la
-from language.generate import TEMPERATURES, generate, prompt_rows
+from language.generate import TEMPERATURES, generate, made_up_completions, prompt_rows
 from language.grpo.rewards import Reward, Rewards, is_known
 from language.grpo.rollouts import advantages, constant, joined, log_probabilities, sample
-from language.loss import Batch
+from language.loss import Batch, made_up_logits, read
 from language.models import context_length
 from language.module import CausalLMTuner
 from language.reference import Reference
@@ -264,6 +266,49 @@ class GRPOTuner(CausalLMTuner):
         # In every step, as adaptive schedules look at it in every step.
         self.log("train/reward", rollout["reward"], prog_bar=True, sync_dist=True, batch_size=size)
         return loss
+
+    @property
+    def rows_per_item(self) -> int:
+        """The completions of a prompt."""
+        return int(self.hparams["group_size"])
+
+    @property
+    def sampled_tokens(self) -> int:
+        """The longest completion."""
+        return int(self.hparams["max_new_tokens"])
+
+    def _skeleton(self) -> nn.Module:
+        model = super()._skeleton()
+        if self.hparams["kl_weight"] > 0:
+            model.reference = Reference(model)  # its values are counted with the model's
+        return model
+
+    def made_up_loss(self, model: nn.Module, rows: int, length: int) -> Tensor:
+        """The loss of completions of full length whose tokens are made up, and the sampling, as `training_step` has it.
+
+        Rewards are left out. For `iterations` above 1 it is the first step on a sample.
+        """
+        h, new = self.hparams, self.sampled_tokens
+        rows *= self.rows_per_item
+        made_up_completions(model, rows, length, new)
+
+        def log_p(forward: Callable[[Batch, Tensor], Tensor]) -> Tensor:
+            logits, tokens = made_up_logits(forward, rows, length + new, new)
+            return -F.cross_entropy(logits / h["temperature"], tokens, reduction="none")
+
+        old = reference = None
+        draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        draws |= any(getattr(adapter, "dropout", 0.0) > 0 for _, adapter in la.adapters(model))
+        with torch.no_grad():
+            if h["iterations"] > 1 or draws:
+                with evaluating(model):
+                    old = log_p(partial(read, model))
+            if h["kl_weight"] > 0:
+                reference = log_p(model.get_submodule("reference"))
+        now = log_p(partial(read, model))
+        old = now.detach() if old is None else old
+        weight = h["kl_weight"]
+        return clipped_objective(now, old, torch.zeros_like(old), reference, h["clip_low"], h["clip_high"], weight).loss
 
     def batch_loss(self, batch: Batch) -> Tensor:
         """GRPO's loss needs completions and their rewards, which a calibration does not sample.

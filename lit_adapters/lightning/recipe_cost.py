@@ -25,6 +25,8 @@ PROGRAMS = {
     "beta": "language.dpo",
     "label_smoothing": "language.dpo",
     "rewards": "language.grpo",
+    "keep_layers": "language.draft",
+    "target": "language.draft",
     "model": "language",
 }
 _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")

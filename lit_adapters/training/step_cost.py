@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ from lit_adapters.ops.cache import keeping_in_modes
 WEIGHTS, TRAINED = "weights", "trained parameters"
 GRADIENTS, OPTIMIZER, KEPT = "gradients", "optimiser", "copies that adapters keep"
 ACTIVATIONS, LOGITS, TEMPORARY = "activations", "logits", "temporary"
+CACHE = "keys and values"
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,33 @@ def step_cost(
     return StepCost(parts, operations[False], operations[True], max(blocks, default=0), rest)
 
 
+_tracing: ContextVar[_Recorder | None] = ContextVar("_tracing", default=None)
+
+
+def repeated(count: int) -> Iterator[int]:
+    """The numbers below `count`, for the passes of a loop that differ in the length of what they read.
+
+    In a trace there are two passes: the middle one, whose operations count for all, and the last one, of which only the
+    memory counts.
+    """
+    recorder = _tracing.get()
+    if recorder is None or count < 1:
+        yield from range(count)
+        return
+    for number, times in (((count - 1) // 2, count), (count - 1, 0)):
+        recorder.times = times
+        yield number
+    recorder.times = 1
+
+
+def count_as(part: str, tensors: Iterable[Tensor]) -> None:
+    """In a trace, count the memory of these tensors as another part than that of the phase in which they came up."""
+    recorder = _tracing.get()
+    if recorder is not None:
+        for tensor in tensors:
+            recorder.rename(tensor, part)
+
+
 _PACKED_BYTES = 0.5 + (1 + 4 / 256) / 64  # of a number: 4 bits; a scale of 8 bits for 64, and one of 32 for 256 scales
 
 
@@ -176,8 +205,12 @@ def _packed(model: nn.Module) -> tuple[int, int]:
 def _step(model: nn.Module, example: Example, optimizer: Optimizer, autocast: Any, recorder: _Recorder) -> None:
     """Forward, backward and optimiser in the order of Lightning, where gradients live until the next backward pass."""
     recorder.phase = ACTIVATIONS
-    with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
-        loss = example.loss(model)
+    token = _tracing.set(recorder)
+    try:
+        with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+            loss = example.loss(model)
+    finally:
+        _tracing.reset(token)
     recorder.phase = TEMPORARY
     optimizer.zero_grad()
     loss.backward()
@@ -214,6 +247,7 @@ class _Recorder(TorchDispatchMode):
         self.peak_at = 0  # storages so far, at the peak
         self.operations: list[tuple[str, Operation]] = []
         self.begun = 0
+        self.times = 1  # how often an operation counts
 
     def begin(self) -> None:
         """Begin a step: forget the peak and the operations of the last."""
@@ -279,7 +313,7 @@ class _Recorder(TorchDispatchMode):
         if function is aten.embedding.default:
             moved *= 2  # it reads the rows that it writes
         flops = _flops(function, args, kwargs or {}, result)
-        self.operations.append((self.phase, Operation(flops, moved, outputs[0].dtype)))
+        self.operations += [(self.phase, Operation(flops, moved, outputs[0].dtype))] * self.times
         return result
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from language.module import CausalLMTuner
 from lit_adapters.cli.commands import main
 from lit_adapters.cli.estimate import _number
 from lit_adapters.errors import AdapterError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SMOKE = [str(path) for path in sorted(CONFIGS.glob("*/smoke/*.yaml")) if path.stem not in ("grpo", "draft")]
+SMOKE = [str(path) for path in sorted(CONFIGS.glob("*/smoke/*.yaml"))]
 VISION, LANGUAGE = "configs/vision/smoke/lora.yaml", "configs/language/smoke/lora.yaml"
 QLORA = "configs/language/smoke/qlora.yaml"
 GPU = ("--device", "l40s")
@@ -127,16 +128,19 @@ def test_this_machine_is_measured(estimate):
         (["--config", QLORA, "--strategy", "fsdp", "--devices", "2"], "4-bit weights cannot be shared"),
         (["--config", VISION, "data.batch_sze=3"], "data.batch_sze.*read as a recipe of vision"),
         (["--config", VISION, "--program", "nothing_such"], "No module named 'nothing_such'"),
-        (
-            ["--config", "configs/language/smoke/grpo.yaml"],
-            "GRPOTuner has its own training step or made_up_loss and not both",
-        ),
     ],
 )
 def test_wrong_inputs_are_one_line(arguments, message):
     with pytest.raises(SystemExit, match=message) as ended:
         main(["estimate", *arguments])
     assert len(str(ended.value).strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["training_step", "_losses", "made_up_loss"])
+def test_a_step_of_its_own_needs_a_made_up_loss(name):
+    tuner = type("Own", (CausalLMTuner,), {name: lambda self, *arguments: None})(model="tiny_llama")
+    with pytest.raises(AdapterError, match="Own has its own training step or made_up_loss and not both"):
+        tuner.training_example(None)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,25 @@
 """What a step takes, traced without values: held to the allocator, to formulas and to known sizes."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lit_adapters as la
 from benchmarks.timing import allocated_mib
+from language.generate import made_up_completions
 from lit_adapters import optimizers
+from lit_adapters.lightning.recipe_cost import read_recipe
 from lit_adapters.ops import cache
 from lit_adapters.training.hardware import DEVICES, Device
 from lit_adapters.training.placement import BUCKETS, GATHERED, place
 from lit_adapters.training.step_cost import (
+    CACHE,
     GRADIENTS,
     KEPT,
     LOGITS,
@@ -31,7 +38,8 @@ ROWS, LENGTH, VOCABULARY = 4, 64, 512
 
 def llama(**changes):
     sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=VOCABULARY, **changes)).train()
+    sizes |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY}
+    return LlamaForCausalLM(LlamaConfig(**sizes | changes)).train()
 
 
 def loss(model):
@@ -99,6 +107,34 @@ def test_memory_of_every_optimizer_is_what_the_allocator_counts(name):
         return getattr(optimizers, name)(optimizers.parameter_groups(model, lr=1e-3, pairs=True))
 
     held_to_the_allocator(example(la.LoRA(rank=16)), optimizer=optimizer)
+
+
+@pytest.mark.slow
+def test_sampling_takes_keys_and_values_and_as_many_products_as_its_passes():
+    """Two of 100 passes are traced; the plain formula of attention, whose products torch counts."""
+    new = 101
+
+    def sampled(model):
+        made_up_completions(model, ROWS, LENGTH, new)
+        return model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits.sum()
+
+    def freeze(model):
+        model.requires_grad_(False).lm_head.requires_grad_(True)
+
+    given = example(prepare=freeze, attn_implementation="eager", num_hidden_layers=12)
+    cost = step_cost(replace(given, loss=sampled), adamw)
+    model = given.build()
+    with FlopCounterMode(display=False) as counter:
+        sampled(model).backward()
+    assert cost.flops() == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert cost.parts[CACHE] == 12 * 2 * ROWS * 2 * (LENGTH + new - 1) * 16 * 4
+
+
+@pytest.mark.parametrize("name", ["grpo", "draft"])
+def test_memory_of_other_trainings_is_what_the_allocator_counts(name):
+    """With eager attention, which forms the mask that the made-up rows, which have no padding, could do without."""
+    recipe = read_recipe(Path(f"configs/language/smoke/{name}.yaml"), ["model.attention=eager"])
+    held_to_the_allocator(recipe.example, optimizer=recipe.optimizer)
 
 
 def test_full_fine_tuning_and_checkpointing():
