@@ -61,6 +61,7 @@ bench: $(ENVIRONMENT)  ## measure speed and memory: hours
 	$(BIN)/python -m benchmarks.inside_peft
 	$(BIN)/python -m benchmarks.several_adapters
 	$(BIN)/python -m benchmarks.estimates
+	$(BIN)/python -m benchmarks.shared_estimates
 	$(BIN)/python -m benchmarks.larger_than_memory
 	$(BIN)/python -m benchmarks.whole_jobs --rows $(ROOT)/alpaca_demo/train.jsonl --images $(ROOT)/cifar10 --mmlu $(ROOT)/mmlu
 	$(BIN)/python -m benchmarks.peft_memory --ranks 4 8 16 64 --precisions fp32 bf16

@@ -306,15 +306,31 @@ def estimates_rows(records: list[dict[str, Any]]) -> list[list[str]]:
     """What was estimated of steps, and what they took."""
     return [
         [
-            "/".join(r["recipe"].split("/")[1:]),
-            ", ".join(setting.split(".")[-1] for setting in r["settings"]) or "as it is",
-            f"{r['allocated_mib']:,.0f} MiB",
-            f"{r['estimated_mib'] / r['allocated_mib']:.2f}",
+            *_recipe_and_settings(r),
+            *_memory(r),
             f"{r['seconds']:.2f} s",
             f"{r['estimated_seconds'] / r['seconds']:.2f}",
         ]
         for r in records
     ]
+
+
+def shared_estimates_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """The same of memory where two devices share the work, by DDP and by FSDP2."""
+    memory: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for r in records:
+        memory.setdefault(tuple(_recipe_and_settings(r)), {})[r["strategy"]] = _memory(r)
+    return [[*key, *of.get("ddp", ["", ""]), *of.get("fsdp", ["", ""])] for key, of in memory.items()]
+
+
+def _recipe_and_settings(record: dict[str, Any]) -> list[str]:
+    recipe = "/".join(record["recipe"].split("/")[1:])
+    return [recipe, ", ".join(setting.split(".")[-1] for setting in record["settings"]) or "as it is"]
+
+
+def _memory(record: dict[str, Any]) -> list[str]:
+    ratio = record["estimated_mib"] / record["allocated_mib"]
+    return [f"{record['allocated_mib']:,.0f} MiB", f"{ratio:.2f}"]
 
 
 def published_rows(records: list[dict[str, Any]]) -> list[list[str]]:

@@ -231,6 +231,11 @@ def linearisations() -> None:
         ]
         shown = f"{table(header, performance_tables.estimates_rows(records))}\n\n{machine(records)}"
         replace_block(page, "estimates", shown)
+    if records := load(RESULTS / "shared_estimates.json"):
+        header = ["recipe", "with", "DDP, memory of a device", "estimated / measured"]
+        header += ["FSDP2, memory of a device", "estimated / measured"]
+        shown = f"{table(header, performance_tables.shared_estimates_rows(records))}\n\n{machine(records)}"
+        replace_block(page, "estimates-shared", shown)
     if records := load(RESULTS / "estimates_published.json"):
         header = ["method", "memory, published", "estimated", "time, published", "estimated"]
         replace_block(page, "estimates-published", table(header, performance_tables.published_rows(records)))

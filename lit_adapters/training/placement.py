@@ -6,10 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lit_adapters.training.hardware import Device
-from lit_adapters.training.step_cost import GRADIENTS, OPTIMIZER, TRAINED, WEIGHTS, StepCost
+from lit_adapters.training.step_cost import (
+    ACTIVATIONS,
+    GRADIENTS,
+    LOGITS,
+    OPTIMIZER,
+    TEMPORARY,
+    TRAINED,
+    WEIGHTS,
+    StepCost,
+)
 
 Strategy = Literal["ddp", "fsdp"]
-BUCKETS, GATHERED = "buckets of gradients", "gathered parameters"
+BUCKETS, GATHERED, SENT = "buckets of gradients", "gathered parameters", "gradients on their way"
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,9 @@ def place(cost: StepCost, devices: int, strategy: Strategy, batches: int = 1) ->
     """Share a step between devices.
 
     With DDP each holds everything, and the gradients once more in buckets, which a ring adds up. With FSDP2 each holds
-    its share of parameters, gradients and states, two blocks at a time as a whole, and what is in no block.
-    Parameters are gathered in the forward pass and again in the backward pass of each batch.
+    its share of parameters, gradients and states, two blocks at a time as a whole, and what is in no block; the
+    gradients of a block and of what is in no block it holds twice as a whole, as they are and in the buffer that is
+    sent. Parameters are gathered in the forward pass and again in the backward pass of each batch.
 
     Args:
         cost: The step of one device.
@@ -58,4 +68,7 @@ def place(cost: StepCost, devices: int, strategy: Strategy, batches: int = 1) ->
     for part in (WEIGHTS, TRAINED, GRADIENTS, OPTIMIZER):
         parts[part] = parts.get(part, 0.0) / devices
     parts[GATHERED] = 2.0 * cost.largest_block + cost.rest
+    # The gradients of what is in no block are sent last, when activations are gone.
+    passing = sum(parts.get(part, 0.0) for part in (ACTIVATIONS, LOGITS, TEMPORARY))
+    parts[SENT] = 2.0 * cost.trained_block + cost.trained_rest + max(0.0, cost.trained_rest - passing)
     return Placement(parts, around * (2 * whole * batches + trained))

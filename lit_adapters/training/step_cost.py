@@ -82,6 +82,8 @@ class StepCost:
         update: Of the optimiser.
         largest_block: Bytes of the parameters of the largest of the repeated blocks.
         rest: Bytes of the parameters outside the blocks.
+        trained_block: Bytes of the trained parameters of the block that has most of them.
+        trained_rest: Bytes of the trained parameters outside the blocks.
     """
 
     parts: dict[str, int]
@@ -89,6 +91,8 @@ class StepCost:
     update: list[Operation] = field(repr=False)
     largest_block: int
     rest: int
+    trained_block: int
+    trained_rest: int
 
     @property
     def peak(self) -> int:
@@ -151,12 +155,21 @@ def step_cost(
         saved, largest = _packed(model)
         parts[WEIGHTS] -= saved
         parts[TEMPORARY] = parts.get(TEMPORARY, 0) + largest  # one weight at a time is unpacked
-    blocks = [sum(map(_bytes, block.parameters())) for block in repeated_blocks(model)]
-    rest = sum(map(_bytes, model.parameters())) - sum(blocks)
+    modules = [*repeated_blocks(model), model]
+    *blocks, whole = (sum(map(_bytes, module.parameters())) for module in modules)
+    *learned, all_learned = (sum(_bytes(p) for p in m.parameters() if p.requires_grad) for m in modules)
     operations: dict[bool, list[Operation]] = {True: [], False: []}
     for phase, operation in recorder.operations:
         operations[phase == OPTIMIZER].append(operation)
-    return StepCost(parts, operations[False], operations[True], max(blocks, default=0), rest)
+    return StepCost(
+        parts,
+        operations[False],
+        operations[True],
+        largest_block=max(blocks, default=0),
+        rest=whole - sum(blocks),
+        trained_block=max(learned, default=0),
+        trained_rest=all_learned - sum(learned),
+    )
 
 
 _tracing: ContextVar[_Recorder | None] = ContextVar("_tracing", default=None)

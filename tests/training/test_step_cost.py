@@ -17,7 +17,7 @@ from lit_adapters import optimizers
 from lit_adapters.lightning.recipe_cost import read_recipe
 from lit_adapters.ops import cache
 from lit_adapters.training.hardware import DEVICES, Device
-from lit_adapters.training.placement import BUCKETS, GATHERED, place
+from lit_adapters.training.placement import BUCKETS, GATHERED, SENT, place
 from lit_adapters.training.step_cost import (
     CACHE,
     GRADIENTS,
@@ -259,6 +259,7 @@ def test_several_devices():
     assert sharded.parts[WEIGHTS] == cost.parts[WEIGHTS] / 4
     assert sharded.parts[GATHERED] == 2 * cost.largest_block + cost.rest
     assert 2 * cost.largest_block + cost.rest == cost.parts[WEIGHTS] + trained - buffers  # of two blocks
+    assert sharded.parts[SENT] == 2 * cost.trained_block == trained
     assert sharded.sent == 3 / 4 * (2 * (cost.parts[WEIGHTS] + trained) + trained)
     assert place(cost, 4, "ddp", 3).sent == ddp.sent  # once a step
     assert place(cost, 4, "fsdp", 3).sent == 3 / 4 * (3 * 2 * (cost.parts[WEIGHTS] + trained) + trained)
