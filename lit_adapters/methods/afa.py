@@ -25,6 +25,7 @@ from lit_adapters.methods.description import AdapterSummary, each_layer
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.weight_adapter import read_error
 from lit_adapters.ops import rational
+from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.statistics import regular_sample
 from lit_adapters.schedules import Linear, Schedule, to_schedule
 from lit_adapters.values import check_choice, check_whole
@@ -103,6 +104,7 @@ class AFAAdapter(LowRankAdapter):
         if self.rank % config.groups:
             raise AdapterError(f"{config.groups} groups do not divide the rank {self.rank}; choose a divisor")
         self.schedule = config.schedule
+        self._is_linear: Cache[bool] = Cache()
         self.activation = config.activation
         device = self.lora_A.device
         # `add_buffer` would refuse a name that is a property.
@@ -186,13 +188,21 @@ class AFAAdapter(LowRankAdapter):
         return beta * self.sigma(z) + (1 - beta) * z
 
     def forward(self, x: Tensor) -> Tensor:
+        if (y := self.again(x)) is not None:
+            return y
         if not self.in_effect:
             return self.unadapted(x)
         self._require_annealing()
         if self.can_fuse(x):
+            if self._is_known_to_be_linear() and (y := self.short(x)) is not None:
+                return y
             return self.fused(x, self.phi)
         y = self.base(x)  # W0 x + bias
         return y + self.branch(x).to(y.dtype)
+
+    def _is_known_to_be_linear(self) -> bool:
+        """Whether beta is 0 and its value can be kept."""
+        return self.may_cache() and self._is_linear.get([self.beta], lambda: self.beta.item() == 0.0)
 
     def branch(self, x: Tensor) -> Tensor:
         """s B phi(A x); (..., in) -> (..., out)."""

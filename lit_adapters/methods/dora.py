@@ -131,9 +131,13 @@ class DoRAAdapter(StartedAdapter):
         return (self.magnitude.to(dtype) / norm)[:, None] * adapted - matrix
 
     def forward(self, x: Tensor) -> Tensor:
+        if (y := self.again(x)) is not None:
+            return y
         if not self.in_effect:
             return self.unadapted(x)
         if self.can_fuse(x):
+            if (y := self.short(x, self.gain_minus_one)) is not None:
+                return y
             y = self.fused(x)  # W0 x + s B A x + bias, as in LoRA
         else:
             y = self.base(x)

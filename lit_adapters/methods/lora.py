@@ -49,10 +49,12 @@ class LoRAAdapter(StartedAdapter):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        if (y := self.again(x)) is not None:
+            return y
         if not self.in_effect:
             return self.unadapted(x)
         if self.can_fuse(x):  # the usual path: the same formula in fewer operations, see ops/low_rank.py
-            return self.fused(x)
+            return y if (y := self.short(x)) is not None else self.fused(x)
         y = self.base(x)  # W0 x + bias
         return y + self.branch(x).to(y.dtype)
 

@@ -49,6 +49,7 @@ from lit_adapters.methods.experts import ExpertsAdapter
 from lit_adapters.methods.hooks import has_own_forward
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
 from lit_adapters.methods.matrix_layers import ConvolutionLayer
+from lit_adapters.methods.short_call import ShortCall, is_short
 from lit_adapters.ops._context import autocast_dtype, transformed, without_autocast
 from lit_adapters.ops.cache import Cache
 from lit_adapters.ops.merged_linear import merged_linear, merged_weight
@@ -184,6 +185,8 @@ class LoRANAdapter(LowRankAdapter):
         return update
 
     def forward(self, x: Tensor) -> Tensor:
+        if (y := self.again(x)) is not None:
+            return y
         if not self.in_effect:
             return self.unadapted(x)
         if self.can_stream():
@@ -218,6 +221,9 @@ class LoRANAdapter(LowRankAdapter):
         weight, bias = (None, None) if separate else (self.base.weight, self.base.bias)
         formed = None if separate else self._cached_weight(x.dtype)
         if formed is not None and not torch.is_grad_enabled():
+            plain = x.dtype == given and is_short(x, formed) and self.can_fuse(x)
+            if plain and (y := self._keep_short(x, ShortCall(self, formed))) is not None:
+                return y
             with without_autocast(x):
                 y = F.linear(x, formed, None if bias is None else bias.to(x.dtype))
             return y.to(given) if self.layer.keeps_dtype else y

@@ -19,6 +19,7 @@ from lit_adapters.methods.experts import ExpertsAdapter, find_experts
 from lit_adapters.methods.matrix_layers import LinearLayer
 from lit_adapters.methods.method import Factory, Method
 from lit_adapters.methods.patterns import fullmatch
+from lit_adapters.methods.short_call import ShortCall, is_short
 from lit_adapters.methods.targets import Target, find_targets
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops._context import autocast_dtype, transformed
@@ -187,6 +188,7 @@ class LowRankAdapter(WeightAdapter):
         device = self.layer.device(self.base)
         self.add_parameter("lora_A", torch.empty(rank, inputs, device=device))
         self.add_parameter("lora_B", torch.empty(outputs, rank, device=device))
+        self._short_call: ShortCall | None = None
         self._cast_weight: Cache[Tensor] = Cache()  # W0 in the dtype in which W0 x is computed
 
     # lora_A and lora_B are uninitialised here: subclasses end their `__init__` with `self.reset_parameters()`.
@@ -271,6 +273,35 @@ class LowRankAdapter(WeightAdapter):
         weight, bias = self._weight_in(dtype), None if base.bias is None else base.bias.to(dtype)
         a, b = self.right_factor(self.lora_A.dtype), self.left_factor(self.lora_B.dtype)
         return low_rank_linear(x.to(dtype), weight, bias, a, b, activation, self.scaling)
+
+    def short(self, x: Tensor, gain_minus_one: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """As `fused`, and kept for the next call on few rows, for which see `again`; None if it is no such call.
+
+        Args:
+            x: The input; only if `can_fuse(x)`.
+            gain_minus_one: Gives g (out,) for an output h + g (h - bias), where h is that of `fused`.
+        """
+        weight = self.base.weight
+        if not is_short(x, weight) or not self.may_cache():
+            return None
+        gain = None if gain_minus_one is None else gain_minus_one()
+        if gain is not None and gain.dtype != x.dtype:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            pair = self.right_factor(x.dtype).detach(), self.left_factor(x.dtype).detach()
+        return self._keep_short(x, ShortCall(self, weight, pair, gain))
+
+    def _keep_short(self, x: Tensor, call: ShortCall) -> Tensor | None:
+        self._short_call = call if call.can_be_kept else None
+        return self.again(x)
+
+    def again(self, x: Tensor) -> Tensor | None:
+        """The output as the last `short` call computed it, where nothing has changed; else None."""
+        return None if self._short_call is None or torch.compiler.is_compiling() else self._short_call(x)
+
+    def clear_caches(self) -> None:
+        super().clear_caches()
+        self._short_call = None
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         """What the base layer computes in, for this input."""

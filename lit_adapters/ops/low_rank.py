@@ -118,6 +118,18 @@ class _Up(torch.autograd.Function):
         return d_x, None, None, d_z, d_b, None
 
 
+def low_rank_linear_of_few(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float = 1.0
+) -> Tensor:
+    """As `low_rank_linear` without gradients and an activation, for a few rows: there a call costs more than a product.
+
+    All tensors have the dtype of x; there is no autocast.
+    """
+    rows = x.view(-1, x.shape[-1])
+    y = F.linear(rows, weight, bias).addmm_(F.linear(rows, a), b.t(), alpha=scale)
+    return y.view(*x.shape[:-1], -1)
+
+
 def low_rank_linear(
     x: Tensor,
     weight: Tensor,

@@ -21,6 +21,7 @@ def steps(model, run, count=3, optimizer=None, parameters=None):
     """The warnings of a plain training loop."""
     parameters = parameters or [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer or torch.optim.SGD(parameters, lr=1e-3)
+    gc.collect()  # models of earlier tests are watched as long as they live
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(count):
