@@ -162,11 +162,15 @@ def _use() -> list[Bound]:
             for m in _ratio(f"{name} {use}".strip(), _last("inference", model=model, variant=variant), "over_base")
         ]
 
+    low_rank = ("lora", "dora", "afa", "loran", "nora_plus_plus")
+    generation = {ARMS[arm].name: _last("inference", model="llama", variant=arm) for arm in low_rank}
+    unmerged = [m for name, records in generation.items() for m in _ratio(name, records, "over_base")]
     merged = {ARMS[arm].name: f"{arm}, merged" for arm in ("lora", "dora", "afa", "loran")}
     return [
         Bound("Second copy of the base, in use / the base: chance", 1.02, ratios("base, again")),
         Bound("Merged, in use / the base", 1.02, [m for name, v in merged.items() for m in ratios(v, name)]),
         Bound("NoRA, in use / the base", 1.05, ratios("nora")),
+        Bound("Not merged, in generation / the base", 1.10, unmerged),
     ]
 
 

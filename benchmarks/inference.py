@@ -18,9 +18,11 @@ from typing import Any
 
 import timm
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 import lit_adapters as la
+from benchmarks.against_peft import TARGETS
 from benchmarks.arms import methods
 from benchmarks.results_file import RESULTS, append, environment
 from benchmarks.timing import alternate, other_load, ratios, spread
@@ -41,10 +43,13 @@ def create(name: str) -> tuple[nn.Module, Callable[[nn.Module], object]]:
     return model, lambda m: m.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **options)
 
 
-def variants(base: nn.Module) -> dict[str, nn.Module]:
-    """A copy of the base for itself, twice, and for every method, adapted and merged: all lie in memory of one kind."""
+def variants(name: str, base: nn.Module) -> dict[str, nn.Module]:
+    """A copy of the base for itself, twice, for every method, adapted and merged, and for peft's LoRA and DoRA."""
     models = {"base": copy.deepcopy(base), "base, again": copy.deepcopy(base)}
-    for name, method in methods().items():
+    for arm in ("lora", "dora"):
+        config = LoraConfig(r=8, target_modules=TARGETS[name], use_dora=arm == "dora", init_lora_weights=False)
+        models[f"{arm}, peft"] = inject_adapter_in_model(config, copy.deepcopy(base)).eval()
+    for arm, method in methods().items():
         model = copy.deepcopy(base)
         la.attach(model, method())
         la.set_progress(model, 1.0)
@@ -52,10 +57,10 @@ def variants(base: nn.Module) -> dict[str, nn.Module]:
             for _, adapter in la.adapters(model):
                 for parameter in adapter.adapter_parameters().values():
                     parameter.add_(0.01 * torch.randn_like(parameter))
-        models[name] = model.eval()
-        if name != "nora":
-            models[f"{name}, merged"] = copy.deepcopy(model)
-            la.merge(models[f"{name}, merged"])
+        models[arm] = model.eval()
+        if arm != "nora":
+            models[f"{arm}, merged"] = copy.deepcopy(model)
+            la.merge(models[f"{arm}, merged"])
     return models
 
 
@@ -68,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     for name in ("vit", "llama"):
         base, use = create(name)
-        models = variants(base)
+        models = variants(name, base)
         rounds = args.rounds * (4 if name == "vit" else 1)  # whose calls are short
         with torch.inference_mode():
             _, times = alternate({v: partial(use, m) for v, m in models.items()}, rounds)

@@ -194,9 +194,9 @@ class AFAAdapter(LowRankAdapter):
             return self.unadapted(x)
         self._require_annealing()
         if self.can_fuse(x):
-            if self._is_known_to_be_linear() and (y := self.short(x)) is not None:
-                return y
-            return self.fused(x, self.phi)
+            if not self._is_known_to_be_linear():
+                return self.fused(x, self.phi)
+            return y if (y := self.short(x)) is not None else self.fused(x)
         y = self.base(x)  # W0 x + bias
         return y + self.branch(x).to(y.dtype)
 

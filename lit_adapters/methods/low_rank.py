@@ -288,7 +288,7 @@ class LowRankAdapter(WeightAdapter):
         if gain is not None and gain.dtype != x.dtype:
             return None
         with torch.inference_mode(False), torch.no_grad():
-            pair = self.right_factor(x.dtype).detach(), self.left_factor(x.dtype).detach()
+            pair = self.right_factor(x.dtype), self.left_factor(x.dtype)
         return self._keep_short(x, ShortCall(self, weight, pair, gain))
 
     def _keep_short(self, x: Tensor, call: ShortCall) -> Tensor | None:

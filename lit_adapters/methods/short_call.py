@@ -41,6 +41,22 @@ class ShortCall:
         can_be_kept: Whether every change of a tensor will be seen.
     """
 
+    __slots__ = (
+        "bias",
+        "can_be_kept",
+        "device",
+        "dtype",
+        "gain",
+        "hooks",
+        "most",
+        "named",
+        "pair",
+        "state",
+        "state_of_base",
+        "weight",
+        "written",
+    )
+
     def __init__(
         self,
         adapter: Any,
@@ -50,25 +66,34 @@ class ShortCall:
     ) -> None:
         base: nn.Module = adapter.base
         self.weight, self.bias, self.pair, self.gain = weight, base._parameters.get("bias"), pair, gain
+        self.most, self.dtype, self.device = FEW_ROWS * weight.shape[1], weight.dtype, weight.device.type
         self.state, self.state_of_base = adapter.__dict__, base.__dict__
         self.hooks = base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks
         tables: list[Mapping[str, Tensor | None]] = [base._parameters]
         if adapter._parameters is not base._parameters:
             tables.append(adapter._parameters)
         tables.append(adapter._buffers)
-        self.known: list[tuple[Mapping[str, Tensor | None], str, Tensor, int, int]] = []
-        tensors = [(table, name, t) for table in tables for name, t in table.items() if t is not None]
+        self.named = [(table, name, t) for table in tables for name, t in table.items() if t is not None]
+        tensors = [t for _, _, t in self.named]
         # Nobody counts writes to tensors of inference mode.
-        self.can_be_kept = adapter._original is None and not any(t.is_inference() for _, _, t in tensors)
-        if self.can_be_kept:
-            self.known = [(table, name, t, t._version, t.data_ptr()) for table, name, t in tensors]
+        self.can_be_kept = not (
+            weight.is_meta or adapter._original is not None or any(t.is_inference() for t in tensors)
+        )
+        # Writes to what the products read need not be noticed; writes to buffers, such as beta, always.
+        used = [weight, *(pair or ())]
+        is_plain = gain is None and all(any(u is t for t in tensors) for u in used)
+        written = [t for t in adapter._buffers.values() if t is not None] if is_plain else tensors
+        self.written = [(t, t._version, t.data_ptr()) for t in written] if self.can_be_kept else []
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The output (..., out) for x (..., in); None where the general way must be taken."""
         state = self.state
         if (
-            transformed()
-            or not is_short(x, self.weight)
+            torch.is_grad_enabled()
+            or transformed()
+            or x.numel() > self.most
+            or x.dtype != self.dtype
+            or torch.is_autocast_enabled(self.device)
             or torch._C._len_torch_dispatch_stack()  # a tensor may represent another one
             or state["training"]
             or not state["enabled"]
@@ -78,8 +103,11 @@ class ShortCall:
             or "forward" in self.state_of_base
         ):
             return None
-        for table, name, tensor, version, address in self.known:
-            if table.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+        for table, name, tensor in self.named:
+            if table.get(name) is not tensor:
+                return None
+        for tensor, version, address in self.written:
+            if tensor._version != version or tensor.data_ptr() != address:
                 return None
         if self.pair is None:
             y = F.linear(x, self.weight, self.bias)
