@@ -18,7 +18,7 @@ from language.measured import check_finite, ignores_left_padding
 from language.models import context_length
 from lit_adapters.errors import AdapterError, DataError
 from lit_adapters.model.modes import evaluating
-from lit_adapters.training.step_cost import CACHE, count_as, repeated
+from lit_adapters.training.step_cost import CACHE, count_as, left_out, repeated
 from lit_adapters.values import check_number, check_whole
 
 TEMPERATURES = (1e-6, 1e3)  # from the likeliest token to almost any
@@ -137,8 +137,9 @@ def made_up_completions(model: Any, rows: int, length: int, new: int) -> None:
         for number in repeated(new - 1):
             begin = length + number
             if (missing := begin - cache.get_seq_length()) > 0:  # a trace leaves passes out
-                for layer in layers:
-                    lengthen(layer, missing)
+                with left_out():
+                    for layer in layers:
+                        lengthen(layer, missing)
             read_on(begin, begin + 1)
             count_as(CACHE, kept())
 

@@ -195,7 +195,7 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
         with torch.device("meta"):
             skeleton = create_skeleton(h["model"])
         outputs, context = vocabulary_size(skeleton), context_length(skeleton)
-        if context is not None and length > context:
+        if context is not None and length + self.sampled_tokens > context:
             raise la.DataError(f"data.max_length {length} exceeds the model's {context} positions: set it to {context}")
         tokens = self.rows_per_item * rows * (length + self.sampled_tokens)
         loss = partial(self.made_up_loss, rows=rows, length=length)

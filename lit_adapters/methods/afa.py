@@ -202,7 +202,10 @@ class AFAAdapter(LowRankAdapter):
 
     def _is_known_to_be_linear(self) -> bool:
         """Whether beta is 0 and its value can be kept."""
-        return self.may_cache() and self._is_linear.get([self.beta], lambda: self.beta.item() == 0.0)
+        beta = self.beta
+        if not self.may_cache() or torch._C._len_torch_dispatch_stack() or beta.is_meta or beta.is_inference():
+            return False
+        return self._is_linear.get([beta], lambda: beta.item() == 0.0)
 
     def branch(self, x: Tensor) -> Tensor:
         """s B phi(A x); (..., in) -> (..., out)."""

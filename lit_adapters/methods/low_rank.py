@@ -297,7 +297,9 @@ class LowRankAdapter(WeightAdapter):
 
     def again(self, x: Tensor) -> Tensor | None:
         """The output as the last `short` call computed it, where nothing has changed; else None."""
-        return None if self._short_call is None or torch.compiler.is_compiling() else self._short_call(x)
+        if torch.compiler.is_compiling() or self._short_call is None or self._short_call.state is not self.__dict__:
+            return None  # nothing is kept, or it is that of the module of which this is a shallow copy
+        return self._short_call(x)
 
     def clear_caches(self) -> None:
         super().clear_caches()

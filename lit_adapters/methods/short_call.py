@@ -20,7 +20,12 @@ FEW_ROWS = 8
 
 
 def is_short(x: Tensor, weight: Tensor) -> bool:
-    """Whether x has few rows, no gradients are recorded and nothing is cast."""
+    """Whether x has few rows, no gradients are recorded and nothing is cast; never in a dispatch mode.
+
+    There, a tensor may represent another one, and what is computed from it must not be kept.
+    """
+    if torch._C._len_torch_dispatch_stack() or x.is_meta:
+        return False
     if torch.is_grad_enabled() or x.dtype != weight.dtype or x.numel() > FEW_ROWS * x.shape[-1]:
         return False
     return autocast_dtype(x) is None
@@ -73,13 +78,12 @@ class ShortCall:
         if adapter._parameters is not base._parameters:
             tables.append(adapter._parameters)
         tables.append(adapter._buffers)
-        self.named = [(table, name, t) for table in tables for name, t in table.items() if t is not None]
-        tensors = [t for _, _, t in self.named]
-        # Nobody counts writes to tensors of inference mode.
-        self.can_be_kept = not (
-            weight.is_meta or adapter._original is not None or any(t.is_inference() for t in tensors)
-        )
-        # Writes to what the products read need not be noticed; writes to buffers, such as beta, always.
+        self.named = [(table, name, t) for table in tables for name, t in table.items()]
+        tensors = [t for _, _, t in self.named if t is not None]
+        # PyTorch does not count writes to inference tensors.
+        self.can_be_kept = not any(t.is_inference() for t in tensors)
+        # Tensors that the products read directly may change freely; if anything was derived (a cast, a gain, a formed
+        # weight), every tensor is watched, and buffers such as beta always.
         used = [weight, *(pair or ())]
         is_plain = gain is None and all(any(u is t for t in tensors) for u in used)
         written = [t for t in adapter._buffers.values() if t is not None] if is_plain else tensors

@@ -125,9 +125,9 @@ def low_rank_linear_of_few(
 
     All tensors have the dtype of x; there is no autocast.
     """
-    rows = x.view(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
     y = F.linear(rows, weight, bias).addmm_(F.linear(rows, a), b.t(), alpha=scale)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def low_rank_linear(

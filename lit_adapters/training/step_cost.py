@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -182,13 +182,27 @@ def repeated(count: int) -> Iterator[int]:
     memory counts.
     """
     recorder = _tracing.get()
-    if recorder is None or count < 1:
+    if recorder is None or count < 2:
         yield from range(count)
         return
     for number, times in (((count - 1) // 2, count), (count - 1, 0)):
         recorder.times = times
         yield number
     recorder.times = 1
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """In a trace, operations inside the block do not count: the program that is traced does not do them."""
+    recorder = _tracing.get()
+    times = 1 if recorder is None else recorder.times
+    try:
+        if recorder is not None:
+            recorder.times = 0
+        yield
+    finally:
+        if recorder is not None:
+            recorder.times = times
 
 
 def count_as(part: str, tensors: Iterable[Tensor]) -> None:

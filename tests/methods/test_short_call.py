@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lit_adapters as la
 from lit_adapters.methods.short_call import FEW_ROWS
@@ -181,9 +182,47 @@ def test_autocast_takes_the_general_way():
             assert model(x).dtype == torch.bfloat16
 
 
-def test_a_model_without_values():
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_model_without_values(method):
     with torch.device("meta"), torch.no_grad():
         model = nn.Sequential(nn.Linear(24, 40))
-        la.attach(model, la.LoRA(rank=4))
+        la.attach(model, method)
         for _ in range(2):
             assert model.eval()(torch.empty(3, 24)).shape == (3, 40)
+
+
+@every_method
+def test_inputs_of_other_forms(name):
+    """Not contiguous, and without rows."""
+    model = layer(name)
+    assert_right(model, torch.randn(3, 24))
+    assert_right(model, torch.randn(3, 2, 24).transpose(0, 1))
+    with torch.no_grad():
+        assert model(torch.empty(2, 0, 24)).shape == (2, 0, 40)
+
+
+@every_method
+def test_nothing_of_a_dispatch_mode_is_kept(name):
+    model, x = layer(name, dtype=torch.bfloat16 if name == "lora" else torch.float32), torch.randn(3, 24)
+    x = x.to(model[0].base.weight.dtype)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(mode.from_tensor(x))
+    assert_right(model, x)
+
+
+@every_method
+def test_a_bias_that_came_later(name):
+    model, x = layer(name, bias=False), torch.randn(3, 24)
+    assert_right(model, x)
+    replace_the_bias(model)
+    assert_right(model, x)
+
+
+@every_method
+def test_a_shallow_copy(name):
+    model, x = layer(name), torch.randn(3, 24)
+    assert_right(model, x)
+    other = copy.copy(model[0])
+    other.enabled = False
+    with torch.no_grad():
+        assert torch.equal(other(x), model[0].base_copy()(x))
