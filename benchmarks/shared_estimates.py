@@ -102,7 +102,7 @@ def main() -> None:
             continue
         estimated = place(read_recipe(Path(file), settings).cost(), 2, strategy).peak / 2**20
         found = {"allocated_mib": measured(file, settings, strategy), "estimated_mib": estimated}
-        append(path, {**key, **found, "environment": environment()})
+        append(path, {**key, **found, "environment": environment() | {"threads": 1}})
         tqdm.write(f"{file} {settings} {strategy}: {estimated / found['allocated_mib']:.3f} of what was measured")
 
 

@@ -97,9 +97,10 @@ def learned_logits(forward: Callable[[Batch, Tensor], Tensor], batch: Batch) -> 
 def made_up_logits(
     forward: Callable[[Batch, Tensor], Tensor], rows: int, length: int, learned: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits, float32 (rows * learned, V), and learned tokens of a full batch: zeros, of which the last are learned.
+    """Logits (rows * learned, V), float32, and learned tokens (rows * learned,) of a full batch of made-up tokens.
 
-    As `learned_logits`, with operations that can be traced without values. All tokens are learned by default.
+    All tokens are 0. The last `learned` of each row are learned; by default all. Unlike in `learned_logits`, the
+    operations can be traced without values.
     """
     learned = length if learned is None else learned
     tokens = torch.zeros(rows, length, dtype=torch.long)

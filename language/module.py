@@ -196,7 +196,11 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
             skeleton = create_skeleton(h["model"])
         outputs, context = vocabulary_size(skeleton), context_length(skeleton)
         if context is not None and length + self.sampled_tokens > context:
-            raise la.DataError(f"data.max_length {length} exceeds the model's {context} positions: set it to {context}")
+            raise la.DataError(
+                f"data.max_length {length} exceeds the model's {context} positions"
+                f"{f', of which max_new_tokens takes {self.sampled_tokens}' if self.sampled_tokens else ''}: set it to "
+                f"{context - self.sampled_tokens}"
+            )
         tokens = self.rows_per_item * rows * (length + self.sampled_tokens)
         loss = partial(self.made_up_loss, rows=rows, length=length)
         return Example(self._skeleton, loss, rows, tokens, "tokens", outputs, packed=h["quantization"] == "nf4")

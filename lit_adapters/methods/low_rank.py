@@ -275,7 +275,7 @@ class LowRankAdapter(WeightAdapter):
         return low_rank_linear(x.to(dtype), weight, bias, a, b, activation, self.scaling)
 
     def short(self, x: Tensor, gain_minus_one: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """As `fused`, and kept for the next call on few rows, for which see `again`; None if it is no such call.
+        """The output of `fused` for few rows; None for more. `again` computes the next such call in the same way.
 
         Args:
             x: The input; only if `can_fuse(x)`.
@@ -298,7 +298,7 @@ class LowRankAdapter(WeightAdapter):
     def again(self, x: Tensor) -> Tensor | None:
         """The output as the last `short` call computed it, where nothing has changed; else None."""
         if torch.compiler.is_compiling() or self._short_call is None or self._short_call.state is not self.__dict__:
-            return None  # nothing is kept, or it is that of the module of which this is a shallow copy
+            return None  # nothing is kept, or a shallow copy shares what its original keeps
         return self._short_call(x)
 
     def clear_caches(self) -> None:

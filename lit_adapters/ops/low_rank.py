@@ -121,9 +121,9 @@ class _Up(torch.autograd.Function):
 def low_rank_linear_of_few(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float = 1.0
 ) -> Tensor:
-    """As `low_rank_linear` without gradients and an activation, for a few rows: there a call costs more than a product.
+    """`low_rank_linear` for a few rows, where a call costs more than a product; no gradients and no activation.
 
-    All tensors have the dtype of x; there is no autocast.
+    All tensors must have the dtype of x, and autocast must be off.
     """
     rows = x.reshape(-1, x.shape[-1])
     y = F.linear(rows, weight, bias).addmm_(F.linear(rows, a), b.t(), alpha=scale)

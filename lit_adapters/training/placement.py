@@ -46,10 +46,12 @@ class Placement:
 def place(cost: StepCost, devices: int, strategy: Strategy, batches: int = 1) -> Placement:
     """Share a step between devices.
 
-    With DDP each holds everything, and the gradients once more in buckets, which a ring adds up. With FSDP2 each holds
-    its share of parameters, gradients and states, two blocks at a time as a whole, and what is in no block; the
-    gradients of a block and of what is in no block it holds twice as a whole, as they are and in the buffer that is
-    sent. Parameters are gathered in the forward pass and again in the backward pass of each batch.
+    With DDP each holds everything, and the gradients once more in buckets, which a ring adds up.
+
+    With FSDP2 each holds its share of parameters, gradients and states, two blocks at a time as a whole, and what is in
+    no block. It holds the gradients of a block twice as a whole: as computed, and in the buffer that is sent. For what
+    is in no block the second copy comes last and takes the place of activations. Parameters are gathered in the forward
+    pass and again in the backward pass of each batch.
 
     Args:
         cost: The step of one device.

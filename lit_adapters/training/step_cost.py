@@ -178,8 +178,8 @@ _tracing: ContextVar[_Recorder | None] = ContextVar("_tracing", default=None)
 def repeated(count: int) -> Iterator[int]:
     """The numbers below `count`, for the passes of a loop that differ in the length of what they read.
 
-    In a trace there are two passes: the middle one, whose operations count for all, and the last one, of which only the
-    memory counts.
+    A trace runs two of the passes. The operations of the middle one count for all. Of the last one only the memory
+    counts.
     """
     recorder = _tracing.get()
     if recorder is None or count < 2:

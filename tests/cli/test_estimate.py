@@ -125,6 +125,7 @@ def test_this_machine_is_measured(estimate):
         (["--config", VISION, "trainer.precision=64-true"], "precision '64-true' is not estimated"),
         (["--config", VISION, "trainer.accumulate_grad_batches=0"], "accumulate_grad_batches"),
         (["--config", LANGUAGE, "data.max_length=100000"], "data.max_length 100000 exceeds the model's"),
+        (["--config", "configs/language/smoke/grpo.yaml", "data.max_length=2048"], "which max_new_tokens takes 8: set"),
         (["--config", QLORA, "--strategy", "fsdp", "--devices", "2"], "4-bit weights cannot be shared"),
         (["--config", VISION, "data.batch_sze=3"], "data.batch_sze.*read as a recipe of vision"),
         (["--config", VISION, "--program", "nothing_such"], "No module named 'nothing_such'"),
