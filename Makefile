@@ -1,9 +1,9 @@
-# make demo | demo-language | test | slow | lowest | lint | docs | wheel | bench ROOT=<folder with data> | bench-gpu   Each creates .venv on a fresh machine.
+# make demo | demo-language | test | slow | lowest | lint | docs | wheel | wheel-aarch64 | bench ROOT=<folder with data> | bench-gpu   Each creates .venv on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/.complete
 
-.PHONY: demo demo-language test slow lowest lint docs wheel bench bench-gpu clean
+.PHONY: demo demo-language test slow lowest lint docs wheel wheel-aarch64 bench bench-gpu clean
 
 demo: $(ENVIRONMENT)  ## fine-tune a pretrained ViT on real images with NoRA++, against the head alone
 	$(BIN)/python -m vision.demo $(DEMO)
@@ -45,8 +45,11 @@ lint: $(ENVIRONMENT)
 docs: $(ENVIRONMENT)  ## the site from docs/ and the docstrings, in site/; warnings and dead links are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-wheel: $(ENVIRONMENT)  ## a wheel in dist/ with compiled kernels, for Linux on x86-64; where it is installed no compiler is needed
+wheel: $(ENVIRONMENT)  ## a wheel in dist/ with kernels compiled for this machine; where it is installed no compiler is needed
 	LIT_ADAPTERS_KERNELS=1 $(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+wheel-aarch64: $(ENVIRONMENT)  ## the same for aarch64 from another machine; needs Debian's g++-aarch64-linux-gnu or its like
+	LIT_ADAPTERS_KERNELS=aarch64 CXX=aarch64-linux-gnu-g++ $(BIN)/python -m pip wheel -q --no-deps -w dist .
 
 # ROOT holds cifar10/ (train and test, folders or .tar.gz), alpaca_demo/ and mmlu/. Methods are compared by configs/studies.
 bench: $(ENVIRONMENT)  ## measure speed and memory: hours

@@ -1,13 +1,15 @@
 """How the wheel is built; pyproject.toml has everything else.
 
-With LIT_ADAPTERS_KERNELS=1 the wheel brings its C++ kernels along, compiled for x86-64 processors with AVX2 and with
-AVX-512, and needs no compiler where it is installed. `make wheel` builds this one.
+With LIT_ADAPTERS_KERNELS=1 the wheel has its C++ kernels compiled for the machine that builds it: x86-64 (AVX2 and
+AVX-512) or aarch64 (NEON). Such a wheel needs no compiler where it is installed. `make wheel` builds it.
+LIT_ADAPTERS_KERNELS=aarch64 with CXX=aarch64-linux-gnu-g++ builds it for aarch64 anywhere (`make wheel-aarch64`).
 """
 
 import os
 import platform
 import re
 import shutil
+import subprocess
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-WITH_KERNELS = os.environ.get("LIT_ADAPTERS_KERNELS") == "1"
+asked = os.environ.get("LIT_ADAPTERS_KERNELS", "")
+MACHINE = platform.machine() if asked == "1" else asked  # that kernels are compiled for; none if empty
 GLIBC = (2, 17)  # the oldest C library that the compiled kernels may ask for
 OPS = Path("lit_adapters", "ops")
 
@@ -29,9 +32,7 @@ class BuildWithKernels(build_py):
             return
         folder = Path(self.build_lib, OPS, "shipped")
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier wheel
-        if WITH_KERNELS:
-            if (platform.system(), platform.machine(), platform.libc_ver()[0]) != ("Linux", "x86_64", "glibc"):
-                raise SystemExit("error: LIT_ADAPTERS_KERNELS=1 works on Linux with glibc on x86-64 alone")
+        if MACHINE:
             folder.mkdir()
             compile_kernels(folder)
 
@@ -40,29 +41,46 @@ class WheelWithKernels(bdist_wheel):
     """Names the platform of a wheel with kernels. One wheel serves all versions of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return ("py3", "none", "manylinux_{}_{}_x86_64".format(*GLIBC)) if WITH_KERNELS else super().get_tag()
+        return ("py3", "none", "manylinux_{}_{}_{}".format(*GLIBC, MACHINE)) if MACHINE else super().get_tag()
 
 
 class PlatformDistribution(Distribution):
     """A wheel with kernels belongs to a platform."""
 
     def has_ext_modules(self) -> bool:
-        return WITH_KERNELS
+        return bool(MACHINE)
 
 
 def compile_kernels(folder: Path) -> None:
-    """Write the compiled kernels to a folder."""
+    """Write the compiled kernels to a folder.
+
+    Raises:
+        SystemExit: No kernels are shipped for this system or machine, the compiler makes code for another one, or a
+            kernel asks for a newer C library than `GLIBC`.
+    """
     spec = spec_from_file_location("compiler", Path(__file__).parent / OPS / "_compiler.py")
     compiler = module_from_spec(spec)
     spec.loader.exec_module(compiler)
+    known = compiler.INSTRUCTIONS
+    if (platform.system(), platform.libc_ver()[0]) != ("Linux", "glibc") or MACHINE not in known:
+        raise SystemExit(
+            f"error: LIT_ADAPTERS_KERNELS={asked} on {platform.system()}, {platform.machine()}: kernels are compiled "
+            f"on Linux with glibc, for {' or '.join(known)}; without LIT_ADAPTERS_KERNELS the wheel works anywhere"
+        )
+    makes = subprocess.run([compiler.compiler(), "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+    if not makes.startswith(f"{MACHINE}-linux"):
+        raise SystemExit(
+            f"error: {compiler.compiler()} compiles for {makes.strip()}, but the kernels are for {MACHINE}; set CXX, "
+            f"for instance CXX={MACHINE}-linux-gnu-g++"
+        )
     for name, macros in compiler.SHIPPED:
-        for capability, instructions in compiler.INSTRUCTIONS.items():
+        for capability, instructions in known[MACHINE].items():
             command = [compiler.compiler(), *compiler.options(macros, instructions)]
             library = compiler.compile_library(command, compiler.source_of(name)[0])
             versions = [tuple(map(int, v.split(b"."))) for v in re.findall(rb"GLIBC_(\d+\.\d+)", library)]
             if any(version > GLIBC for version in versions):
                 raise SystemExit(f"error: the kernel {name} asks for glibc {max(versions)}: raise GLIBC in setup.py")
-            (folder / compiler.shipped(name, macros, capability).name).write_bytes(library)
+            (folder / compiler.shipped(name, macros, MACHINE, capability).name).write_bytes(library)
 
 
 setup(distclass=PlatformDistribution, cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelWithKernels})

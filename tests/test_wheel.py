@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from lit_adapters.ops import _compiler
 
 ROOT = Path(__file__).parents[1]
+CROSS = "aarch64-linux-gnu"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -52,7 +54,8 @@ def built(folder, **environment):
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
-    subprocess.run(command, cwd=source, env={**os.environ, **environment}, check=True)
+    everything = {"check": True, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    subprocess.run(command, cwd=source, env={**os.environ, **environment}, **everything)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -67,7 +70,7 @@ def wheel(tmp_path_factory):
     return folder / "unpacked"
 
 
-@pytest.mark.parametrize("capability", list(_compiler.INSTRUCTIONS))
+@pytest.mark.parametrize("capability", list(_compiler.INSTRUCTIONS["x86_64"]))
 def test_the_wheel_needs_no_compiler(wheel, capability, tmp_path):
     if capability == "AVX512" and torch.backends.cpu.get_cpu_capability() != capability:
         pytest.skip("this processor has no AVX-512")
@@ -93,15 +96,48 @@ def test_the_wheel_needs_no_compiler(wheel, capability, tmp_path):
 def test_a_changed_source_is_not_taken_for_the_compiled_one(wheel, monkeypatch):
     name, macros = _compiler.SHIPPED[0]
     monkeypatch.setattr(_compiler, "__file__", str(wheel / "lit_adapters" / "ops" / "_compiler.py"))
-    path = _compiler.shipped(name, macros, "AVX2")
+    path = _compiler.shipped(name, macros, "x86_64", "AVX2")
     assert path.is_file()
     source = wheel / "lit_adapters" / "ops" / f"{name}.cpp"
     text = source.read_text()
     source.write_text(text + "\n")
-    assert not _compiler.shipped(name, macros, "AVX2").exists()
+    assert not _compiler.shipped(name, macros, "x86_64", "AVX2").exists()
     source.write_text(text)
-    assert _compiler.shipped(name, macros, "DEFAULT") is None
-    assert _compiler.shipped(name, {"M": 3, "N": 2, "ABS_OF_SUM": 1}, "AVX2") is None
+    assert _compiler.shipped(name, macros, "x86_64", "DEFAULT") is None
+    assert _compiler.shipped(name, macros, "riscv64", "DEFAULT") is None
+    assert _compiler.shipped(name, {"M": 3, "N": 2, "ABS_OF_SUM": 1}, "x86_64", "AVX2") is None
+
+
+def test_on_aarch64_any_processor_has_the_kernels():
+    name, macros = _compiler.SHIPPED[0]
+    paths = {_compiler.shipped(name, macros, "aarch64", capability) for capability in ("DEFAULT", "SVE256")}
+    assert [path.name.rsplit("-", 1)[0] for path in paths] == ["rational-neon"]
+
+
+@pytest.mark.skipif(not shutil.which(f"{CROSS}-g++"), reason=f"no {CROSS}-g++")
+def test_it_is_built_for_another_machine(tmp_path):
+    file = built(tmp_path, LIT_ADAPTERS_KERNELS="aarch64", CXX=f"{CROSS}-g++")
+    assert file.name.endswith("-py3-none-manylinux_2_17_aarch64.whl")
+    with ZipFile(file) as wheel:
+        kernels = [wheel.read(name) for name in wheel.namelist() if name.endswith(".so")]
+    assert len(kernels) == len(_compiler.SHIPPED)
+    assert {kernel[18] for kernel in kernels} == {183}  # ELF's number of the machine
+
+
+@pytest.mark.parametrize(
+    ("machine", "message"),
+    [
+        (
+            "aarch64",
+            f"compiles for x86_64-linux-gnu, but the kernels are for aarch64; set CXX, .* CXX={CROSS}",
+        ),
+        ("AVX2", "LIT_ADAPTERS_KERNELS=AVX2 on Linux, x86_64: kernels are compiled .* for x86_64 or aarch64"),
+    ],
+)
+def test_what_cannot_be_compiled_is_said(machine, message, tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        built(tmp_path, LIT_ADAPTERS_KERNELS=machine, CXX="g++")
+    assert re.search(message, failed.value.stdout)
 
 
 def test_without_kernels_the_wheel_is_for_any_platform(tmp_path):

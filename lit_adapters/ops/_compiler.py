@@ -19,10 +19,15 @@ FLAGS += ["-fno-exceptions", "-fno-rtti", "-fopenmp", "-fPIC", "-w"]
 NATIVE = ["-march=native"]
 SECONDS = 60  # a kernel takes two, on a busy machine twenty
 
-# By the name that PyTorch gives to what the processor can do. The kernels have no use for bfloat16 instructions.
-INSTRUCTIONS = {
-    "AVX2": ["-mavx2", "-mfma"],
-    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+# What a wheel's kernels are compiled for: by machine, then on x86-64 by PyTorch's name for what the processor can do.
+# The kernels have no use for bfloat16 instructions. Every aarch64 processor has NEON.
+NEON = "NEON"
+INSTRUCTIONS: dict[str, dict[str, list[str]]] = {
+    "x86_64": {
+        "AVX2": ["-mavx2", "-mfma"],
+        "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    },
+    "aarch64": {NEON: []},
 }
 # The rational functions of NoRA's own degrees; other degrees are compiled at first use.
 SHIPPED: list[tuple[str, dict[str, int]]] = [
@@ -62,7 +67,7 @@ def source_of(name: str) -> tuple[Path, str]:
     return file, file.read_text() + header.read_text()
 
 
-def shipped(name: str, macros: Mapping[str, int], capability: str) -> Path | None:
+def shipped(name: str, macros: Mapping[str, int], machine: str, capability: str) -> Path | None:
     """Where a wheel has the compiled kernel; None for one that no wheel has.
 
     The name of the file holds a digest of source and options, so that a changed source is never taken for it.
@@ -70,11 +75,14 @@ def shipped(name: str, macros: Mapping[str, int], capability: str) -> Path | Non
     Args:
         name: Of the C++ file, without its suffix.
         macros: Values of the macros of the file.
-        capability: A key of `INSTRUCTIONS`, or what no wheel has kernels for.
+        machine: A key of `INSTRUCTIONS`, or one that no wheel has kernels for.
+        capability: The same of what it has for the machine; on aarch64 any.
     """
-    if (name, dict(macros)) not in SHIPPED or capability not in INSTRUCTIONS:
+    known = INSTRUCTIONS.get(machine, {})
+    capability = NEON if machine == "aarch64" else capability
+    if (name, dict(macros)) not in SHIPPED or capability not in known:
         return None
-    text = "\n".join([*options(macros, INSTRUCTIONS[capability]), source_of(name)[1]])
+    text = "\n".join([*options(macros, known[capability]), source_of(name)[1]])
     digest = hashlib.sha256(text.encode()).hexdigest()[:20]
     return Path(__file__).with_name("shipped") / f"{name}-{capability.lower()}-{digest}.so"
 

@@ -7,7 +7,7 @@ This takes the place of torch.utils.cpp_extension.load, which needs ninja and do
 processor. A kernel here includes no header of PyTorch or Python: it compiles in 2 s, where one that does takes 20.
 
 A kernel uses the OpenMP runtime that PyTorch has loaded, which also offers the functions that g++ calls; a second
-runtime would compete with it for the processor.
+runtime would compete with it for the processor. PyTorch's builds for aarch64 load it for themselves alone.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def build(name: str, **macros: int) -> ctypes.CDLL:
     Raises:
         OSError: The file cannot be compiled, written or loaded.
     """
-    shipped = _compiler.shipped(name, macros, torch.backends.cpu.get_cpu_capability())
+    _offer_openmp()
+    shipped = _compiler.shipped(name, macros, platform.machine(), torch.backends.cpu.get_cpu_capability())
     if shipped is not None and shipped.is_file():
         return ctypes.CDLL(str(shipped))
     source, text = _compiler.source_of(name)
@@ -78,6 +79,18 @@ def build(name: str, **macros: int) -> ctypes.CDLL:
             path = _own_folder(error) / file
             _write(path, library)
     return ctypes.CDLL(str(path))
+
+
+@functools.cache
+def _offer_openmp() -> None:
+    """Let kernels find the functions of the OpenMP runtime that PyTorch has loaded."""
+    maps = Path("/proc/self/maps")
+    if hasattr(ctypes.CDLL(None), "omp_get_thread_num") or not maps.exists():
+        return
+    files = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if "/" in line}
+    runtimes = [file for file in files if Path(file).name.startswith(("libgomp", "libiomp", "libomp"))]
+    if runtimes:  # other packages may have loaded one too
+        ctypes.CDLL(min(runtimes, key=lambda file: "torch" not in file), mode=ctypes.RTLD_GLOBAL)
 
 
 def _folder() -> Path:

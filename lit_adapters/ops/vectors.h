@@ -4,12 +4,16 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#ifdef __AVX__
+#if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 #define LANES 16
+#elif defined(__aarch64__)
+#define LANES 4
 #else
 #define LANES 8
 #endif
@@ -29,6 +33,8 @@ static inline bool all_within(Floats x, float limit) {  // all |x| <= limit; fal
     return _mm512_cmp_ps_mask((__m512)absolute(x), _mm512_set1_ps(limit), _CMP_LE_OQ) == 0xffff;
 #elif defined(__AVX__)
     return _mm256_movemask_ps(_mm256_cmp_ps((__m256)absolute(x), _mm256_set1_ps(limit), _CMP_LE_OQ)) == 0xff;
+#elif defined(__aarch64__)
+    return vminvq_u32(vcaleq_f32((float32x4_t)x, vdupq_n_f32(limit))) != 0;
 #else
     bool all_fit = true;
     for (int i = 0; i < LANES; ++i) all_fit &= absolute_of(x[i]) <= limit;
@@ -64,8 +70,11 @@ static inline void store(uint16_t *to, Floats x) {
 
 // The value, which the compiler may not fuse with a sum that follows.
 static inline Floats unfused(Floats x) {
-#ifdef __AVX__
+#if defined(__AVX__)
     asm("" : "+v"(x));
+    return x;
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
     return x;
 #else
     volatile Floats kept = x;

@@ -1,5 +1,6 @@
 """C++ kernels: built once, kept, loaded by other processes, and loaded only if nobody else can have written them."""
 
+import ctypes
 import os
 import stat
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +109,25 @@ KERNELS = {
     "merged": (merged_twice, {}),
     "rescaled": (rescaled_twice, {}),
 }
+
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_the_openmp_of_pytorch_is_offered_where_it_is_not(offered, monkeypatch):
+    """As in PyTorch's builds for aarch64."""
+    loaded = []
+
+    def load(file, mode=ctypes.DEFAULT_MODE):
+        loaded.append((file, mode))
+        return SimpleNamespace(omp_get_thread_num=None) if offered else SimpleNamespace()
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    native._offer_openmp.__wrapped__()
+    assert loaded.pop(0) == (None, ctypes.DEFAULT_MODE)
+    if not offered:
+        ((file, mode),) = loaded
+        assert "omp" in Path(file).name
+        assert Path(file).parts[-3] == "torch"
+        assert mode == ctypes.RTLD_GLOBAL
 
 
 @pytest.mark.parametrize("name", list(KERNELS))
