@@ -48,7 +48,7 @@ docs: $(ENVIRONMENT)  ## the site from docs/ and the docstrings, in site/; warni
 wheel: $(ENVIRONMENT)  ## a wheel in dist/ with kernels compiled for this machine; where it is installed no compiler is needed
 	LIT_ADAPTERS_KERNELS=1 $(BIN)/python -m pip wheel -q --no-deps -w dist .
 
-wheel-aarch64: $(ENVIRONMENT)  ## the same for aarch64 from another machine; needs Debian's g++-aarch64-linux-gnu or its like
+wheel-aarch64: $(ENVIRONMENT)  ## the same for aarch64, on another machine; needs Debian's g++-aarch64-linux-gnu or its like
 	LIT_ADAPTERS_KERNELS=aarch64 CXX=aarch64-linux-gnu-g++ $(BIN)/python -m pip wheel -q --no-deps -w dist .
 
 # ROOT holds cifar10/ (train and test, folders or .tar.gz), alpaca_demo/ and mmlu/. Methods are compared by configs/studies.

@@ -86,8 +86,14 @@ def text_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
 
 
 def run(main: Callable[[], Any], *errors: type[Exception]) -> None:
-    """Run a command line; an `AdapterError`, or one of `errors`, ends it with one line and exit status 1."""
-    # Python would look through all imported modules for garbage before it ends, which takes a second.
+    """Run a command line; an `AdapterError`, or one of `errors`, ends it with one line and exit status 1.
+
+    If Python's collection of garbage is disabled, as a program may do while it imports, this enables it.
+    """
+    if not gc.isenabled():
+        gc.freeze()  # what is imported stays, and need not be looked through again
+        gc.enable()
+    # Python would look through everything for garbage before it ends, which takes a second.
     atexit.register(gc.freeze)
     ended_by: tuple[type[Exception], ...] = (AdapterError, *errors)
     try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,3 +84,24 @@ def test_a_table_is_aligned_and_never_cut():
     assert lines[1] == "[x] :y:" + "z" * 300 + "  1,000"
     assert lines[2].startswith("b ")
     assert len({len(line) for line in lines}) == 1
+
+
+def test_garbage_is_collected_again_after_the_imports(monkeypatch):
+    frozen, enabled = [], []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    monkeypatch.setattr(atexit, "register", lambda function: None)
+    gc.disable()
+    try:
+        run(lambda: enabled.append(gc.isenabled()))
+    finally:
+        gc.enable()
+    assert frozen == [False]
+    assert enabled == [True]
+    run(lambda: None)
+    assert frozen == [False]  # what a process has made since stays collectable
+
+
+@pytest.mark.parametrize("module", ["vision", "language", "language.dpo"])
+def test_a_program_that_is_imported_leaves_the_collection_of_garbage_on(module):
+    importlib.import_module(f"{module}.__main__")
+    assert gc.isenabled()

@@ -15,11 +15,12 @@ import torch
 from lit_adapters.ops import _compiler
 
 ROOT = Path(__file__).parents[1]
+MACHINE = platform.machine()
 CROSS = "aarch64-linux-gnu"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        (platform.machine(), platform.libc_ver()[0]) != ("x86_64", "glibc"), reason="the wheel is for Linux on x86-64"
+        MACHINE not in _compiler.INSTRUCTIONS or platform.libc_ver()[0] != "glibc", reason="no kernels for this machine"
     ),
 ]
 
@@ -33,7 +34,7 @@ from lit_adapters.ops import _native
 from lit_adapters.ops.rational import rational, rational_reference
 from tests.ops.test_native import merged_twice, rational_twice, rescaled_twice
 from tests.ops.test_rational import coefficients, normwise
-assert torch.backends.cpu.get_cpu_capability() == {capability!r}
+assert {capability!r} in (torch.backends.cpu.get_cpu_capability(), "NEON")
 torch.manual_seed(0)
 x, (a, b) = torch.randn(4, 64), coefficients(8)
 expected = rational_reference(x.double(), a.double(), b.double(), "sum-of-abs")
@@ -65,12 +66,12 @@ def wheel(tmp_path_factory):
     """The wheel with kernels, unpacked."""
     folder = tmp_path_factory.mktemp("wheel")
     file = built(folder, LIT_ADAPTERS_KERNELS="1")
-    assert file.name.endswith("-py3-none-manylinux_2_17_x86_64.whl")
+    assert file.name.endswith(f"-py3-none-manylinux_2_17_{MACHINE}.whl")
     ZipFile(file).extractall(folder / "unpacked")
     return folder / "unpacked"
 
 
-@pytest.mark.parametrize("capability", list(_compiler.INSTRUCTIONS["x86_64"]))
+@pytest.mark.parametrize("capability", list(_compiler.INSTRUCTIONS.get(MACHINE, ())))
 def test_the_wheel_needs_no_compiler(wheel, capability, tmp_path):
     if capability == "AVX512" and torch.backends.cpu.get_cpu_capability() != capability:
         pytest.skip("this processor has no AVX-512")
@@ -79,7 +80,7 @@ def test_the_wheel_needs_no_compiler(wheel, capability, tmp_path):
     environment |= {
         "PATH": str(tmp_path),
         "LIT_ADAPTERS_CACHE": str(tmp_path / "cache"),
-        "ATEN_CPU_CAPABILITY": capability.lower(),
+        **({"ATEN_CPU_CAPABILITY": capability.lower()} if MACHINE == "x86_64" else {}),
     }
     run = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:lit_adapters", "-c", code],
@@ -96,12 +97,13 @@ def test_the_wheel_needs_no_compiler(wheel, capability, tmp_path):
 def test_a_changed_source_is_not_taken_for_the_compiled_one(wheel, monkeypatch):
     name, macros = _compiler.SHIPPED[0]
     monkeypatch.setattr(_compiler, "__file__", str(wheel / "lit_adapters" / "ops" / "_compiler.py"))
-    path = _compiler.shipped(name, macros, "x86_64", "AVX2")
+    capability = next(iter(_compiler.INSTRUCTIONS[MACHINE]))
+    path = _compiler.shipped(name, macros, MACHINE, capability)
     assert path.is_file()
     source = wheel / "lit_adapters" / "ops" / f"{name}.cpp"
     text = source.read_text()
     source.write_text(text + "\n")
-    assert not _compiler.shipped(name, macros, "x86_64", "AVX2").exists()
+    assert not _compiler.shipped(name, macros, MACHINE, capability).exists()
     source.write_text(text)
     assert _compiler.shipped(name, macros, "x86_64", "DEFAULT") is None
     assert _compiler.shipped(name, macros, "riscv64", "DEFAULT") is None
@@ -125,22 +127,36 @@ def test_it_is_built_for_another_machine(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("machine", "message"),
+    ("machine", "compiler", "message"),
     [
-        (
-            "aarch64",
-            f"compiles for x86_64-linux-gnu, but the kernels are for aarch64; set CXX, .* CXX={CROSS}",
-        ),
-        ("AVX2", "LIT_ADAPTERS_KERNELS=AVX2 on Linux, x86_64: kernels are compiled .* for x86_64 or aarch64"),
+        ("sparc64", "g++", "LIT_ADAPTERS_KERNELS=sparc64 on Linux, .*: kernels are compiled .* for x86_64 or aarch64"),
+        ("1", "no-such-compiler", "CXX=no-such-compiler is not on the PATH"),
+        ("1", "false", "no compiler for the kernels: .*'-dumpmachine'"),
+        ("1", "of:sparc64-linux-gnu", "compiles for sparc64-linux-gnu, but the kernels are for .*; set CXX"),
+        ("1", f"of:{MACHINE}-linux-musl", "compiles for .*-linux-musl, but the kernels are for .* and glibc"),
     ],
 )
-def test_what_cannot_be_compiled_is_said(machine, message, tmp_path):
+def test_what_cannot_be_compiled_is_said(machine, compiler, message, tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as failed:
-        built(tmp_path, LIT_ADAPTERS_KERNELS=machine, CXX="g++")
+        built(tmp_path, LIT_ADAPTERS_KERNELS=machine, CXX=compiler_of(compiler, tmp_path))
     assert re.search(message, failed.value.stdout)
 
 
+def compiler_of(name, folder):
+    """The compiler of this name; of "of:TARGET", g++ that says it compiles for another target."""
+    if not name.startswith("of:"):
+        return name
+    file = folder / "compiler"
+    file.write_text(f'#!/bin/sh\n[ "$1" = -dumpmachine ] && echo {name[3:]} && exit\nexec g++ "$@"\n')
+    file.chmod(0o755)
+    return str(file)
+
+
+def test_other_names_of_the_same_target_are_accepted(tmp_path):
+    assert built(tmp_path, LIT_ADAPTERS_KERNELS="1", CXX=compiler_of(f"of:{MACHINE}-redhat-linux", tmp_path))
+
+
 def test_without_kernels_the_wheel_is_for_any_platform(tmp_path):
-    file = built(tmp_path)
+    file = built(tmp_path, LIT_ADAPTERS_KERNELS="0")
     assert file.name.endswith("-py3-none-any.whl")
     assert not [name for name in ZipFile(file).namelist() if name.endswith(".so")]

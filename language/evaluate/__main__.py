@@ -6,6 +6,11 @@ summaries, held-out perplexity, and the tasks of lm-evaluation-harness; each num
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # imports leave no garbage, and looking for it takes a second; `run` enables it
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # imports leave no garbage, and looking for it takes a second; `run` enables it
+
 from typing import Any
 
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser

@@ -27,7 +27,7 @@ INSTRUCTIONS: dict[str, dict[str, list[str]]] = {
         "AVX2": ["-mavx2", "-mfma"],
         "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
     },
-    "aarch64": {NEON: []},
+    "aarch64": {NEON: ["-march=armv8-a"]},
 }
 # The rational functions of NoRA's own degrees; other degrees are compiled at first use.
 SHIPPED: list[tuple[str, dict[str, int]]] = [
@@ -75,8 +75,8 @@ def shipped(name: str, macros: Mapping[str, int], machine: str, capability: str)
     Args:
         name: Of the C++ file, without its suffix.
         macros: Values of the macros of the file.
-        machine: A key of `INSTRUCTIONS`, or one that no wheel has kernels for.
-        capability: The same of what it has for the machine; on aarch64 any.
+        machine: Of this computer, as `platform.machine` names it.
+        capability: PyTorch's name for what the processor can do; ignored on aarch64, where every processor has NEON.
     """
     known = INSTRUCTIONS.get(machine, {})
     capability = NEON if machine == "aarch64" else capability

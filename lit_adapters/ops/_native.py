@@ -7,7 +7,8 @@ This takes the place of torch.utils.cpp_extension.load, which needs ninja and do
 processor. A kernel here includes no header of PyTorch or Python: it compiles in 2 s, where one that does takes 20.
 
 A kernel uses the OpenMP runtime that PyTorch has loaded, which also offers the functions that g++ calls; a second
-runtime would compete with it for the processor. PyTorch's builds for aarch64 load it for themselves alone.
+runtime would compete with it for the processor. PyTorch's builds for aarch64 hide its functions from other libraries;
+`_offer_openmp` makes them visible.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import hashlib
 import logging
 import os
 import platform
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -36,6 +38,9 @@ _SERIAL = 1 << 14  # up to so many elements, one thread is faster than several
 
 _DIGEST = hashlib.sha256().digest_size
 
+# Lines of /proc/cpuinfo, on x86-64 and on aarch64.
+_PROPERTIES = ("flags", "model name", "Features", "CPU implementer", "CPU part", "CPU variant")
+
 _broken: set[str] = set()  # kernels that could not be built or loaded
 
 
@@ -44,7 +49,7 @@ def _processor() -> str:
     """The properties of the processor that the meaning of -march=native depends on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    return "\n".join(sorted({line for line in lines if line.startswith(_PROPERTIES)}))
 
 
 @functools.cache
@@ -81,16 +86,29 @@ def build(name: str, **macros: int) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+class _Symbol(ctypes.Structure):
+    """What the loader's `dladdr` tells of an address."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
 @functools.cache
 def _offer_openmp() -> None:
-    """Let kernels find the functions of the OpenMP runtime that PyTorch has loaded."""
-    maps = Path("/proc/self/maps")
-    if hasattr(ctypes.CDLL(None), "omp_get_thread_num") or not maps.exists():
+    """Make the functions of PyTorch's OpenMP runtime visible to kernels, where PyTorch's build hides them."""
+    if sys.platform != "linux" or hasattr(loaded := ctypes.CDLL(None), "GOMP_parallel"):
         return
-    files = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if "/" in line}
-    runtimes = [file for file in files if Path(file).name.startswith(("libgomp", "libiomp", "libomp"))]
-    if runtimes:  # other packages may have loaded one too
-        ctypes.CDLL(min(runtimes, key=lambda file: "torch" not in file), mode=ctypes.RTLD_GLOBAL)
+    try:
+        used = ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD).GOMP_parallel
+    except (OSError, AttributeError):  # a build without OpenMP; loading the kernel then says what it lacks
+        return
+    runtime = _Symbol()
+    if loaded.dladdr(ctypes.cast(used, ctypes.c_void_p), ctypes.byref(runtime)):
+        ctypes.CDLL(os.fsdecode(runtime.file), mode=ctypes.RTLD_GLOBAL | os.RTLD_NOLOAD)
 
 
 def _folder() -> Path:
@@ -160,8 +178,8 @@ def library(name: str, what: str, **macros: int) -> ctypes.CDLL | None:
     except OSError as error:
         _broken.add(name)
         warnings.warn(
-            f"the fast {what} cannot be built here ({error}); it runs in plain PyTorch operations, several times "
-            "slower. To fix it, put g++ on the PATH, with CXX unset.",
+            f"the fast {what} cannot be built or loaded here ({error}); it runs in plain PyTorch operations, several "
+            "times slower. Where a compiler is missing, put g++ on the PATH, with CXX unset.",
             stacklevel=2,
         )
         return None

@@ -18,7 +18,7 @@ from lit_adapters.ops._rational_math import Coefficients
 
 NAME = "rational"
 _CHUNK = 1 << 15  # elements of a chunk of rows in backward; x, dy and dx of a chunk fit a core's second-level cache
-_SHORTEST = 8  # elements of a group that are neighbours in memory; fewer would not fill a vector
+_SHORTEST = 8  # elements of a group that are neighbours in memory; fewer would hardly fill vectors
 _MOST_CHUNKS = 64  # of rows where each channel is a group; each has sums of its own in backward
 
 Shape = tuple[int, int, int]  # outer, G, K

@@ -12,7 +12,9 @@ import torch
 
 from lit_adapters.ops import _compiler, _merged_native, _rational_native, _rescaled_native, rational, rational_reference
 from lit_adapters.ops import _native as native
-from tests.ops.test_native import merged_twice, rescaled_twice
+from tests.ops import test_merged_linear as weights
+from tests.ops import test_rational_native as differences
+from tests.ops import test_rescaled as gains
 from tests.ops.test_rational import FORMS, coefficients, normwise
 
 COMPILER = shutil.which("aarch64-linux-gnu-g++")
@@ -126,31 +128,56 @@ def calls(folder, monkeypatch):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("channels", "groups"), [(64, 8), (42, 3), (12, 12)], ids=["vectors", "rest", "a channel each"]
-)
-def test_rational_functions(channels, groups, dtype, form, calls):
+@pytest.mark.parametrize(("rows", "channels", "groups"), [(600, 64, 8), (37, 33, 3), (37, 39, 3), (37, 14, 14)])
+def test_rational_functions_with_every_rest(rows, channels, groups, dtype, form, calls):
+    """Groups of 8, 11 and 13 elements leave 0, 3 and 1 beside vectors of 4; 14 functions leave 2."""
     torch.manual_seed(0)
-    x = (2 * torch.randn(37, channels)).to(dtype)
-    x[3, 5] = 3e9  # its powers overflow in float32
+    x = (2 * torch.randn(rows, channels)).to(dtype)
     given = [x.requires_grad_(), *(c.requires_grad_() for c in coefficients(groups))]
     wide = [t.detach().double().requires_grad_() for t in given]
     y, expected = rational(*given, form), rational_reference(*wide, form)
-    grad = torch.randn(37, channels).to(dtype)
-    grad[3, 5] = 0
+    grad = torch.randn(rows, channels).to(dtype)
     y.backward(grad)
     expected.backward(grad.double())
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
-    usual = wide[0].abs() < 1e4
-    assert normwise(y[usual], expected[usual]) <= tolerance
-    assert normwise(y[~usual], expected[~usual]) <= tolerance
-    for ours, theirs in zip(given, wide, strict=True):
-        assert normwise(ours.grad, theirs.grad) <= (tolerance if ours is given[0] else 1e-5)
+    assert normwise(y, expected) <= tolerance
+    assert normwise(x.grad, wide[0].grad) <= tolerance
+    for ours, theirs in zip(given[1:], wide[1:], strict=True):
+        assert normwise(ours.grad, theirs.grad) <= 1e-5
     assert len(calls) == 2
     assert all(str(dtype).split(".")[1] in name for name in calls)
 
 
-def test_the_weight_of_loran_and_the_gain_of_dora(calls):
+# Tests of the kernels on this machine.
+CASES = {
+    "no difference": lambda: differences.test_equal_functions_differ_by_exactly_zero_in_value_and_gradient(
+        3, "abs-of-sum", torch.float32
+    ),
+    "no difference, a channel each": lambda: (
+        differences.test_equal_functions_differ_by_exactly_zero_in_value_and_gradient(111, "sum-of-abs", torch.bfloat16)
+    ),
+    "large and nan": lambda: differences.test_a_number_too_large_for_float32_powers_and_a_nan_beside_others(2),
+    "large and nan, a channel each": lambda: (
+        differences.test_a_number_too_large_for_float32_powers_and_a_nan_beside_others(32)
+    ),
+    "threads": lambda: differences.test_the_result_does_not_depend_on_the_number_of_threads(8),
+    **{
+        f"LoRAN, {function}": lambda function=function: weights.test_value_and_gradients_are_those_of_the_formula(
+            function, "kernel"
+        )
+        for function in weights.SINUSOIDS
+    },
+    "LoRAN, bfloat16": lambda: weights.test_bfloat16_inputs_are_as_exact_as_they_can_be(
+        "sinter", torch.bfloat16, "kernel"
+    ),
+    "LoRAN, thousands of radians": lambda: weights.test_arguments_of_thousands_of_radians_keep_their_phase("sinter"),
+    "DoRA": lambda: gains.test_agrees_with_float64((300, 33), True, torch.float32, 1e-6),
+    "DoRA, bfloat16": lambda: gains.test_agrees_with_float64((7, 41), False, torch.bfloat16, 1.2e-2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_tested_of_the_kernels_elsewhere(case, calls):
     torch.manual_seed(0)
-    assert max(*merged_twice(), *rescaled_twice()) <= 1e-6
-    assert calls == ["merge_float32_float32"] * 2 + ["forward_float32"] * 2
+    CASES[case]()
+    assert calls

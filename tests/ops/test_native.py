@@ -111,23 +111,32 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("offered", [True, False])
-def test_the_openmp_of_pytorch_is_offered_where_it_is_not(offered, monkeypatch):
-    """As in PyTorch's builds for aarch64."""
-    loaded = []
+@pytest.mark.skipif(sys.platform != "linux", reason="only PyTorch's builds for Linux hide it")
+@pytest.mark.parametrize("hidden", [True, False])
+def test_the_openmp_of_pytorch_is_made_visible_where_it_is_hidden(hidden, monkeypatch):
+    real, opened = ctypes.CDLL, []
 
     def load(file, mode=ctypes.DEFAULT_MODE):
-        loaded.append((file, mode))
-        return SimpleNamespace(omp_get_thread_num=None) if offered else SimpleNamespace()
+        if file is None:
+            return SimpleNamespace(dladdr=real(None).dladdr, **({} if hidden else {"GOMP_parallel": None}))
+        opened.append((Path(file).name, mode))
+        return real(file, mode)
 
     monkeypatch.setattr(ctypes, "CDLL", load)
     native._offer_openmp.__wrapped__()
-    assert loaded.pop(0) == (None, ctypes.DEFAULT_MODE)
-    if not offered:
-        ((file, mode),) = loaded
-        assert "omp" in Path(file).name
-        assert Path(file).parts[-3] == "torch"
-        assert mode == ctypes.RTLD_GLOBAL
+    if not hidden:
+        assert not opened
+        return
+    (torch_library, _), (runtime, mode) = opened
+    assert torch_library == "libtorch_cpu.so"
+    assert "omp" in runtime
+    assert mode == ctypes.RTLD_GLOBAL | os.RTLD_NOLOAD
+
+
+def test_other_systems_are_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(ctypes, "CDLL", None)  # on Windows, ctypes.CDLL(None) fails
+    native._offer_openmp.__wrapped__()
 
 
 @pytest.mark.parametrize("name", list(KERNELS))
@@ -139,7 +148,7 @@ def test_without_the_kernel_it_warns_once_and_goes_on(fault, name, kernels, tmp_
         monkeypatch.delenv("CXX", raising=False)
     else:
         monkeypatch.setenv("CXX", "false")
-    with pytest.warns(UserWarning, match="cannot be built here") as caught:
+    with pytest.warns(UserWarning, match="cannot be built or loaded here") as caught:
         errors = twice()
     assert len(caught) == 1
     assert max(errors) <= 1e-6
