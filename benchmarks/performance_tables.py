@@ -275,11 +275,19 @@ def whole_job_rows(records: list[Record]) -> list[list[str]]:
 
 
 def whole_job_stages(records: list[Record]) -> list[list[str]]:
-    """Two rows for each job: where the seconds go, ours and the peer's."""
+    """Two rows for each job: where the seconds go, ours and the peer's.
+
+    Both sides name the stages before the first step in their own way, so these are one.
+    """
     rows = []
     for r in _latest(records, lambda r: r["job"]):
         for name, side in (("ours", r["ours"]), (r["peer"], r["theirs"])):
-            stages = ", ".join(f"{stage} {seconds['median']:.1f}" for stage, seconds in side["stages"].items())
+            medians = {stage: seconds["median"] for stage, seconds in side["stages"].items()}
+            if "first step" in medians:
+                names = list(medians)
+                until = names[: names.index("first step") + 1]
+                medians = {"until the end of the first step": sum(medians.pop(stage) for stage in until)} | medians
+            stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in medians.items())
             rows.append([f"{r['job']}, {name}", stages])
     return rows
 

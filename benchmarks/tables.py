@@ -148,7 +148,14 @@ def performance() -> None:
     if records := load(RESULTS / "rational_speed.json"):
         replace_block(page, "rational", t.unbounded_rationals(records))
     if records := load(RESULTS / "whole_jobs.json"):
-        header = ["job", "seconds, ours / peer's", "time", "a steady step", "a second, ours / peer's", "peak memory"]
+        header = [
+            "job",
+            "seconds, ours / peer's",
+            "time",
+            "a steady step",
+            "a second of the whole job, ours / peer's",
+            "peak memory",
+        ]
         replace_block(page, "whole-jobs", table(header, t.whole_job_rows(records)))
         shown = table(["job", "seconds by stage"], t.whole_job_stages(records))
         replace_block(every, "whole-jobs", f"{shown}\n\n{machine(records)}")

@@ -9,10 +9,13 @@ ViT-S/14 at 56 px with random weights beside a plain loop of timm and peft and b
 beside lm-evaluation-harness; `generation`, `generation_merged`: with an adapter, beside peft. Float32.
 
 Ours is our command line (in `generation` a script) on a recipe of configs/. Both sides get the same weights (the ViT's
-are random, each side's own), rows, batches, LoRA, AdamW (the peers' fused, as is their default), rate and threads;
-neither validates. Logs, figures and checkpoints are what each side makes by itself, but the peers save the adapter
-alone. A run of each side is a process of its own; they take turns. Memory is the peak of what is resident in it.
-"Steady" is the median of a step, the first two left out.
+are random, each side's own), rows, batches, LoRA, AdamW (fused in TRL and Trainer, as is their default), rate and
+threads; neither validates. Logs, figures and checkpoints are what each side makes by itself, but the peers save the
+adapter alone. A run of each side is a process of its own; they take turns. Memory is the peak of what is resident.
+"Steady" is the mean of a step with what is done between steps, the first two left out.
+
+Peers import wandb, torchao and bitsandbytes where these are installed, which takes seconds, and need none of them here.
+So real sizes run in an environment without: pip install -e ".[vision,language,peft,eval]" "trl>=1.16,<1.17"
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import pstats
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,7 @@ JOBS: dict[str, Callable[[SizeName, Data, Path], Job]] = {
     "generation_merged": generation.merged,
 }
 PEERS = ("trl", "peft", "timm", "transformers", "accelerate", "lm_eval")
+NOT_NEEDED = ("wandb", "torchao", "bitsandbytes")
 _SHOWN = 25  # functions of a profile
 
 
@@ -77,6 +82,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--profile", action="store_true", help="one more run of ours under cProfile")
     args = parser.parse_args()
+    if args.size == "real" and (found := [name for name in NOT_NEEDED if find_spec(name) is not None]):
+        raise SystemExit(f"error: {', '.join(found)} installed: peers would import them, see --help for an environment")
     torch.set_num_threads(args.threads)
     data = Data(args.rows, args.images, args.mmlu)
     with tempfile.TemporaryDirectory() as folder:

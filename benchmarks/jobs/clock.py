@@ -32,6 +32,8 @@ class StepClock(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count a batch, or the completions that were sampled for it."""
         self.report.step()
+        if isinstance(outputs, dict):
+            self.report.loss(outputs["loss"])
         read = getattr(pl_module, "rollout", None) or batch
         if isinstance(read, dict):
             from language.loss import IGNORED  # a job of images need not import transformers

@@ -12,19 +12,40 @@ from benchmarks.timing import ratios, spread
 EXACT = ("steps", "trained", "images", "questions")
 CLOSE = ("tokens", "learned")
 TOLERANCE = 0.01
+LOSS_TOLERANCE = 1e-3
 SIDES = ("ours", "theirs")
 
 Runs = dict[str, list[dict[str, Any]]]  # of each side, what `run` returned in each round
 
 
-def check_counts(job: Job, ours: dict[str, int], theirs: dict[str, int]) -> None:
+def check(job: Job, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Check that both sides did the same.
 
+    Args:
+        job: The job.
+        ours: What `run` returned of our side.
+        theirs: The same of the peer's.
+
     Raises:
-        SystemExit: Steps, trained parameters, images or questions differ, or tokens by more than 1%.
+        SystemExit: Steps, trained parameters, images or questions differ, or tokens by more than 1%; or, where both
+            begin with the same batch, the first loss by more than a thousandth.
     """
-    if job.unit not in ours:
-        raise SystemExit(f"error: {job.name} counts no {job.unit}")
+    check_counts(job, ours["counts"], theirs["counts"])
+    if job.same_first_batch:
+        one, other = ours["first_loss"], theirs["first_loss"]
+        if abs(one - other) > LOSS_TOLERANCE * abs(other):
+            raise SystemExit(f"error: {job.name} begins with the loss {one} in ours and {other} in {job.peer}")
+
+
+def check_counts(job: Job, ours: dict[str, int], theirs: dict[str, int]) -> None:
+    """The part of `check` on what was counted.
+
+    Raises:
+        SystemExit: As `check`.
+    """
+    for counts in (ours, theirs):
+        if job.unit not in counts:
+            raise SystemExit(f"error: {job.name} counts no {job.unit}")
     for name in ours.keys() & theirs.keys():
         one, other = ours[name], theirs[name]
         differ = one != other if name in EXACT else name in CLOSE and abs(one - other) > TOLERANCE * other
@@ -43,16 +64,17 @@ def in_turns(job: Job, rounds: int, run: Callable[[Side], dict[str, Any]]) -> Ru
         run: Runs a side.
 
     Raises:
-        SystemExit: There are fewer than two rounds, which have no quartiles, or as `check_counts`.
+        SystemExit: There are fewer than two rounds, which have no quartiles, or as `check`, of every round.
     """
     if rounds < 2:
         raise SystemExit(f"error: {rounds} rounds have no quartiles; take at least 2")
     first = {name: run(getattr(job, name)) for name in SIDES}
-    check_counts(job, first["ours"]["counts"], first["theirs"]["counts"])
+    check(job, first["ours"], first["theirs"])
     runs: Runs = {name: [] for name in SIDES}
     for number in range(rounds):
         for name in SIDES[:: 1 if number % 2 == 0 else -1]:
             runs[name].append(run(getattr(job, name)))
+        check(job, runs["ours"][-1], runs["theirs"][-1])
         ours, theirs = (runs[name][-1]["seconds"] for name in SIDES)
         print(f"{job.name}, round {number + 1}: {ours:.1f} s, {job.peer} {theirs:.1f} s", flush=True)
     return runs

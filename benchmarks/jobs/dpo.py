@@ -56,4 +56,5 @@ def dpo(size: SizeName, data: Data, work: Path) -> Job:
         settings,
         fit_side("language.dpo", "language/smollm2/dpo", training, work / "dpo_ours", options),
         script_side("peer_dpo", settings | files, work / "dpo_peer"),
+        same_first_batch=True,
     )

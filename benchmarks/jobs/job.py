@@ -42,6 +42,7 @@ class Job:
         settings: What both sides share.
         ours: Our command.
         theirs: The peer's.
+        same_first_batch: Whether weights and first batch are the same, and so the first loss.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Job:
     settings: dict[str, Any]
     ours: Side
     theirs: Side
+    same_first_batch: bool = False
 
 
 @dataclass(frozen=True)

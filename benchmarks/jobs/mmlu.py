@@ -66,7 +66,7 @@ def mmlu(size: SizeName, data: Data, work: Path) -> Job:
     return Job(
         "mmlu",
         "lm-eval",
-        "tokens",
+        "questions",
         settings,
         replace(ours, arguments=arguments),
         script_side("peer_mmlu", settings | files, work / "mmlu_peer", saves=None),

@@ -26,9 +26,9 @@ def main() -> None:
         max_length=job["max_length"],
     )
     report.stage("model")
-    found = lm_eval.simple_evaluate(
-        model, tasks=[job["task"]], task_manager=TaskManager(include_path=job["tasks"], include_defaults=False)
-    )
+    # `simple_evaluate` would also run commands to describe the machine, which takes seconds.
+    tasks = TaskManager(include_path=job["tasks"], include_defaults=False).load([job["task"]])
+    found = lm_eval.evaluate(model, tasks)
     report.stage("asking")
     samples = found["samples"][job["task"]]
     report.count(questions=len(samples), tokens=sum(len(model.tok_encode(s["doc"]["prompt"])) for s in samples))

@@ -12,7 +12,8 @@ from benchmarks.jobs.trl_run import train
 
 def arguments(job: dict[str, Any]) -> dict[str, Any]:
     """What the job sets of TRL's arguments."""
-    return {"max_length": job["max_length"], "packing": job["packing"]}
+    one_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": job["batch_size"]}
+    return {"max_length": job["max_length"], "packing": job["packing"]} | (one_row if job["packing"] else {})
 
 
 if __name__ == "__main__":

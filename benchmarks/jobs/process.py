@@ -62,8 +62,8 @@ def run(side: Side, threads: int, profile: Path | None = None) -> dict[str, Any]
         profile: Where cProfile writes, if it is to watch.
 
     Returns:
-        `seconds`; `peak_mib`, resident; `stages`, in seconds; `counts`; `answers`, where the model is asked; and of a
-        job with steps `steady_seconds`, of one step.
+        `seconds`; `peak_mib`, resident; `stages`, in seconds; `counts`; `answers`, where the model is asked; of a job
+        with steps `steady_seconds`, of one step; and `first_loss`, where it was reported.
 
     Raises:
         SystemExit: The command fails, or saves no adapter.
@@ -84,6 +84,7 @@ def run(side: Side, threads: int, profile: Path | None = None) -> dict[str, Any]
     report = side.read(side)
     found["stages"] = stage_seconds(report, found.pop("started"), found["seconds"])
     found["counts"], found["answers"] = report["counts"], report["answers"]
+    found["first_loss"] = report.get("first_loss")
     if report["steps"]:
         found["counts"]["steps"] = len(report["steps"])
         found["steady_seconds"] = steady_seconds(report["steps"])

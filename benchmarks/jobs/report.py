@@ -6,9 +6,7 @@ Both sides of a comparison use it, so it imports nothing that takes time.
 from __future__ import annotations
 
 import json
-import statistics
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ class Report:
         self.steps: list[float] = []
         self.counts: dict[str, int] = {}
         self.answers: list[str] = []  # what the model said, in the order of what it was asked
+        self.first_loss: float | None = None
 
     def stage(self, name: str) -> None:
         """A stage ends now."""
@@ -36,6 +35,11 @@ class Report:
     def step(self) -> None:
         """A step ends now."""
         self.steps.append(time.time())
+
+    def loss(self, value: Any) -> None:
+        """The loss of a batch; the first one is kept."""
+        if self.first_loss is None:
+            self.first_loss = float(value)
 
     def count(self, **numbers: int) -> None:
         """Add to the counts."""
@@ -63,11 +67,11 @@ class Report:
         """Write the file, when all has been saved."""
         self.stage("saving")
         found = {"stages": self.stages, "steps": self.steps, "counts": self.counts, "answers": self.answers}
-        self.path.write_text(json.dumps(found))
+        self.path.write_text(json.dumps(found | {"first_loss": self.first_loss}))
 
 
 def steady_seconds(steps: list[float]) -> float:
-    """Median seconds of a step, the first ones left out.
+    """Mean seconds of a step, with what happens between steps; the first ones are left out.
 
     Args:
         steps: When each step ended.
@@ -75,10 +79,10 @@ def steady_seconds(steps: list[float]) -> float:
     Raises:
         SystemExit: There are no other steps.
     """
-    taken = [after - before for before, after in pairwise(steps)][WARM_UP - 1 :]
-    if not taken:
+    counted = len(steps) - WARM_UP
+    if counted < 1:
         raise SystemExit(f"error: {len(steps)} steps have no steady time: at least {WARM_UP + 1} are needed")
-    return statistics.median(taken)
+    return (steps[-1] - steps[WARM_UP - 1]) / counted
 
 
 def stage_seconds(report: dict[str, Any], started: float, seconds: float) -> dict[str, float]:

@@ -27,8 +27,9 @@ def padded(size: SizeName, data: Data, work: Path) -> Job:
 def packed(size: SizeName, data: Data, work: Path) -> Job:
     """Several documents in a row, kept apart; each side packs them by its own rule (TRL: `bfd`).
 
-    TRL joins the rows of a batch to one, with the positions of each document. Without FlashAttention transformers
-    masks what lies in other documents.
+    TRL joins the rows of a batch to one. Without FlashAttention transformers then computes the attention to other
+    documents and masks it. So that this costs no more than in ours, the peer reads one row at a time and accumulates
+    gradients.
     """
     return _job("sft_packed", "packed", size, data, work)
 
@@ -67,4 +68,5 @@ def _job(name: str, packing: str, size: SizeName, data: Data, work: Path) -> Job
         settings,
         fit_side("language", "language/smollm2/lora", training, work / f"{name}_ours", options),
         script_side("peer_sft", settings | theirs, work / f"{name}_peer"),
+        same_first_batch=packing == "none",
     )

@@ -31,7 +31,9 @@ def reporting(trainer: type, report: Report) -> Any:
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             _count(report, inputs)
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            found = super().compute_loss(model, inputs, *args, **kwargs)
+            report.loss(found[0] if isinstance(found, tuple) else found)
+            return found
 
     return Reporting
 

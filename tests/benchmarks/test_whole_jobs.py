@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import performance_tables
-from benchmarks.jobs.comparison import check_counts, in_turns, summary
+from benchmarks.jobs.comparison import check, check_counts, in_turns, summary
 from benchmarks.jobs.job import Data, Job
 from benchmarks.jobs.process import Side, run
 from benchmarks.jobs.report import Report, stage_seconds, steady_seconds
@@ -29,7 +29,7 @@ def test_both_sides_of_a_job_do_the_same(name, work):
     pytest.importorskip("trl")
     job = JOBS[name]("tiny", Data(), work)
     ours, theirs = (run(side, threads=1) for side in (job.ours, job.theirs))
-    check_counts(job, ours["counts"], theirs["counts"])
+    check(job, ours, theirs)
     assert ours["answers"] == theirs["answers"]
     for side, found in ((job.ours, ours), (job.theirs, theirs)):
         assert found["counts"][job.unit] > 0
@@ -66,6 +66,11 @@ def test_sides_that_differ_are_no_comparison():
             check_counts(made(), COUNTS, COUNTS | {name: value})
     with pytest.raises(SystemExit, match="counts no images"):
         check_counts(made(unit="images"), COUNTS, COUNTS)
+    check(made(), result(3) | {"first_loss": 2.0}, result(3) | {"first_loss": 2.1})
+    same = replace(made(), same_first_batch=True)
+    check(same, result(3) | {"first_loss": 2.0}, result(3) | {"first_loss": 2.001})
+    with pytest.raises(SystemExit, match=r"sft begins with the loss 2\.0 in ours and 2\.1 in TRL"):
+        check(same, result(3) | {"first_loss": 2.0}, result(3) | {"first_loss": 2.1})
 
 
 def test_sides_take_turns_and_ratios_are_those_of_rounds(capsys):
@@ -86,6 +91,10 @@ def test_sides_take_turns_and_ratios_are_those_of_rounds(capsys):
     assert row[:3] == ["sft, beside TRL", "4 / 4", "**1.00 (0.50\N{EN DASH}1.50)**"]
     assert row[4:] == ["22 / 22 tokens", "1.00 (0.50\N{EN DASH}1.50)"]
     assert performance_tables.whole_job_stages([found])[1] == ["sft, TRL", "start-up 1.0, steps 3.0"]
+    stages = {"start-up": 1.0, "data": 2.0, "first step": 0.5, "other steps": 4.0, "exit": 0.1}
+    found["theirs"]["stages"] = {name: {"median": seconds} for name, seconds in stages.items()}
+    expected = "until the end of the first step 3.5, other steps 4.0, exit 0.1"
+    assert performance_tables.whole_job_stages([found])[1] == ["sft, TRL", expected]
     with pytest.raises(SystemExit, match="1 rounds have no quartiles"):
         in_turns(made(), 1, fake)
 
@@ -101,7 +110,7 @@ def test_stages_and_steady_steps():
     report = {"stages": {"data": 3.0, "start-up": 2.0, "saving": 16.0}, "steps": [8.0, 12.0, 13.0, 15.0]}
     expected = {"start-up": 1.0, "data": 1.0, "first step": 5.0, "other steps": 7.0, "saving": 1.0, "exit": 4.0}
     assert stage_seconds(report, started=1.0, seconds=19.0) == expected
-    assert steady_seconds(report["steps"]) == 1.5
+    assert steady_seconds(report["steps"]) == 1.5  # two steps in three seconds
     with pytest.raises(SystemExit, match="2 steps have no steady time"):
         steady_seconds([1.0, 2.0])
 
