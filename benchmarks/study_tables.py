@@ -8,6 +8,7 @@ Between these comments stands what the study has measured; in place of {} are th
     <!-- study {} arms -->                              the table of arms
     <!-- study {} noise -->                             how much runs differ that differ by rounding alone
     <!-- study {} front -->                             the picture of accuracy against trained parameters
+    <!-- study {} front {} -->                          the same with the other arms of another study on the same data
 
 and <!-- /study --> ends each. Pairs that the study did not name beforehand are called exploratory.
 """
@@ -39,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "configs" / "studies"
 _BEGIN = "<!-- study "
 _BLOCK = re.compile(rf"({_BEGIN}(\w+) (\w+) ?([^\n]*?) ?-->\n)((?!{_BEGIN}).)*?(<!-- /study -->)", re.DOTALL)
+SHARED = ("program", "recipe", "metric", "repeat", "set", "final")  # by studies in one picture
 _INCHES = 8.4  # width of a picture
 
 
@@ -163,6 +165,13 @@ def _noise(name: str, rest: str, page: Path) -> str:
 def _front(name: str, rest: str, page: Path) -> str:
     root = page.parent if page.name == "README.md" else page.parent.parent
     summary = _summary(name)
+    for other in map(_summary, rest.split()):
+        differ = [part for part in SHARED if getattr(summary.study, part) != getattr(other.study, part)]
+        if differ:
+            raise SystemExit(
+                f"error: {page}: {name} and {rest} differ in {', '.join(differ)}, so no picture shows both"
+            )
+        summary = dataclasses.replace(summary, arms={**other.arms, **summary.arms})
     picture = root / "docs" / f"{name}-front.png"
     save_figure(front_figure(summary, _INCHES), picture, dpi=110)
     where = "docs/" if page.name == "README.md" else ""

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import study_tables, tables
 from benchmarks.arms import ARMS, STEPS
@@ -101,6 +102,25 @@ def test_pages_show_what_a_study_has_measured(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="has no <!-- /study --> at its end"):
         study_tables.fill(tmp_path)
     assert page.read_text() == unclosed
+
+
+def test_a_picture_shows_the_arms_of_two_studies(tmp_path, monkeypatch):
+    studies = {"s": {"a": "Alpha", "b": "Beta"}, "t": {"b": "Beta again", "c": "Gamma"}}
+    summaries, shown = {}, []
+    for name, arms in studies.items():
+        study = synthetic_study(tmp_path, arms)
+        summaries[name] = summarise(study, finished(study, dict.fromkeys(arms, 60)))
+    summaries["u"] = replace(summaries["t"], study=replace(summaries["t"].study, set={"data.few_shot": 7}))
+    monkeypatch.setattr(study_tables, "_summary", summaries.__getitem__)
+    monkeypatch.setattr(study_tables, "front_figure", lambda summary, width: shown.append(summary.arms) or Figure())
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "README.md"
+    page.write_text("<!-- study s front t -->\n<!-- /study -->\n")
+    study_tables.fill(tmp_path)
+    assert {arm.title for arm in shown[0].values()} == {"Alpha", "Beta", "Gamma"}
+    page.write_text("<!-- study s front u -->\n<!-- /study -->\n")
+    with pytest.raises(SystemExit, match="s and u differ in set: no picture shows both"):
+        study_tables.fill(tmp_path)
 
 
 def test_a_page_says_that_a_run_diverged(tmp_path, monkeypatch):
