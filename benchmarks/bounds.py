@@ -29,6 +29,11 @@ BLOCKS = {"float32": 3.5, "bfloat16": 4.0}  # the same without a C++ compiler
 NORA_STEP = {("fp32", "frozen"): 1.05, ("bf16", "frozen"): 1.07, ("fp32", "full"): 0.75, ("bf16", "full"): 0.85}
 # By method and precision: a step over peft's.
 PEFT_STEP = {("lora", "fp32"): 0.88, ("lora", "bf16"): 0.90, ("dora", "fp32"): 0.83, ("dora", "bf16"): 0.72}
+# By what is measured of a whole job, ours over the peer's.
+WHOLE_JOB = {
+    "seconds": Limit("A whole job / the peer's", 0.85),
+    "peak_mib": Limit("Its peak of resident memory / the peer's", 1.00),
+}
 IMPORT_SECONDS = 0.3  # of `import lit_adapters`, beyond torch
 MODELS = {"vit": "ViT", "llama": "LLaMA", "layer": "layer"}
 
@@ -80,7 +85,7 @@ def _share(name: str, part: float, whole: float) -> tuple[str, float, str]:
 
 def bounds() -> list[Bound]:
     """All bounds, in the order of the table."""
-    return [*_rational(), *_nora(), *_peft(), *_loran(), *_use(), *_beginning()]
+    return [*_rational(), *_nora(), *_peft(), *_loran(), *_use(), *_whole_jobs(), *_beginning()]
 
 
 def _rational() -> list[Bound]:
@@ -172,6 +177,12 @@ def _use() -> list[Bound]:
         Bound("NoRA, in use / the base", 1.05, ratios("nora")),
         Bound("Not merged, in generation / the base", 1.10, unmerged),
     ]
+
+
+def _whole_jobs() -> list[Bound]:
+    of = {r["job"]: r for r in load(RESULTS / "whole_jobs.json")}
+    ratios = {name: [m for job, r in of.items() for m in _ratio(job, [r["over_peer"]], name)] for name in WHOLE_JOB}
+    return [Bound(quantity, limit, ratios[name]) for name, (quantity, limit) in WHOLE_JOB.items()]
 
 
 def _beginning() -> list[Bound]:

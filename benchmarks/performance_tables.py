@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from benchmarks.arms import ARMS, STEPS, names
-from benchmarks.bounds import BLOCKS, PEFT_STEP, RATIONAL
+from benchmarks.bounds import BLOCKS, PEFT_STEP, RATIONAL, WHOLE_JOB
 from benchmarks.results_file import span, with_spread
 from lit_adapters.learned.pictures import save_figure
 
@@ -253,7 +253,6 @@ def growth_figure(records: list[Record], path: Path) -> None:
     save_figure(figure, path, dpi=110)
 
 
-WHOLE_JOB = 0.85  # the most of the peer's time that a job may take
 
 
 def whole_job_rows(records: list[Record]) -> list[list[str]]:
@@ -265,10 +264,10 @@ def whole_job_rows(records: list[Record]) -> list[list[str]]:
             [
                 f"{r['job']}, beside {r['peer']}",
                 f"{ours['seconds']['median']:.0f} / {theirs['seconds']['median']:.0f}",
-                _bounded(over["seconds"], WHOLE_JOB),
+                _bounded(over["seconds"], WHOLE_JOB["seconds"].limit),
                 with_spread(over["steady_seconds"]) if "steady_seconds" in over else "no steps",
                 f"{ours['per_second']:,.0f} / {theirs['per_second']:,.0f} {r['unit']}",
-                _bounded(over["peak_mib"], 1.0),
+                _bounded(over["peak_mib"], WHOLE_JOB["peak_mib"].limit),
             ]
         )
     return rows
