@@ -253,8 +253,6 @@ def growth_figure(records: list[Record], path: Path) -> None:
     save_figure(figure, path, dpi=110)
 
 
-
-
 def whole_job_rows(records: list[Record]) -> list[list[str]]:
     """One row for each job: the last record, bold where it takes more of the peer's time or memory than it may."""
     rows = []
