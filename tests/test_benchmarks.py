@@ -119,7 +119,7 @@ def test_a_picture_shows_the_arms_of_two_studies(tmp_path, monkeypatch):
     study_tables.fill(tmp_path)
     assert {arm.title for arm in shown[0].values()} == {"Alpha", "Beta", "Gamma"}
     page.write_text("<!-- study s front u -->\n<!-- /study -->\n")
-    with pytest.raises(SystemExit, match="s and u differ in set: no picture shows both"):
+    with pytest.raises(SystemExit, match="s and u differ in set, so no picture shows both"):
         study_tables.fill(tmp_path)
 
 
