@@ -61,7 +61,10 @@ def check_compiler(compiler: ModuleType) -> None:
     """
     chosen = os.environ.get("CXX")
     if chosen and not shutil.which(chosen):
-        raise SystemExit(f"error: the compiler CXX={chosen} is not on the PATH; Debian has it in a package of its name")
+        raise SystemExit(
+            f"error: the compiler CXX={chosen} is not on the PATH: install it (on Debian, a package has the same name), "
+            "or unset CXX to use g++"
+        )
     try:
         found = compiler.compiler()
         makes = subprocess.run([found, "-dumpmachine"], capture_output=True, text=True, check=True).stdout.strip()
