@@ -62,7 +62,7 @@ def check_compiler(compiler: ModuleType) -> None:
     chosen = os.environ.get("CXX")
     if chosen and not shutil.which(chosen):
         raise SystemExit(
-            f"error: the compiler CXX={chosen} is not on the PATH: install it (on Debian, a package has the same name), "
+            f"error: the compiler CXX={chosen} is not on the PATH: install it (Debian has a package of that name), "
             "or unset CXX to use g++"
         )
     try:
