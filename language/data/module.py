@@ -84,6 +84,8 @@ class InstructionDataModule(lightning.LightningDataModule):
         num_workers: Worker processes per loader; 0 loads in the training process.
         seed: Seeds splits, subsets and packing.
         order_seed: Seeds the order of epochs; default seed.
+        subset_index: Which subset of train_subset rows to train on. Subsets with different indices have no row in
+            common; the validation rows are the same for all.
 
     Raises:
         DataError: A setting is out of range, or data are missing, torn or badly formed; the message names the fix.
@@ -120,6 +122,7 @@ class InstructionDataModule(lightning.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         order_seed: int | None = None,
+        subset_index: int = 0,
     ) -> None:
         super().__init__()
         self.format: FormatName = format
@@ -146,6 +149,7 @@ class InstructionDataModule(lightning.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.order_seed = seed if order_seed is None else order_seed
+        self.subset_index = subset_index
         self._tokenizer = tokenizer
         check_settings(self)
         self._parsed: dict[str, list[Record]] = {}
@@ -301,7 +305,13 @@ class InstructionDataModule(lightning.LightningDataModule):
             records, size = self._split(split), self.subsets[split]
             if size is not None and size > len(records):
                 raise DataError(f"{split}_subset={size}, but the {split} split has {len(records)} rows: lower it")
-            self._parsed[split] = subset(records, size, "subset", split, self.seed)
+            index = self.subset_index if split == "train" else 0
+            if size is not None and (index + 1) * size > len(records):
+                raise DataError(
+                    f"subset_index={index} is too large: the train split has {len(records)} rows, so that there are "
+                    f"{len(records) // size} disjoint subsets of train_subset={size} rows: lower one of them"
+                )
+            self._parsed[split] = subset(records, size, "subset", split, self.seed, index=index)
         return self._parsed[split]
 
     def _split(self, split: SplitName) -> list[Record]:
@@ -390,7 +400,8 @@ def check_settings(data: InstructionDataModule) -> None:
     Raises:
         DataError: A value is out of range, or has no meaning for the format; the message names the fix.
     """
-    for name in ("batch_size", "max_length", "num_workers", "val_fraction", "test_fraction", "seed", "order_seed"):
+    numbers = ["batch_size", "max_length", "num_workers", "val_fraction", "test_fraction"]
+    for name in (*numbers, "seed", "order_seed", "subset_index"):
         value = getattr(data, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise DataError(f"{name}={shown(value)} must be a number")
@@ -398,6 +409,10 @@ def check_settings(data: InstructionDataModule) -> None:
     for name, value in {"batch_size": data.batch_size, **subsets}.items():
         if value is not None and value < 1:
             raise DataError(f"{name}={value} must be at least 1")
+    if data.subset_index < 0:
+        raise DataError(f"subset_index={data.subset_index} must be at least 0")
+    if data.subset_index and data.subsets["train"] is None:
+        raise DataError(f"subset_index={data.subset_index} needs train_subset, the size of the subset")
     if data.max_length < 2:
         raise DataError(f"max_length={data.max_length} must be at least 2: a prompt and an answer")
     if data.max_answer_length is not None and not 0 < data.max_answer_length < data.max_length:

@@ -47,11 +47,11 @@ def hold_out(records: list[Record], fractions: Mapping[str, float], seed: int) -
     return {split: [records[i] for i in sorted(indices)] for split, indices in chosen.items()}
 
 
-def subset(items: Sequence[T], size: int | None, *key: int | str) -> list[T]:
+def subset(items: Sequence[T], size: int | None, *key: int | str, index: int = 0) -> list[T]:
     """`size` items chosen at random, in their own order; all where there are fewer, or where `size` is None.
 
-    The choice is a pure function of (len(items), key). With the same key, a smaller choice is contained in a larger
-    one.
+    The choice is a pure function of (len(items), key, index). With the same key, choices with different indices have
+    no item in common, and with index 0 a smaller choice is contained in a larger one.
 
     Raises:
         DataError: `size` is below 1.
@@ -60,5 +60,5 @@ def subset(items: Sequence[T], size: int | None, *key: int | str) -> list[T]:
         return list(items)
     if size < 1:
         raise DataError(f"a choice of {size} rows is empty: ask for at least 1")
-    chosen = permutation(len(items), *key)[:size].sort().values
+    chosen = permutation(len(items), *key)[index * size : (index + 1) * size].sort().values
     return [items[i] for i in chosen.tolist()]

@@ -233,6 +233,16 @@ def test_subsets(write, tokenizer):
         module(path, tokenizer, train_subset=91).setup("fit")
 
 
+def test_subsets_with_different_indices_are_disjoint(write, tokenizer):
+    path = write(pairs(100))
+    subsets = [module(path, tokenizer, train_subset=20, subset_index=i) for i in range(4)]
+    assert prompts(subsets[0], "train") == prompts(module(path, tokenizer, train_subset=20), "train")
+    assert len(set().union(*(prompts(data, "train") for data in subsets))) == 80
+    assert len({tuple(prompts(data, "val")) for data in subsets}) == 1
+    with pytest.raises(DataError, match=r"subset_index=4 is too large: .* 90 rows, so that there are 4"):
+        module(path, tokenizer, train_subset=20, subset_index=4).setup("fit")
+
+
 def test_own_files_for_splits(tmp_path, write, tokenizer):
     train = write(pairs(6), "train.jsonl")
     val = write([{"prompt": "val", "response": "x"}], "other.jsonl")
@@ -400,6 +410,8 @@ def test_torn_cache_is_made_anew_and_counts_survive(write, tokenizer, tmp_path, 
     [
         ({"batch_size": 0}, "batch_size=0"),
         ({"train_subset": 0}, "train_subset=0"),
+        ({"train_subset": 2, "subset_index": -1}, "subset_index=-1 must be at least 0"),
+        ({"subset_index": 1}, "subset_index=1 needs train_subset"),
         ({"max_length": 1}, "max_length=1"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"val_fraction": 1.0}, "val_fraction=1.0"),
