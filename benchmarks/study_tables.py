@@ -26,13 +26,13 @@ from lit_adapters.learned.pictures import save_figure
 from lit_adapters.study.reading import read_study
 from lit_adapters.study.records import Results
 from lit_adapters.study.report.arms import arm_blocks
-from lit_adapters.study.report.blocks import Page, Table
+from lit_adapters.study.report.blocks import Page, Paragraph, Table
 from lit_adapters.study.report.content import noise_blocks
 from lit_adapters.study.report.contrasts import equal_blocks
 from lit_adapters.study.report.digits import decimals, number, probability
 from lit_adapters.study.report.front import front_figure
 from lit_adapters.study.report.markdown import markdown_page
-from lit_adapters.study.report.sentences import with_unit
+from lit_adapters.study.report.sentences import items_note, with_unit
 from lit_adapters.study.report.summary import Contrast, Summary, contrast_of, summarise
 from lit_adapters.study.settings import Metric
 
@@ -85,6 +85,8 @@ def _summary(name: str) -> Summary:
     done, due = summary.finished(), summary.due()
     if done < due:
         raise SystemExit(f"error: {STUDIES / name} has {done} of {due} final runs; pages show finished studies")
+    if summary.changes:
+        raise SystemExit(f"error: {STUDIES / name} was changed after its first final run: {'; '.join(summary.changes)}")
     return summary
 
 
@@ -137,10 +139,12 @@ def _line(summary: Summary, contrast: Contrast, metric: Metric, named: bool) -> 
     places = decimals([(high - low) / 2])
     text = f"{head}**{with_unit(number(difference, places, sign=True), metric)}** (95% interval"
     text += f" {number(low, places, sign=True)} to {number(high, places, sign=True)}, n = {c.n} {summary.over}"
+    if metric in summary.without_items():
+        text += ", for these very test items"
     if not (named and main):
         return f"{text}, exploratory)"
     text += f", p {probability(c.p if c.p_holm is None else c.p_holm)} after Holm"
-    if c.p_equivalent is not None and c.p_equivalent < 0.05:
+    if contrast.equivalent():
         text += f", equivalent within {with_unit(f'{c.margin:g}', metric)}"
     return f"{text})"
 
@@ -151,8 +155,10 @@ def _of(contrast: Contrast, metric: Metric) -> tuple[float, float, float]:
 
 
 def _arms(name: str, rest: str, page: Path) -> str:
-    shown = Page("")
-    shown.add(next(block for block in arm_blocks(_summary(name)) if isinstance(block, Table)))
+    summary, shown = _summary(name), Page("")
+    shown.add(next(block for block in arm_blocks(summary) if isinstance(block, Table)))
+    if note := items_note(summary).strip():
+        shown.add(Paragraph(note))
     return markdown_page(shown).strip()
 
 

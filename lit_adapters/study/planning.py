@@ -8,7 +8,7 @@ at the middle of the grid. Then the final runs are due, one training set after t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,8 @@ class Plan:
         study: The study.
 
     Raises:
-        AdapterError: A recipe is missing or is not YAML, or two arms are the same.
+        AdapterError: A recipe is missing or is not YAML, two arms are the same, or an arm's rates leave out a group
+            that has a rate of its own in the recipe.
     """
 
     def __init__(self, study: Study) -> None:
@@ -118,6 +119,24 @@ class Plan:
                     "correct one, or leave it out"
                 )
             equal[content] = key
+            self._check_groups(key, arm)
+
+    def _check_groups(self, key: str, arm: Arm) -> None:
+        """Check that the rates of an arm leave out no group to which its recipe gives a rate of its own.
+
+        A method's name may be left out, as the arm may have another method.
+
+        Raises:
+            AdapterError: They do; the group would train at the rate of the first one.
+        """
+        groups = [name for name in arm.rates if "." not in name]
+        scaled = self._base(arm).get("lr_scale")
+        for name, scale in scaled.items() if groups and isinstance(scaled, Mapping) else ():
+            if name not in groups and (name in ("head", "base") or not name.isidentifier()):
+                raise AdapterError(
+                    f"{self.study.path}: the rates of the arm {key!r} leave out {name!r}, whose rate is {scale} times "
+                    f"lr in its recipe (lr_scale): add {name} and its rate"
+                )
 
     def chosen(self, results: Results, key: str) -> Chosen:
         """What the search of an arm has found, and the search runs that are due next.
@@ -213,11 +232,12 @@ class Plan:
     def finished(
         self, results: Results, key: str, rates: Mapping[str, float], stage: Stage = "final"
     ) -> dict[tuple[int, int], Record]:
-        """The finished final runs of an arm at its rates, by (set, seed); one whose metric is not finite diverged."""
+        """The finished final runs of an arm at its rates, by (set, seed); one diverged if a metric is not finite."""
         if stage not in self._final_stages(key):
             return {}
         runs = self.final_runs(key, rates, stage)
-        return {(r.set, r.seed): _judged(results[r.id], self.study.metric) for r in runs if r.id in results}
+        named = [self.study.metric, *self.study.also]
+        return {(r.set, r.seed): _judged(results[r.id], named) for r in runs if r.id in results}
 
     def used(self, results: Results) -> set[str]:
         """Names of the finished runs that the present study uses; the others belong to earlier versions of its file."""
@@ -334,11 +354,11 @@ def _logged(record: Record, metric: Metric, place: str) -> float:
     return record.metrics[metric.name]
 
 
-def _judged(record: Record, metric: Metric) -> Record:
-    value = record.metrics.get(metric.name, 0.0)
-    if record.status == "diverged" or math.isfinite(value):
+def _judged(record: Record, metrics: Sequence[Metric]) -> Record:
+    broken = [m.name for m in metrics if not math.isfinite(record.metrics.get(m.name, 0.0))]
+    if record.status == "diverged" or not broken:
         return record
-    return replace(record, status="diverged", message=f"{metric.name} is {value}")
+    return replace(record, status="diverged", message=f"{broken[0]} is {record.metrics[broken[0]]}")
 
 
 def _best(search: Search, means: Mapping[float, float | None]) -> float:

@@ -28,7 +28,7 @@ class Metric:
     """
 
     name: str
-    better: Literal["higher", "lower"] = "higher"
+    better: Literal["higher", "lower"]
     scale: float = 1.0
     unit: str = ""
     title: str = ""

@@ -30,7 +30,8 @@ In plain words:
 - `p_holm`: `p` corrected for the number of contrasts named beforehand. In at most 5 of 100 studies it is below 0.05 for
   any contrast without a true difference.
 - `p_equivalent`: Below 0.05 says that the true difference is smaller than the margin in size (two one-sided tests). A
-  large `p` alone does not say that.
+  large `p` alone does not say that. `p_equivalent_holm`: the same corrected as `p_holm` is: in at most 5 of 100 studies
+  it is below 0.05 for any contrast whose true difference is as large as the margin.
 - `detectable`: The smallest true difference that a study with this many sets and this spread finds with a probability
   of 80% (two-sided, 5%, before Holm). Where no difference was seen, smaller ones may exist. It comes from the measured
   spread, so that with few sets it is itself rough.
@@ -115,6 +116,7 @@ class Comparison:
         bootstrap: The 2.5 and 97.5 percentiles of the two-way bootstrap; None without items, or if not asked for.
         p_holm: `p` after Holm's procedure; None until `holm` was called.
         t_p_holm: `t_p` after Holm's procedure; None until `holm` was called.
+        p_equivalent_holm: `p_equivalent` after Holm's procedure; None until `holm` was called, and without a margin.
     """
 
     difference: float
@@ -136,6 +138,7 @@ class Comparison:
     bootstrap: tuple[float, float] | None = None
     p_holm: float | None = None
     t_p_holm: float | None = None
+    p_equivalent_holm: float | None = None
 
     @property
     def gain(self) -> float:
@@ -254,7 +257,7 @@ def compare(
 
 
 def holm(comparisons: Sequence[Comparison], family: int | None = None) -> list[Comparison]:
-    """Set `p_holm` and `t_p_holm` by Holm's procedure over the contrasts that were named beforehand.
+    """Set the values of p after Holm's procedure over the contrasts that were named beforehand.
 
     A contrast without a test (NaN) or without runs counts as one with p = 1, so that the number of contrasts stays what
     was named.
@@ -271,7 +274,11 @@ def holm(comparisons: Sequence[Comparison], family: int | None = None) -> list[C
         raise AdapterError(f"family {family} is smaller than the {len(comparisons)} comparisons; name all contrasts")
     two_way = _holm([comparison.p for comparison in comparisons], family)
     paired = _holm([comparison.t_p for comparison in comparisons], family)
-    return [replace(c, p_holm=p, t_p_holm=q) for c, p, q in zip(comparisons, two_way, paired, strict=True)]
+    equivalent = _holm([math.nan if c.p_equivalent is None else c.p_equivalent for c in comparisons], family)
+    return [
+        replace(c, p_holm=p, t_p_holm=q, p_equivalent_holm=None if c.margin is None else e)
+        for c, p, q, e in zip(comparisons, two_way, paired, equivalent, strict=True)
+    ]
 
 
 def interval(values: Sequence[float] | Array, items: Array | None = None) -> tuple[float, float, float]:

@@ -13,6 +13,7 @@ import os
 import runpy
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def run(folder: Path) -> None:
         parameters=fitted.get("parameters", {}),
         seconds={"fit": round(fitted.get("seconds", 0.0), 1), "total": round(time.perf_counter() - start, 1)},
         peak_memory_mib=round(peak_memory_mib()),
-        environment=environment(),
+        environment={**environment(), "time": datetime.now().strftime("%H:%M:%S")},
         message=message,
         protocol=job.get("protocol", {}),
     )

@@ -10,7 +10,7 @@ import yaml
 from lit_adapters.cli.study import status
 from lit_adapters.errors import AdapterError
 from lit_adapters.study.planning import AllDivergedError, Plan
-from lit_adapters.study.protocol import changes
+from lit_adapters.study.protocol import changes, family_of
 from lit_adapters.study.reading import read_study
 from lit_adapters.study.records import Record, Results
 from lit_adapters.study.running import run_study
@@ -18,6 +18,7 @@ from lit_adapters.study.settings import Search
 from tests.study.studies import STUDY, finish, write_study
 
 RATE = "optimizer.init_args.lr"
+METRIC = {"name": "val/a", "better": "higher"}
 GRID = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
 
 
@@ -110,6 +111,19 @@ def test_the_rates_of_groups_become_lr_scale(tmp_path):
     assert run.recipe["lr_scale"] == {"nora": 1.0, "head": pytest.approx(10.0)}
 
 
+@pytest.mark.parametrize("group", ["head", "blocks.0.*"])
+def test_rates_leave_out_no_group_with_a_rate_of_its_own(tmp_path, group):
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0}}
+    base = {"optimizer": optimizer, "lr_scale": {group: 10.0}}
+    arms = {"a": {"rates": {"nora": 1e-3}}}
+    message = f"the rates of the arm 'a' leave out {group!r}, whose rate is 10.0 times lr in its recipe"
+    with pytest.raises(AdapterError, match=message.replace("*", "[*]")):
+        Plan(write_study(tmp_path, base=base, arms=arms, contrasts=None))
+    # An arm without rates keeps those of the recipe.
+    (run, *_) = Plan(write_study(tmp_path, base=base, arms={"a": {}}, contrasts=None)).due(Results())
+    assert run.recipe["lr_scale"] == {group: 10.0}
+
+
 def test_final_runs_are_made_set_after_set(tmp_path):
     _, _, runs = searched(tmp_path, 1e-3)
     finals = [(run.set, run.arm) for run in runs if run.stage == "final"]
@@ -176,7 +190,8 @@ def test_a_noise_floor_runs_an_arm_again(tmp_path):
         ({"repeat": {"sets": [7], "set_keys": ["data.subset"]}}, "training set 7 is used in the search and in final"),
         ({"search": {**STUDY["search"], "grid": [0.1, 0.01]}}, "rising rates"),
         ({"search": {**STUDY["search"], "grid": [0.1]}}, "two or more"),
-        ({"search": {**STUDY["search"], "metric": {"name": "test/loss"}}}, "is of the test split"),
+        ({"search": {**STUDY["search"], "metric": {"name": "test/loss", "better": "lower"}}}, "is of the test"),
+        ({"metric": {"name": "test/loss"}}, "required: study.metric.better"),
         ({"search": None}, "searches a rate and there is no section search"),
         ({"noise_floor": {"arm": "wide"}}, "noise_floor changes nothing"),
         ({"metric": {"name": "test/loss", "better": "smaller"}}, "smaller"),
@@ -229,12 +244,15 @@ WIDE = STUDY["arms"]["wide"]
         ({"set": {3: 1}}, "3 is not a key"),
         ({"run": {"workers": None}}, "run.workers is empty"),
         ({"contrasts": "wide - narrow"}, "give a list"),
-        ({"also": [{"name": "test/loss", "scale": 100}]}, "name 'test/loss' twice"),
-        ({"at_equal": {"by": {"name": "val/a"}, "read": []}}, "at_equal.read is empty; name what is compared"),
-        ({"at_equal": {"by": {"name": "val/a"}, "read": [{"name": "val/a"}]}}, "at_equal names 'val/a' twice"),
-        ({"at_equal": {"by": {"name": "val/a"}, "read": [{"nam": "b"}]}}, "'nam' is unknown; section at_equal.read"),
-        ({"metric": {"name": "test/loss", "scale": -1.0}}, "scale of 'test/loss' is -1; give a number above 0"),
-        ({"search": {**STUDY["search"], "metric": {"name": "acc/Test"}}}, "is of the test split"),
+        ({"also": [{"name": "test/loss", "better": "lower", "scale": 100}]}, "name 'test/loss' twice"),
+        ({"at_equal": {"by": METRIC, "read": []}}, "at_equal.read is empty; name what is compared"),
+        ({"at_equal": {"by": METRIC, "read": [METRIC]}}, "at_equal names 'val/a' twice"),
+        ({"at_equal": {"by": METRIC, "read": [{"nam": "b"}]}}, "'nam' is unknown; section at_equal.read"),
+        (
+            {"metric": {"name": "test/loss", "better": "lower", "scale": -1.0}},
+            "scale of 'test/loss' is -1; give a number above 0",
+        ),
+        ({"search": {**STUDY["search"], "metric": {"name": "acc/Test", "better": "higher"}}}, "is of the test split"),
         ({"search": {**STUDY["search"], "set": {"data.val_split": "test"}}}, "names the test split"),
         ({"arms": {"narrow": WIDE, "wide": WIDE}}, "'narrow' and 'wide' have the same recipe and the same rates"),
         ({"arms": {**STUDY["arms"], "wide": {**WIDE, "set": {RATE: 0.3}}}}, "arms.wide.set sets the learning rate"),
@@ -277,7 +295,7 @@ def ended(plan, stage="final", **changes):
 
 
 def test_what_a_run_must_leave(tmp_path):
-    plan = Plan(write_study(tmp_path, also=[{"name": "test/top5"}]))
+    plan = Plan(write_study(tmp_path, also=[{"name": "test/top5", "better": "higher"}]))
     whole = ended(plan, metrics={"test/loss": 0.5, "test/top5": 1.0})
     plan.check(whole, {"error": np.array([0.0, 1.0])})
     with pytest.raises(AdapterError, match=r"did not log 'test/loss'; it logged loss"):
@@ -326,6 +344,24 @@ def test_later_changes_of_what_was_named_are_seen(tmp_path):
     more = write_study(tmp_path, margin=1.0, arms={**STUDY["arms"], "third": {"set": {"model.width": 9}}})
     assert changes(more, records) == ["arms were added (third), which should say `exploratory: true`"]
     assert changes(study, [replace(records[0], protocol={})]) == []
+    fewer = write_study(tmp_path, margin=1.0, repeat={**STUDY["repeat"], "sets": [0, 1, 2]})
+    assert changes(fewer, records) == ["the training sets were 0, 1 before"]
+    grid = {**STUDY["search"], "grid": [1e-3, 1e-2]}
+    (sentence,) = changes(write_study(tmp_path, margin=1.0, search=grid), records)
+    assert sentence.startswith("the search was by val/loss (lower is better) on the sets ")
+
+
+def test_a_contrast_counts_after_its_arm_was_declared_exploratory(tmp_path):
+    study = write_study(tmp_path)
+    records = [ended(Plan(study))]
+    assert family_of(study, records) == family_of(study, []) == 1
+    demoted = {**STUDY["arms"], "wide": {**STUDY["arms"]["wide"], "exploratory": True}}
+    later = write_study(tmp_path, arms=demoted)
+    assert (family_of(later, records), family_of(later, [])) == (1, 0)
+    assert changes(later, records) == ["arms were taken out of the comparison (wide)"]
+    # An arm that was not there when the first runs ended may become exploratory, as it should.
+    first = replace(records[0], protocol={**records[0].protocol, "arms": ["narrow"]})
+    assert changes(later, [first, *records]) == []
 
 
 def test_a_program_is_found_beside_the_study(tmp_path):

@@ -80,6 +80,14 @@ def test_equivalence_names_the_margin(tmp_path, margin):
     assert sentences(study, results)[0].startswith(f"Alpha and Beta are equivalent within {margin:g} {unit} (")
 
 
+def test_intervals_without_test_items_are_named(tmp_path):
+    study, results = two_arms(tmp_path, 5)
+    assert "hold for these very test items" not in page_text(study, results)
+    loss = Metric("test/loss", "lower", title="test loss")
+    text = page_text(replace(study, also=[loss]), results)
+    assert "The intervals of test loss hold for these very test items, those of other metrics for new ones." in text
+
+
 def test_a_difference_that_only_holm_takes_away_is_unclear(tmp_path):
     arms = {name: name.upper() for name in "abcd"}
     study = synthetic_study(tmp_path, arms, contrasts=[("a", other) for other in "bcd"])
@@ -367,13 +375,13 @@ def test_contrasts_are_read_where_both_were_equally_good(tmp_path):
 
 
 def test_what_has_no_equal_level_is_said(tmp_path):
-    at = AtEqual(Metric("val/acc1"), [Metric("val/loss", "lower")])
+    at = AtEqual(Metric("val/acc1", "higher"), [Metric("val/loss", "lower")])
     text = page_text(*two_arms(tmp_path, 5, at_equal=at))
     assert "Alpha minus Beta: set 0, seed 0: no point of the curve has both val/acc1 and val/loss" in text
 
 
 def test_values_of_different_validations_are_not_shown_at_one_level(tmp_path):
-    at = AtEqual(Metric("val/acc1"), [Metric("val/loss", "lower"), Metric("val/rank", "lower")])
+    at = AtEqual(Metric("val/acc1", "higher"), [Metric("val/loss", "lower"), Metric("val/rank", "lower")])
     study, results = two_arms(tmp_path, 5, at_equal=at)
     both = {"val/acc1": 0.4, "val/loss": 1.4, "val/rank": 2.0}
     curve = [{"step": 4, **both}, {"step": 8, "val/acc1": 0.6, "val/loss": 1.0}]

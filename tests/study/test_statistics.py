@@ -159,6 +159,15 @@ def test_holm_is_that_of_statsmodels():
     assert [c.t_p_holm for c in holm(found)] == pytest.approx(list(expected), rel=1e-6)
 
 
+def test_equivalence_is_corrected_too():
+    draw = np.random.default_rng(0)
+    pairs = [(draw.normal(0, 0.3, 8), draw.normal(0, 0.3, 8)) for _ in range(4)]
+    found = [compare(*pair, margin=0.6) for pair in pairs]
+    expected = multipletests([c.p_equivalent for c in found], method="holm")[1]
+    assert [c.p_equivalent_holm for c in holm(found)] == pytest.approx(list(expected))
+    assert holm([compare(*pairs[0])])[0].p_equivalent_holm is None
+
+
 def test_contrasts_without_runs_or_test_count_in_holm():
     one, untested = compare(*two_arms(6)), compare([1.0], [2.0])
     assert holm([one], family=4)[0].p_holm == pytest.approx(4 * one.p)

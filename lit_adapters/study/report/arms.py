@@ -9,6 +9,7 @@ from lit_adapters.study.report.blocks import Block, Heading, Inline, Paragraph, 
 from lit_adapters.study.report.cells import level_cell, places_of_estimates
 from lit_adapters.study.report.digits import count, decimals, enumeration, number, rate
 from lit_adapters.study.report.panels import curve_names, curves_figure, rates_figure, searches
+from lit_adapters.study.report.sentences import items_note
 from lit_adapters.study.report.summary import ArmSummary, Summary
 
 _MOST_CURVES = 3
@@ -35,7 +36,10 @@ def arm_blocks(summary: Summary) -> list[Block]:
             ]
         )
     columns = ["arm", ">parameters", *heads, "rates", ">runs"]
-    legend = f"Means over {summary.over} and 95% intervals. Bold: on the front. Parameters: trained, without the head."
+    legend = (
+        f"Means over {summary.over} and 95% intervals.{items_note(summary)} Bold: on the front. Parameters: trained,"
+    )
+    legend += " without the head."
     blocks: list[Block] = [Heading("Arms"), Table(columns, rows), Paragraph(legend, small=True)]
     remarks = _remarks(summary, arms)
     return [*blocks, Points(remarks)] if remarks else blocks

@@ -9,7 +9,7 @@ from lit_adapters.study.report.blocks import Block, Heading, Inline, Paragraph, 
 from lit_adapters.study.report.cells import difference_cell, level_cell, places_of_estimates
 from lit_adapters.study.report.digits import number, probability
 from lit_adapters.study.report.forest import contrast_name, forest_figure
-from lit_adapters.study.report.sentences import places_of, with_unit
+from lit_adapters.study.report.sentences import items_note, places_of, with_unit
 from lit_adapters.study.report.summary import Contrast, Estimate, Summary
 from lit_adapters.study.settings import AtEqual, Metric
 
@@ -31,12 +31,13 @@ def contrast_blocks(summary: Summary) -> list[Block]:
         alt = "the difference of each contrast with its interval; the table below has the numbers"
         blocks.append(Picture("contrasts", alt, draw, caption))
     columns = ["first minus second", ">difference", ">95% interval", ">n", ">p", ">p, Holm", ">paired t, Holm"]
-    columns += [">p, equivalent"] if study.margin is not None else []
+    columns += [">p, equivalent, Holm"] if study.margin is not None else []
     columns += [">detectable", ">bootstrap, 95%", "result"]
     blocks.append(Table(columns, [_contrast_row(summary, contrast, places) for contrast in summary.contrasts]))
     blocks.append(Paragraph(_explanation(summary), small=True))
     if study.also and measured:
-        blocks.append(Paragraph("The same contrasts in the other metrics (exploratory, intervals only):"))
+        words = f"The same contrasts in the other metrics (exploratory, intervals only).{items_note(summary)}"
+        blocks.append(Paragraph(words))
         heads = [f">{m.title or m.name} ({m.better} is better)" for m in study.also]
         also = [places_of_estimates([c.also[m.name] for c in measured if m.name in c.also]) for m in study.also]
         rows: list[list[Inline]] = [
@@ -59,7 +60,8 @@ def equal_blocks(at: AtEqual, contrasts: list[Contrast]) -> list[Block]:
     by = at.by.title or at.by.name
     text = (
         f"The same contrasts at equal {by} (exploratory, intervals only): each pair of trainings is read where the"
-        f" {by} is the best that both reached, between the validations around it."
+        f" {by} is the best that both reached, between the validations around it. Intervals are for these very"
+        " validation items."
     )
     compared = [(c, c.equal) for c in contrasts if c.equal is not None]
     levels = places_of_estimates([equal.level for _, equal in compared if equal.level is not None])
@@ -108,7 +110,7 @@ def _contrast_row(summary: Summary, contrast: Contrast, places: int) -> list[Inl
         _p(c.p_holm),
         _p(c.t_p_holm),
     ]
-    row += [_p(c.p_equivalent)] if margin is not None else []
+    row += [_p(c.p_equivalent_holm)] if margin is not None else []
     return [*row, number(c.detectable, places), _ends(c.bootstrap, places), result]
 
 
@@ -125,7 +127,7 @@ def _p(p: float | None) -> str:
 def _explanation(summary: Summary) -> str:
     study = summary.study
     unit = f"in {study.metric.unit}" if study.metric.unit else "in the metric's unit"
-    family = len(summary.contrasts)
+    family = summary.family
     text = (
         f"Differences {unit}, paired over {summary.over}. Interval and p cover the choice of {_chance(summary)}."
         f" Holm: p corrected for {family} contrast{'s' if family > 1 else ''}; a difference is found if it is below"
@@ -135,7 +137,7 @@ def _explanation(summary: Summary) -> str:
     )
     if study.margin is not None:
         margin = with_unit(f"{study.margin:g}", study.metric)
-        text += f" Equivalent: two one-sided tests against {margin}, below 0.05, not corrected."
+        text += f" Equivalent: two one-sided tests against {margin}, below 0.05, corrected in the same way."
     return text
 
 
@@ -157,7 +159,7 @@ def exploratory_blocks(summary: Summary) -> list[Block]:
     cells = [[difference_cell(e.get(m.name), p) for m, p in zip(metrics, places, strict=True)] for e in estimates]
     text = (
         "Not named beforehand, so nothing here is tested. Among many differences some are large by chance: read an"
-        " interval without 0 as a hint for the next study."
+        f" interval without 0 as a hint for the next study.{items_note(summary)}"
     )
     blocks: list[Block] = [Heading("Exploratory: other differences"), Paragraph(text)]
     reference = next(iter(summary.arms.values()))

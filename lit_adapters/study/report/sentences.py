@@ -32,6 +32,15 @@ def with_unit(text: str, metric: Metric) -> str:
     return f"{text} {unit}".rstrip()
 
 
+def items_note(summary: Summary) -> str:
+    """Which metrics have intervals that leave out the chance of test items, with a space before; or nothing."""
+    without = [metric.title or metric.name for metric in summary.without_items()]
+    if not without:
+        return ""
+    others = ", those of other metrics for new ones" if summary.with_items else ""
+    return f" The intervals of {enumeration(without)} hold for these very test items{others}."
+
+
 def answer(summary: Summary) -> list[Inline]:
     """At most five sentences: one a contrast; contrasts of one verdict share a sentence where there are more."""
     if not summary.finished():
@@ -118,14 +127,14 @@ def _single(summary: Summary, verdict: str, contrast: Contrast) -> Inline:
     details = _details(summary, c, places)
     difference = with_unit(number(c.difference, places, sign=True), study.metric)
     margin = "" if c.margin is None else with_unit(f"{c.margin:g}", study.metric)
-    within = c.p_equivalent is not None and c.p_equivalent < 0.05
+    within = contrast.equivalent()
     if verdict == "found":
         small = f" It is nevertheless smaller than the margin of {margin}." if within else ""
         return [Strong(side(contrast, study.metric, places)), f" ({details}, {_p_after_holm(c)}).{small}"]
     if verdict == "equivalent":
-        p = probability(c.p_equivalent if c.p_equivalent is not None else 1.0)
+        p = probability(1.0 if c.p_equivalent_holm is None else c.p_equivalent_holm)
         words = f"{_pair(contrast)} are equivalent within {margin}"
-        return [Strong(words), f" (difference {difference}, {details}, p {p} of the equivalence test)."]
+        return [Strong(words), f" (difference {difference}, {details}, p {p} of the equivalence test after Holm)."]
     if verdict == "unclear":
         words = f"Unclear whether {contrast.first.title} and {contrast.second.title} differ"
         return [Strong(words), f" ({difference}, {details}): p {probability(c.p)} alone, but {_p_after_holm(c)}."]

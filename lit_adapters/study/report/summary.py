@@ -12,7 +12,7 @@ import numpy as np
 from lit_adapters.errors import AdapterError
 from lit_adapters.study.curves import at_equal
 from lit_adapters.study.planning import AllDivergedError, Chosen, Plan
-from lit_adapters.study.protocol import changes
+from lit_adapters.study.protocol import changes, family_of
 from lit_adapters.study.records import Record, Results
 from lit_adapters.study.settings import AtEqual, Metric, Study
 from lit_adapters.study.statistics import Comparison, compare, holm, interval
@@ -117,6 +117,12 @@ class Contrast:
     also: dict[str, Estimate] = field(default_factory=dict)
     equal: EqualContrast | None = None
 
+    def equivalent(self) -> bool:
+        """Whether the difference is smaller than the margin, after Holm where the contrast was named beforehand."""
+        c = self.comparison
+        p = None if c is None else c.p_equivalent if c.p_equivalent_holm is None else c.p_equivalent_holm
+        return p is not None and p < SIGNIFICANCE
+
     def verdict(self) -> str:
         """What the numbers say: "found", "equivalent", "unclear", "unseen", "pending" or "diverged".
 
@@ -130,8 +136,7 @@ class Contrast:
             return "pending"
         if (c.p if c.p_holm is None else c.p_holm) < SIGNIFICANCE:
             return "found"
-        equivalent = c.p_equivalent is not None and c.p_equivalent < SIGNIFICANCE
-        if equivalent:
+        if self.equivalent():
             return "equivalent"
         return "unclear" if c.p < SIGNIFICANCE else "unseen"
 
@@ -169,7 +174,8 @@ class Summary:
         exploratory: Other comparisons, for intervals only.
         noise_floor: None without finished pairs of runs.
         over: What n counts: "training sets", or "seeds" in a study of one training set.
-        items: Whether intervals of the metric take test items as drawn by chance too.
+        with_items: Names of the metrics whose intervals take test items as drawn by chance too.
+        family: How many contrasts the correction for several counts.
     """
 
     study: Study
@@ -181,11 +187,22 @@ class Summary:
     exploratory: list[Contrast]
     noise_floor: MeasuredNoise | None
     over: str
-    items: bool
+    with_items: frozenset[str]
+    family: int
+
+    @property
+    def items(self) -> bool:
+        """Whether intervals of the metric take test items as drawn by chance too."""
+        return self.study.metric.name in self.with_items
 
     def metrics(self) -> list[Metric]:
         """The metric of the contrasts, and the others."""
         return [self.study.metric, *self.study.also]
+
+    def without_items(self) -> list[Metric]:
+        """Metrics that some arm has measured, and whose intervals leave out the chance of test items."""
+        measured = {name for arm in self.arms.values() for name in arm.estimates}
+        return [m for m in self.metrics() if m.name in measured and m.name not in self.with_items]
 
     def by_parameters(self) -> list[ArmSummary]:
         """Arms as the picture has them from left to right; those without a run last."""
@@ -230,7 +247,8 @@ def summarise(study: Study, results: Results, resamples: int = _RESAMPLES) -> Su
         contrast_of(study, results, *pair, resamples) for pair in named if not any(arm.exploratory for arm in pair)
     ]
     tested = [contrast.comparison for contrast in contrasts if contrast.comparison is not None]
-    corrected = iter(holm(tested, family=len(contrasts)))
+    family = family_of(study, results.records)
+    corrected = iter(holm(tested, family=family))
     contrasts = [c if c.comparison is None else replace(c, comparison=next(corrected)) for c in contrasts]
     # An arm that was added after others were known cannot confirm anything.
     later = [pair for pair in named if any(arm.exploratory for arm in pair)]
@@ -240,12 +258,16 @@ def summarise(study: Study, results: Results, resamples: int = _RESAMPLES) -> Su
     exploratory = [contrast_of(study, results, *pair) for pair in later]
     noise_floor = _noise_floor(plan, results, arms)
     over = "training sets" if _over_sets(study) else "seeds"
-    items = all(_items(study, results, study.metric, a.finals, _done(a.finals)) is not None for a in arms.values())
+    with_items = frozenset(
+        metric.name
+        for metric in (study.metric, *study.also)
+        if all(_items(study, results, metric, a.finals, _done(a.finals)) is not None for a in arms.values())
+    )
     used = plan.used(results)
     records = [record for record in results.records if record.id in used]
     unused = [record for record in results.records if record.id not in used]
     changed = changes(study, results.records)
-    return Summary(study, records, unused, changed, arms, contrasts, exploratory, noise_floor, over, items)
+    return Summary(study, records, unused, changed, arms, contrasts, exploratory, noise_floor, over, with_items, family)
 
 
 def _done(finals: Finals) -> list[tuple[int, int]]:
