@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,6 +20,7 @@ from lit_adapters.huggingface.checkpoints import AdapterWriter, folder_of, load_
 from lit_adapters.huggingface.reporting import boards, report
 from lit_adapters.huggingface.weight_decay import DecayFilter
 from lit_adapters.model.record import adapters, attached
+from lit_adapters.optimizers.pair_optimizer import check_clipping
 from lit_adapters.schedules import monitor_mode
 from lit_adapters.training.annealing import Annealer
 from lit_adapters.training.calibration import awaits_calibration, calibrate_together
@@ -30,6 +28,7 @@ from lit_adapters.training.linearity import linear_layers, step_to_look_at
 from lit_adapters.training.nonfinite import nonfinite_gradient
 from lit_adapters.training.participation import ParticipationCheck
 from lit_adapters.training.processes import is_first_process, raise_together
+from lit_adapters.training.random_numbers import same_random_numbers
 from lit_adapters.training.rank_allocation import RankAllocation
 from lit_adapters.training.recording import Recorder, Statistic, checked_statistics
 
@@ -156,9 +155,10 @@ class AdapterTrainerCallback(TrainerCallback):
         """Take up the state of a resumed run, calibrate, and start every part."""
         self._stop()  # of a training that ended with an error
         model, optimizer = self._model, kwargs["optimizer"]
+        check_clipping(args.max_grad_norm, "max_grad_norm", [getattr(optimizer, "optimizer", optimizer)])
         saved = self._saved_state(args, state, model) if state.global_step else {}
         if not state.global_step and awaits_calibration(model):
-            with _same_random_numbers():
+            with same_random_numbers():
                 calibrate_together(model, self._first_batches(args), self._run, self._loss)
         total = float(state.max_steps)
         self._logged = dict(saved.get("logged", {}))
@@ -367,15 +367,3 @@ class AdapterTrainerCallback(TrainerCallback):
         scalars = self._of_run.record(state.global_step, self._annealer.beta)
         if scalars and is_first_process():
             report(self._trainer, args, state, control, scalars)
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Inside the block, random numbers may be drawn; after it they go on as before."""
-    states = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])

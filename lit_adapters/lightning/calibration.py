@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_map
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.lightning.forward import batch_loss, forward_batch
-from lit_adapters.lightning.resume.plain_loader import FollowedLoader, follow
+from lit_adapters.lightning.resume.plain_loader import FollowedLoader, follow, generators
 from lit_adapters.training.calibration import awaits_calibration, calibrate_together
+from lit_adapters.training.random_numbers import same_random_numbers
 
 
 class Calibration(Callback):
@@ -41,6 +42,7 @@ class Calibration(Callback):
 
         def on_device(batch: Any) -> Any:
             batch = trainer.precision_plugin.convert_input(batch)
+            batch = pl_module._on_before_batch_transfer(batch)
             return trainer.strategy.batch_to_device(batch)
 
         def run(batch: Any) -> None:
@@ -53,7 +55,8 @@ class Calibration(Callback):
             with _explained(pl_module, called, "give the module a batch_loss(batch) that returns the loss"):
                 return batch_loss(trainer, pl_module, on_device(batch))
 
-        calibrate_together(pl_module, self._first_batches(trainer), run, loss)
+        with same_random_numbers(generators(trainer.train_dataloader)):  # of the order of the training
+            calibrate_together(pl_module, self._first_batches(trainer), run, loss)
 
     def _first_batches(self, trainer: Trainer) -> Iterator[Any]:
         # Workers that persist make a loader give the one iterator that the training is going to read.

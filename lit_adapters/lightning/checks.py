@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from lit_adapters.errors import AdapterError, NotFiniteError
 from lit_adapters.lightning.forward import forward_batch
-from lit_adapters.lightning.optimizers import check_clipping, check_resumed_schedules
+from lit_adapters.lightning.optimizers import check_resumed_schedules
+from lit_adapters.optimizers.pair_optimizer import check_clipping
 from lit_adapters.training.nonfinite import locate_nonfinite, nonfinite_gradient, nonfinite_values
 from lit_adapters.training.participation import ParticipationCheck
 from lit_adapters.training.processes import raise_together
@@ -42,7 +43,7 @@ class Settings(Callback):
                 f"gradient_clip_val {clip!r} must be at least 0: it is the largest norm, or value, that is let "
                 "through; leave it out to clip nothing"
             )
-        check_clipping(clip, trainer.optimizers)
+        check_clipping(clip, "gradient_clip_val", trainer.optimizers)
         check_resumed_schedules([c.scheduler for c in trainer.lr_scheduler_configs], *self._saved)  # type: ignore[misc]
 
 

@@ -10,7 +10,7 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.optimizers.groups import scaled_groups
-from lit_adapters.optimizers.pair_optimizer import PairOptimizer
+from lit_adapters.optimizers.pair_optimizer import PairOptimizer, check_clipping
 
 # What schedulers call their length. Never typed: the trainer knows it.
 TOTALS = ("total_steps", "T_max", "total_iters")
@@ -66,7 +66,7 @@ def build_optimizers(
     groups = scaled_groups(module, rate, arguments.pop("weight_decay", 0.0), lr_scale, pairs)
     built = _build(cls, [group for group, _ in groups], lr=rate, **arguments)
     if pairs:
-        check_clipping(module.trainer.gradient_clip_val, [built])
+        check_clipping(module.trainer.gradient_clip_val, "gradient_clip_val", [built])
     if lr_scheduler is None:
         return built
     cls, arguments = _class_and_arguments(lr_scheduler)
@@ -87,24 +87,6 @@ def build_optimizers(
     scheduler = _build(cls, built, **arguments)
     _try(scheduler, min(_TRIED_STEPS, arguments[totals[0]] if totals else _TRIED_STEPS), arguments)
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def check_clipping(clip: float | None, optimizers: Iterable[Any]) -> None:
-    """Check that the trainer leaves the gradients of A and B alone where the optimiser moves their product.
-
-    Args:
-        clip: The trainer's `gradient_clip_val`.
-        optimizers: Those of the trainer.
-
-    Raises:
-        AdapterError: It clips them.
-    """
-    own = [type(o).__name__ for o in optimizers if isinstance(o, PairOptimizer) and o.moves_product]
-    if clip and own:
-        raise AdapterError(
-            f"gradient_clip_val {clip!r} would clip the gradients of A and B by themselves, which {own[0]} must not "
-            "see: leave it out, and set clip in the optimizer's init_args"
-        )
 
 
 def _check_rates(scheduler: str, arguments: Mapping[str, Any]) -> None:

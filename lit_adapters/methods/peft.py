@@ -103,10 +103,13 @@ class Peft(Method):
         if bias not in ("none", False, True):  # a boolean for some types, "none" or "all" for most
             raise AdapterError(f"bias={bias!r} of {kind} is not supported: name biases in attach(..., train=...)")
         init = getattr(config, "init_lora_weights", True)
+        if kind == "LORA" and init == "eva":
+            raise AdapterError("init_lora_weights='eva' needs peft's own model: use lit_adapters.LoRA(start='eva')")
         if kind == "LORA" and init not in SAFE_INITS:
+            safe = ", ".join(str(name) for name in SAFE_INITS if name != "eva")
             raise AdapterError(
-                f"init_lora_weights={init!r} changes the pretrained weights; use one of "
-                f"{', '.join(map(str, SAFE_INITS))}, or lit_adapters.LoRA(start=...), which does not change them"
+                f"init_lora_weights={init!r} changes the pretrained weights; use one of {safe}, or "
+                "lit_adapters.LoRA(start=...), which does not change them"
             )
         plain = _plain(config)
         given = _without_class_path(self.config)

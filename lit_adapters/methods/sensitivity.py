@@ -60,9 +60,13 @@ class RankSchedule:
     interval: int
 
     def steps(self, total: int) -> tuple[int, int]:
-        """The last step at which all directions are left, and the first at which their number is final."""
+        """The last step at which all directions are left, and the first at which their number is final.
+
+        The latter is in the training, if that has two steps: one must go before, for the scores.
+        """
         first = round(self.start * total)
-        return first, max(round(self.end * total), first + 1, 2)
+        end = max(min(max(round(self.end * total), first + 1), total), 2)
+        return min(first, end - 1), end
 
     def budget(self, step: int, total: int, initial: int, target: int) -> int | None:
         """The number of directions to keep after a step; None if the step gives up none.

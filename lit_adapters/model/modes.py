@@ -155,7 +155,7 @@ def calibrate(
 
     NoRA and GroupAffine measure the density of their inputs, NoRA with fit_range="calibrate" also their range for its
     fit. LoRA and DoRA with start="eva" measure the directions of their inputs, and with start="lora_ga" the gradient of
-    their weight. Others measure nothing.
+    their weight. NestedLoRA with init="awsvd" measures the sizes of its inputs. Others measure nothing.
 
     Args:
         model: An adapted model.

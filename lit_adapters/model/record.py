@@ -230,8 +230,18 @@ def unfrozen(model: nn.Module) -> dict[str, bool]:
 
 
 def fit_in(adapter: AdapterModule, target: Target) -> None:
-    """Prepare an adapter for the way in which the module that will hold it uses its layer."""
+    """Prepare an adapter for the way in which the module that will hold it uses its layer.
+
+    Raises:
+        AdapterError: The adapter has to measure the inputs of a layer that is never called.
+    """
     adapter.read_as_weight = adapter.read_as_weight or reads_weight(target.parent, target.attribute)
+    if adapter.read_as_weight and adapter.calibrates and not adapter.needs_gradient:
+        raise AdapterError(
+            f"the model reads the weight of {target.name!r} and does not call it, so that the layer's inputs cannot be "
+            f"measured: set exclude=[{target.name!r}], or start from the weight alone (start='pissa' of LoRA and DoRA, "
+            "init='svd' of NestedLoRA)"
+        )
     if isinstance(target.parent, nn.TransformerEncoderLayer):
         adapter.register_forward_pre_hook(_padded)
         adapter.register_forward_hook(_keep_unfused)

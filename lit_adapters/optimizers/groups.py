@@ -34,8 +34,9 @@ def parameter_groups(
 
     Args:
         model: A module whose tree may hold adapters.
-        lr: The common learning rate.
-        weight_decay: The decay of everything that may decay.
+        lr: The common learning rate. Each group holds its own, which wins over an `lr` of the optimiser.
+        weight_decay: The decay of everything that may decay. Each group holds its own, which wins over a `weight_decay`
+            of the optimiser: give it here.
         lr_scale: The factor on `lr` by group: a method's name ("nora", "lora"); "head" for the prediction head, which
             timm's `get_classifier` or transformers' `get_output_embeddings` names; "base" for everything else that
             trains and is not an adapter. In a model that names no head, all of `train` counts as the head, unless that

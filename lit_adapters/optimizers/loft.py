@@ -42,7 +42,7 @@ class LoFT(ProductOptimizer):
         eps: Added to the root of the second moment of the pairs.
         clip: The largest norm of all gradients together, those of pairs projected as for the factor in turn; None for
             no clipping. It takes the place of the Trainer's `gradient_clip_val`.
-        weight_decay: As AdamW's, on the factor in turn.
+        weight_decay: As AdamW's, on the factor in turn; that of groups wins, and `parameter_groups` gives each one.
         damping: Added to the eigenvalues of Y^T Y, which is 0 for A's first partner.
 
     Raises:
@@ -107,6 +107,6 @@ class LoFT(ProductOptimizer):
 
 
 def _in_turn(batch: Batch) -> bool:
-    """Whether the factors of a batch are written in this step: B in odd steps, A in even ones, each if it is alone."""
+    """Whether the factors of a batch are written: B in odd steps of B, A in even ones, and each if it trains alone."""
     side = batch.sides[0]
-    return not side.turns or side.is_a == (batch.step % 2 == 0)
+    return not side.turns or side.is_a == (batch.turn % 2 == 0)

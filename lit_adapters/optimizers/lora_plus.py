@@ -24,7 +24,7 @@ class LoRAPlus(PairOptimizer):
         ratio: The rate of B over that of A. Weight decay of B grows with it, as AdamW's decay is lr * weight_decay.
         betas: Decay of the first and of the second moment.
         eps: Added to the root of the second moment.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's; that of groups wins, and `parameter_groups` gives each group one.
 
     Raises:
         AdapterError: A setting is out of range, or no group has pairs.

@@ -48,7 +48,7 @@ class LoRAPre(AdapterOptimizer):
         betas: Decay of the first and of the second moment.
         rank: r. Matrices with a side of r or less, and vectors, get plain AdamW.
         eps: Added to the root of the second moment.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's; that of groups wins, and `parameter_groups` gives each group one.
         damping: Added to the eigenvalues of the (r, r) matrices that are inverted, as a share of the largest.
         order: "sequential" or "simultaneous", as published; see the head of this file.
         second: "corrected" or "published"; see the head of this file.

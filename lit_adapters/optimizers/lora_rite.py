@@ -11,7 +11,9 @@ Each factor X with gradient g is preconditioned in an orthonormal basis of its p
     X = X - lr (M R^+T + weight_decay X)
 
 d_k = b_k (1 - b_k^(t-1)) / (1 - b_k^t) is the decay of a mean without bias. rho is what V has lost by changes of the
-basis, if `escape` is on, and 0 otherwise. Both factors move at once. The factor s on B A only rescales the rate.
+basis, if `escape` is on, and 0 otherwise. What is only rounding in V and R counts as 0 (`_FLOOR`, `_CUTOFF`): where a
+gradient has a lower rank than r, directions of rounding would be scaled up to the size of the others, and A and B with
+them. Both factors move at once. The factor s on B A only rescales the rate.
 
 Replacing A by T^-1 A and B by B T, for any invertible T, leaves every later product B A unchanged.
 
@@ -29,6 +31,10 @@ from torch import Tensor
 from lit_adapters.optimizers.sides import Batch, ProductOptimizer
 from lit_adapters.values import check_flag
 
+# Eigenvalues of V below the first, and singular values of R below the second, in units of the rounding and of the
+# largest one, are taken for rounding: V holds squares of a float's relative rounding, summed over rows.
+_FLOOR, _CUTOFF = 8.0, 1e3
+
 
 class LoRARITE(ProductOptimizer):
     """Invariant transformation equilibration for the pairs, AdamW for all else.
@@ -42,7 +48,7 @@ class LoRARITE(ProductOptimizer):
         eps: Added to the root of the second moment of the pairs.
         clip: The largest norm of all gradients together, those of pairs in the bases of their partners; None for no
             clipping. It takes the place of the Trainer's `gradient_clip_val`.
-        weight_decay: As AdamW's.
+        weight_decay: As AdamW's; that of groups wins, and `parameter_groups` gives each group one.
         escape: Add to the second moment what changes of the basis took from it, as the paper has it; the authors' code
             leaves this off.
 
@@ -68,7 +74,7 @@ class LoRARITE(ProductOptimizer):
     def prepare(self, batch: Batch) -> Tensor:
         """The gradients h in the bases of the partners."""
         basis, triangle = torch.linalg.qr(batch.y)
-        inverse = torch.linalg.pinv(triangle)
+        inverse = torch.linalg.pinv(triangle, rtol=_CUTOFF * torch.finfo(triangle.dtype).eps)
         h = batch.gradient @ inverse
         batch.work = {"basis": basis, "inverse": inverse, "h": h}
         return h.square().sum()
@@ -90,7 +96,8 @@ class LoRARITE(ProductOptimizer):
                 lost = decay2 * (self.kept(batch, "escaped") + _loss(before, moved))
             second = decay2 * moved + (1 - decay2) * second
         values, vectors = torch.linalg.eigh(second)
-        root = (values.clamp_min(0.0) + lost + group["eps"] ** 2).sqrt() + group["eps"]
+        floor = _FLOOR * torch.finfo(values.dtype).eps * values[:, -1:].clamp_min(0.0)
+        root = (values.maximum(floor) + lost + group["eps"] ** 2).sqrt() + group["eps"]
         first = h @ (vectors / root[:, None, :]) @ vectors.mT
         if t > 1:
             first = decay1 * self.kept(batch, "first") @ change.mT + (1 - decay1) * first

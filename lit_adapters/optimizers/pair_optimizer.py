@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -76,3 +76,22 @@ def pairs_of(group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor, float]]:
     """The pairs of a group: A, B and the factor on their product."""
     parameters = group["params"]
     yield from zip(parameters[::2], parameters[1::2], group["scales"], strict=True)
+
+
+def check_clipping(clip: float | None, setting: str, optimizers: Iterable[Any]) -> None:
+    """Check that a trainer leaves the gradients of A and B alone where an optimiser moves their product.
+
+    Args:
+        clip: The largest norm that the trainer lets through; None or 0 for no clipping.
+        setting: What the trainer calls it.
+        optimizers: Those of the trainer.
+
+    Raises:
+        AdapterError: It clips them.
+    """
+    own = [type(o).__name__ for o in optimizers if isinstance(o, PairOptimizer) and o.moves_product]
+    if clip and own:
+        raise AdapterError(
+            f"{setting}={clip!r} would clip the gradients of A and B by themselves, which {own[0]} must not see: set "
+            f"it to 0, and clip in the arguments of {own[0]}"
+        )

@@ -31,7 +31,7 @@ class Side(NamedTuple):
         partner: The other one, which may be frozen.
         is_a: Whether `factor` is A.
         scale: s, the factor on B A.
-        turns: Whether the partner trains too, so that the two may take turns.
+        turns: Whether the partner trains in this step too, so that the two may take turns.
     """
 
     factor: Tensor
@@ -48,7 +48,9 @@ class Batch:
     Attributes:
         sides: The sides.
         group: Their group of parameters.
-        step: The number of this step, from 1; equal for all.
+        step: The number of this step of the factors, from 1; equal for all.
+        turn: The number of this step of B, from 1: both factors tell from it whose turn it is. A factor that
+            was frozen for a while has fewer steps than the other one.
         x: The factors X, (k, n, r).
         y: The partners Y, (k, m, r).
         gradient: The gradients of X, (k, n, r).
@@ -59,6 +61,7 @@ class Batch:
     sides: Sequence[Side]
     group: dict[str, Any]
     step: int
+    turn: int
     x: Tensor
     y: Tensor
     gradient: Tensor
@@ -150,16 +153,22 @@ class ProductOptimizer(PairOptimizer):
         """The sides of a group that have a gradient, in batches."""
         alike: dict[tuple[Any, ...], list[Side]] = {}
         for side in _sides(group):
-            state = self.state[side.factor]
-            if not state:
-                state["step"] = torch.zeros(())
+            step = self._steps(side.factor)
+            turn = self._steps(side.partner) if side.is_a and side.turns else step
             sizes = (*_rows(side.factor, side.is_a).shape, len(_rows(side.partner, not side.is_a)))
-            key = (*sizes, side.factor.dtype, side.factor.device, side.is_a, side.turns, int(state["step"]))
+            key = (*sizes, side.factor.dtype, side.factor.device, side.is_a, side.turns, step, turn)
             alike.setdefault(key, []).append(side)
-        for (n, rank, m, *_, step), sides in alike.items():
+        for (n, rank, m, *_, step, turn), sides in alike.items():
             most = max(1, self.largest_batch // (n * max(m, rank**2)))
             for start in range(0, len(sides), most):
-                yield _batch(sides[start : start + most], group, step + 1)
+                yield _batch(sides[start : start + most], group, step + 1, turn + 1)
+
+    def _steps(self, factor: Tensor) -> int:
+        """How many steps a factor has taken."""
+        state = self.state[factor]
+        if not state:
+            state["step"] = torch.zeros(())
+        return int(state["step"])
 
     def side_shapes(self, n: int, m: int, rank: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """What is kept of a side beside its step: shapes by name.
@@ -198,24 +207,25 @@ class ProductOptimizer(PairOptimizer):
 
 def _sides(group: dict[str, Any]) -> Iterator[Side]:
     for a, b, scale in pairs_of(group):
-        both = a.requires_grad and b.requires_grad
-        if b.requires_grad and b.grad is not None:
-            yield Side(b, a, False, scale, both)
-        if a.requires_grad and a.grad is not None:
-            yield Side(a, b, True, scale, both)
+        a_trains, b_trains = (factor.requires_grad and factor.grad is not None for factor in (a, b))
+        if b_trains:
+            yield Side(b, a, False, scale, a_trains)
+        if a_trains:
+            yield Side(a, b, True, scale, b_trains)
 
 
 def _rows(factor: Tensor, is_a: bool) -> Tensor:
     return factor.mT if is_a else factor
 
 
-def _batch(sides: Sequence[Side], group: dict[str, Any], step: int) -> Batch:
+def _batch(sides: Sequence[Side], group: dict[str, Any], step: int, turn: int) -> Batch:
     dtype = working_dtype(sides[0].factor)
     gradients = [_rows(side.factor.grad, side.is_a).to(dtype) for side in sides]  # type: ignore[arg-type]
     return Batch(
         sides,
         group,
         step,
+        turn,
         x=torch.stack([_rows(side.factor, side.is_a).to(dtype) for side in sides]),
         y=torch.stack([_rows(side.partner, not side.is_a).to(dtype) for side in sides]),
         gradient=torch.stack(gradients),

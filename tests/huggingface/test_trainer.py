@@ -14,6 +14,7 @@ import lit_adapters as la
 from lit_adapters.errors import NotFiniteError
 from lit_adapters.huggingface import AdapterTrainerCallback, peft_tuners
 from lit_adapters.huggingface.checkpoints import STATE
+from lit_adapters.optimizers import LoFT, LoRARITE, parameter_groups
 from lit_adapters.training.rank_allocation import RankAllocation
 from tests.huggingface.tiny_trainer import adapted, train, trainer, values
 from tests.matrix import METHODS, MODELS, build
@@ -290,6 +291,18 @@ def test_what_is_refused(tmp_path):
         AdapterTrainerCallback(trainer(tmp_path, adapted(la.LoRA(rank=2))), statistics=["weight"])
     with pytest.raises(la.AdapterError, match=r"does not log; it may name one of .*loss"):
         train(tmp_path, adapted(la.AFALoRA(rank=2, schedule=la.schedules.Adaptive(monitor="rewards/margin"))))
+
+
+@pytest.mark.parametrize("kind", [LoRARITE, LoFT])
+def test_gradients_that_the_optimiser_must_see_whole_are_not_clipped(tmp_path, kind):
+    def run(**arguments):
+        model = adapted(la.LoRA(rank=2))
+        optimizer = kind(parameter_groups(model, 1e-3, pairs=True))
+        return train(tmp_path, model, optimizers=(optimizer, None), save_strategy="no", **arguments)
+
+    with pytest.raises(la.AdapterError, match=rf"max_grad_norm=1\.0 would clip .* which {kind.__name__} must not see"):
+        run(max_grad_norm=1.0)
+    assert run(max_grad_norm=0.0).state.global_step > 0
 
 
 def test_an_adapter_that_does_not_run_stops_the_run(tmp_path):

@@ -29,7 +29,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def trainer(folder: Path, model: torch.nn.Module, **settings: Any) -> Trainer:
-    """A silent Trainer of 8 steps that saves after 4 and 8, without the callback."""
+    """A silent Trainer of 8 steps that saves after 4 and 8, without the callback; `optimizers` is the Trainer's own."""
     arguments = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -43,7 +43,8 @@ def trainer(folder: Path, model: torch.nn.Module, **settings: Any) -> Trainer:
         "log_level": "error",
     }
     rows = Rows()
-    return Trainer(model, TrainingArguments(**arguments | settings), train_dataset=rows, eval_dataset=rows)
+    given = {name: settings.pop(name) for name in ("optimizers",) if name in settings}
+    return Trainer(model, TrainingArguments(**arguments | settings), train_dataset=rows, eval_dataset=rows, **given)
 
 
 def adapted(method: Any, train: Any = ()) -> torch.nn.Module:

@@ -95,6 +95,39 @@ def test_a_forward_of_its_own_is_preferred_to_predict_step(tmp_path):
         fit(tmp_path, Failing(nora(**CALIBRATE)))
 
 
+@pytest.mark.parametrize("generator", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_order_of_the_training_is_left_alone(tmp_path, generator, workers):
+    class Noting(Task):
+        def training_step(self, batch, batch_idx):
+            self.seen = [*getattr(self, "seen", []), batch[1].tolist()]
+            return super().training_step(batch, batch_idx)
+
+    def order(methods):
+        torch.manual_seed(3)
+        own = torch.Generator().manual_seed(4) if generator else None
+        task, data = Noting(methods), loader(shuffle=True, num_workers=workers, generator=own)
+        trainer(tmp_path, AdapterCallback(), max_epochs=2).fit(task, data)
+        return task.seen
+
+    assert order(nora(**CALIBRATE)) == order(nora())
+
+
+def test_batches_pass_the_hooks_of_a_transfer(tmp_path):
+    class Shifting(Task):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] + 100, batch[1]
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] - 100, batch[1]
+
+    plain, shifted = Task(nora(**CALIBRATE)), Shifting(nora(**CALIBRATE))
+    fit(tmp_path, plain)
+    fit(tmp_path, shifted)
+    for one, other in zip(activations(plain), activations(shifted), strict=True):
+        torch.testing.assert_close(one.fit_range, other.fit_range, rtol=1e-4, atol=1e-4)
+
+
 Pair = namedtuple("Pair", ["x", "y"])
 
 

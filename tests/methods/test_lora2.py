@@ -129,6 +129,16 @@ def test_the_schedule_is_that_of_peft():
         assert SCHEDULE.budget(step, 40, 60, 24) == (budget if due else None)
 
 
+@pytest.mark.parametrize(("start", "end"), [(0.1, 0.7), (0.95, 1.0), (0.0, 0.01)])
+@pytest.mark.parametrize("total", [2, 3, 10, 1000])
+def test_a_schedule_ends_within_the_training(start, end, total):
+    schedule = RankSchedule(start, end, interval=4)
+    first, last = schedule.steps(total)
+    assert 0 <= first < last <= total
+    assert last >= 2  # the scores come from the steps before
+    assert schedule.budget(total, total, 60, 24) == 24
+
+
 def test_pruning_is_that_of_pefts_allocator_on_the_inner_triple():
     """B and C are to it what A and B of AdaLoRA are, so peft's scores are those of LoRA^2."""
     layers = {name: layer(rank=6, target_rank=3) for name in ("first", "second")}

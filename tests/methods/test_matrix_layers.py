@@ -1,6 +1,7 @@
 """The kinds of layers that hold a matrix, parents that read weights without calling layers, and what is refused."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -98,6 +99,13 @@ def small(name: str, **changes) -> nn.Module:
 
 def image(name: str) -> torch.Tensor:
     return torch.randn(2, 3, 28 if name == "eva02" else 32, 28 if name == "eva02" else 32)
+
+
+@pytest.mark.parametrize("method", [la.LoRA(rank=2, start="eva"), la.NestedLoRA(rank=2, inner_rank=1)])
+@pytest.mark.parametrize("name", SMALL)
+def test_inputs_of_a_layer_that_is_never_called_cannot_be_measured(name, method):
+    with pytest.raises(la.AdapterError, match="does not call it, so that the layer's inputs cannot be measured"):
+        la.attach(small(name), replace(method, targets=["qkv"]))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "loran"])

@@ -37,6 +37,7 @@ def test_types_that_cannot_run_are_refused_with_the_reason(kind):
         (peft.LoraConfig(layer_replication=[(0, 1)]), "layer_replication"),
         (peft.LoraConfig(bias="all"), "bias='all' of LORA"),
         (peft.LoraConfig(init_lora_weights="pissa"), "init_lora_weights='pissa' changes the pretrained weights"),
+        (peft.LoraConfig(init_lora_weights="eva"), r"needs peft's own model: use lit_adapters\.LoRA\(start='eva'\)"),
         ({"peft_type": "LORRA"}, "has no peft_type 'LORRA', only .*LORA"),
         ({"peft_type": "ADALORA", "total_step": 0}, "refuses this ADALORA configuration: .*total_step"),
         ({"r": 4}, "dictionary with peft_type"),

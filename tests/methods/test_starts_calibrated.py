@@ -85,6 +85,33 @@ def test_measuring_gradients_leaves_no_trace():
     assert not network.fc1._parameters["weight"]._post_accumulate_grad_hooks
 
 
+def test_a_tied_weight_starts_from_the_gradient_of_its_own_layer():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding, self.middle = nn.Embedding(20, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 20, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids):
+            return self.head(self.middle(self.embedding(ids)))
+
+    ids = torch.arange(8)
+
+    def loss(model):
+        return nn.functional.cross_entropy(model(ids), ids + 5)
+
+    tied, apart = Tied(), Tied()
+    apart.head.weight = nn.Parameter(apart.head.weight.detach().clone())
+    for model in (tied, apart):
+        la.attach(model, la.LoRA(rank=2, start="lora_ga", targets=["head"]))
+        la.calibrate(model, [None], loss=lambda _, model=model: loss(model))
+    assert torch.equal(tied.head.lora_A, apart.head.lora_A)
+    assert torch.equal(tied.head.lora_B, apart.head.lora_B)
+    assert tied.head.weight is tied.embedding.weight
+
+
 def test_convolutions_start_from_their_gradient_as_a_matrix():
     base, x = nn.Conv2d(4, 8, 3), torch.randn(2, 4, 6, 6)
     network = nn.Sequential(copy.deepcopy(base))

@@ -1,6 +1,7 @@
 """LoRA-RITE and LoFT: equal to independent computations, invariant, resumable, clipped inside."""
 
 import copy
+import itertools
 
 import pytest
 import pytorch_optimizer
@@ -76,6 +77,20 @@ def test_the_first_step_of_rite_is_orthogonal():
         torch.testing.assert_close(sizes, torch.full_like(sizes, 0.01 * rows**0.5))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 7])
+def test_rite_leaves_rounding_alone_where_gradients_have_a_low_rank(rows):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32))
+    la.attach(model, la.LoRA(rank=8, alpha=8))
+    x, y = torch.randn(2, rows, 32)
+    optimizer = LoRARITE(parameter_groups(model, 1e-3, pairs=True))
+    for _ in range(100):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+    assert max(p.abs().max() for p in model.parameters() if p.requires_grad) < 4  # was about 1,000 for 1 to 4 rows
+
+
 def test_the_factor_on_the_product_only_rescales_the_rate_of_rite():
     pairs, scaled = Pairs(*SIZES, zero=True), Pairs(*SIZES, zero=True, scale=0.25)
     path = train(pairs, LoRARITE(pairs.groups(), lr=0.01, eps=1e-30, clip=None), range(8))
@@ -141,6 +156,24 @@ def test_loft_writes_b_in_odd_steps_and_a_in_even_ones():
 
 
 # ---- both
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+@pytest.mark.parametrize("factor", ["a", "b"])
+def test_loft_goes_on_with_turns_after_a_factor_was_frozen(factor, steps):
+    pairs = Pairs((6, 5, 3))
+    frozen = getattr(pairs, factor)[0]
+    optimizer = LoFT(pairs.groups(), lr=0.01)
+    frozen.requires_grad_(False)
+    train(pairs, optimizer, range(steps))
+    frozen.requires_grad_(True)
+    moved = []
+    for step in range(steps, steps + 6):
+        before = [t.detach().clone() for t in (pairs.a[0], pairs.b[0])]
+        train(pairs, optimizer, range(step, step + 1))
+        moved.append(tuple(not torch.equal(*both) for both in zip(before, (pairs.a[0], pairs.b[0]), strict=True)))
+    assert set(moved) == {(True, False), (False, True)}
+    assert all(one != other for one, other in itertools.pairwise(moved))
 
 
 @pytest.mark.parametrize("kind", [LoRARITE, LoFT])

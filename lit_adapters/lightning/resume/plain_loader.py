@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -157,6 +158,12 @@ def _samplers(loader: DataLoader) -> list[Any]:
 def _generators(loader: DataLoader) -> list[Generator]:
     found = [loader.generator, *(getattr(sampler, "generator", None) for sampler in _samplers(loader))]
     return list({id(g): g for g in found if isinstance(g, Generator)}.values())
+
+
+def generators(loaders: Any) -> list[Generator]:
+    """The generators of their own that loaders and their samplers have, of one loader or any nesting of them."""
+    found = [g for loader in tree_leaves(loaders) if isinstance(loader, DataLoader) for g in _generators(loader)]
+    return list({id(g): g for g in found}.values())
 
 
 def _states(loader: DataLoader) -> list[Tensor]:
