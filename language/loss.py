@@ -36,17 +36,32 @@ def read(model: nn.Module, batch: Batch, positions: Tensor | None = None) -> Ten
     check_tokens(batch, vocabulary_size(model), context_length(model))
     if "position_ids" in batch and "attention_mask" not in batch and not torch.compiler.is_compiling():
         check_packing(model)
+    ids, places, rows = batch["input_ids"], batch.get("position_ids"), 1
     fewer = positions is not None and "logits_to_keep" in inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"logits_to_keep": positions} if fewer else {}
+    kept = positions
+    if places is not None and "attention_mask" not in batch and len(ids) > 1 and _is_flash_attention(model):
+        # Flash attention tells packed documents apart in a single row only.
+        rows, length = ids.shape
+        ids, places = ids.reshape(1, -1), places.reshape(1, -1)
+        if kept is not None:
+            kept = (torch.arange(rows, device=kept.device)[:, None] * length + kept).flatten()
+    options: dict[str, Any] = {"logits_to_keep": kept} if fewer else {}
     # Without a mask and without a cache transformers tells packed documents apart by their positions.
     logits: Tensor = model(
-        input_ids=batch["input_ids"],
+        input_ids=ids,
         attention_mask=batch.get("attention_mask"),
-        position_ids=batch.get("position_ids"),
+        position_ids=places,
         use_cache=False,
         **options,
     ).logits
-    return logits if positions is None or fewer else logits[:, positions]
+    if kept is not None and not fewer:
+        logits = logits[:, kept]
+    return logits if rows == 1 else logits.unflatten(1, (rows, -1))[0]
+
+
+def _is_flash_attention(model: Any) -> bool:
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
+    return "flash" in name
 
 
 def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -61,15 +76,19 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, batch["labels"][learned], reduction="none"), learned
 
 
-def row_means(losses: Tensor, learned: Tensor) -> Tensor:
-    """The mean loss of each row that has a learned token, (rows,), in their order.
+def row_means(losses: Tensor, learned: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """The mean loss of each row of the data that has a learned token, (rows,), in their order.
 
     Args:
         losses: The losses (n,) of `token_losses`.
         learned: Its learned tokens (B, T).
+        position_ids: Of a packed batch (B, T), of which each document is a row of the data.
     """
-    of_row = learned.sum(1).tolist()
-    return torch.stack([row.mean() for row in losses.split(of_row) if len(row)])
+    begins = torch.zeros_like(learned) if position_ids is None else position_ids == 0
+    begins[:, 0] = True
+    row_of_token = begins.flatten().cumsum(0)[learned.flatten()]
+    sizes = row_of_token.unique_consecutive(return_counts=True)[1].tolist()
+    return torch.stack([row.mean() for row in losses.split(sizes)])
 
 
 def learned_logits(forward: Callable[[Batch, Tensor], Tensor], batch: Batch) -> tuple[Tensor, Tensor]:

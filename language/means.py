@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,11 @@ class Means(nn.Module):
         self.names = names
         # "disable": a value that is not a number is not left out.
         self.metrics = nn.ModuleList(MeanMetric(nan_strategy="disable") for _ in names)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Means:
+        """Move the sums, and keep their dtype: a sum in bfloat16 stops growing after some hundred values."""
+        super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
+        return self
 
     def update(self, values: Mapping[str, Tensor]) -> None:
         """Add values, (n,) for each name; n may differ between names."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -53,8 +54,8 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
 
     - `loss`: -log p in nats, the mean over all learned tokens; a long answer counts more than a short one.
     - `perplexity`: exp(loss).
-    - `row_loss`: the mean over rows of each row's own mean loss; every row counts the same. A test returns it row by
-      row.
+    - `row_loss`: the mean over rows of the data of each row's own mean loss; every row counts the same, packed or not.
+      A test returns it row by row.
 
     Optimiser and schedule come from the YAML of `python -m language`. In Python give the model a
     `configure_optimizers`; `lit_adapters.lightning.build_optimizers` makes what it returns from the same sections.
@@ -294,7 +295,7 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
         """Measure a batch.
 
         Returns:
-            One value for each row, (B,), by the name of the metric that is their mean; callbacks may add to it.
+            One value for each row of the data, by the name of the metric that is their mean; callbacks may add to it.
         """
         return self._test(self._measured(batch))
 
@@ -353,7 +354,7 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
     def _measured(self, batch: Batch) -> dict[str, Tensor]:
         """What validation and tests average over a batch, (n,) by name."""
         losses, learned = token_losses(self._built, batch)
-        return {"loss": losses, "row_loss": row_means(losses, learned)}
+        return {"loss": losses, "row_loss": row_means(losses, learned, batch.get("position_ids"))}
 
     def _test(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add what was measured of a test batch to the means, and give its per-item values."""
@@ -406,6 +407,8 @@ def load_tuner(path: Path, kind: type[Tuner], command: str) -> Tuner:
     if not path.is_file():
         raise AdapterError(f"--ckpt {str(path)!r} does not exist; give a file that a fit has written")
     check_whole(path, "--ckpt ")
-    if "model" not in read_hyperparameters(read_checkpoint_file(path), path):
+    found = read_hyperparameters(read_checkpoint_file(path), path)
+    other_class = "keep_layers" in found and "keep_layers" not in inspect.signature(kind).parameters  # a draft
+    if "model" not in found or other_class:
         raise AdapterError(f"--ckpt {str(path)!r} is not a checkpoint of `python -m {command} fit`; give one")
     return kind.load_from_checkpoint(path, map_location="cpu")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from language.data.messages import EmptyFieldError, Message, read_messages, says_unlearned
+from language.data.messages import EmptyFieldError, Message, read_messages, says_unlearned, weighs
 from language.data.rows import Row, check_characters, clean, names_of, shown
 from lit_adapters.errors import DataError
 
@@ -156,6 +156,7 @@ class Parser:
                 is empty; the message names file, line and field. Or no record is left.
         """
         first, seen, unlearned, self.empty = None, 0, 0, 0
+        weighed = None
         for row in rows:
             first, seen = first or row, seen + 1
             try:
@@ -164,6 +165,7 @@ class Parser:
                 elif says_unlearned(row.values, set(self.columns.values())):
                     unlearned += 1
                 else:
+                    weighed = weighed or weighs(row.values, set(self.columns.values()))
                     yield _read_fields(row, self.name, self.columns, self.strip_answers)
             except EmptyFieldError as error:
                 if not self.drop_empty:
@@ -171,6 +173,8 @@ class Parser:
                         f"{row.origin}: {error}; correct the row, or set drop_empty to drop such rows"
                     ) from None
                 self.empty += 1
+        if weighed:
+            rank_zero_info(f"Data: field {weighed!r} has values beside 0 and 1, which are ignored: rows count alike.")
         if unlearned:
             rank_zero_info(f"Data: {unlearned} of {seen} rows say that they are not to be learned; left out.")
         if first is not None and unlearned + self.empty == seen:

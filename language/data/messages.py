@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,14 +248,37 @@ def _parsed(value: Any) -> Any:
 def says_unlearned(values: dict[str, Any], columns: set[str]) -> bool:
     """Whether a row of fields says that it is not to be learned: `weight: 0`, `train: false`, `mask: true`.
 
+    The words and digits may be text, as all values of csv are. Other values say nothing.
+
     Args:
         values: The row's fields.
         columns: Names of fields with a meaning of their own.
     """
-    off = [values[n] for n in LEARN if n in values and n not in columns and not isinstance(values[n], str)]
-    on = [values[name] for name in MASK if name in values and name not in columns]
-    learned = any(value is False or _is_number(value, 0) for value in off)
-    return learned or any(value is True or _is_number(value, 1) for value in on)
+
+    def says(names: Iterable[str], word: bool) -> bool:
+        own = [values[name] for name in names if name in values and name not in columns]
+        text = (str(word).lower(), str(int(word)))
+        return any(
+            value.strip().lower() in text if isinstance(value, str) else value is word or _is_number(value, int(word))
+            for value in own
+        )
+
+    return says(LEARN, False) or says(MASK, True)
+
+
+def weighs(values: dict[str, Any], columns: set[str]) -> str | None:
+    """The name of a field that gives a row of fields a weight other than 0 and 1, which is not used; or None.
+
+    Args:
+        values: The row's fields.
+        columns: As in `says_unlearned`.
+    """
+    for name in (*LEARN, *MASK):
+        value = values.get(name)
+        is_weight = isinstance(value, (int, float)) and not isinstance(value, bool) and value not in (0, 1)
+        if is_weight and name not in columns:
+            return name
+    return None
 
 
 def _flag(turn: dict[str, Any], name: str, origin: str) -> bool | None:

@@ -255,7 +255,7 @@ class InstructionDataModule(lightning.LightningDataModule):
 
     def examples(self, split: SplitName) -> list[Example]:
         """Prompts and answers of a split as text, for generation and scoring; needs no `setup`."""
-        return [self.renderer.example(record) for record in self._records(split)]
+        return [self.renderer.example(record) for record in self.records(split)]
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise what the stage uses: fit and validate never touch the test split."""
@@ -287,7 +287,7 @@ class InstructionDataModule(lightning.LightningDataModule):
         description = f"tokenising {split} rows"
         cache = Path(self.cache_dir).expanduser() if self.cache_dir else None
         if split != "train" or not self.on_disk:
-            return tokenise(self._records(split), self.renderer, self.encoder, description, cache)
+            return tokenise(self.records(split), self.renderer, self.encoder, description, cache)
         assert cache is not None
         for name in SPLITS[1:]:
             self._fraction(name)  # before anything is read
@@ -298,7 +298,8 @@ class InstructionDataModule(lightning.LightningDataModule):
         """The training rows, read one at a time."""
         yield from self._parse_rows(each_row(self.path, "train"), self.path)
 
-    def _records(self, split: SplitName) -> list[Record]:
+    def records(self, split: SplitName) -> list[Record]:
+        """The rows of a split, without tokens; needs no `setup`."""
         if split not in SPLITS:
             raise DataError(f"split {split!r} is unknown: use train, val or test")
         if split not in self._parsed:
@@ -370,7 +371,18 @@ class InstructionDataModule(lightning.LightningDataModule):
         """Test batches, in a fixed order; `predict` continues their prompts, unless rows are packed."""
         return self._loader(self._ready("test", "test"))
 
-    predict_dataloader = test_dataloader
+    def predict_dataloader(self) -> DataLoader:
+        """Batches whose prompts `predict` continues: those of tests.
+
+        Raises:
+            DataError: Prompts are learned, so that a row does not say where its prompt ends.
+        """
+        if not self.encoder.mask_prompt:
+            raise DataError(
+                "mask_prompt=false learns prompts too, so that a row does not say where its prompt ends: set "
+                "data.mask_prompt to true to predict"
+            )
+        return self.test_dataloader()
 
     def _ready(self, split: str, stage: str) -> TokenDataset:
         if split not in self._datasets:

@@ -160,6 +160,17 @@ class Renderer:
             pieces += [Piece(prompt, False), Piece(answer, learned, masked=not learned)]
         return pieces
 
+    def ending(self, record: Record) -> str:
+        """What the chat template writes after the last answer of a record; "" without a chat template.
+
+        Raises:
+            DataError: As `pieces`.
+        """
+        if not self.chat:
+            return ""
+        answer, text = self._messages(self._guarded(record))[-1][1], self.pieces(record)[-1].text
+        return text.removeprefix(answer) if text.startswith(answer) else ""
+
     def _turns(self, messages: tuple[Message, ...], places: list[int], beside: _Beside) -> list[tuple[str, str]]:
         """What stands before each answer since the last one, and the answer.
 

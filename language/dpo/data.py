@@ -130,7 +130,7 @@ class PreferenceDataModule(InstructionDataModule):
 
     def _dataset(self, split: SplitName) -> TokenDataset:
         """Two documents for each pair: prompt with chosen, prompt with rejected answer."""
-        pairs = cast(list[Pair], self._records(split))
+        pairs = cast(list[Pair], self.records(split))
         ids: list[Tensor] = []
         learned: list[Tensor] = []
         shortened = cut = equal = 0

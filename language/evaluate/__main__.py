@@ -21,6 +21,7 @@ from language.models import Dtype, Quantization, trust_code_of
 from lit_adapters import console
 from lit_adapters.errors import AdapterError
 from lit_adapters.lightning.cli import run
+from lit_adapters.methods.matrix_layers import is_quantised
 
 
 def evaluate_command(
@@ -31,7 +32,7 @@ def evaluate_command(
     model: str | None = None,
     adapters: str | None = None,
     ckpt: str | None = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
     quantization: Quantization | None = None,
     trust_remote_code: bool = False,
     **settings: Any,
@@ -47,7 +48,7 @@ def evaluate_command(
         model: Name, directory or .gguf file.
         adapters: Directory that save_adapters wrote.
         ckpt: Checkpoint of python -m language fit, instead of a model.
-        dtype: Type of the weights.
+        dtype: Type of the weights; float32 by default. A checkpoint keeps its own.
         quantization: `nf4` for 4-bit weights.
         trust_remote_code: Whether the model may run the Python code that comes with it.
         settings: Those of `EvalSettings`.
@@ -66,14 +67,11 @@ def evaluate_command(
             raise AdapterError("trust_remote_code goes with the name of the model that you trust: give model")
         trust_code_of(model)
     check_data(names, root, chosen)
-    source: dict[str, Any] = {
-        "model": model,
-        "adapters": adapters,
-        "ckpt": ckpt,
-        "dtype": dtype,
-        "quantization": quantization,
-    }
-    result = {**source, **evaluate(*load(**source), names, root, chosen)}
+    source: dict[str, Any] = {"model": model, "adapters": adapters, "ckpt": ckpt}
+    loaded, tokenizer = load(**source, dtype=dtype, quantization=quantization)
+    packed = any(is_quantised(module) for module in loaded.modules())
+    weights = {"dtype": str(loaded.dtype).removeprefix("torch."), "quantization": "nf4" if packed else None}
+    result = {**source, **weights, **evaluate(loaded, tokenizer, names, root, chosen)}
     if out is not None:
         write_json(out, result)
     print(table(result["results"]))

@@ -27,16 +27,25 @@ class Prompt:
         stretches: The prompt's text, guarded as `language.data.control` says.
         lead: The beginning of the answer, which all choices share.
         chat: Whether a chat template has written the prompt; then no start-of-text token is added.
+        ending: What follows each choice in training, before its end token.
+        end_id: The token that ends each choice; None for none, where choices are no whole answers.
     """
 
     stretches: tuple[str, ...]
     lead: str = ""
     chat: bool = False
+    ending: str = ""
+    end_id: int | None = None
 
     @property
     def text(self) -> str:
         """All that the model reads."""
         return unguarded("".join(self.stretches)) + self.lead
+
+
+def ended(tokens: list[int], end_id: int) -> list[int]:
+    """The tokens of an answer with its end token, as training ends it."""
+    return tokens if tokens[-1:] == [end_id] else [*tokens, end_id]
 
 
 class PromptEncoder:
@@ -65,7 +74,7 @@ class PromptEncoder:
         Raises:
             DataError: The answer leaves no space, or the prompt is empty and the tokenizer has no start or end token.
         """
-        context, (lead,) = self._tokens(prompt, [prompt.lead])
+        context, (lead,) = self._tokens(prompt, [self.stretches.control.guard(prompt.lead)])
         return self.fit(context + lead, room)
 
     def question(self, prompt: Prompt, choices: Sequence[str]) -> TokenQuestion:
@@ -78,9 +87,13 @@ class PromptEncoder:
         Raises:
             DataError: A choice has no tokens, or as `prompt`.
         """
-        before, answers = self._tokens(prompt, [prompt.lead, *(prompt.lead + choice for choice in choices)])
+        guard = self.stretches.control.guard
+        whole = [guard(prompt.lead + choice) + prompt.ending for choice in choices]
+        before, answers = self._tokens(prompt, [guard(prompt.lead), *whole])
         shared = common_prefix(answers)
         _, *continuations = [tokens[shared:] for tokens in answers]
+        if prompt.end_id is not None:
+            continuations = [ended(tokens, prompt.end_id) for tokens in continuations]
         for choice, tokens in zip(choices, continuations, strict=True):
             if not tokens:
                 raise DataError(
@@ -89,12 +102,10 @@ class PromptEncoder:
         return TokenQuestion(self.fit(before + answers[0][:shared], max(map(len, continuations))), continuations)
 
     def _tokens(self, prompt: Prompt, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        """Tokens of a prompt, and of texts that go on after it."""
+        """Tokens of a prompt, and of texts that go on after it, which are guarded."""
         (stretches,) = self.stretches.documents([prompt.stretches])
         context = [token for stretch in stretches for token in stretch]
-        following = self.stretches.after(
-            [self.stretches.control.guard(answer) for answer in answers], [prompt.stretches[-1]] * len(answers)
-        )
+        following = self.stretches.after(answers, [prompt.stretches[-1]] * len(answers))
         started = prompt.chat or context[:1] == self.start
         return context if started else self.start + context, following
 

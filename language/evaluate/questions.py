@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from language.data.formats import FormatName, parse
+from language.data.formats import FormatName, Record, parse
 from language.data.rows import Row, clean, names_of, shown
 from language.data.sources import read_rows
 from language.data.splits import subset
@@ -121,7 +121,7 @@ def read_classification(
     settings: EvalSettings = DEFAULTS,
     meaning: Mapping[str, Any] | None = None,
 ) -> list[Question]:
-    """Texts with their class; the choices are the names of all classes in the file.
+    """Texts with their class; the choices are the names of all classes in the file, with the end of an answer.
 
     Args:
         path: A file, or a folder with a test file; rows have `text` and `label_name`, or `label`.
@@ -146,10 +146,16 @@ def read_classification(
     if len(labels) < 2:
         raise DataError(f"{path} has a single class, {labels[0]!r}: nothing to choose from")
     renderer = make_renderer(tokenizer, "classification", settings, meaning)
-    return [
-        Question(Prompt(renderer.example(record).stretches, chat=renderer.chat), record.answer, tuple(labels))
-        for record in subset(records, settings.limit, "questions", "classification", settings.seed)
-    ]
+    # A class ends as in training: without its end, one that begins another would always be the likelier of the two.
+    end_token = (meaning or {}).get("end_token")
+    end_id = tokenizer.eos_token_id if end_token is None else tokenizer.convert_tokens_to_ids(end_token)
+    ending = renderer.ending(records[0])
+
+    def question(record: Record) -> Question:
+        prompt = Prompt(renderer.example(record).stretches, "", renderer.chat, ending, end_id)
+        return Question(prompt, record.answer, tuple(labels))
+
+    return [question(r) for r in subset(records, settings.limit, "questions", "classification", settings.seed)]
 
 
 def read_summaries(

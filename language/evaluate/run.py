@@ -126,7 +126,7 @@ def load(
     model: str | None,
     adapters: str | None = None,
     ckpt: str | None = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
     quantization: Quantization | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """A model and its tokenizer: by name, with adapters of a directory, or from a checkpoint of training.
@@ -134,12 +134,12 @@ def load(
     Args:
         model: Name, directory or file, as in `language.models.create_model`; a checkpoint knows its own.
         adapters: Directory that `lit_adapters.save_adapters` wrote.
-        ckpt: Checkpoint of `CausalLMTuner`; instead of the others.
-        dtype: Type of the weights.
+        ckpt: Checkpoint of `CausalLMTuner`; instead of all others.
+        dtype: Type of the weights; float32 by default.
         quantization: "nf4" for 4-bit weights.
 
     Raises:
-        DataError: Neither or both of model and ckpt are given.
+        DataError: Neither or both of model and ckpt are given, or what the checkpoint knows beside it.
         AdapterError: The files cannot be loaded or do not belong together.
     """
     if (model is None) == (ckpt is None) or (ckpt and adapters):
@@ -147,13 +147,18 @@ def load(
             f"model={model}, adapters={adapters}, ckpt={ckpt}: give a model, perhaps with adapters, or a checkpoint"
         )
     if ckpt is not None:
+        if dtype is not None or quantization is not None:
+            raise DataError(
+                f"dtype={dtype}, quantization={quantization} beside a checkpoint, whose weights stay as they were "
+                "trained: leave them out"
+            )
         module = load_tuner(Path(ckpt), CausalLMTuner, "language")
         base: Any = module.model
         tokenizer = module.tokenizer
     else:
         assert model is not None
         tokenizer = create_tokenizer(model)
-        base = create_model(model, dtype=dtype, quantization=quantization)
+        base = create_model(model, dtype=dtype or "float32", quantization=quantization)
         if adapters is not None:
             la.load_adapters(base, adapters)
         apply_meaning(base, tokenizer)

@@ -63,6 +63,7 @@ def held_out_rows(path: str, model: PreTrainedModel, tokenizer: Any, s: EvalSett
         batch_size=s.batch_size,
         test_subset=s.limit and min(s.limit, len(read_rows(path, "test"))),
         use_chat_template=bool(s.chat),
+        chat_template=meaning.get("chat_template") if s.chat or s.perplexity_format == "chat" else None,
         seed=s.seed,
     )
     data.setup("test")

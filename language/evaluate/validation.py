@@ -12,7 +12,7 @@ from language.data.module import InstructionDataModule
 from language.data.sources import SplitName
 from language.data.splits import subset
 from language.evaluate.likelihood import likeliest, score_tokens
-from language.evaluate.prompts import PromptEncoder, TokenQuestion
+from language.evaluate.prompts import PromptEncoder, TokenQuestion, ended
 from language.evaluate.questions import COMMONSENSE
 from language.evaluate.settings import EvalSettings, as_trained
 from language.evaluate.tasks import read_questions
@@ -26,7 +26,7 @@ from lit_adapters.errors import DataError
 def choice_questions(data: InstructionDataModule, split: SplitName) -> tuple[list[TokenQuestion], list[int]]:
     """Rows of classification data as questions in the tokens of training, each with all classes to choose from.
 
-    A choice is the class and the end token, so that no class is the beginning of another.
+    A choice is the class and what ends an answer in training, so that no class is the beginning of another.
 
     Args:
         data: Data of format classification.
@@ -48,7 +48,7 @@ def choice_questions(data: InstructionDataModule, split: SplitName) -> tuple[lis
 
 
 def class_tokens(data: InstructionDataModule, split: SplitName) -> list[list[int]]:
-    """The tokens of each of the data's classes as an answer, the end token included, in the order of `data.classes`.
+    """The tokens of each of the data's classes as an answer, with its end, in the order of `data.classes`.
 
     Args:
         data: Data of format classification.
@@ -62,9 +62,10 @@ def class_tokens(data: InstructionDataModule, split: SplitName) -> list[list[int
         if example.response not in classes:
             raise DataError(f"{example.origin}: class {example.response!r} occurs in no training row")
     before = examples[0].stretches[-1]  # all prompts end alike
-    guarded = [data.renderer.control.guard(name) for name in classes]
-    tokens = encoder.stretches.after(guarded, [before] * len(classes))
-    choices = [[*ids, encoder.end_id] for ids in tokens]
+    ending = data.renderer.ending(data.records(split)[0])
+    answers = [data.renderer.control.guard(name) + ending for name in classes]
+    tokens = encoder.stretches.after(answers, [before] * len(classes))
+    choices = [ended(ids, encoder.end_id) for ids in tokens]
     longest = max(map(len, choices))
     if longest > encoder.max_answer_length:
         raise DataError(
@@ -156,7 +157,7 @@ class ChoiceValidation(Callback):
         if self.task != "classification":
             return
         questions = [TokenQuestion(prompt, self.choices) for prompt in prompt_rows(batch)]
-        answers = [self.choices.index(row[row != IGNORED].tolist()) for row in batch["labels"]]
+        answers = [self._class_of(row[row != IGNORED].tolist(), pl_module.tokenizer) for row in batch["labels"]]
         right = self._ask(trainer, pl_module, questions, answers, f"test/{self.task}")
         if isinstance(outputs, dict):
             outputs[f"{self.task}_accuracy"] = right
@@ -165,6 +166,14 @@ class ChoiceValidation(Callback):
         """Log the accuracy over all rows."""
         if self.task == "classification":
             self._log_accuracy(pl_module, "test")
+
+    def _class_of(self, tokens: list[int], tokenizer: Any) -> int:
+        if tokens not in self.choices:
+            raise DataError(
+                f"a test row learns {tokenizer.decode(tokens)!r}, which is none of the {len(self.choices)} classes as "
+                "answers: leave ChoiceValidation out, or correct the chat template, which writes the answer otherwise"
+            )
+        return self.choices.index(tokens)
 
     def _ask(
         self,

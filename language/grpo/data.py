@@ -99,7 +99,7 @@ class QuestionDataModule(InstructionDataModule):
         return arithmetic(int(largest))
 
     def _dataset(self, split: SplitName) -> Any:
-        records = self._records(split)
+        records = self.records(split)
         prompts = [torch.tensor(self.encoder.prompt(self.renderer.example(record))) for record in records]
         return _Questions([(prompt, record.answer) for prompt, record in zip(prompts, records, strict=True)])
 

@@ -9,7 +9,7 @@ import lit_adapters as la
 from language.generate import generate, prompt_rows
 from language.models import create_model, create_tokenizer
 from lit_adapters.methods import loran
-from tests.language.tiny import batch, built, moved
+from tests.language.tiny import batch, built, data, moved, trainer, tuner
 
 PROMPTS = [[10, 20, 30, 40, 50], [60, 70], [80, 90, 100]]
 
@@ -123,6 +123,11 @@ def test_dropout_is_off():
 def test_bad_arguments(model, tokenizer, settings, words):
     with pytest.raises(la.AdapterError, match=words):
         generate(model, tokenizer, **{"prompts": PROMPTS} | settings)
+
+
+def test_rows_that_learn_their_prompts_do_not_say_where_they_end(tmp_path):
+    with pytest.raises(la.DataError, match="mask_prompt=false learns prompts too"):
+        trainer(tmp_path).predict(tuner(), datamodule=data(mask_prompt=False, test_fraction=0.25))
 
 
 def test_prompts_of_a_batch():

@@ -30,6 +30,15 @@ def test_processes_add_up():
     assert all(r is dim_zero_sum for metric in Means("loss").metrics for r in metric._reductions.values())
 
 
+def test_sums_keep_float32_in_a_module_that_is_cast():
+    means = torch.nn.Sequential(Means("loss")).to(torch.bfloat16)[0]
+    for value in (2.3, 4.6):
+        for _ in range(1000):
+            means.update({"loss": torch.full((64,), value, dtype=torch.bfloat16)})
+    assert means.compute()["loss"].item() == pytest.approx(3.45, rel=1e-2)
+    assert means.metrics[0].mean_value.dtype == torch.float32
+
+
 def test_a_value_that_is_no_number_is_not_left_out():
     means = Means("loss")
     means.update({"loss": torch.tensor([1.0, float("nan")])})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -115,6 +116,36 @@ def test_a_measurement_leaves_no_trace():
     token_losses(module.model, packed(4, 3))
     assert len(passes) == count + 1
     assert seen
+
+
+@pytest.mark.parametrize("head", ["whole", "kept"])
+def test_packed_rows_are_one_row_for_flash_attention(head):
+    """Flash attention tells documents apart in batches of one row only."""
+    module = built()
+    rows = [packed(7, 5, seed=1), packed(4, 8, seed=2)]
+    together = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    class Flash(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config = module.model, copy.copy(module.model.config)
+            self.config._attn_implementation = "flash_attention_2"
+
+        def get_input_embeddings(self):
+            return self.inner.get_input_embeddings()
+
+        def forward(self, input_ids, logits_to_keep=0, **rest):
+            assert len(input_ids) == 1
+            return self.inner(input_ids=input_ids, logits_to_keep=logits_to_keep, **rest)
+
+    class Whole(Flash):
+        def forward(self, input_ids, **rest):
+            return super().forward(input_ids, **rest)
+
+    found, learned = token_losses({"whole": Whole, "kept": Flash}[head](), together)
+    expected = [token_losses(module.model, row) for row in rows]
+    torch.testing.assert_close(found, torch.cat([losses for losses, _ in expected]), rtol=1e-5, atol=1e-5)
+    assert torch.equal(learned, torch.cat([tokens for _, tokens in expected]))
 
 
 def test_packing_is_refused_before_the_first_step(tmp_path, monkeypatch):

@@ -520,6 +520,12 @@ def test_rows_that_say_so_are_not_learned(caplog):
         records, dropped = parse(rows, "alpaca")
     assert (len(records), dropped) == (2, 0)
     assert "3 of 5 rows say that they are not to be learned" in caplog.text
+    assert "field 'weight' has values beside 0 and 1, which are ignored" in caplog.text
+    # As csv has them, and texts that say nothing.
+    rows = [
+        Row(ALPACA | more, "x") for more in ({"weight": "0"}, {"train": "False"}, {"mask": "true"}, {"mask": "N95"})
+    ]
+    assert len(parse(rows, "alpaca")[0]) == 1
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_workers_give_the_same_batches(write):
 def test_equal_prompts_stay_in_one_split(write):
     given = [{"prompt": f"p{i % 5}", "chosen": f"good {i}", "rejected": "bad"} for i in range(30)]
     data = module(write(given), val_fraction=0.2, test_fraction=0.2)
-    prompts = [{r.fields["prompt"] for r in data._records(split)} for split in ("train", "val", "test")]
+    prompts = [{r.fields["prompt"] for r in data.records(split)} for split in ("train", "val", "test")]
     assert all(prompts)
     assert sum(map(len, prompts)) == 5
 

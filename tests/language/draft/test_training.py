@@ -12,6 +12,7 @@ import lit_adapters as la
 from language.draft.__main__ import main
 from language.draft.module import DraftTuner, merged_draft
 from language.draft.shortened import check_layers
+from language.module import CausalLMTuner, load_tuner
 from tests.language.draft.drafting import METHODS, built, tuner
 from tests.language.tiny import CONFIGS, QUIET, ROWS, batch, data, moved, quick_main, trainer
 
@@ -46,6 +47,13 @@ def test_training_leaves_the_target_alone_and_checkpoints_hold_the_adapters(tmp_
         assert not torch.equal(module.model(**batch(9)).logits, start)
     assert_unchanged(loaded.target, before)
     assert loaded.hparams["keep_layers"] == [1]
+
+
+def test_a_draft_is_no_whole_model(tmp_path):
+    trainer(tmp_path).fit(tuner(adapters=None, train=["lm_head"]), datamodule=data())
+    with pytest.raises(la.AdapterError, match="is not a checkpoint of `python -m language fit`"):
+        load_tuner(tmp_path / "last.ckpt", CausalLMTuner, "language")
+    assert load_tuner(tmp_path / "last.ckpt", DraftTuner, "language.draft").hparams["keep_layers"] == [1]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -284,6 +284,9 @@ def test_checkpoint(root, tmp_path):
             if parameter.requires_grad:
                 parameter.normal_()
     trainer.save_checkpoint(tmp_path / "tuned.ckpt")
+    for other in ({"dtype": "float16"}, {"quantization": "nf4"}):
+        with pytest.raises(DataError, match="beside a checkpoint, whose weights stay as they were trained"):
+            load(None, ckpt=str(tmp_path / "tuned.ckpt"), **other)
     model, tokenizer = load(None, ckpt=str(tmp_path / "tuned.ckpt"))
     loaded = evaluate(model, tokenizer, "perplexity", root)["results"]["perplexity"]["metrics"]
     assert loaded == evaluate(tuner.model, tokenizer, "perplexity", root)["results"]["perplexity"]["metrics"]

@@ -28,11 +28,11 @@ def write(tmp_path):
 
 
 def trained(path, tokenizer, name, chat):
-    """The tokens of each training row, without the end token."""
+    """The tokens of each training row."""
     data = InstructionDataModule(path, tokenizer, name, val_fraction=0, use_chat_template=chat, max_length=999)
     data.setup("fit")
     dataset = data.train_dataloader().dataset
-    return data, [ids[:-1].tolist() for ((ids, _),) in (dataset[i] for i in range(len(dataset)))]
+    return data, [ids.tolist() for ((ids, _),) in (dataset[i] for i in range(len(dataset)))]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,13 +48,13 @@ def test_questions_have_the_tokens_of_training(write, tmp_path, kind, chat):
         assert row[: len(encoder.prompt(question.prompt))] == encoder.prompt(question.prompt)
     data.paths["val"] = path
     for question, answer, row in zip(*choice_questions(data, "val"), rows, strict=True):
-        assert [*question.context, *question.continuations[answer][:-1]] == row
+        assert [*question.context, *question.continuations[answer]] == row
 
     row = {"instruction": "Is it? Answer format: true/false", "input": "", "output": TRUE, "answer": "true"}
     _, (row_ids,) = trained(write("boolq.test.jsonl", [row]), tokenizer, "alpaca", chat)
     (question,) = read_commonsense(tmp_path, "boolq", tokenizer, EvalSettings(chat=chat))
     asked = encoder.question(question.prompt, question.choices)
-    assert asked.context + asked.continuations[0] == row_ids
+    assert asked.context + asked.continuations[0] == row_ids[:-1]
 
     path = write("s.jsonl", [{"dialogue": "what is it", "summary": "a fox"}])
     _, (row_ids,) = trained(path, tokenizer, "summarisation", chat)

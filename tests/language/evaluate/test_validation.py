@@ -31,10 +31,14 @@ def colours(write):
     return make
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_rows_are_asked_in_the_tokens_of_training(colours, chat):
-    """The score of the right class, end token included, is minus the loss of the row."""
-    given = colours(use_chat_template=chat)
+ANOTHER_END = """{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '#end\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_chat_template": True}, {"chat_template": ANOTHER_END}])
+def test_rows_are_asked_in_the_tokens_of_training(colours, settings):
+    """The score of the right class, with the end of its answer, is minus the loss of the row."""
+    given = colours(**settings, **({"use_chat_template": True} if "chat_template" in settings else {}))
     given.setup("fit")
     module = moved(built()).eval()
     questions, answers = choice_questions(given, "val")
@@ -110,6 +114,13 @@ def test_a_test_asks_every_row(tmp_path, colours, write):
     assert items.values == right
     assert 0 < sum(right) < len(right) == 24
     assert measured["test/classification_accuracy"] == pytest.approx(sum(right) / 24)
+
+
+def test_a_test_of_answers_with_another_end(tmp_path, colours, write):
+    given = colours(test_path=write(ROWS, "test.jsonl"), use_chat_template=True, chat_template=ANOTHER_END)
+    items = Items()
+    trainer(tmp_path, callbacks=[ChoiceValidation(), items]).test(moved(built()), datamodule=given, verbose=False)
+    assert len(items.values) == 24
 
 
 @pytest.mark.parametrize("changes", [{"packing": "packed"}, {"mask_prompt": False}])
