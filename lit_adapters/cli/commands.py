@@ -80,14 +80,16 @@ def merge_command(args: argparse.Namespace) -> None:
     check_output(args.out, args.overwrite, [_WEIGHTS, "model.safetensors.index.json"])
     _check(args.path, lambda name, adapter: adapter.check_linear())
     model, tokenizer = _adapted(args)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    if dtype is not None and all(torch.promote_types(p.dtype, dtype) == dtype for p in _floating(model)):
+        cast_weights(model, dtype)  # the sum of weight and update then is as exact as what is asked for
     merged = merge(model)
     end = meaning_of(model).get("end_token_ids")
     if end and (settings := getattr(model, "generation_config", None)) is not None:
         own = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         settings.eos_token_id = list(dict.fromkeys([*end, *(i for i in own if i is not None)]))
 
-    if args.dtype is not None:
-        cast_weights(model, getattr(torch, args.dtype))
+    rounded = "" if dtype is None else _cast(model, dtype)
     save = getattr(model, "save_pretrained", None)
     if args.max_shard_size is not None and not callable(save):
         raise AdapterError("--max-shard-size is for models of transformers; leave it out")
@@ -114,11 +116,41 @@ def merge_command(args: argparse.Namespace) -> None:
 
     write_directory(args.out, write)
     print(merged)
+    if rounded:
+        print(rounded)
     if trusted:
         print(trusted)
     elif merged.kept:
         print(f"{_WEIGHTS} holds their coefficients: to load it, call load_adapters and merge on the base model first")
     print(f"written to {args.out}")
+
+
+def _floating(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+
+
+@torch.no_grad()
+def _cast(model: nn.Module, dtype: torch.dtype) -> str:
+    """Cast a merged model, and say by how much its weights have moved; empty if they have not.
+
+    Raises:
+        AdapterError: A weight is too large for the dtype.
+    """
+    error = relative = 0.0
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.dtype == dtype:
+            continue
+        stored = parameter.to(dtype)
+        if parameter.isfinite().all() and not stored.isfinite().all():
+            largest = parameter.abs().max().item()
+            raise AdapterError(
+                f"{name} has a value of size {largest:.3g}, beyond {dtype}: give --dtype bfloat16 or float32"
+            )
+        off, size = (parameter.double() - stored.double()).abs().max().item(), parameter.abs().max().item()
+        error, relative = max(error, off), max(relative, off / size if size else 0.0)
+    cast_weights(model, dtype)
+    name = str(dtype).removeprefix("torch.")
+    return f"cast to {name}: error {error:.1e} ({relative:.1e} of |W|)" if error else ""
 
 
 def export_command(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from lit_adapters.files.peft import check_expressible, pair_tensors
 from lit_adapters.methods.dora import DoRAAdapter
 from lit_adapters.methods.low_rank import LowRankAdapter
 from lit_adapters.model.meta import require_loaded
-from lit_adapters.model.record import adapters, attachment, unfrozen
+from lit_adapters.model.record import adapters, attachment, inner, unfrozen
 from lit_adapters.model.sharding import refuse_sharded
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -36,6 +36,7 @@ def export_diffusers(model: nn.Module, directory: str | Path, component: str = "
             trains, which the format cannot hold; or the model is sharded or on the meta device. Nothing is written
             then.
     """
+    model = inner(model)
     refuse_sharded(model, "export_diffusers")
     require_loaded(model, "export_diffusers")
     others = [*attachment(model).trained_parameters, *unfrozen(model)]

@@ -33,7 +33,7 @@ from lit_adapters.methods.peft import require_peft
 from lit_adapters.methods.targets import exactly, places
 from lit_adapters.model.attach import attach, detach
 from lit_adapters.model.meta import require_loaded
-from lit_adapters.model.record import adapters, attachment, unfrozen
+from lit_adapters.model.record import adapters, attachment, inner, unfrozen
 from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import refuse_sharded
 
@@ -58,6 +58,7 @@ def export_peft(model: nn.Module, directory: str | Path, tokenizer: Any = None) 
             before beta = 0, a merged adapter, an adapted or trained layer that stands at several places, names that
             peft would confuse, or a sharded model. Nothing is written then.
     """
+    model = inner(model)
     peft, state = require_peft(), attachment(model)
     refuse_sharded(model, "export_peft")
     require_loaded(model, "export_peft")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -58,22 +58,26 @@ class Comparison:
         only_first: Names of layers that only the first adapts.
         only_second: Names of layers that only the second adapts.
         unlike: Why a layer of both cannot be compared, by its name.
+        beside: What differs beside the updates that are compared (a magnitude, a bias, beta), by the layer's name.
     """
 
     layers: list[LayerComparison]
     only_first: list[str]
     only_second: list[str]
     unlike: dict[str, str]
+    beside: dict[str, str] = field(default_factory=dict)
 
 
 def compare(first: SavedAdapters, second: SavedAdapters) -> Comparison:
     """Compare all layers that have one name in both."""
-    layers, unlike = [], {}
+    layers, unlike, beside = [], {}, {}
     for name in (n for n in first.layers if n in second.layers):
         x, y = first.layers[name], second.layers[name]
         method = " and ".join(dict.fromkeys((x.method, y.method)))
         with computable(repr(name)):
             compared = _compare(name, method, x.adapter, y.adapter)
+            if text := _beside(x.adapter, y.adapter):
+                beside[name] = text
         if isinstance(compared, str):
             unlike[name] = f"{method}: {compared}"
         else:
@@ -83,7 +87,26 @@ def compare(first: SavedAdapters, second: SavedAdapters) -> Comparison:
         [n for n in first.layers if n not in second.layers],
         [n for n in second.layers if n not in first.layers],
         unlike,
+        beside,
     )
+
+
+def _beside(x: AdapterModule | None, y: AdapterModule | None) -> str:
+    """What two updates of low rank do not show of their adapters, in words; empty if it is alike."""
+    if x is None or y is None or x.low_rank_update() is None or y.low_rank_update() is None:
+        return ""
+    first, second = x.adapter_tensors(), y.adapter_tensors()
+    found = []
+    for key in sorted(first.keys() & second.keys()):
+        a, b = first[key].detach().double(), second[key].detach().double()
+        if a.dim() > 1 or a.shape != b.shape or torch.equal(a, b):  # matrices are the factors themselves
+            continue
+        if a.numel() == 1:
+            found.append(f"{key} {a.item():.3g} and {b.item():.3g}")
+        else:
+            size = torch.maximum(a.norm(), b.norm()).item()
+            found.append(f"{key} by {(a - b).norm().item() / size:.1%} of its norm")
+    return ", ".join(found)
 
 
 @torch.no_grad()
@@ -156,6 +179,7 @@ def report(comparison: Comparison) -> str:
         if names:
             lines.append(f"only in the {label}, {len(names)} layers: {', '.join(names)}")
     lines += [f"not compared, {name}: {reason}" for name, reason in comparison.unlike.items()]
+    lines += [f"not in the table, {name} differs in {what}" for name, what in comparison.beside.items()]
     return "\n".join([*lines, _summary(comparison.layers)])
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.lightning.total_steps import total_steps
+from lit_adapters.model.record import adapters
 from lit_adapters.schedules import monitor_mode
 from lit_adapters.training.annealing import Annealer, Watched
 
@@ -73,7 +74,7 @@ class Annealing(Callback):
         if self._annealer is None or not self._annealer.layers or trainer.interrupted:
             return
         if trainer.is_global_zero:
-            _warn_of_nonlinear_checkpoints(trainer)
+            _warn_of_nonlinear_checkpoints(trainer, pl_module)
         nonlinear = self._annealer.nonlinear()
         if nonlinear:
             warnings.warn(
@@ -113,7 +114,8 @@ def _value(trainer: Trainer, pl_module: LightningModule, outputs: Any, watched: 
     return value if monitor_mode(monitor, watched.mode) == "min" else -value
 
 
-def _warn_of_nonlinear_checkpoints(trainer: Trainer) -> None:
+def _warn_of_nonlinear_checkpoints(trainer: Trainer, pl_module: LightningModule) -> None:
+    annealed = {f"{name}.beta" for name, adapter in adapters(pl_module) if adapter.schedule is not None}
     for callback in trainer.checkpoint_callbacks:
         path = getattr(callback, "best_model_path", "")
         if not (getattr(callback, "monitor", None) and path and Path(path).is_file()):
@@ -122,5 +124,5 @@ def _warn_of_nonlinear_checkpoints(trainer: Trainer) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
         except pickle.UnpicklingError:  # it holds values of other classes, and this is no place to trust them
             continue
-        if any(key.endswith(".beta") and value.item() > 0 for key, value in state.items()):
+        if any(state[key].item() > 0 for key in annealed & state.keys()):
             warnings.warn(f"{path} is the best by {callback.monitor!r} and still nonlinear", stacklevel=2)  # type: ignore[attr-defined]

@@ -48,6 +48,7 @@ class RunRecord(Callback):
         self._validated: set[str] = set()  # names that validations during the training log
         self._seen: set[str] = set()  # names that training steps log
         self._start = 0.0
+        self._step = 0  # the last one after which a batch ended
         self._items: dict[str, list[np.ndarray]] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,7 +65,9 @@ class RunRecord(Callback):
                 self._seen.add(name)
         steps = trainer.estimated_stepping_batches
         every = max(1, math.ceil(steps / _POINTS)) if math.isfinite(steps) else 100
-        if self._sums and trainer.global_step and trainer.global_step % every == 0:
+        # Batches whose gradient is accumulated end no step.
+        ended, self._step = trainer.global_step != self._step, trainer.global_step
+        if self._sums and ended and trainer.global_step % every == 0:
             self._end_window(trainer.global_step)
 
     def _end_window(self, step: int) -> None:

@@ -15,6 +15,7 @@ norms, dropout, a second user of the output); merging leaves a plain module.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -133,12 +134,17 @@ class GroupAffineActivation(ActivationAdapter):
         """
         before, after = (c.double().cpu() for c in coefficients or self.coefficients())
         z = (1 + before[:, :1]) * x + before[:, 1:]
-        return (1 + after[:, :1]) * self.base(z) + after[:, 1:] - self.base(x)
+        base = self._base_in_float64()
+        return (1 + after[:, :1]) * base(z) + after[:, 1:] - base(x)
+
+    def _base_in_float64(self) -> nn.Module:
+        """The pretrained activation on the CPU in float64; a PReLU has a weight of its own."""
+        return copy.deepcopy(self.base_copy()).to("cpu", torch.float64)
 
     @torch.no_grad()
     def functions(self) -> tuple[Tensor, Tensor, Tensor]:
         grid = self.grid()
-        initial = self.base(grid)
+        initial = self._base_in_float64()(grid)
         return grid, initial, initial + self.learned_change(grid)
 
     def folded(self) -> AffineActivation:

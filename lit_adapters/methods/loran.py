@@ -44,7 +44,7 @@ from lit_adapters.activations.weight_functions import (
     rms_of_product,
 )
 from lit_adapters.errors import AdapterError, shown
-from lit_adapters.methods.description import AdapterSummary, each_layer
+from lit_adapters.methods.description import AdapterSummary, LowRankUpdate, each_layer
 from lit_adapters.methods.experts import ExpertsAdapter
 from lit_adapters.methods.hooks import has_own_forward
 from lit_adapters.methods.low_rank import LowRank, LowRankAdapter
@@ -265,6 +265,14 @@ class LoRANAdapter(LowRankAdapter):
         with without_autocast(self.lora_A):
             a, b, frequency = self.lora_A.to(wide), self.lora_B.to(wide), self.current_frequency(wide)
             return merged_weight(self._to_matrix(self.base.weight), a, b, frequency, self.update, dtype)
+
+    def low_rank_update(self) -> LowRankUpdate:
+        """s B A, or what has changed of it with `start_size`: s (B A - B0 A0) = s [B - B0, B0] [A; A - A0]."""
+        if not self.start_size:
+            return super().low_rank_update()
+        a, b = self.lora_A.detach(), self.lora_B.detach()
+        a0, b0 = self.start_A.to(a), self.start_B.to(b)
+        return LowRankUpdate(torch.cat([b - b0, b0], 1), torch.cat([a, a - a0]), self.scaling)
 
     @torch.no_grad()
     def update_size(self) -> tuple[float, float]:

@@ -6,6 +6,7 @@ measuring the error, keeping or writing the result and undoing it are the same f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -92,7 +93,8 @@ class Merging(nn.Module):
         for name, value in stored.items():
             off = (value.double() - exact[name]).abs().max().item()
             size = max(exact[name].abs().max().item(), torch.finfo(torch.float64).tiny)
-            error, relative = max(error, off), max(relative, off / size)
+            error = max(error, off if math.isfinite(off) else math.inf)
+            relative = max(relative, off / size if math.isfinite(off) else math.inf)
         return stored, error, relative
 
     def merge(self) -> tuple[float, float]:

@@ -28,13 +28,14 @@ from tqdm import tqdm
 from lit_adapters.console import text_table
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.adapter_module import AdapterModule
+from lit_adapters.methods.biased import BiasedAdapter
 from lit_adapters.methods.channels import is_linear
 from lit_adapters.methods.lora import LoRAAdapter
 from lit_adapters.methods.matrix_layers import matrix_layer
 from lit_adapters.model.as_lora import install_lora
 from lit_adapters.model.meta import require_loaded
 from lit_adapters.model.modes import call, evaluating
-from lit_adapters.model.record import adapters
+from lit_adapters.model.record import adapters, inner
 from lit_adapters.model.sharding import refuse_sharded
 from lit_adapters.ops.statistics import regular_sample
 from lit_adapters.values import check_whole
@@ -121,6 +122,7 @@ def linearise(
             or the model is sharded, merged or on the meta device. The model is then as before.
     """
     check_whole("rank", rank)
+    model = inner(model)
     refuse_sharded(model, "linearising")
     require_loaded(model, "linearising")
     found = dict(adapters(model))
@@ -130,9 +132,11 @@ def linearise(
     for name, adapter in found.items():
         if adapter.merged:
             raise AdapterError(f"{name!r} is merged; call lit_adapters.unmerge(model) first")
-        if name not in functions and not (isinstance(adapter, LoRAAdapter) and not adapter.subtracts):
+        is_lora = isinstance(adapter, LoRAAdapter) and not adapter.subtracts and not isinstance(adapter, BiasedAdapter)
+        if name not in functions and not is_lora:
+            beside = " and bitfit" if isinstance(adapter, BiasedAdapter) else ""
             raise AdapterError(
-                f"{name!r} has {adapter.method}, to which no correction can be added; linearise takes NoRA and "
+                f"{name!r} has {adapter.method}{beside}, to which no correction can be added; linearise takes NoRA and "
                 "GroupAffine alone or with LoRA (start='zero')"
             )
     all_batches = list(batches)

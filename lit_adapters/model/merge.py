@@ -61,6 +61,12 @@ def _check(model: nn.Module, merging: dict[str, AdapterModule], unload: bool) ->
             holders.setdefault(id(parameter), []).append(name)
     for name, adapter in merging.items():
         adapter.check_mergeable()
+        broken = [key for key, tensor in adapter.adapter_tensors().items() if not tensor.isfinite().all()]
+        if broken:
+            raise AdapterError(
+                f"{broken[0]} of {name!r} holds values that are not finite, which merging would put into the weights: "
+                "load an earlier checkpoint, or lower the learning rate"
+            )
         for key in adapter.merges_into:
             parameter = adapter._parameters.get(key)
             if parameter is None:  # merging adds it
@@ -93,8 +99,9 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
 
     Raises:
         AdapterError: The model has no adapters or is merged already, an adapter is nonlinear at present (AFA-LoRA
-            before beta = 0), or a weight is on the meta device, sharded, tied to another layer, or, with unload=True,
-            shared with another model (marked `shared_with`) or unknown to the model's configuration. The
+            before beta = 0) or holds values that are not finite, or a weight is on the meta device, sharded, tied to
+            another layer, or, with unload=True, shared with another model (marked `shared_with`) or unknown to the
+            model's configuration. The
             model is then as before.
     """
     model = inner(model)

@@ -29,6 +29,7 @@ class _Progress:
         name: The name of its layer.
         schedule: Its schedule.
         reached: The last progress in [0, 1].
+        began_linear: Whether the adapters were linear when their training began, and were not moved since.
         told_elsewhere: Whether a trainer says how the annealing ended.
         warned: Whether saving has already warned.
     """
@@ -37,6 +38,7 @@ class _Progress:
     name: str
     schedule: Schedule
     reached: float = 0.0
+    began_linear: bool = False
     told_elsewhere: bool = False
     warned: bool = False
 
@@ -45,7 +47,7 @@ class _Progress:
         adapter = self.adapter()
         if adapter is not None and not adapter.beta.is_meta:  # type: ignore[operator, union-attr]
             return adapter.beta.item() > 0  # type: ignore[operator, no-any-return]
-        return self.schedule(self.reached) > 0
+        return not self.began_linear and self.schedule(self.reached) > 0
 
 
 _progress: weakref.WeakKeyDictionary[AdapterModule, _Progress] = weakref.WeakKeyDictionary()
@@ -61,7 +63,8 @@ def note_progress(adapters: Iterable[AdapterModule], progress: float | None = No
     """
     state = _of(adapters)
     if state is not None and not state.told_elsewhere:
-        state.reached = state.reached if progress is None else progress
+        if progress is not None:
+            state.reached, state.began_linear = progress, False
         _begun.add(state)
 
 
@@ -105,7 +108,9 @@ def _of(adapters: Iterable[AdapterModule]) -> _Progress | None:
     for adapter in adapters:
         if adapter.schedule is not None and adapter.schedule(1.0) == 0.0:
             if adapter not in _progress:
-                _progress[adapter] = _Progress(weakref.ref(adapter), adapter.qualified_name, adapter.schedule)
+                linear = not adapter.beta.is_meta and adapter.beta.item() == 0  # type: ignore[operator, union-attr]
+                found = _Progress(weakref.ref(adapter), adapter.qualified_name, adapter.schedule, began_linear=linear)
+                _progress[adapter] = found
             return _progress[adapter]
     return None
 

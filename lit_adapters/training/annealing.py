@@ -68,16 +68,16 @@ class Annealer:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, in plain values."""
         loss = self._averages[LOSS].state_dict()
-        state = {"betas": list(self._betas), "loss": loss["sum"], "means": loss["means"]}
+        state = {"betas": list(self._betas), "loss": loss["sum"], "batches": loss["count"], "means": loss["means"]}
         others = [{**w._asdict(), **a.state_dict()} for w, a in self._averages.items() if w != LOSS]
         return state | ({"monitors": others} if others else {})
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self._betas = list(state["betas"])
-        self._averages[LOSS].load(state["loss"], state["means"])
+        self._averages[LOSS].load(state["loss"], state.get("batches", 1), state["means"])
         for other in state.get("monitors", []):
             averages = self._averages[Watched(other["monitor"], other["mode"])] = _Averages()
-            averages.load(other["sum"], other["means"])
+            averages.load(other["sum"], other.get("count", 1), other["means"])
 
     def start(self, step: int, total_steps: float) -> None:
         """Set beta of every adapter to its value at `step`.
@@ -119,7 +119,7 @@ class Annealer:
         return max(self._betas, default=None)
 
     def observe(self, watched: Watched, value: float) -> None:
-        """Take the value of one batch; batches of the same optimiser step are added up.
+        """Take the value of one batch; of those of the same optimiser step the mean counts.
 
         Args:
             watched: One of `self.watched`.
@@ -161,37 +161,41 @@ class Annealer:
 class _Averages:
     """The sum of a value over the batches since the last step, and its running means over steps.
 
-    Steps without a value change nothing.
+    A step's value is the mean over its batches: the last step of an epoch may have fewer. Steps without a value change
+    nothing.
 
     Attributes:
-        sum: None if no value came since the last step.
+        sum: Of the values since the last step.
+        count: How many they are.
         means: For each window, in steps: the running mean over a fifth of the window, and over the window.
     """
 
     def __init__(self) -> None:
-        self.sum: float | None = None
+        self.sum, self.count = 0.0, 0
         self.means: dict[int, tuple[float, float]] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sum": self.sum or 0.0, "means": {str(window): list(means) for window, means in self.means.items()}}
+        means = {str(window): list(means) for window, means in self.means.items()}
+        return {"sum": self.sum, "count": self.count, "means": means}
 
-    def load(self, value: float, means: Mapping[str, Any]) -> None:
-        self.sum = value or None
+    def load(self, value: float, count: int, means: Mapping[str, Any]) -> None:
+        self.sum, self.count = value, count if value else 0
         self.means = {int(window): (fast, slow) for window, (fast, slow) in means.items()}
 
     def add(self, value: float) -> None:
-        self.sum = value + (self.sum or 0.0)
+        self.sum, self.count = self.sum + value, self.count + 1
 
     def update(self, windows: set[int]) -> None:
-        """Take the sum into the running means at the end of an optimiser step, and begin a new one."""
-        if self.sum is None:
+        """Take the mean into the running means at the end of an optimiser step, and begin a new sum."""
+        if not self.count:
             return
+        value = self.sum / self.count
         for window in windows:
-            fast, slow = self.means.get(window, (self.sum, self.sum))
-            fast += (self.sum - fast) * min(1.0, 5 / window)
-            slow += (self.sum - slow) / window
+            fast, slow = self.means.get(window, (value, value))
+            fast += (value - fast) * min(1.0, 5 / window)
+            slow += (value - slow) / window
             self.means[window] = fast, slow
-        self.sum = None
+        self.sum, self.count = 0.0, 0
 
     def rising(self, window: int) -> bool:
         fast, slow = self.means.get(window, (0.0, 0.0))
@@ -208,13 +212,19 @@ def is_annealing(value: Any) -> bool:
         return True
     if not is_named(value) or not is_number(value.get("loss")) or not _is_means(value.get("means")):
         return False
+    if not is_number(value.get("batches", 1)):
+        return False
     betas, monitors = value.get("betas"), value.get("monitors", [])
     return (
         isinstance(betas, list)
         and all(is_number(beta) and 0 <= beta <= 1 for beta in betas)
         and isinstance(monitors, list)
-        and all(is_named(m) and is_number(m.get("sum")) and _is_means(m.get("means")) for m in monitors)
+        and all(is_named(m) and _is_sum(m) and _is_means(m.get("means")) for m in monitors)
     )
+
+
+def _is_sum(value: Any) -> bool:
+    return is_number(value.get("sum")) and is_number(value.get("count", 1))
 
 
 def _is_means(value: Any) -> bool:

@@ -36,6 +36,24 @@ def test_merge_of_a_directory(run, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode == other.stat().st_mode
 
 
+def test_merge_says_what_a_cast_costs_and_casts_first_to_what_is_wider(run, tmp_path):
+    net = saved_net(tmp_path / "adapter", LORA)
+    command = "merge", tmp_path / "adapter", "--base", NET
+    printed = run(*command, "--out", tmp_path / "half", "--dtype", "bfloat16")
+    la.merge(net)
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    exact = net.state_dict()
+    error = max((half[k].double() - v.double()).abs().max().item() for k, v in exact.items() if v.is_floating_point())
+    assert f"cast to bfloat16: error {error:.1e} (" in printed
+    la.save_adapters(large := adapted_net(LORA), tmp_path / "large")
+    with torch.no_grad():
+        large.blocks[0].fc1.lora_B.mul_(1e7)
+    la.save_adapters(large, tmp_path / "large")
+    said = refuses("merge", tmp_path / "large", "--base", NET, "--out", tmp_path / "x", "--dtype", "float16")
+    assert "beyond torch.float16: give --dtype bfloat16 or float32" in said
+    assert not (tmp_path / "x").exists()
+
+
 def test_merge_of_a_checkpoint_builds_the_module_that_wrote_it(run, tmp_path):
     task, path = checkpoint(tmp_path, Task())
     printed = run("merge", path, "--out", tmp_path / "out")

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import lit_adapters as la
 from language.models import create_model, create_tokenizer
 from tests.files.peft_networks import CONFIG, IMAGES, KINDS, NETWORKS, TENSORS, Nested, close, fresh, head, run, trained
-from tests.matrix import changed_tensors, linear, move
+from tests.matrix import adapted, changed_tensors, linear, move
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
@@ -125,6 +125,14 @@ def test_exactly_these_layers_ranks_and_scalings(methods, tmp_path):
     again = Nested()
     la.import_peft(again, tmp_path)
     assert close(again(x), network(x))
+
+
+def test_a_compiled_model_is_exported_under_its_own_names(tmp_path):
+    model = adapted("llama", "lora")
+    la.export_peft(model, tmp_path / "plain")
+    la.export_peft(torch.compile(model), tmp_path / "compiled")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "compiled" / name).read_bytes()
 
 
 def test_a_module_that_peft_takes_for_the_trained_one_goes_along(tmp_path):

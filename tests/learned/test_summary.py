@@ -212,6 +212,31 @@ def test_diff_with_itself_and_with_an_untrained_one(run, tmp_path):
     assert (row["cosine"], row["norm change"]) == ("+0.000", "-100.0%")
 
 
+def test_diff_of_what_is_no_update_of_low_rank(run, tmp_path):
+    net = saved_net(tmp_path / "a", la.DoRA(rank=2, targets=["fc1"]))
+    with torch.no_grad():
+        net.blocks[0].fc1.magnitude.mul_(3)
+    la.save_adapters(net, tmp_path / "b")
+    printed = run("diff", tmp_path / "a", tmp_path / "b")
+    assert "not in the table, blocks.0.fc1 differs in magnitude by 66.7% of its norm" in printed
+    assert "blocks.1.fc1 differs" not in printed
+
+
+def test_diff_of_updates_with_a_start_of_their_own(run, tmp_path):
+    """What B A has in common from the start is no similarity of what was learned."""
+    method = la.LoRAN(rank=2, function="identity", start_size=1.0, targets=["fc1"])
+    net = Net()
+    la.attach(net, method)
+    for folder, sign in (("a", 1), ("b", -1)):
+        with torch.no_grad():
+            layer = net.blocks[0].fc1
+            layer.lora_B.copy_(layer.start_B + sign * 0.01)
+        la.save_adapters(net, tmp_path / folder)
+    assert float(rows(run("diff", tmp_path / "a", tmp_path / "b"))["blocks.0.fc1"]["cosine"]) == -1.0
+    update, whole = layer.low_rank_update(), layer.delta_weight(torch.float64)
+    torch.testing.assert_close(update.scale * update.b.double() @ update.a.double(), whole, rtol=1e-4, atol=1e-7)
+
+
 def test_diff_lists_what_it_does_not_compare(run, tmp_path):
     saved_net(tmp_path / "a", la.LoRA(rank=2, targets=["fc1"]))
     saved_net(tmp_path / "b", la.LoRA(rank=2, targets=["fc2"]))

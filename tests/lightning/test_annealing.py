@@ -226,6 +226,15 @@ def test_a_best_checkpoint_from_before_the_end_is_named(tmp_path):
         fit(tmp_path, Worse(afa(Linear(end=0.9))), la.AdapterCallback(), saver, max_epochs=2)
 
 
+def test_another_tensor_called_beta_is_no_annealing(tmp_path, recwarn):
+    task = Task(afa(Linear(end=0.5)))
+    task.register_module("norm", torch.nn.Module())
+    task.norm.register_buffer("beta", torch.ones(4))
+    saver = ModelCheckpoint(tmp_path / "best", monitor="train/loss")
+    fit(tmp_path, task, la.AdapterCallback(), saver, max_epochs=2)
+    assert not any("still nonlinear" in str(w.message) for w in recwarn)
+
+
 def test_holding_ends_unmergeable_and_says_so(tmp_path):
     task = Task(afa(Hold(0.5)))
     with pytest.warns(UserWarning, match="still nonlinear"):

@@ -111,6 +111,18 @@ def test_functions_and_statistics_follow_the_parameters():
     assert statistics["drift"] > 0.5
 
 
+def test_an_activation_with_a_weight_of_its_own():
+    model = nn.Sequential(nn.Linear(4, 8), nn.PReLU())
+    la.attach(model, la.GroupAffine(groups=2))
+    adapter = model[1]
+    with torch.no_grad():
+        adapter.output_shift[1] = 0.5
+    grid, initial, current = adapter.functions()
+    torch.testing.assert_close(initial, torch.where(grid < 0, 0.25 * grid, grid))
+    torch.testing.assert_close(current[1], initial + 0.5)
+    assert adapter.statistics()["sup_drift"] == pytest.approx(0.5)
+
+
 def test_calibration_measures_the_inputs_and_keeps_the_function():
     net = network()
     la.attach(net, la.GroupAffine(groups=4))

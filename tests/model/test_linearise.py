@@ -123,6 +123,7 @@ def test_what_is_refused_leaves_the_model_as_it_was():
     cases = [
         (adapted("llama", "lora"), "has no learned activations"),
         (adapted("llama", "nora++-dora"), "has dora, to which no correction can be added"),
+        (with_biases(), "has lora and bitfit, to which no correction can be added"),
     ]
     for model, message in cases:
         with pytest.raises(la.AdapterError, match=message):
@@ -147,6 +148,19 @@ def test_what_is_refused_leaves_the_model_as_it_was():
     with pytest.raises(la.AdapterError, match=r"rank 31, beside the 2 of its LoRA, exceeds the size of .*down_proj"):
         la.linearise(beside, data, rank=31, run=lambda x: beside(x, use_cache=False))
     assert {a.method for _, a in la.adapters(beside)} == {"nora", "lora"}
+
+
+def with_biases():
+    model = build("llama")
+    la.attach(model, [la.NoRA(groups=4), la.LoRA(rank=2), la.BitFit(add_missing=True)])
+    return model
+
+
+def test_a_compiled_model_is_linearised_as_the_model_inside():
+    model = adapted("llama", "nora").eval()
+    data = list(batches("llama", 2))
+    la.linearise(torch.compile(model), data, rank=2, run=lambda x: model(x, use_cache=False))
+    assert {a.method for _, a in la.adapters(model)} == {"lora"}
 
 
 def hooks(model):

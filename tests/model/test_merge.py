@@ -91,6 +91,18 @@ def test_merging_survives_a_copy_and_a_cast():
     assert torch.equal(model[0].weight, weight.bfloat16())
 
 
+@pytest.mark.parametrize("unload", [True, False])
+def test_values_that_are_not_finite_are_refused_and_nothing_is_merged(unload):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    la.attach(model, la.LoRA(rank=2))
+    with torch.no_grad():
+        model[1].lora_B.fill_(float("nan"))
+    before = [model[i].base.weight.clone() for i in (0, 1)]
+    with pytest.raises(la.AdapterError, match="lora_B of '1' holds values that are not finite"):
+        la.merge(model, unload=unload)
+    assert all(torch.equal(model[i].base.weight, before[i]) for i in (0, 1))
+
+
 def test_a_tied_weight_is_refused_and_nothing_is_merged():
     model = nn.ModuleDict({"embed": nn.Embedding(8, 6), "fc": nn.Linear(6, 6), "out": nn.Linear(6, 8, bias=False)})
     model["out"].weight = model["embed"].weight

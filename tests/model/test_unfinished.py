@@ -52,6 +52,19 @@ def test_the_process_end_tells_of_a_training_that_stopped_early(kept, steps, mov
 
 
 @pytest.mark.parametrize("kept", [True, False])
+def test_it_is_silent_where_what_is_linear_trains_on(tmp_path, kept):
+    la.save_adapters(trained(7, 8), tmp_path)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    la.load_adapters(model, tmp_path)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(X).square().sum().backward()
+    optimizer.step()
+    if not kept:
+        del model, optimizer
+    assert at_exit() == []
+
+
+@pytest.mark.parametrize("kept", [True, False])
 def test_it_is_silent_after_the_end_of_annealing(kept):
     model = trained(7, 8)
     if not kept:

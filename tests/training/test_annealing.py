@@ -53,7 +53,22 @@ def test_without_schedules_there_is_nothing_to_know():
     annealer = Annealer(Net())
     annealer.start(0, float("inf"))
     assert annealer.beta is None
-    assert annealer.state_dict() == {"betas": [], "loss": 0.0, "means": {}}
+    assert annealer.state_dict() == {"betas": [], "loss": 0.0, "batches": 0, "means": {}}
+
+
+def test_a_step_of_fewer_batches_counts_as_any_other():
+    """The last step of an epoch may accumulate fewer; a loss that stays then is no loss that falls."""
+    nets = adapted(Adaptive(duration=0.5, window=5)), adapted(Adaptive(duration=0.5, window=5))
+    even, uneven = (Annealer(net) for net in nets)
+    for annealer, sizes in ((even, [4, 4, 4]), (uneven, [4, 4, 1])):
+        annealer.start(0, 30)
+        for step in range(1, 31):
+            for _ in range(sizes[step % 3]):
+                annealer.observe(LOSS, 2.0)
+            annealer.advance(step)
+            if step == 10:
+                assert annealer.beta == pytest.approx(1 - 10 / 15)
+    assert betas(nets[0]) == betas(nets[1])
 
 
 @pytest.mark.parametrize("total", [float("inf"), -1])
@@ -103,7 +118,7 @@ def test_a_resumed_annealer_goes_on_bit_for_bit():
     annealer.start(0, 20)
     run(annealer, range(9), values)
     state = annealer.state_dict()
-    assert state.keys() == {"betas", "loss", "means", "monitors"}
+    assert state.keys() == {"betas", "loss", "batches", "means", "monitors"}
     run(annealer, range(9, 13), values)
     resumed, again = fresh(state)
     again.start(9, 20)
@@ -123,12 +138,12 @@ def test_a_state_of_version_0_1_is_taken_up():
     assert betas(net) == [0.625]  # still rising, by means of then
 
 
-def test_batches_of_one_step_are_added_up():
+def test_of_the_batches_of_one_step_the_mean_counts():
     net = adapted(Adaptive(**ADAPTIVE))
     annealer = Annealer(net)
     annealer.start(0, 20)
     annealer.observe(LOSS, 1.0)
     annealer.observe(LOSS, 2.0)
-    assert annealer.state_dict()["loss"] == 3.0
+    assert (annealer.state_dict()["loss"], annealer.state_dict()["batches"]) == (3.0, 2)
     annealer.advance(1)
-    assert annealer.state_dict() == {"betas": [0.9], "loss": 0.0, "means": {"5": [3.0, 3.0]}}
+    assert annealer.state_dict() == {"betas": [0.9], "loss": 0.0, "batches": 0, "means": {"5": [1.5, 1.5]}}
