@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lit_adapters.errors import AdapterError
 from lit_adapters.model.modes import evaluating
+from lit_adapters.model.sharding import is_sharded
 from lit_adapters.ops.statistics import effective_rank
 from vision.module import ViTClassifier
 
@@ -48,6 +49,8 @@ class FeatureChange(Callback):
         """Check the module, and forget the images of an earlier evaluation."""
         if not hasattr(getattr(pl_module, "model", None), "forward_head") or not isinstance(pl_module, ViTClassifier):
             raise AdapterError("FeatureChange needs a timm backbone: use it with vision.module.ViTClassifier")
+        if is_sharded(pl_module):
+            raise AdapterError("FeatureChange needs whole weights, and these are sharded: leave it out, or use ddp")
         self._inputs = []
 
     def on_validation_batch_end(
@@ -71,7 +74,8 @@ class FeatureChange(Callback):
         assert isinstance(pl_module, ViTClassifier)
         model = pl_module.model
         assert isinstance(model, nn.Module)
-        pretrained = pl_module.create_pretrained().to(self._inputs[0].device)
+        pretrained = trainer.precision_plugin.convert_module(pl_module.create_pretrained())
+        pretrained.to(self._inputs[0].device)
         with trainer.precision_plugin.forward_context():
             after, before = _features(model, self._inputs), _features(pretrained, self._inputs)
         self._inputs = []

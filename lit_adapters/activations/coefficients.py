@@ -33,7 +33,7 @@ def normal_density(x: Tensor, std: float) -> Tensor:
 def set_base(base: Pair, fit: RationalFit) -> None:
     """Write the coefficients of `fit` to `base`, the tensors (m+1,) and (n,)."""
     for tensor, values in zip(base, (fit.numerator, fit.denominator), strict=True):
-        tensor.copy_(torch.tensor(values, device="cpu"))
+        tensor.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
 
 
 @torch.no_grad()

@@ -100,8 +100,9 @@ def fit_rational(
         dense_y = _values(function, dense)
         top = y.abs().max().item() or 1.0
         for solution in _solutions(x / s, y / top, _weights(density), (m, n), denominator):
-            numerator = tuple((solution.a * top / s ** torch.arange(m + 1)).tolist())
-            coefficients = tuple((solution.b / s ** torch.arange(1, n + 1)).tolist())
+            powers = s ** torch.arange(max(m, n) + 1, dtype=torch.float64)
+            numerator = tuple((solution.a * top / powers[: m + 1]).tolist())
+            coefficients = tuple((solution.b / powers[1 : n + 1]).tolist())
             fit = RationalFit(numerator, coefficients, denominator, (low, high), math.nan)
             errors = (fit(dense) - dense_y).abs()
             fit = replace(fit, max_error=errors.max().item())

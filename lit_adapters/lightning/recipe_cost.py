@@ -64,7 +64,7 @@ class Recipe:
     def cost(self, foreach: bool = False) -> StepCost:
         """What a step takes; `foreach` as for `step_cost`."""
         with _quiet():
-            return step_cost(self.example, self.optimizer, self.autocast, self.weights, foreach)
+            return step_cost(self.example, self.optimizer, self.autocast, self.weights, foreach, self.accumulated > 1)
 
 
 def read_recipe(file: Path, settings: Sequence[str] = (), program: str | None = None) -> Recipe:

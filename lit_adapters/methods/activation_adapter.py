@@ -96,7 +96,7 @@ class ActivationAdapter(AdapterModule):
         grid = torch.linspace(*grid_range, _GRID, dtype=torch.float64, device="cpu")
         if counts is None:
             counts = normal_density(grid, ASSUMED_STD)
-        self.grid_range.copy_(torch.tensor(grid_range, device="cpu"))
+        self.grid_range.copy_(torch.tensor(grid_range, dtype=torch.float64, device="cpu"))
         self.density.copy_(counts / counts.sum())
 
     def measured(self, values: Tensor) -> tuple[Tensor, tuple[float, float], Tensor]:

@@ -179,8 +179,13 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
 
     def call_base_with(self, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the base returns with other values of some of its own parameters, by local name."""
-        if not torch.jit.is_tracing():
+        if torch.compiler.is_compiling():
             return functional_call(self.base, dict(parameters), args, kwargs)
+        if not torch.jit.is_tracing():
+            # A copy with a table of its own: functional_call changes that of the base, which other threads read.
+            own = copy.copy(self.base)
+            own.__dict__["_parameters"] = {**self.base._parameters, **parameters}
+            return own(*args, **kwargs)
         # PyTorch refuses functional_call while it traces. An attribute of an instance hides a parameter of its name.
         attributes = self.base.__dict__
         attributes.update(parameters)

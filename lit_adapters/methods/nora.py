@@ -220,7 +220,7 @@ class NoRAActivation(ActivationAdapter):
         config = self.config
         fit = fit_for(self.base_copy(), interval, config.degrees, config.denominator, density=fit_density)
         with torch.no_grad():
-            self.fit_range.copy_(torch.tensor(interval, device="cpu"))
+            self.fit_range.copy_(torch.tensor(interval, dtype=torch.float64, device="cpu"))
         self.set_density(grid_range, density)
         set_base((self.base_numerator, self.base_denominator), fit)
         if config.scaling == "density":

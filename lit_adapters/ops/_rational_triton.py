@@ -10,6 +10,8 @@ each program writes its own sums, which are then added in float64 in a fixed ord
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -195,7 +197,8 @@ def forward(x: Tensor, y: Tensor, coefficients: Coefficients, base: Coefficients
     """Write R(x), or R(x) - R_base(x) if a base is given, to `y`; both are (outer, G, K) and contiguous."""
     programs, arguments, options = _launch(x, coefficients, base, form)
     if x.numel():
-        _forward_kernel[(programs, x.shape[1])](x, y, *arguments, **options)
+        with _on_device(x):
+            _forward_kernel[(programs, x.shape[1])](x, y, *arguments, **options)
 
 
 def backward(
@@ -216,7 +219,13 @@ def backward(
     width = coefficients[0].shape[1] + coefficients[1].shape[1]
     sums = torch.zeros(programs, x.shape[1], width, dtype=torch.float64, device=x.device)
     if x.numel():
-        _backward_kernel[(programs, x.shape[1])](
-            grad, x, grad_x, sums, *arguments, COEFFICIENTS=need_coefficients, **options
-        )
+        with _on_device(x):
+            _backward_kernel[(programs, x.shape[1])](
+                grad, x, grad_x, sums, *arguments, COEFFICIENTS=need_coefficients, **options
+            )
     return sums.sum(0)
+
+
+def _on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which may be another than that of the tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -51,7 +51,7 @@ def place(cost: StepCost, devices: int, strategy: Strategy, batches: int = 1) ->
     With FSDP2 each holds its share of parameters, gradients and states, two blocks at a time as a whole, and what is in
     no block. It holds the gradients of a block twice as a whole: as computed, and in the buffer that is sent. For what
     is in no block the second copy comes last and takes the place of activations. Parameters are gathered in the forward
-    pass and again in the backward pass of each batch.
+    pass and again in the backward pass of each batch, after which its gradients are sent.
 
     Args:
         cost: The step of one device.
@@ -73,4 +73,4 @@ def place(cost: StepCost, devices: int, strategy: Strategy, batches: int = 1) ->
     # The gradients of what is in no block are sent last, when activations are gone.
     passing = sum(parts.get(part, 0.0) for part in (ACTIVATIONS, LOGITS, TEMPORARY))
     parts[SENT] = 2.0 * cost.trained_block + cost.trained_rest + max(0.0, cost.trained_rest - passing)
-    return Placement(parts, around * (2 * whole * batches + trained))
+    return Placement(parts, around * batches * (2 * whole + trained))

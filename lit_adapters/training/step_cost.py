@@ -114,6 +114,7 @@ def step_cost(
     autocast: torch.dtype | None = None,
     weights: torch.dtype | None = None,
     foreach: bool = False,
+    accumulates: bool = False,
 ) -> StepCost:
     """Trace two training steps and measure the second, which also holds what the first leaves: optimiser states, say.
 
@@ -123,6 +124,8 @@ def step_cost(
         autocast: In which dtype autocast computes products; None without it.
         weights: The model is cast to this dtype first, as by the Trainer's `bf16-true`.
         foreach: Whether the optimiser takes all parameters at once where it may choose, as torch's do on GPUs.
+        accumulates: Whether a step has several batches. All but the first find the gradients of those before, beside
+            what they compute themselves; a second batch is traced for its memory.
 
     Returns:
         What the second step takes. Attention is the CPU's fused kernel, which keeps queries, keys, values and outputs,
@@ -149,7 +152,7 @@ def step_cost(
         with recorder:
             for _ in range(2):
                 recorder.begin()
-                _step(model, example, stepping, autocast, recorder)
+                _step(model, example, stepping, autocast, recorder, accumulates)
     parts = dict(recorder.at_peak)
     if example.packed:
         saved, largest = _packed(model)
@@ -229,8 +232,22 @@ def _packed(model: nn.Module) -> tuple[int, int]:
     return sum(size - int(count * _PACKED_BYTES) for size, count in sizes), max((size for size, _ in sizes), default=0)
 
 
-def _step(model: nn.Module, example: Example, optimizer: Optimizer, autocast: Any, recorder: _Recorder) -> None:
+def _step(
+    model: nn.Module, example: Example, optimizer: Optimizer, autocast: Any, recorder: _Recorder, accumulates: bool
+) -> None:
     """Forward, backward and optimiser in the order of Lightning, where gradients live until the next backward pass."""
+    _batch(model, example, optimizer, autocast, recorder)
+    if accumulates:
+        counted = len(recorder.operations)
+        _batch(model, example, None, autocast, recorder)
+        del recorder.operations[counted:]
+    recorder.phase = OPTIMIZER
+    optimizer.step()
+    recorder.rename_rest(ACTIVATIONS, KEPT)
+
+
+def _batch(model: nn.Module, example: Example, zeroed: Optimizer | None, autocast: Any, recorder: _Recorder) -> None:
+    """Forward and backward; between them the gradients of `zeroed` are forgotten."""
     recorder.phase = ACTIVATIONS
     token = _tracing.set(recorder)
     try:
@@ -239,15 +256,13 @@ def _step(model: nn.Module, example: Example, optimizer: Optimizer, autocast: An
     finally:
         _tracing.reset(token)
     recorder.phase = TEMPORARY
-    optimizer.zero_grad()
+    if zeroed is not None:
+        zeroed.zero_grad()
     loss.backward()
     del loss
     for parameter in model.parameters():
         if parameter.grad is not None:
             recorder.rename(parameter.grad, GRADIENTS)
-    recorder.phase = OPTIMIZER
-    optimizer.step()
-    recorder.rename_rest(ACTIVATIONS, KEPT)
 
 
 aten = torch.ops.aten

@@ -172,6 +172,25 @@ def test_the_papers_count_on_vit_tiny():
     assert 100 * report.trainable / report.total == pytest.approx(0.37, abs=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fit_keeps_its_precision_while_a_model_is_built_in_half(dtype):
+    """As Lightning builds it for bf16-true: half is the dtype of new tensors then."""
+
+    def built():
+        model = nn.Sequential(nn.Linear(4, 8), nn.GELU())
+        la.attach(model, la.NoRA(groups=2, fit_range=(-7.3, 7.3)))
+        return dict(model[1].named_buffers(recurse=False))
+
+    expected = built()
+    torch.set_default_dtype(dtype)
+    try:
+        found = built()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("base_numerator", "base_denominator", "fit_range", "numerator_scale", "denominator_scale"):
+        assert torch.equal(found[name], expected[name]), name
+
+
 def test_initialisation():
     adapter = adapted_activation(0.0, groups=8, rank=3)
     for name, parameter in adapter.adapter_parameters().items():

@@ -262,7 +262,7 @@ def test_several_devices():
     assert sharded.parts[SENT] == 2 * cost.trained_block == trained
     assert sharded.sent == 3 / 4 * (2 * (cost.parts[WEIGHTS] + trained) + trained)
     assert place(cost, 4, "ddp", 3).sent == ddp.sent  # once a step
-    assert place(cost, 4, "fsdp", 3).sent == 3 / 4 * (3 * 2 * (cost.parts[WEIGHTS] + trained) + trained)
+    assert place(cost, 4, "fsdp", 3).sent == 3 * sharded.sent  # nothing holds back the gradients of a batch
     assert ddp.seconds_between(DEVICES["h100"]) == ddp.sent / 450e9
 
 

@@ -61,7 +61,8 @@ def test_the_backbone_before_the_training_is_that_of_the_module():
     assert torch.equal(before.eval()(x), module.model.eval()(x))
 
 
-def test_it_is_logged_by_validations_and_tests(tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_it_is_logged_by_validations_and_tests(tmp_path, monkeypatch, precision):
     from vision.__main__ import main
 
     monkeypatch.chdir(tmp_path)
@@ -80,6 +81,7 @@ def test_it_is_logged_by_validations_and_tests(tmp_path, monkeypatch):
             "--optimizer=torch.optim.SGD",
             "--optimizer.lr=0.01",
             "--trainer.max_epochs=1",
+            f"--trainer.precision={precision}",
             "--trainer.accelerator=cpu",
             "--trainer.logger=false",
             "--trainer.enable_checkpointing=false",
