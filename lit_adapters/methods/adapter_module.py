@@ -179,9 +179,11 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
 
     def call_base_with(self, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the base returns with other values of some of its own parameters, by local name."""
-        if torch.compiler.is_compiling():
+        tracing = torch.jit.is_tracing()
+        # A forward of the instance, such as accelerate's, reads the base itself, whatever it is called on.
+        if not tracing and (torch.compiler.is_compiling() or "forward" in self.base.__dict__):
             return functional_call(self.base, dict(parameters), args, kwargs)
-        if not torch.jit.is_tracing():
+        if not tracing:
             # A copy with a table of its own: functional_call changes that of the base, which other threads read.
             own = copy.copy(self.base)
             own.__dict__["_parameters"] = {**self.base._parameters, **parameters}
