@@ -257,13 +257,22 @@ def says_unlearned(values: dict[str, Any], columns: set[str]) -> bool:
 
     def says(names: Iterable[str], word: bool) -> bool:
         own = [values[name] for name in names if name in values and name not in columns]
-        text = (str(word).lower(), str(int(word)))
-        return any(
-            value.strip().lower() in text if isinstance(value, str) else value is word or _is_number(value, int(word))
-            for value in own
-        )
+        return any(value is word or _is_number(value, int(word)) for value in map(_told, own))
 
     return says(LEARN, False) or says(MASK, True)
+
+
+def _told(value: Any) -> Any:
+    """A number or a truth value that is written as text, as all values of csv are; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return float(text)
+    except ValueError:
+        return value
 
 
 def weighs(values: dict[str, Any], columns: set[str]) -> str | None:
@@ -274,7 +283,7 @@ def weighs(values: dict[str, Any], columns: set[str]) -> str | None:
         columns: As in `says_unlearned`.
     """
     for name in (*LEARN, *MASK):
-        value = values.get(name)
+        value = _told(values.get(name))
         is_weight = isinstance(value, (int, float)) and not isinstance(value, bool) and value not in (0, 1)
         if is_weight and name not in columns:
             return name

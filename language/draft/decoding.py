@@ -114,7 +114,7 @@ def continued(
             stack.enter_context(plain_settings(draft))
             stack.enter_context(_proposing(draft, settings.draft_tokens))
             stack.enter_context(_common_vocabulary(target, draft))
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(torch.random.fork_rng([target.device] if target.device.type == "cuda" else []))
         torch.manual_seed(settings.seed if seed is None else seed)
         start = time.perf_counter()
         try:

@@ -32,6 +32,8 @@ from lit_adapters.files.peft_lora import CONFIG
 from lit_adapters.files.saved import read_saved
 from lit_adapters.learned import comparison, summary
 from lit_adapters.methods import AdapterModule, Method
+from lit_adapters.methods.matrix_layers import is_quantised
+from lit_adapters.methods.quantised import foreign_quantisation
 from lit_adapters.model.merge import cast_weights, forget_quantisation, merge
 
 _WEIGHTS = "model.safetensors"
@@ -81,7 +83,8 @@ def merge_command(args: argparse.Namespace) -> None:
     _check(args.path, lambda name, adapter: adapter.check_linear())
     model, tokenizer = _adapted(args)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    if dtype is not None and all(torch.promote_types(p.dtype, dtype) == dtype for p in _floating(model)):
+    packed = any(is_quantised(module) or foreign_quantisation(module) for module in model.modules())
+    if dtype is not None and not packed and all(torch.promote_types(p.dtype, dtype) == dtype for p in _floating(model)):
         cast_weights(model, dtype)  # the sum of weight and update then is as exact as what is asked for
     merged = merge(model)
     end = meaning_of(model).get("end_token_ids")
@@ -146,7 +149,9 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> str:
             raise AdapterError(
                 f"{name} has a value of size {largest:.3g}, beyond {dtype}: give --dtype bfloat16 or float32"
             )
-        off, size = (parameter.double() - stored.double()).abs().max().item(), parameter.abs().max().item()
+        pairs = zip(parameter.flatten().split(1 << 24), stored.flatten().split(1 << 24), strict=True)
+        off = max(((a.double() - b.double()).abs().max().item() for a, b in pairs), default=0.0)
+        size = parameter.abs().max().item() if parameter.numel() else 0.0
         error, relative = max(error, off), max(relative, off / size if size else 0.0)
     cast_weights(model, dtype)
     name = str(dtype).removeprefix("torch.")

@@ -233,7 +233,7 @@ def import_peft(model: nn.Module, directory: str | Path) -> AdapterReport:
             missing, unexpected, not finite or of another shape, or tied weights have two values. The model is then as
             before.
     """
-    directory = Path(directory)
+    model, directory = inner(model), Path(directory)
     config, tensors = read_lora(directory)
     if any(p.is_meta for p in model.parameters()):
         raise AdapterError(f"{type(model).__name__} is on the meta device: load its weights before importing")

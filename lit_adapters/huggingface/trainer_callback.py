@@ -20,7 +20,7 @@ from lit_adapters.huggingface.checkpoints import AdapterWriter, folder_of, load_
 from lit_adapters.huggingface.reporting import boards, report
 from lit_adapters.huggingface.weight_decay import DecayFilter
 from lit_adapters.model.record import adapters, attached
-from lit_adapters.optimizers.pair_optimizer import check_clipping
+from lit_adapters.optimizers.pair_optimizer import PairOptimizer, check_clipping
 from lit_adapters.schedules import monitor_mode
 from lit_adapters.training.annealing import Annealer
 from lit_adapters.training.calibration import awaits_calibration, calibrate_together
@@ -301,7 +301,9 @@ class AdapterTrainerCallback(TrainerCallback):
         if getattr(self._trainer.accelerator, "scaler", None) is None:
             broken = nonfinite_gradient(self._model)
             if broken is not None:
-                clip = "" if args.max_grad_norm else ", or clip gradients (max_grad_norm)"
+                own = isinstance(self._optimizer, PairOptimizer) and self._optimizer.moves_product
+                setting = "clip of the optimiser" if own else "max_grad_norm"
+                clip = "" if args.max_grad_norm else f", or clip gradients ({setting})"
                 raise NotFiniteError(
                     f"gradients are not finite at step {state.global_step + 1} ({broken!r} first); lower the rate{clip}"
                 )

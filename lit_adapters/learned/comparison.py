@@ -91,15 +91,19 @@ def compare(first: SavedAdapters, second: SavedAdapters) -> Comparison:
     )
 
 
+# What adapters have learned beside an update of low rank; vectors of VeRA and LoRA2 are parts of theirs.
+_BESIDE = ("magnitude", "delta_bias", "beta", "frequency")
+
+
 def _beside(x: AdapterModule | None, y: AdapterModule | None) -> str:
     """What two updates of low rank do not show of their adapters, in words; empty if it is alike."""
     if x is None or y is None or x.low_rank_update() is None or y.low_rank_update() is None:
         return ""
     first, second = x.adapter_tensors(), y.adapter_tensors()
     found = []
-    for key in sorted(first.keys() & second.keys()):
+    for key in (key for key in _BESIDE if key in first and key in second):
         a, b = first[key].detach().double(), second[key].detach().double()
-        if a.dim() > 1 or a.shape != b.shape or torch.equal(a, b):  # matrices are the factors themselves
+        if a.shape != b.shape or torch.equal(a, b):
             continue
         if a.numel() == 1:
             found.append(f"{key} {a.item():.3g} and {b.item():.3g}")

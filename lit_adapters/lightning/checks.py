@@ -124,7 +124,8 @@ class Finiteness(Callback):
         if broken is not None:  # in all processes: gradients are reduced by now
             raise NotFiniteError(
                 f"the gradient of {broken!r} is not finite at step {trainer.global_step}, though the loss was. Lower "
-                "the learning rate or clip gradients; checkpoints were written before this step"
+                "the learning rate, or clip gradients (LoRARITE and LoFT: with their own clip); checkpoints were "
+                "written before this step"
             )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

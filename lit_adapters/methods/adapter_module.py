@@ -179,17 +179,21 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
 
     def call_base_with(self, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the base returns with other values of some of its own parameters, by local name."""
-        tracing = torch.jit.is_tracing()
-        # A forward of the instance, such as accelerate's, reads the base itself, whatever it is called on.
-        if not tracing and (torch.compiler.is_compiling() or "forward" in self.base.__dict__):
-            return functional_call(self.base, dict(parameters), args, kwargs)
-        if not tracing:
-            # A copy with a table of its own: functional_call changes that of the base, which other threads read.
-            own = copy.copy(self.base)
-            own.__dict__["_parameters"] = {**self.base._parameters, **parameters}
-            return own(*args, **kwargs)
-        # PyTorch refuses functional_call while it traces. An attribute of an instance hides a parameter of its name.
         attributes = self.base.__dict__
+        if not torch.jit.is_tracing():
+            # A forward of the instance (accelerate's, say) or a compiled one is bound to the base and reads its table.
+            bound = "forward" in attributes or attributes.get("_compiled_call_impl") is not None
+            if bound or torch.compiler.is_compiling():
+                return functional_call(self.base, dict(parameters), args, kwargs)
+            # A twin with a table of its own: functional_call changes that of the base, which other threads read.
+            twin = object.__new__(type(self.base))
+            twin.__dict__.update(attributes, _parameters={**self.base._parameters, **parameters})
+            result = twin(*args, **kwargs)
+            for name, value in twin.__dict__.items():
+                if name != "_parameters" and attributes.get(name) is not value:
+                    attributes[name] = value  # what the forward has noted on itself
+            return result
+        # PyTorch refuses functional_call while it traces. An attribute of an instance hides a parameter of its name.
         attributes.update(parameters)
         try:
             return self.base(*args, **kwargs)

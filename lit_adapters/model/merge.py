@@ -61,7 +61,9 @@ def _check(model: nn.Module, merging: dict[str, AdapterModule], unload: bool) ->
             holders.setdefault(id(parameter), []).append(name)
     for name, adapter in merging.items():
         adapter.check_mergeable()
-        broken = [key for key, tensor in adapter.adapter_tensors().items() if not tensor.isfinite().all()]
+        parts = adapter.parts.values() if isinstance(adapter, Together) else [adapter]
+        tensors = [item for part in parts for item in part.adapter_tensors().items()]
+        broken = [key for key, tensor in tensors if not tensor.isfinite().all()]
         if broken:
             raise AdapterError(
                 f"{broken[0]} of {name!r} holds values that are not finite, which merging would put into the weights: "
@@ -101,8 +103,7 @@ def merge(model: nn.Module, unload: bool = True) -> MergeReport:
         AdapterError: The model has no adapters or is merged already, an adapter is nonlinear at present (AFA-LoRA
             before beta = 0) or holds values that are not finite, or a weight is on the meta device, sharded, tied to
             another layer, or, with unload=True, shared with another model (marked `shared_with`) or unknown to the
-            model's configuration. The
-            model is then as before.
+            model's configuration. The model is then as before.
     """
     model = inner(model)
     state = attachment(model, several=True)

@@ -11,9 +11,11 @@ Each factor X with gradient g is preconditioned in an orthonormal basis of its p
     X = X - lr (M R^+T + weight_decay X)
 
 d_k = b_k (1 - b_k^(t-1)) / (1 - b_k^t) is the decay of a mean without bias. rho is what V has lost by changes of the
-basis, if `escape` is on, and 0 otherwise. What is only rounding in V and R counts as 0 (`_FLOOR`, `_CUTOFF`): where a
-gradient has a lower rank than r, directions of rounding would be scaled up to the size of the others, and A and B with
-them. Both factors move at once. The factor s on B A only rescales the rate.
+basis, if `escape` is on, and 0 otherwise. Both factors move at once. The factor s on B A only rescales the rate.
+
+Where a gradient has a lower rank than r, the other directions of V are rounding. They would be scaled up to the size of
+true ones, and A and B with them. So eigenvalues of V are raised to `_FLOOR` of the largest, which in float32 damps
+directions of h below 1e-3 of the largest. Directions of Y below `_CUTOFF` of the largest (1e-4) are left out of R^+.
 
 Replacing A by T^-1 A and B by B T, for any invertible T, leaves every later product B A unchanged.
 
@@ -31,8 +33,7 @@ from torch import Tensor
 from lit_adapters.optimizers.sides import Batch, ProductOptimizer
 from lit_adapters.values import check_flag
 
-# Eigenvalues of V below the first, and singular values of R below the second, in units of the rounding and of the
-# largest one, are taken for rounding: V holds squares of a float's relative rounding, summed over rows.
+# In units of the dtype's rounding: about the error of eigenvalues, and what R keeps of them after a step.
 _FLOOR, _CUTOFF = 8.0, 1e3
 
 

@@ -92,6 +92,6 @@ def check_clipping(clip: float | None, setting: str, optimizers: Iterable[Any]) 
     own = [type(o).__name__ for o in optimizers if isinstance(o, PairOptimizer) and o.moves_product]
     if clip and own:
         raise AdapterError(
-            f"{setting}={clip!r} would clip the gradients of A and B by themselves, which {own[0]} must not see: set "
-            f"it to 0, and clip in the arguments of {own[0]}"
+            f"{setting}={clip!r} would clip the gradients of A and B before {own[0]} reads them, and its steps would "
+            f"depend on how B A is factored: set {setting} to 0, and clip in the arguments of {own[0]}"
         )

@@ -133,9 +133,12 @@ class Plan:
         scaled = self._base(arm).get("lr_scale")
         for name, scale in scaled.items() if groups and isinstance(scaled, Mapping) else ():
             if name not in groups and (name in ("head", "base") or not name.isidentifier()):
+                fix = f"add {name} and its rate"
+                if "." in name:  # a key of the recipe, where rates name it
+                    fix = "state optimizer.init_args.lr in place of groups, or take the name out of the recipe"
                 raise AdapterError(
                     f"{self.study.path}: the rates of the arm {key!r} leave out {name!r}, whose rate is {scale} times "
-                    f"lr in its recipe (lr_scale): add {name} and its rate"
+                    f"lr in its recipe (lr_scale): {fix}"
                 )
 
     def chosen(self, results: Results, key: str) -> Chosen:

@@ -74,7 +74,7 @@ def _named_first(records: Sequence[Record]) -> tuple[list[str], set[frozenset[st
     An arm that some of the runs of that moment do not have was added between them.
     """
     finals = [record for record in records if record.stage == "final" and record.protocol]
-    moments = [(r.environment.get("date", ""), r.environment.get("time", "")) for r in finals]
+    moments = [r.ended or str(r.environment.get("date", "")) for r in finals]
     first = [r.protocol for r, moment in zip(finals, moments, strict=True) if moment == min(moments)]
     if not first:
         return [], set()

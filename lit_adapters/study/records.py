@@ -50,6 +50,7 @@ class Record:
         environment: Versions, processor, threads, date.
         message: Why a run diverged.
         protocol: What the study had named beforehand when a final run was started.
+        ended: When the run ended, in UTC; empty for runs of earlier versions.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Record:
     environment: dict[str, Any] = field(default_factory=dict)
     message: str = ""
     protocol: dict[str, Any] = field(default_factory=dict)
+    ended: str = ""
 
 
 class Results:
@@ -194,6 +196,8 @@ def _wrong_field(record: Record) -> str:
     points = record.curve if isinstance(record.curve, list) else [None]
     if not all(isinstance(point, dict) and all(map(_is_number, point.values())) for point in points):
         return "curve"
+    if not isinstance(record.ended, str):
+        return "ended"
     if record.status not in ("done", "diverged"):
         return "status"
     beginning = f"{record.arm}-{record.stage}-{record.set}-{record.seed}-"
@@ -209,9 +213,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _plain(record: Record) -> dict[str, Any]:
-    """A record as it is stored: without a protocol in the search."""
-    values = asdict(record)
-    return values if record.protocol else {name: value for name, value in values.items() if name != "protocol"}
+    """A record as it is stored: without a protocol in the search, and without a time where there is none."""
+    empty = [name for name in ("protocol", "ended") if not getattr(record, name)]
+    return {name: value for name, value in asdict(record).items() if name not in empty}
 
 
 def _checked(arrays: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import os
 import runpy
 import sys
 import time
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,10 @@ def run(folder: Path) -> None:
         parameters=fitted.get("parameters", {}),
         seconds={"fit": round(fitted.get("seconds", 0.0), 1), "total": round(time.perf_counter() - start, 1)},
         peak_memory_mib=round(peak_memory_mib()),
-        environment={**environment(), "time": datetime.now().strftime("%H:%M:%S")},
+        environment=environment(),
         message=message,
         protocol=job.get("protocol", {}),
+        ended=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
     _tidy(folder)
     write_record(folder, record)

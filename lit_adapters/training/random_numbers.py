@@ -21,7 +21,9 @@ def same_random_numbers(generators: Sequence[Generator] = ()) -> Iterator[None]:
     states = random.getstate(), numpy.random.get_state()
     own = [generator.get_state() for generator in generators]
     try:
-        with torch.random.fork_rng():
+        # Of all devices by default, with a warning about their number.
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(states[0])

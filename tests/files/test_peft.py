@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import lit_adapters as la
 from language.models import create_model, create_tokenizer
 from tests.files.peft_networks import CONFIG, IMAGES, KINDS, NETWORKS, TENSORS, Nested, close, fresh, head, run, trained
-from tests.matrix import adapted, changed_tensors, linear, move
+from tests.matrix import MODELS, adapted, build, changed_tensors, linear, move
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
@@ -133,6 +133,9 @@ def test_a_compiled_model_is_exported_under_its_own_names(tmp_path):
     la.export_peft(torch.compile(model), tmp_path / "compiled")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "compiled" / name).read_bytes()
+    la.import_peft(torch.compile(loaded := build("llama")), tmp_path / "plain")
+    run_it = MODELS["llama"].run
+    torch.testing.assert_close(run_it(loaded.eval()), run_it(model.eval()))
 
 
 def test_a_module_that_peft_takes_for_the_trained_one_goes_along(tmp_path):

@@ -220,6 +220,10 @@ def test_diff_of_what_is_no_update_of_low_rank(run, tmp_path):
     printed = run("diff", tmp_path / "a", tmp_path / "b")
     assert "not in the table, blocks.0.fc1 differs in magnitude by 66.7% of its norm" in printed
     assert "blocks.1.fc1 differs" not in printed
+    for i, method in enumerate((la.VeRA(rank=2), la.LoRA2(width=2, rank=2))):  # whose vectors are parts of the update
+        for folder in "ab":
+            saved_net(tmp_path / f"{i}{folder}", method, seed=ord(folder))
+        assert "differs in" not in run("diff", tmp_path / f"{i}a", tmp_path / f"{i}b")
 
 
 def test_diff_of_updates_with_a_start_of_their_own(run, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -85,6 +86,41 @@ def test_hooks_act_as_before_on_the_adapted_layer_and_on_the_merged_one(change, 
         la.unmerge(model)
     la.merge(model)
     assert_close(model(X), adapted)
+
+
+@pytest.mark.parametrize("wrapped", ["accelerate", "compiled", "own"])
+def test_biases_reach_a_forward_that_is_bound_to_the_layer(wrapped):
+    hooks = pytest.importorskip("accelerate.hooks")
+    calls = []
+    layer = nn.Linear(8, 8)
+    if wrapped == "accelerate":
+        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu"))
+    elif wrapped == "compiled":
+        layer.compile(backend=lambda graph, inputs: calls.append(1) or graph.forward)
+    else:
+        layer.forward = partial(layer.forward)
+    model = nn.Sequential(layer)
+    before = model(X)
+    la.attach(model, la.BitFit())
+    with torch.no_grad():
+        model[0].delta_bias.fill_(0.5)
+    assert_close(model(X), before + 0.5)
+    assert bool(calls) is (wrapped == "compiled")
+
+
+def test_what_a_layer_notes_on_itself_stays():
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return super().forward(x)
+
+    model = nn.Sequential(Counting(8, 8))
+    la.attach(model, la.BitFit())
+    for _ in range(3):
+        model(X)
+    assert model[0].base.calls == 3
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -25,8 +25,6 @@ def plain():
 
 CASES = {
     "bitfit": (plain, la.BitFit()),
-    "lora and bitfit": (plain, [la.LoRA(rank=2), la.BitFit()]),
-    "nora": (plain, la.NoRA(groups=2)),
     "experts": (Experts, la.LoRA(rank=2)),
 }
 
@@ -49,7 +47,7 @@ def test_all_get_the_outputs_of_one_and_frozen_values_stay(name):
 
         def wrong(_):
             with torch.no_grad():
-                return sum(not torch.equal(model(x), expected) for _ in range(200))
+                return sum(not torch.equal(model(x), expected) for _ in range(400))
 
         assert sum(pool.map(wrong, range(3))) == 0
     now = dict(model.named_parameters())

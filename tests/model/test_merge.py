@@ -101,6 +101,10 @@ def test_values_that_are_not_finite_are_refused_and_nothing_is_merged(unload):
     with pytest.raises(la.AdapterError, match="lora_B of '1' holds values that are not finite"):
         la.merge(model, unload=unload)
     assert all(torch.equal(model[i].base.weight, before[i]) for i in (0, 1))
+    la.attach(model, la.LoRA(rank=2), name="other")
+    la.use(model, ["default", "other"])
+    with pytest.raises(la.AdapterError, match="lora_B of '1' holds values that are not finite"):
+        la.merge(model, unload=False)
 
 
 def test_a_tied_weight_is_refused_and_nothing_is_merged():

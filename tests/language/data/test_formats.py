@@ -523,7 +523,8 @@ def test_rows_that_say_so_are_not_learned(caplog):
     assert "field 'weight' has values beside 0 and 1, which are ignored" in caplog.text
     # As csv has them, and texts that say nothing.
     rows = [
-        Row(ALPACA | more, "x") for more in ({"weight": "0"}, {"train": "False"}, {"mask": "true"}, {"mask": "N95"})
+        Row(ALPACA | more, "x")
+        for more in ({"weight": "0"}, {"train": "False"}, {"mask": "true"}, {"weight": " 0.0"}, {"mask": "N95"})
     ]
     assert len(parse(rows, "alpaca")[0]) == 1
 
