@@ -63,15 +63,12 @@ def test_it_says_what_to_change(estimate):
 
 @pytest.mark.slow
 def test_accumulated_batches_take_time_and_the_memory_of_gradients(estimate):
-    def said(recipe, batches):
-        return estimate("--config", recipe, *GPU, f"trainer.accumulate_grad_batches={batches}")
-
-    full = "configs/vision/smoke/full.yaml"
-    assert total(said(full, 2)) == total(said(full, 4)) > total(said(full, 1))
-    one, four = said(VISION, 1), said(VISION, 4)
-    assert total(one) <= total(four) < 1.2 * total(one)
-    assert "a step of 8 images" in one
-    assert "a step of 32 images" in four
+    # With many images the peak is in the backward pass, where further batches find the gradients of the first.
+    settings = ["--config", "configs/vision/smoke/full.yaml", *GPU, "data.batch_size=64"]
+    one, four = (estimate(*settings, f"trainer.accumulate_grad_batches={n}") for n in (1, 4))
+    assert total(one) < total(four) < 1.5 * total(one)
+    assert "a step of 64 images" in one
+    assert "a step of 256 images" in four
 
 
 @pytest.mark.slow
