@@ -56,7 +56,9 @@ def test_a_damaged_state_is_named_before_the_run_goes_on(tmp_path):
 
 def test_the_trainers_clipping_is_refused_where_it_would_break_the_invariance(tmp_path):
     for kind in (LoRARITE, LoFT):
-        with pytest.raises(AdapterError, match=rf"gradient_clip_val=1\.0 would clip .* before {kind.__name__} reads them"):
+        with pytest.raises(
+            AdapterError, match=rf"gradient_clip_val=1\.0 would clip .* before {kind.__name__} reads them"
+        ):
             fit(tmp_path, Sectioned(kind), gradient_clip_val=1.0)
         with pytest.raises(AdapterError, match=r"gradient_clip_val=1\.0 would clip"):  # also without AdapterCallback
             trainer(tmp_path, gradient_clip_val=1.0).fit(Sectioned(kind), loader())
