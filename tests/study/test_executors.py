@@ -66,7 +66,9 @@ def outcome(results):
     """What must not depend on where a run was carried out."""
     kept = {}
     for record in results.records:
-        values = {k: v for k, v in asdict(record).items() if k not in ("seconds", "peak_memory_mib", "environment")}
+        values = {
+            k: v for k, v in asdict(record).items() if k not in ("seconds", "peak_memory_mib", "environment", "ended")
+        }
         kept[record.id] = (values, {name: array.tobytes() for name, array in results.items(record).items()})
     return kept
 
