@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from torch.optim import AdamW, Optimizer
+
 import lit_adapters as la
+from lit_adapters import optimizers
 
 Table = Literal["steps vit", "steps smollm2"]  # of the models of step_time
 
@@ -38,6 +41,7 @@ class Arm:
         method: The class of the method; None for a control.
         vision: Settings of the method for a ViT, in `step_time`.
         language: Settings of the method for a language model, in `step_time`.
+        optimizer: The class of the optimiser, in `step_time`.
     """
 
     rows: dict[Table, Row]
@@ -45,9 +49,17 @@ class Arm:
     method: type[la.Method] | None = None
     vision: dict[str, Any] = field(default_factory=dict)
     language: dict[str, Any] = field(default_factory=dict)
+    optimizer: type[Optimizer] = AdamW
 
 
 _LORAN = {"rank": 64, "alpha": 16.0, "dropout": 0.2, "targets": ["q_proj", "v_proj"]}
+_DENSE = {"rank": 16, "alpha": 32.0, "dropout": 0.05}
+_NESTED = {"rank": 64, "inner_rank": 16, "alpha": 64.0, "init": "svd"}
+_LORA2 = {"width": 8, "rank": 8, "target_rank": 4, "prune_until": 0.7}
+_VIT_LAYERS = ["attn.qkv", "attn.proj", "fc1", "fc2"]
+_LLAMA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_ADALORA = {"peft_type": "ADALORA", "init_r": 12, "target_r": 8, "lora_alpha": 16, "orth_reg_weight": 0.5}
+_PEFT_VERA = {"peft_type": "VERA", "r": 256}
 
 ARMS = {
     "head": Arm(
@@ -136,6 +148,124 @@ ARMS = {
         method=la.NoRAPlusPlus,
         vision={"lora": la.LoRA(rank=8)},
         language={"nora": la.NoRA(base="anchored"), "lora": la.LoRA(rank=8)},
+    ),
+    "pissa": Arm(
+        rows={
+            "steps vit": Row(11, "LoRA, PiSSA start"),
+            "steps smollm2": Row(11, "LoRA, PiSSA start"),
+        },
+        method=la.LoRA,
+        vision={"rank": 8, "start": "pissa"},
+        language={"rank": 8, "start": "pissa"},
+    ),
+    "adalora": Arm(
+        rows={
+            "steps vit": Row(12, "AdaLoRA by peft, r = 12 to 8"),
+            "steps smollm2": Row(12, "AdaLoRA by peft, r = 12 to 8"),
+        },
+        method=la.Peft,
+        vision={"config": {**_ADALORA, "target_modules": _VIT_LAYERS}},
+        language={"config": {**_ADALORA, "target_modules": _LLAMA_LAYERS}},
+    ),
+    "dense_lora": Arm(
+        rows={
+            "steps vit": Row(13, "DenseLoRA, r = 16"),
+            "steps smollm2": Row(13, "DenseLoRA, r = 16"),
+        },
+        method=la.DenseLoRA,
+        vision=_DENSE,
+        language=_DENSE,
+    ),
+    "nested_lora": Arm(
+        rows={
+            "steps vit": Row(14, "NestedLoRA, r = 64, inner 16"),
+            "steps smollm2": Row(14, "NestedLoRA, r = 64, inner 16"),
+        },
+        method=la.NestedLoRA,
+        vision=_NESTED,
+        language=_NESTED,
+    ),
+    "lora2": Arm(
+        rows={
+            "steps vit": Row(15, "LoRA², k = 8, r = 8"),
+            "steps smollm2": Row(15, "LoRA², k = 8, r = 8"),
+        },
+        method=la.LoRA2,
+        vision=_LORA2,
+        language=_LORA2,
+    ),
+    "vera": Arm(
+        rows={
+            "steps vit": Row(16, "VeRA, r = 256"),
+            "steps smollm2": Row(16, "VeRA, r = 256"),
+        },
+        method=la.VeRA,
+        vision={"rank": 256},
+        language={"rank": 256},
+    ),
+    "vera_peft": Arm(
+        rows={
+            "steps vit": Row(17, "VeRA by peft, r = 256"),
+            "steps smollm2": Row(17, "VeRA by peft, r = 256"),
+        },
+        method=la.Peft,
+        vision={"config": {**_PEFT_VERA, "target_modules": _VIT_LAYERS}},
+        language={"config": {**_PEFT_VERA, "target_modules": _LLAMA_LAYERS}},
+    ),
+    "bitfit": Arm(
+        rows={
+            "steps vit": Row(18, "BitFit"),
+            "steps smollm2": Row(18, "BitFit"),
+        },
+        method=la.BitFit,
+        vision={},
+        language={"add_missing": True},
+    ),
+    "group_affine": Arm(
+        rows={
+            "steps vit": Row(19, "GroupAffine"),
+            "steps smollm2": Row(19, "GroupAffine"),
+        },
+        method=la.GroupAffine,
+        vision={},
+        language={},
+    ),
+    "lora_plus": Arm(
+        rows={
+            "steps vit": Row(20, "LoRA with LoRA+"),
+            "steps smollm2": Row(20, "LoRA with LoRA+"),
+        },
+        method=la.LoRA,
+        vision={"rank": 8},
+        language={"rank": 8},
+        optimizer=optimizers.LoRAPlus,
+    ),
+    "lora_rite": Arm(
+        rows={
+            "steps vit": Row(21, "LoRA with LoRA-RITE"),
+            "steps smollm2": Row(21, "LoRA with LoRA-RITE"),
+        },
+        method=la.LoRA,
+        vision={"rank": 8},
+        language={"rank": 8},
+        optimizer=optimizers.LoRARITE,
+    ),
+    "loft": Arm(
+        rows={
+            "steps vit": Row(22, "LoRA with LoFT"),
+            "steps smollm2": Row(22, "LoRA with LoFT"),
+        },
+        method=la.LoRA,
+        vision={"rank": 8},
+        language={"rank": 8},
+        optimizer=optimizers.LoFT,
+    ),
+    "lora_pre": Arm(
+        rows={
+            "steps vit": Row(23, "full fine-tuning with LoRA-Pre"),
+            "steps smollm2": Row(23, "full fine-tuning with LoRA-Pre"),
+        },
+        optimizer=optimizers.LoRAPre,
     ),
 }
 

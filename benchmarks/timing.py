@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -9,15 +10,19 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
+
+from lit_adapters.training.rank_allocation import RankAllocation
 
 
 def peak_memory_mib(reset: bool = False) -> float:
@@ -63,16 +68,39 @@ def alternate(
     return first, times
 
 
-def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """A closure that takes one step of AdamW on what is trainable."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+@dataclass(frozen=True)
+class TrainingStep:
+    """Takes one training step when called.
 
-    def step() -> None:
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    Attributes:
+        loss: Computes the loss of a batch.
+        optimizer: Trains what is trainable.
+        allocation: Penalties and ranks of the adapters, for methods that have them.
+    """
 
-    return step
+    loss: Callable[[], Tensor]
+    optimizer: Optimizer
+    allocation: RankAllocation | None = None
+    _number: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    def __call__(self) -> None:
+        self.loss().backward()
+        if self.allocation:
+            self.allocation.add_orthogonality()
+        self.optimizer.step()
+        if self.allocation:
+            self.allocation.update(next(self._number))
+        self.optimizer.zero_grad()
+
+    def state_bytes(self) -> int:
+        """Bytes of the tensors that the optimiser keeps; 0 before the first step."""
+        kept = [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(value.nbytes for value in kept if isinstance(value, Tensor))
+
+
+def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> TrainingStep:
+    """One step of AdamW on what is trainable."""
+    return TrainingStep(loss, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4))
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
