@@ -52,6 +52,11 @@ class Arm:
     optimizer: type[Optimizer] = AdamW
 
 
+def _both(place: int, name: str) -> dict[Table, Row]:
+    """The same row in the table of each model."""
+    return {table: Row(place, name) for table in STEPS.values()}
+
+
 _LORAN = {"rank": 64, "alpha": 16.0, "dropout": 0.2, "targets": ["q_proj", "v_proj"]}
 _DENSE = {"rank": 16, "alpha": 32.0, "dropout": 0.05}
 _NESTED = {"rank": 64, "inner_rank": 16, "alpha": 64.0, "init": "svd"}
@@ -63,36 +68,24 @@ _PEFT_VERA = {"peft_type": "VERA", "r": 256}
 
 ARMS = {
     "head": Arm(
-        rows={
-            "steps vit": Row(0, "head only"),
-            "steps smollm2": Row(0, "head only"),
-        },
+        rows=_both(0, "head only"),
     ),
     "frozen": Arm(
         rows={"steps vit": Row(1, "frozen")},
     ),
     "full": Arm(
-        rows={
-            "steps vit": Row(2, "full fine-tuning"),
-            "steps smollm2": Row(2, "full fine-tuning"),
-        },
+        rows=_both(2, "full fine-tuning"),
         name="full fine-tuning",
     ),
     "lora": Arm(
-        rows={
-            "steps vit": Row(3, "LoRA"),
-            "steps smollm2": Row(3, "LoRA"),
-        },
+        rows=_both(3, "LoRA"),
         name="LoRA",
         method=la.LoRA,
         vision={"rank": 8},
         language={"rank": 8},
     ),
     "dora": Arm(
-        rows={
-            "steps vit": Row(5, "DoRA"),
-            "steps smollm2": Row(5, "DoRA"),
-        },
+        rows=_both(5, "DoRA"),
         name="DoRA",
         method=la.DoRA,
         vision={"rank": 8},
@@ -114,20 +107,14 @@ ARMS = {
         language=_LORAN,
     ),
     "afa": Arm(
-        rows={
-            "steps vit": Row(4, "AFA-LoRA"),
-            "steps smollm2": Row(4, "AFA-LoRA"),
-        },
+        rows=_both(4, "AFA-LoRA"),
         name="AFA-LoRA",
         method=la.AFALoRA,
         vision={"rank": 8},
         language={"rank": 8},
     ),
     "nora": Arm(
-        rows={
-            "steps vit": Row(6, "NoRA"),
-            "steps smollm2": Row(6, "NoRA"),
-        },
+        rows=_both(6, "NoRA"),
         name="NoRA",
         method=la.NoRA,
         language={"base": "anchored"},
@@ -140,131 +127,89 @@ ARMS = {
         vision={"base": "anchored"},
     ),
     "nora_plus_plus": Arm(
-        rows={
-            "steps vit": Row(8, "NoRA++"),
-            "steps smollm2": Row(8, "NoRA++"),
-        },
+        rows=_both(8, "NoRA++"),
         name="NoRA++",
         method=la.NoRAPlusPlus,
         vision={"lora": la.LoRA(rank=8)},
         language={"nora": la.NoRA(base="anchored"), "lora": la.LoRA(rank=8)},
     ),
     "pissa": Arm(
-        rows={
-            "steps vit": Row(11, "LoRA, PiSSA start"),
-            "steps smollm2": Row(11, "LoRA, PiSSA start"),
-        },
+        rows=_both(11, "LoRA, PiSSA start"),
         method=la.LoRA,
         vision={"rank": 8, "start": "pissa"},
         language={"rank": 8, "start": "pissa"},
     ),
     "adalora": Arm(
-        rows={
-            "steps vit": Row(12, "AdaLoRA by peft, r = 12 to 8"),
-            "steps smollm2": Row(12, "AdaLoRA by peft, r = 12 to 8"),
-        },
+        rows=_both(12, "AdaLoRA by peft, r = 12 to 8"),
         method=la.Peft,
         vision={"config": {**_ADALORA, "target_modules": _VIT_LAYERS}},
         language={"config": {**_ADALORA, "target_modules": _LLAMA_LAYERS}},
     ),
     "dense_lora": Arm(
-        rows={
-            "steps vit": Row(13, "DenseLoRA, r = 16"),
-            "steps smollm2": Row(13, "DenseLoRA, r = 16"),
-        },
+        rows=_both(13, "DenseLoRA, r = 16"),
         method=la.DenseLoRA,
         vision=_DENSE,
         language=_DENSE,
     ),
     "nested_lora": Arm(
-        rows={
-            "steps vit": Row(14, "NestedLoRA, r = 64, inner 16"),
-            "steps smollm2": Row(14, "NestedLoRA, r = 64, inner 16"),
-        },
+        rows=_both(14, "NestedLoRA, r = 64, inner 16"),
         method=la.NestedLoRA,
         vision=_NESTED,
         language=_NESTED,
     ),
     "lora2": Arm(
-        rows={
-            "steps vit": Row(15, "LoRA², k = 8, r = 8"),
-            "steps smollm2": Row(15, "LoRA², k = 8, r = 8"),
-        },
+        rows=_both(15, "LoRA², k = 8, r = 8"),
         method=la.LoRA2,
         vision=_LORA2,
         language=_LORA2,
     ),
     "vera": Arm(
-        rows={
-            "steps vit": Row(16, "VeRA, r = 256"),
-            "steps smollm2": Row(16, "VeRA, r = 256"),
-        },
+        rows=_both(16, "VeRA, r = 256"),
         method=la.VeRA,
         vision={"rank": 256},
         language={"rank": 256},
     ),
     "vera_peft": Arm(
-        rows={
-            "steps vit": Row(17, "VeRA by peft, r = 256"),
-            "steps smollm2": Row(17, "VeRA by peft, r = 256"),
-        },
+        rows=_both(17, "VeRA by peft, r = 256"),
         method=la.Peft,
         vision={"config": {**_PEFT_VERA, "target_modules": _VIT_LAYERS}},
         language={"config": {**_PEFT_VERA, "target_modules": _LLAMA_LAYERS}},
     ),
     "bitfit": Arm(
-        rows={
-            "steps vit": Row(18, "BitFit"),
-            "steps smollm2": Row(18, "BitFit"),
-        },
+        rows=_both(18, "BitFit"),
         method=la.BitFit,
         vision={},
         language={"add_missing": True},
     ),
     "group_affine": Arm(
-        rows={
-            "steps vit": Row(19, "GroupAffine"),
-            "steps smollm2": Row(19, "GroupAffine"),
-        },
+        rows=_both(19, "GroupAffine"),
         method=la.GroupAffine,
         vision={},
         language={},
     ),
     "lora_plus": Arm(
-        rows={
-            "steps vit": Row(20, "LoRA with LoRA+"),
-            "steps smollm2": Row(20, "LoRA with LoRA+"),
-        },
+        rows=_both(20, "LoRA with LoRA+"),
         method=la.LoRA,
         vision={"rank": 8},
         language={"rank": 8},
         optimizer=optimizers.LoRAPlus,
     ),
     "lora_rite": Arm(
-        rows={
-            "steps vit": Row(21, "LoRA with LoRA-RITE"),
-            "steps smollm2": Row(21, "LoRA with LoRA-RITE"),
-        },
+        rows=_both(21, "LoRA with LoRA-RITE"),
         method=la.LoRA,
         vision={"rank": 8},
         language={"rank": 8},
         optimizer=optimizers.LoRARITE,
     ),
     "loft": Arm(
-        rows={
-            "steps vit": Row(22, "LoRA with LoFT"),
-            "steps smollm2": Row(22, "LoRA with LoFT"),
-        },
+        rows=_both(22, "LoRA with LoFT"),
         method=la.LoRA,
         vision={"rank": 8},
         language={"rank": 8},
         optimizer=optimizers.LoFT,
     ),
     "lora_pre": Arm(
-        rows={
-            "steps vit": Row(23, "full fine-tuning with LoRA-Pre"),
-            "steps smollm2": Row(23, "full fine-tuning with LoRA-Pre"),
-        },
+        rows=_both(23, "full fine-tuning with LoRA-Pre"),
         optimizer=optimizers.LoRAPre,
     ),
 }

@@ -82,7 +82,7 @@ def row_means(losses: Tensor, learned: Tensor, position_ids: Tensor | None = Non
     Args:
         losses: The losses (n,) of `token_losses`.
         learned: Its learned tokens (B, T).
-        position_ids: Of a packed batch (B, T), of which each document is a row of the data.
+        position_ids: Those of a packed batch (B, T). Each of its documents is a row of the data.
     """
     begins = torch.zeros_like(learned) if position_ids is None else position_ids == 0
     begins[:, 0] = True

@@ -227,7 +227,7 @@ def test_diff_of_what_is_no_update_of_low_rank(run, tmp_path):
 
 
 def test_diff_of_updates_with_a_start_of_their_own(run, tmp_path):
-    """What B A has in common from the start is no similarity of what was learned."""
+    """The random start is in both products B A, and does not count."""
     method = la.LoRAN(rank=2, function="identity", start_size=1.0, targets=["fc1"])
     net = Net()
     la.attach(net, method)

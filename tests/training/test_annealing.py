@@ -57,7 +57,7 @@ def test_without_schedules_there_is_nothing_to_know():
 
 
 def test_a_step_of_fewer_batches_counts_as_any_other():
-    """The last step of an epoch may accumulate fewer; a loss that stays then is no loss that falls."""
+    """The last step of an epoch may have fewer batches. Its loss is their mean, not their sum."""
     nets = adapted(Adaptive(duration=0.5, window=5)), adapted(Adaptive(duration=0.5, window=5))
     even, uneven = (Annealer(net) for net in nets)
     for annealer, sizes in ((even, [4, 4, 4]), (uneven, [4, 4, 1])):
