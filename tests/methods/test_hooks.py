@@ -88,11 +88,17 @@ def test_hooks_act_as_before_on_the_adapted_layer_and_on_the_merged_one(change, 
     assert_close(model(X), adapted)
 
 
+class Doubling(nn.Linear):
+    # Up to torch 2.6 the compiler skips a bare nn.Linear.
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
 @pytest.mark.parametrize("wrapped", ["accelerate", "compiled", "own"])
 def test_biases_reach_a_forward_that_is_bound_to_the_layer(wrapped):
     hooks = pytest.importorskip("accelerate.hooks")
     calls = []
-    layer = nn.Linear(8, 8)
+    layer = Doubling(8, 8)
     if wrapped == "accelerate":
         hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu"))
     elif wrapped == "compiled":
