@@ -256,7 +256,7 @@ class AFAAdapter(LowRankAdapter):
     @torch.no_grad()
     def observe(self, x: Tensor) -> dict[str, float]:
         """nonlinearity: ||phi_beta(z) - z|| / ||z|| for z = A x, over a regular sample of the rows of x."""
-        if self.layer.channel_dim == 1:
+        if self.layer.channel_dim != -1:
             x = x[:1]
         else:
             x = x.reshape(-1, x.shape[-1])

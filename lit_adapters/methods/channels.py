@@ -40,11 +40,15 @@ def is_pointwise_conv(module: nn.Module) -> bool:
 
 
 def _channel_dim(module: nn.Module) -> int | None:
+    """The dimension of the channels of an output; from the end where the module tells, as there may be no batch."""
     if is_linear(module):
         return -1
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return -1 - len(module.kernel_size)
     name = type(module).__name__
-    convolutional = (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-    if isinstance(module, convolutional) or ("Norm" in name and "2d" in name):  # timm's LayerNorm2d and its kin
+    if "Norm" in name and ("2d" in name or "3d" in name):  # of PyTorch, or timm's LayerNorm2d and its kin
+        return -3 if "2d" in name else -4
+    if isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._NormBase)):
         return 1
     return -1 if isinstance(module, nn.LayerNorm) else None
 
@@ -71,8 +75,8 @@ def channel_layout(parent: nn.Module, attribute: str) -> Layout:
     layer comes before and none after: a gated MLP gives its activation half of them, and a LLaMA MLP defines its
     activation last.
     """
-    if _channel_dim(parent) == 1:  # timm's BatchNormAct2d holds its own activation
-        return Layout(1, getattr(parent, "num_features", None))
+    if (own := _channel_dim(parent)) not in (-1, None):  # timm's BatchNormAct2d holds its own activation
+        return Layout(own, getattr(parent, "num_features", None))
     position = list(parent._modules).index(attribute)
     siblings = [(i - position, m) for i, m in enumerate(parent._modules.values()) if m is not None and i != position]
     before = [m for i, m in siblings if i < 0 and _channel_dim(m) is not None]
@@ -86,6 +90,8 @@ def channel_layout(parent: nn.Module, attribute: str) -> Layout:
         channel_dim = _channel_dim(before[-1])
     elif len(dims) == 1:
         channel_dim = dims.pop()
+    elif dims and -1 not in dims:  # a convolution and a GroupNorm, say
+        channel_dim = 1
     else:
         kinds = sorted({type(m).__name__ for _, m in siblings}) or ["none"]
         return Layout(None, reason=f"its neighbours are {', '.join(kinds)}")

@@ -270,7 +270,7 @@ class DenseLoRAAdapter(SharingAdapter, WeightAdapter):
     @torch.no_grad()
     def observe(self, x: Tensor) -> dict[str, float]:
         """relative_output: ||s phi(D M phi(E x))|| / ||W0 x + bias|| over a regular sample of the rows of x."""
-        if self.layer.channel_dim == 1:
+        if self.layer.channel_dim != -1:
             x = x[:1]
         else:
             x = x.reshape(-1, x.shape[-1])

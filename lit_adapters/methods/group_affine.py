@@ -41,7 +41,7 @@ class GroupAffine(ActivationMethod):
             channel its own function.
         targets: "activations" (those of the MLPs), a list of name suffixes, or a regular expression for whole names.
         exclude: Name suffixes of modules to leave alone.
-        channel_dim: The dimension that holds the channels; "auto" takes 1 after convolutions, -1 after linear layers.
+        channel_dim: The dimension that holds the channels; "auto" takes that of the layers around it.
 
     Raises:
         AdapterError: A value is out of range.

@@ -105,10 +105,9 @@ class TransposedLayer(LinearLayer):
 class ConvolutionLayer(LinearLayer):
     """nn.Conv1d, 2d and 3d: A has the kernel, stride and padding of the layer, B is a 1 x 1 convolution."""
 
-    channel_dim = 1
-
     def __init__(self, base: Any) -> None:
         self.low_rank = base.groups == 1
+        self.channel_dim = 1 - base.weight.dim()  # from the end, as an input may have no batch
 
     def size(self, base: Any) -> tuple[int, int]:
         return base.weight.shape[0], base.weight[0].numel()

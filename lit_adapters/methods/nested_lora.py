@@ -242,9 +242,7 @@ class NestedLoRAAdapter(WeightAdapter):
 
     def measure_input(self, x: Tensor) -> None:
         """Take up the sizes of the channels of one input."""
-        # Of a convolution (N, in, ...), with or without N.
-        channel = -1 if self.layer.channel_dim == -1 else x.dim() - self.base.weight.dim() + 1
-        rows = x.detach().movedim(channel, -1).flatten(0, -2)
+        rows = x.detach().movedim(self.layer.channel_dim, -1).flatten(0, -2)
         total = rows.abs().float().sum(0).cpu().double()
         self._sum = total if self._sum is None else self._sum + total
         self._rows += len(rows)

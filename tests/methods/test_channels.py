@@ -7,7 +7,7 @@ from torch import nn
 
 import lit_adapters as la
 from lit_adapters.methods.channels import Layout, channel_layout
-from tests.matrix import MODELS, build
+from tests.matrix import MODELS, build, move
 
 
 def named(**modules: nn.Module) -> nn.Module:
@@ -19,19 +19,22 @@ def named(**modules: nn.Module) -> nn.Module:
     [
         (nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)), "1", Layout(-1, 8)),
         (nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.GELU()), "2", Layout(-1, 8)),
-        (nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)), "1", Layout(1, 8)),
-        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), "2", Layout(1, 8)),
-        (nn.Sequential(nn.ConvTranspose2d(3, 8, 3), nn.ReLU()), "1", Layout(1, 8)),
+        (nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)), "1", Layout(-3, 8)),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), "2", Layout(-3, 8)),
+        (nn.Sequential(nn.ConvTranspose2d(3, 8, 3), nn.ReLU()), "1", Layout(-3, 8)),
+        (nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU()), "1", Layout(-2, 8)),
+        (nn.Sequential(nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8), nn.ReLU()), "2", Layout(-4, 8)),
         (nn.Sequential(nn.Conv1d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU()), "2", Layout(1, 8)),
         # The count is unsure: flattened on the way, halved by a gate, or of layers in parallel.
-        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2)), "1", Layout(1, None)),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2)), "1", Layout(-3, None)),
         (named(fc1=nn.Linear(4, 16), act=nn.SiLU(), fc2=nn.Linear(8, 4)), "act", Layout(-1, None)),
         (named(gate=nn.Linear(4, 8), up=nn.Linear(4, 8), down=nn.Linear(8, 4), act=nn.SiLU()), "act", Layout(-1, None)),
         (named(act=nn.SiLU(), fc1=nn.Linear(4, 8), fc2=nn.Linear(8, 4)), "act", Layout(-1, None)),
         # ConvNeXt: the last layer before the activation decides.
         (named(dw=nn.Conv2d(4, 4, 3), norm=LayerNorm2d(4), pw=nn.Linear(4, 8), act=nn.GELU()), "act", Layout(-1, None)),
-        (named(norm=LayerNorm2d(4), act=nn.GELU()), "act", Layout(1, None)),
-        (BatchNormAct2d(8), "act", Layout(1, 8)),
+        (named(norm=LayerNorm2d(4), act=nn.GELU()), "act", Layout(-3, None)),
+        (named(act=nn.GELU(), conv=nn.Conv2d(8, 8, 3), norm=nn.GroupNorm(2, 8)), "act", Layout(1, None)),
+        (BatchNormAct2d(8), "act", Layout(-3, 8)),
     ],
 )
 def test_layout(parent, attribute, expected):
@@ -72,7 +75,7 @@ def test_channels_first_mlps():
     network = build("vit")
     network.blocks[0].mlp = nn.Sequential(nn.Conv2d(8, 16, 1), nn.GELU(), nn.Conv2d(16, 8, 1))
     la.attach(network, la.NoRA(groups=4))
-    assert [a.channel_dim for _, a in la.adapters(network)] == [1, -1]
+    assert [a.channel_dim for _, a in la.adapters(network)] == [-3, -1]
 
 
 # ---- groups that do not divide the channels
@@ -104,3 +107,20 @@ def test_unknown_at_attach_raises_at_the_first_forward():
     la.attach(glu, la.NoRA(groups=8))
     with pytest.raises(la.AdapterError, match=r"8 groups do not divide the 12 channels of '0.act'"):
         glu(torch.randn(2, 5, 8))
+
+
+@pytest.mark.parametrize("convolution", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+@pytest.mark.parametrize(
+    "method",
+    [
+        la.NoRA(groups=2, targets=["1"]),
+        la.GroupAffine(groups=2, targets=["1"]),
+        la.AFALoRA(rank=4, activation="rational", groups=2, targets=["0"]),
+    ],
+)
+def test_an_image_without_a_batch_has_the_same_groups(convolution, method):
+    model = nn.Sequential(convolution(3, 8, 3, padding=1), nn.GELU(), convolution(8, 4, 1)).eval()
+    la.attach(model, method)
+    move(model)
+    x = torch.randn(2, 3, *[4] * (model[0].weight.dim() - 2))
+    torch.testing.assert_close(model(x[0]), model(x)[0])

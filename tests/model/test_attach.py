@@ -84,7 +84,7 @@ def test_a_shared_activation_is_adapted_at_each_place_for_itself():
     act, expected = model[1], model(x)
     la.attach(model, la.NoRA(groups=4, base="anchored", targets=["1", "4"]))
     adapters = dict(la.adapters(model))
-    assert {n: a.channel_dim for n, a in adapters.items()} == {"1": 1, "4": -1}
+    assert {n: a.channel_dim for n, a in adapters.items()} == {"1": -3, "4": -1}
     assert torch.equal(model(x), expected)
     with torch.no_grad():
         adapters["1"].numerator_B.add_(0.5)
