@@ -143,16 +143,17 @@ class DoRAAdapter(StartedAdapter):
             y = self.base(x)
             y = y + (self.scaling * self.up(self.down(x))).to(y.dtype)
         gain_minus_one, bias = self.gain_minus_one(), self.base.bias
-        if self._can_scale_in_place(bias):
+        if self._can_scale_in_place(y, bias):
             return scale_without_bias(y, gain_minus_one, bias)
         # gain (W0 x + s B A x) + bias, as a change of y: exact at the start, where the gain is 1 and B is 0.
         product = y if bias is None else y - self.per_channel(bias.to(y.dtype))
         return y + (self.per_channel(gain_minus_one) * product).to(y.dtype)
 
-    def _can_scale_in_place(self, bias: Tensor | None) -> bool:
+    def _can_scale_in_place(self, y: Tensor, bias: Tensor | None) -> bool:
         """Whether the one kernel `scale_without_bias` may take the place of the formula: in a plain eager call."""
         frozen = bias is None or not bias.requires_grad
-        return self.layer.channel_dim == -1 and frozen and not torch.compiler.is_compiling() and not transformed()
+        plain = not torch.compiler.is_compiling() and not transformed() and not y.is_nested
+        return self.layer.channel_dim == -1 and frozen and plain
 
     def per_channel(self, values: Tensor) -> Tensor:
         """One value for each output channel (out,), shaped to multiply the output."""

@@ -189,7 +189,7 @@ class LoRANAdapter(LowRankAdapter):
             return y
         if not self.in_effect:
             return self.unadapted(x)
-        if self.can_stream():
+        if self.can_stream(x):
             return self.streamed(x)
         dtype = self._compute_dtype(x)
         with without_autocast(x):
@@ -203,13 +203,14 @@ class LoRANAdapter(LowRankAdapter):
             return y + self.layer.multiply(self.base, F.dropout(x, self.dropout, self.training), update).to(y.dtype)
         return self.layer.apply(self.base, x, self.layer.stored(self.base, weight.to(dtype)))
 
-    def can_stream(self) -> bool:
+    def can_stream(self, x: Tensor) -> bool:
         """Whether `streamed` may replace the formula.
 
         False for a convolution, whose weight is small compared to its input, under the transforms of torch.func,
-        which need plain operations, and where the base has a `forward` of its own.
+        which need plain operations, for a nested tensor, and where the base has a `forward` of its own.
         """
-        return not isinstance(self.layer, ConvolutionLayer) and not transformed() and not self.calls_base
+        plain = not isinstance(self.layer, ConvolutionLayer) and not transformed() and not x.is_nested
+        return plain and not self.calls_base
 
     def streamed(self, x: Tensor) -> Tensor:
         """(W0 + s f(B A)) x + bias with the weight formed block by block, and again in the backward pass.

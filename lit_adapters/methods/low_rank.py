@@ -247,13 +247,15 @@ class LowRankAdapter(WeightAdapter):
 
         False if the layer is not a plain nn.Linear, or its forward is replaced or hooked; under torch.compile, which
         fuses by itself; under torch.func, which needs plain operations; if x is not contiguous; with active dropout,
-        which acts on the input of A but not on that of W0; if W0 or the bias trains; or if x has another dtype than W0
-        and there is no autocast.
+        which acts on the input of A but not on that of W0; if W0 or the bias trains; for a nested tensor; or if x has
+        another dtype than W0 and there is no autocast.
         """
         base = self.base
         if type(self.layer) is not LinearLayer or type(base).forward is not nn.Linear.forward:
             return False
-        if torch.compiler.is_compiling() or transformed() or not x.is_contiguous() or (self.dropout and self.training):
+        if torch.compiler.is_compiling() or transformed() or x.is_nested or not x.is_contiguous():
+            return False
+        if self.dropout and self.training:
             return False
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             return False  # of whoever reached the base itself; `adopt` took over those it had

@@ -134,3 +134,16 @@ def test_rows_of_unequal_length_in_an_encoder(method):
         padded = model.train()(x, src_key_padding_mask=mask)
     torch.testing.assert_close(nested[~mask], padded[~mask])
     assert not nested[mask].any()
+
+
+@pytest.mark.parametrize(
+    "method", [la.LoRA(rank=2), la.DoRA(rank=2), la.LoRAN(rank=2), la.AFALoRA(rank=2), la.VeRA(rank=2)]
+)
+def test_rows_of_unequal_length_in_a_nested_tensor(method):
+    layer = nn.Sequential(nn.Linear(6, 5))
+    la.attach(layer, method)
+    move(layer)
+    rows = [torch.randn(3, 6), torch.randn(4, 6)]
+    y = layer(torch.nested.nested_tensor(rows, layout=torch.jagged))
+    for got, row in zip(y.unbind(), rows, strict=True):
+        torch.testing.assert_close(got, layer(row))
