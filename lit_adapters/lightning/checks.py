@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.plugins import BitsandbytesPrecision
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lit_adapters.errors import AdapterError, NotFiniteError
 from lit_adapters.lightning.forward import forward_batch
 from lit_adapters.lightning.optimizers import check_resumed_schedules
+from lit_adapters.methods.matrix_layers import is_quantised
+from lit_adapters.model.record import adapters
 from lit_adapters.optimizers.pair_optimizer import check_clipping
 from lit_adapters.training.nonfinite import locate_nonfinite, nonfinite_gradient, nonfinite_values
 from lit_adapters.training.participation import ParticipationCheck
@@ -24,8 +29,8 @@ class Settings(Callback):
     """Stops a run with settings of the trainer that nobody can mean, before its first step.
 
     Raises:
-        AdapterError: `gradient_clip_val` is negative or NaN, or goes with an optimiser that clips by itself; or a
-            resumed schedule is too short for this run.
+        AdapterError: `gradient_clip_val` is negative or NaN, or goes with an optimiser that clips by itself; a resumed
+            schedule is too short for this run; or Lightning cannot find layers inside adapters that it would change.
     """
 
     def __init__(self) -> None:
@@ -44,7 +49,26 @@ class Settings(Callback):
                 "through; leave it out to clip nothing"
             )
         check_clipping(clip, "gradient_clip_val", trainer.optimizers)
+        _check_layers_inside(trainer, pl_module)
         check_resumed_schedules([c.scheduler for c in trainer.lr_scheduler_configs], *self._saved)  # type: ignore[misc]
+
+
+def _check_layers_inside(trainer: Trainer, module: LightningModule) -> None:
+    """Raise if Lightning looks for layers by class that are inside adapters, where it does not find them."""
+    inside = [(name, adapter.pretrained()) for name, adapter in adapters(module)]
+    norms = [name for name, layer in inside if isinstance(layer, _BatchNorm)]
+    averages = any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    if norms and (averages or getattr(trainer.strategy, "_layer_sync", None) is not None):
+        asked = "StochasticWeightAveraging" if averages else "sync_batchnorm"
+        raise AdapterError(
+            f"{asked} does not find {norms[0]!r}, a batch norm with an adapter; leave batch norms out with exclude"
+        )
+    plain = [name for name, layer in inside if isinstance(layer, nn.Linear) and not is_quantised(layer)]
+    if plain and isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+        raise AdapterError(
+            f"BitsandbytesPrecision does not quantise {plain[0]!r} or any other layer with an adapter; load the model "
+            "in 4 bit instead (transformers' BitsAndBytesConfig, or `quantization: nf4` in a recipe for language)"
+        )
 
 
 class Participation(Callback):
