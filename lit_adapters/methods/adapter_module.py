@@ -293,6 +293,7 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
 
     def take_out(self) -> nn.Module:
         """As `unwrapped`, but this adapter may `adopt` the base again after `rejoin`."""
+        self.clear_caches()  # it may wait long for its next use
         move_hooks(self, self.base)
         return self._own_tables(self.base)
 
@@ -306,12 +307,13 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
         self._parameters.update({name: base._parameters[name] for name in self._base_parameters})
         self._buffers.update({name: base._buffers[name] for name in self._base_buffers})
         self._modules.update(base._modules)
-        self.training = self.base.training = base.training
-        for table in (self._parameters, self._buffers):
-            for name in (*self._adapter_parameters, *self._adapter_buffers, *self._recomputed_buffers):
-                tensor = table.get(name)
-                if tensor is not None and device is not None and tensor.device != device:
+        self.training = base.training
+        if device is not None:
+            for tensor in (getattr(self, name) for name in (*self._adapter_parameters, *self._adapter_buffers)):
+                if tensor.device != device:
                     tensor.data = tensor.data.to(device)
+            for name in self._recomputed_buffers:  # other objects, as other adapters may hold the same
+                self._buffers[name] = self._buffers[name].to(device)  # type: ignore[union-attr]
         self.clear_caches()
         self.note_tensors()
 
@@ -335,10 +337,14 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
 
     # ---- what nn.Module does with modules
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training" and "base" in self.__dict__:  # `train` sets it, and Lightning after each validation
+            self.base.training = value
+            self.clear_caches()
+        super().__setattr__(name, value)
+
     def train(self, mode: bool = True) -> AdapterModule:
         self.restore_averaged()
-        self.clear_caches()
-        self.base.training = mode
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterModule:

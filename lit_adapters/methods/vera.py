@@ -34,6 +34,7 @@ from lit_adapters.methods.method import Factory, Method
 from lit_adapters.methods.targets import Target, find_targets
 from lit_adapters.methods.weight_adapter import WeightAdapter
 from lit_adapters.ops._context import autocast_dtype, transformed
+from lit_adapters.ops.cache import may_represent_others
 from lit_adapters.values import check_factor, check_probability, check_whole
 
 _MOST_RANK = 1 << 16
@@ -171,7 +172,10 @@ class FrozenPair:
         key = (*size, device, dtype)
         if key not in self._slices:
             a, b = self._on(device, dtype)
-            self._slices[key] = a[:, : size[1]], b[: size[0]]
+            slices = a[:, : size[1]], b[: size[0]]
+            if may_represent_others():
+                return slices
+            self._slices[key] = slices
         return self._slices[key]
 
     @torch.inference_mode(False)
@@ -187,7 +191,10 @@ class FrozenPair:
                 a, b = self._on(torch.device("cpu"), torch.float32)
             else:
                 a, b = self.draw()
-            self._pairs[device, dtype] = a.to(device, dtype), b.to(device, dtype)
+            pair = a.to(device, dtype), b.to(device, dtype)
+            if may_represent_others():
+                return pair
+            self._pairs[device, dtype] = pair
         return self._pairs[device, dtype]
 
 
@@ -276,6 +283,11 @@ class VeRAAdapter(WeightAdapter):
         super()._apply(fn, recurse)
         self.recompute_buffers()
         return self
+
+    def rejoin(self, device: torch.device | None) -> None:
+        """Take the shared pair of the device."""
+        super().rejoin(device)
+        self.recompute_buffers()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the pair that the file was trained with, also where the largest layer of the model is another one."""

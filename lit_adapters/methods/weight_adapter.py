@@ -108,7 +108,8 @@ class WeightAdapter(AdapterModule):
                 f"the model reads the weight of {self.qualified_name!r} and does not call it, so that dropout "
                 f"{self.dropout} cannot act; set dropout=0 or exclude=[{self.qualified_name!r}]"
             )
-        return self.adapted_weight().to(self.base.weight.dtype)
+        dtype = self.base.weight.dtype
+        return self.adapted_weight(torch.promote_types(dtype, torch.float32)).to(dtype)
 
     # ---- merging
 

@@ -47,6 +47,8 @@ class Together(AdapterModule):
         if self.base is not original:
             copy_hooks(original, self)
             copy_hooks(nn.Module(), self.base)
+            if getattr(original, "inplace", False):  # it would overwrite the input of the parts
+                self.base.inplace = False
 
     def pretrained(self) -> nn.Module:
         original: nn.Module = self.__dict__["original"]
@@ -127,7 +129,7 @@ class AdapterSum(Together):
             return raw
         if self.on_read is not None:
             self.on_read()
-        return self.merged_parameters(torch.float32)["weight"].to(raw.dtype)
+        return self.merged_parameters(torch.promote_types(raw.dtype, torch.float32))["weight"].to(raw.dtype)
 
     def check_mergeable(self) -> None:
         """As for every adapter.

@@ -43,8 +43,7 @@ class Cache(Generic[Value]):
         Returns:
             The value.
         """
-        represents = _represents_others and torch._C._len_torch_dispatch_stack()
-        if represents or any(t.is_inference() for t in sources):
+        if may_represent_others() or any(t.is_inference() for t in sources):
             with torch.no_grad():
                 return compute()
         versions, last = [(t, t._version, _address(t)) for t in sources], self._last
@@ -68,6 +67,11 @@ class Cache(Generic[Value]):
         return Cache, ()
 
 
+def may_represent_others() -> bool:
+    """Whether a tensor made now may stand for another one, as a fake tensor does, so that it must not be kept."""
+    return _represents_others and torch._C._len_torch_dispatch_stack() > 0
+
+
 @contextmanager
 def keeping_in_modes() -> Iterator[None]:
     """Inside the block values are kept in dispatch modes too, for a mode whose tensors represent no others."""
@@ -84,11 +88,10 @@ def _address(tensor: Tensor) -> int:
     return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0
 
 
-def _count_writes_of_fused(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Count the writes of a fused optimiser to its parameters; all other optimisers count their own."""
+def _count_writes(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Count the writes of an optimiser: fused ones and those of bitsandbytes do not count their own."""
     for group in optimizer.param_groups:
-        if group.get("fused"):
-            torch.autograd.graph.increment_version(group["params"])
+        torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
 
 
-register_optimizer_step_post_hook(_count_writes_of_fused)
+register_optimizer_step_post_hook(_count_writes)

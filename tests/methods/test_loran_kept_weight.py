@@ -58,9 +58,11 @@ def test_training_keeps_nothing_unless_asked(monkeypatch):
         lambda a: a.to(torch.float64).to(torch.float32),
         lambda a: torch.optim.SGD([a.lora_B], 0.1).step(),
         lambda a: torch.optim.AdamW([a.lora_B], 0.1, fused=True).step(),
+        lambda a: pytest.importorskip("bitsandbytes").optim.AdamW8bit([a.lora_B], 0.1).step(),
         lambda a: setattr(a, "lora_A", nn.Parameter(a.lora_A.detach() * 2)),
+        lambda a: setattr(a, "training", False),  # as Lightning does after a validation
     ],
-    ids=["mode", "load", "cast", "step", "fused step", "replace"],
+    ids=["mode", "load", "cast", "step", "fused step", "step of bitsandbytes", "replace", "mode without train"],
 )
 def test_what_clears_the_kept_weight(event, monkeypatch):
     adapter = layer().eval()

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 import lit_adapters as la
@@ -341,3 +342,12 @@ def test_a_weight_that_is_read_cannot_have_dropout():
     adapter.train()
     with pytest.raises(la.AdapterError, match=r"dropout 0\.1 cannot act; set dropout=0"):
         _ = adapter.weight
+
+
+def test_a_fake_tensor_is_never_shared():
+    model = attached(network(6, 8))
+    x = torch.randn(3, 6)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert type(model(x)) is Tensor

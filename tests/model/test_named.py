@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lit_adapters as la
+from lit_adapters.ops.cache import Cache
 from tests.matrix import ALL, METHODS, MODELS, UNMERGEABLE, build
 
 OF_WEIGHTS = [name for name, method in METHODS.items() if all(part.kind == "linear" for part in method.parts())]
@@ -39,6 +40,46 @@ def with_two(name, methods, train=((), ())):
         la.attach(model, method, train=trained, name=key)
         move(model, seed)
     return model, *(alone(name, m, s, t) for m, s, t in zip(methods, (1, 2), train, strict=True))
+
+
+@pytest.mark.parametrize("method", [la.NoRA(groups=2, targets=["1"]), la.GroupAffine(groups=2, targets=["1"])])
+def test_the_changes_of_an_activation_that_works_in_place_add_up(method):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
+
+    both, alone = model(), []
+    for seed, name in enumerate("ab"):
+        alone.append(model())
+        for network, settings in ((both, {"name": name}), (alone[-1], {})):
+            torch.manual_seed(seed)
+            la.attach(network, method, **settings)
+            move(network, seed)
+    la.use(both, ["a", "b"])
+    x = torch.randn(5, 8)
+    y0 = x.relu()
+    expected = y0 + sum(network[1](x.clone()) - y0 for network in alone)
+    torch.testing.assert_close(both[1](x.clone()), expected)
+    assert not torch.allclose(expected, y0, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [la.LoRA(rank=2), la.LoRAN(rank=2)])
+def test_a_set_that_waits_keeps_no_computed_values(method):
+    model = nn.Sequential(nn.Linear(6, 8)).eval()
+    for name in ("a", "b"):
+        la.attach(model, method, name=name)
+    adapters = {}
+    for name in ("a", "b"):
+        la.use(model, name)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(64, 6))
+        adapters[name] = model[0]
+
+    def kept(adapter):
+        return [v.value for v in vars(adapter).values() if isinstance(v, Cache) and v.value is not None]
+
+    assert kept(adapters["b"])
+    assert not kept(adapters["a"])
 
 
 @pytest.mark.parametrize("method", ALL)
