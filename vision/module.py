@@ -30,7 +30,7 @@ from lit_adapters.methods.method import to_methods
 from lit_adapters.model.sharding import shard
 from lit_adapters.training.step_cost import Example
 from lit_adapters.values import check_choice
-from vision.backbones import check_sizes, create_backbone, use_eager_attention
+from vision.backbones import check_sizes, create_backbone, pretrained_preprocessing, use_eager_attention
 from vision.figures import confusion_figure
 
 
@@ -132,11 +132,13 @@ class ViTClassifier(LoadsFromFiles, StepMeanModule):
         """
         if self.model is not None and (found := meaning_of(self.model)):
             return found, "the model", True
-        pretrained = self.hparams["pretrained"]
-        if not isinstance(pretrained, str) or is_package_address(pretrained):
-            return {}, "the model", False
-        folder = Path(pretrained).parent
-        return read_meaning(folder), str(folder), self._trainer is None or self._trainer.state.fn != "fit"
+        pretrained, backbone = self.hparams["pretrained"], self.hparams["backbone"]
+        if isinstance(pretrained, str) and not is_package_address(pretrained):
+            folder = Path(pretrained).parent
+            if found := read_meaning(folder):
+                return found, str(folder), self._trainer is None or self._trainer.state.fn != "fit"
+        found = pretrained_preprocessing(backbone) if pretrained else {}
+        return found, f"the configuration of {backbone}", False
 
     @property
     def class_names(self) -> list[str] | None:

