@@ -1,6 +1,6 @@
 """Learn from preferences with TRL's DPOTrainer, with NoRA as its `peft_config`.
 
-    python examples/dpo_peft.py [--out DIR]
+    python -m examples.dpo_peft [--out DIR]
 
 Needs `pip install -e ".[language,peft]" trl`, no network and no GPU, and takes seconds on a CPU. The model has random
 weights; use `AutoModelForCausalLM.from_pretrained`, its tokenizer and your own pairs instead.

@@ -1,6 +1,6 @@
 """Export a vision transformer with NoRA to ONNX, and run it with onnxruntime.
 
-    python examples/onnx_export.py [--out DIR]
+    python -m examples.onnx_export [--out DIR]
 
 Needs `pip install -e ".[vision]" onnxruntime onnxscript`, no network and no GPU, and takes seconds on a CPU. The
 network has random weights; attach, train or load your own instead.

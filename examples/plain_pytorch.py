@@ -1,6 +1,6 @@
 """Train adapters in a plain PyTorch loop: attach, train, validate, save, and load into a fresh model.
 
-    python examples/plain_pytorch.py [--out DIR]
+    python -m examples.plain_pytorch [--out DIR]
 
 Needs `pip install -e ".[vision]"`, no network and no GPU, and takes seconds on a CPU. The network has random weights
 and the images are generated, so that the example needs no download; use `pretrained=True` and your own data instead.

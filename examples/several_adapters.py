@@ -1,6 +1,6 @@
 """Several adapters in one model: trained in turn, chosen by name, mixed in one batch, and combined.
 
-    python examples/several_adapters.py [--out DIR]
+    python -m examples.several_adapters [--out DIR]
 
 Needs `pip install -e ".[language]"`, no network and no GPU, and takes seconds on a CPU. The model has random weights
 and the rows are generated; use `from_pretrained` and your own data instead.

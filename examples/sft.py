@@ -1,6 +1,6 @@
 """Tune a language model with TRL's SFTTrainer and NoRA++, and save it for `from_pretrained`.
 
-    python examples/sft.py [--out DIR]
+    python -m examples.sft [--out DIR]
 
 Needs `pip install -e ".[language]" trl`, no network and no GPU, and takes seconds on a CPU. The model has random
 weights; use `AutoModelForCausalLM.from_pretrained`, its tokenizer and your own rows instead.

@@ -1,6 +1,6 @@
 """Train AFA-LoRA with transformers' Trainer: annealed to plain LoRA, saved, resumed and merged.
 
-    python examples/trainer.py [--out DIR]
+    python -m examples.trainer [--out DIR]
 
 Needs `pip install -e ".[language]"`, no network and no GPU, and takes seconds on a CPU. The model has random weights
 and the rows are generated; use `from_pretrained` and your own data instead.

@@ -18,9 +18,9 @@ NOTEBOOK = nbformat.read(EXAMPLES / "functions.ipynb", as_version=4)
 
 def run(name, out):
     """What an example prints."""
-    line = [sys.executable, EXAMPLES / name, "--out", out]
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(line, env=environment, capture_output=True, text=True)
+    line = [sys.executable, "-m", f"examples.{Path(name).stem}", "--out", out]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(line, cwd=EXAMPLES.parent, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
