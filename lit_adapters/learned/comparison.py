@@ -91,8 +91,7 @@ def compare(first: SavedAdapters, second: SavedAdapters) -> Comparison:
     )
 
 
-# What adapters have learned beside an update of low rank; vectors of VeRA and LoRA2 are parts of theirs.
-_BESIDE = ("magnitude", "delta_bias", "beta", "frequency")
+_STATE = ("beta", "frequency")  # buffers that move in training
 
 
 def _beside(x: AdapterModule | None, y: AdapterModule | None) -> str:
@@ -101,11 +100,15 @@ def _beside(x: AdapterModule | None, y: AdapterModule | None) -> str:
         return ""
     first, second = x.adapter_tensors(), y.adapter_tensors()
     found = []
-    for key in (key for key in _BESIDE if key in first and key in second):
+    trained = {**x.adapter_parameters(), **y.adapter_parameters()}
+    others = [key for key in trained if key not in (*x.held_by_update, *y.held_by_update)]
+    for key in (key for key in (*others, *_STATE) if key in first and key in second):
         a, b = first[key].detach().double(), second[key].detach().double()
-        if a.shape != b.shape or torch.equal(a, b):
+        if a.shape != b.shape:
+            found.append(f"{key} by its shape, {tuple(a.shape)} and {tuple(b.shape)}")
+        elif torch.equal(a, b):
             continue
-        if a.numel() == 1:
+        elif a.numel() == 1:
             found.append(f"{key} {a.item():.3g} and {b.item():.3g}")
         else:
             size = torch.maximum(a.norm(), b.norm()).item()

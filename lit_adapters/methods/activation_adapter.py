@@ -170,7 +170,7 @@ class ActivationAdapter(AdapterModule):
             "relative_max_slope": (slope / slope_bound(initial, grid)).item(),
         }
 
-    def learned_functions(self) -> LearnedFunctions:
+    def learned_functions(self) -> LearnedFunctions | None:
         """The adapter itself, which has the methods of `LearnedFunctions`."""
         return self
 

@@ -28,11 +28,13 @@ class ActivationMethod(Method):
         groups: G; must divide the channels of every adapted layer. "channels" gives each channel its own function.
         channel_dim: The dimension of the activation's input that holds the channels, or "auto".
         one_row_a_group: Names of tensors in files that have a row for each group.
+        placeholder_activation: What stands for the activation where only a file is known.
     """
 
     merges: ClassVar[str] = "no, it stays a function"
     kind: ClassVar[str] = "activation"
     one_row_a_group: ClassVar[tuple[str, ...]]
+    placeholder_activation: ClassVar[type[nn.Module]] = nn.GELU  # of no consequence where a file holds the functions
 
     groups: int | Literal["channels"]
     channel_dim: int | Literal["auto"]
@@ -108,7 +110,7 @@ class ActivationMethod(Method):
     def placeholder(
         self, qualified_name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
     ) -> AdapterModule:
-        """As for any method. The activation is GELU, as the tensors in a file do not depend on the activation.
+        """As for any method, around `placeholder_activation`, as a file does not hold the activation.
 
         Raises:
             AdapterError: `groups` is "channels", and no tensor has a row for each group.
@@ -119,4 +121,4 @@ class ActivationMethod(Method):
             if not sizes or not 1 <= sizes[0] <= _MOST_GROUPS:
                 raise AdapterError(f"{qualified_name!r} lacks the tensors of its groups")
             groups = sizes[0]
-        return self.adapter(nn.GELU(), qualified_name, groups, -1, torch.device("meta"))
+        return self.adapter(self.placeholder_activation(), qualified_name, groups, -1, torch.device("meta"))

@@ -287,6 +287,8 @@ class DenseLoRAAdapter(SharingAdapter, WeightAdapter):
         squared = ((left.T @ left) * (e @ e.T)).sum().clamp(min=0)
         return {"relative_product": abs(self.scaling) * squared.sqrt().item() / self.base_norm()}
 
+    held_by_update = ("dense_M", *_SHARED)
+
     @torch.no_grad()
     def low_rank_update(self) -> LowRankUpdate:
         """s D M E: the update if both phi were the identity."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -175,8 +175,13 @@ class Describing(nn.Module):
         """
         return ""
 
+    held_by_update: ClassVar[tuple[str, ...]] = ()  # the trained tensors that `low_rank_update` shows, by local name
+
     def low_rank_update(self) -> LowRankUpdate | None:
-        """The learned update of a weight as its factors; spectra, ranks and comparisons follow from it."""
+        """The learned update of a weight as its factors; spectra, ranks and comparisons follow from it.
+
+        `held_by_update` names the tensors that it shows. Comparisons look at other trained tensors apart.
+        """
         return None
 
     def learned_update(self) -> Tensor | None:

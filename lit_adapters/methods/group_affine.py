@@ -27,9 +27,15 @@ from lit_adapters.activations.affine import AffineActivation
 from lit_adapters.activations.coefficients import normal_inputs
 from lit_adapters.methods.activation_adapter import ASSUMED_STD, ActivationAdapter
 from lit_adapters.methods.activation_method import ActivationMethod
-from lit_adapters.methods.description import each_layer
+from lit_adapters.methods.description import AdapterSummary, LearnedFunctions, each_layer
 from lit_adapters.methods.hooks import move_hooks
 from lit_adapters.ops.affine import group_affine
+
+_PARTS = ("input_gain", "input_shift", "output_gain", "output_shift")
+
+
+class UnknownActivation(nn.Module):
+    """The activation of a layer of which only the file is known."""
 
 
 @dataclass
@@ -49,6 +55,7 @@ class GroupAffine(ActivationMethod):
 
     name: ClassVar[str] = "group_affine"
     one_row_a_group: ClassVar[tuple[str, ...]] = ("input_gain",)
+    placeholder_activation: ClassVar[type[nn.Module]] = UnknownActivation
 
     groups: int | Literal["channels"] = 8
     targets: str | Sequence[str] = "activations"
@@ -85,7 +92,7 @@ class GroupAffineActivation(ActivationAdapter):
         self, base: nn.Module, qualified_name: str, groups: int, channel_dim: int, device: torch.device
     ) -> None:
         super().__init__(base, qualified_name, groups, channel_dim)
-        for name in ("input_gain", "input_shift", "output_gain", "output_shift"):
+        for name in _PARTS:
             self.add_parameter(name, torch.empty(groups, device=device))
         self.add_density_buffers(device)
         self.reset_parameters()
@@ -136,6 +143,21 @@ class GroupAffineActivation(ActivationAdapter):
         z = (1 + before[:, :1]) * x + before[:, 1:]
         base = self._base_in_float64()
         return (1 + after[:, :1]) * base(z) + after[:, 1:] - base(x)
+
+    def learned_functions(self) -> LearnedFunctions | None:
+        """The adapter itself; None where the activation is not known, and so neither are the functions."""
+        return None if isinstance(self.base, UnknownActivation) else self
+
+    def learned_update(self) -> Tensor:
+        """u, v, s and t of each group, (4, G): what files alone can be compared by."""
+        return torch.stack([getattr(self, name) for name in _PARTS]).detach()
+
+    def summary(self) -> AdapterSummary:
+        """That of the functions; the number of groups alone where the activation is not known."""
+        if self.learned_functions() is not None:
+            return super().summary()
+        note = "its change depends on the activation, which the file does not hold"
+        return AdapterSummary(f"{self.groups} groups", note=note, kind="functions")
 
     def _base_in_float64(self) -> nn.Module:
         """The pretrained activation on the CPU in float64; a PReLU has a weight of its own."""

@@ -242,6 +242,8 @@ class LoRA2Adapter(Allocated, WeightAdapter):
         squared = ((left.T @ left) * (right @ right.T)).sum().clamp(min=0)
         return {"relative_norm": squared.sqrt().item() / self.base_norm()} | self.rank_statistic()
 
+    held_by_update = ("outer_down", "inner_down", "directions", "inner_up", "outer_up")
+
     def low_rank_update(self) -> LowRankUpdate:
         """s D C diag(E) B, and A."""
         return LowRankUpdate(self.left(torch.float32).detach(), self.outer_down.detach(), 1.0)

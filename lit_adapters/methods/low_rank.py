@@ -336,6 +336,8 @@ class LowRankAdapter(WeightAdapter):
     def extra_repr(self) -> str:
         return f"{self.base.extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"
 
+    held_by_update = ("lora_A", "lora_B")
+
     def low_rank_update(self) -> LowRankUpdate:
         """s B A."""
         left, right = self.left_factor(self.lora_B.dtype), self.right_factor(self.lora_A.dtype)

@@ -320,6 +320,8 @@ class NestedLoRAAdapter(WeightAdapter):
         squared = ((left.T @ left) * (right @ right.T)).sum().clamp(min=0)
         return {"relative_norm": abs(self.scaling) * squared.sqrt().item() / self.base_norm()}
 
+    held_by_update = ("nested_inner_A", "nested_inner_B")
+
     @torch.no_grad()
     def low_rank_update(self) -> LowRankUpdate:
         """s B_o B_i A_i A_o, of rank r_i."""

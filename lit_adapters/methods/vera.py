@@ -313,6 +313,8 @@ class VeRAAdapter(WeightAdapter):
         squared = ((left.T @ left) * (right @ right.T)).sum().clamp(min=0)
         return self.relative_norm(squared.sqrt().item())
 
+    held_by_update = ("vera_lambda_d", "vera_lambda_b")
+
     def low_rank_update(self) -> LowRankUpdate:
         """Lambda_b B Lambda_d A."""
         left, right = self.factors(torch.float32)

@@ -10,6 +10,7 @@ import lit_adapters as la
 from lit_adapters.files.saved import read_saved
 from lit_adapters.learned.plots import learned_figure
 from lit_adapters.learned.summary import learned_functions, learned_subspace, summarise
+from lit_adapters.schedules import Hold
 from tests.learned.saved_adapters import Deep, adapted_net, change_of, checkpoint, ranks, refuses, rows, saved_net
 from tests.lightning.tiny_task import Net, Task
 from tests.matrix import ALL
@@ -224,6 +225,34 @@ def test_diff_of_what_is_no_update_of_low_rank(run, tmp_path):
         for folder in "ab":
             saved_net(tmp_path / f"{i}{folder}", method, seed=ord(folder))
         assert "differs in" not in run("diff", tmp_path / f"{i}a", tmp_path / f"{i}b")
+
+
+@pytest.mark.parametrize(
+    ("method", "tensor"),
+    [
+        (la.AFALoRA(rank=2, activation="rational", groups=2, schedule=Hold(1.0)), "sigma_numerator"),
+        (la.LoRAN(rank=2, function="sine", frequency=3.0), "frequency"),
+    ],
+)
+def test_diff_names_whatever_an_update_does_not_show(run, tmp_path, method, tensor):
+    net = saved_net(tmp_path / "a", method)
+    with torch.no_grad():
+        la.save_adapters(net, tmp_path / "a")
+        getattr(dict(la.adapters(net))["blocks.0.fc1"], tensor).add_(1.0)
+    la.save_adapters(net, tmp_path / "b")
+    assert f"not in the table, blocks.0.fc1 differs in {tensor} " in run("diff", tmp_path / "a", tmp_path / "b")
+
+
+def test_a_file_does_not_tell_what_group_affine_does_to_an_unknown_activation(run, tmp_path):
+    for folder in "ab":
+        net = saved_net(tmp_path / folder, la.GroupAffine(groups=4), seed=ord(folder))
+    printed = run("inspect", tmp_path / "b")
+    row = rows(printed)["blocks.0.act"]
+    assert (row["size"], row["change"], row["effective rank"]) == ("4 groups", "-", "-")
+    assert "its change depends on the activation" in row["note"]
+    assert dict(la.adapters(net))["blocks.0.act"].summary().change > 0  # known beside the model
+    printed = run("diff", tmp_path / "a", tmp_path / "b")
+    assert -1 < float(rows(printed)["blocks.0.act"]["cosine"]) < 1
 
 
 def test_diff_of_updates_with_a_start_of_their_own(run, tmp_path):
