@@ -39,7 +39,7 @@ def vit(setting: Setting) -> nn.Module:
     import timm
 
     torch.manual_seed(0)
-    sizes = setting.choose({}, {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 2})
+    sizes = setting.choose({}, {"img_size": 32, "embed_dim": 64, "depth": 1, "num_heads": 2})
     with torch.device(setting.device):
         return timm.create_model("vit_base_patch16_224", **sizes).train()
 

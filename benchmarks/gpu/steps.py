@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from torch.optim import AdamW
+
 from benchmarks.against_peft import METHODS
-from benchmarks.arms import STEPS, names
+from benchmarks.arms import ARMS, STEPS, names
 from benchmarks.gpu.models import MODELS, batch, sharing, with_arm
 from benchmarks.gpu.setting import Record, Setting, attempt
 from benchmarks.timing import ratios, spread, training_step
@@ -34,8 +36,8 @@ def vit(setting: Setting) -> Iterator[Record]:
 
 
 def arms(name: str) -> list[tuple[str, str]]:
-    """Arm and library: those with a row in the table of such a model, and peft's."""
-    ours = dict.fromkeys(["frozen", "full", *names(TABLES[name])])
+    """Arm and library: those with a row in the table of such a model that train with AdamW, and peft's."""
+    ours = dict.fromkeys(["frozen", *(arm for arm in names(TABLES[name]) if ARMS[arm].optimizer is AdamW)])
     return [(arm, "ours") for arm in ours if arm != "head"] + [(arm, "peft") for arm in METHODS]
 
 

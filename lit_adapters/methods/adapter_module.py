@@ -81,7 +81,7 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
         self._merged_names = []
         self.enabled = True
         self.qualified_name = qualified_name
-        self.training = base.training
+        self.__dict__["training"] = base.training
 
     # ---- tensors
 
