@@ -340,11 +340,13 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "training" and "base" in self.__dict__:  # `train` sets it, and Lightning after each validation
             self.base.training = value
-            self.clear_caches()
+            if value != self.training:
+                self.clear_caches()
         super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> AdapterModule:
         self.restore_averaged()
+        self.clear_caches()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterModule:

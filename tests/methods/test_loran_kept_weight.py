@@ -60,7 +60,7 @@ def test_training_keeps_nothing_unless_asked(monkeypatch):
         lambda a: torch.optim.AdamW([a.lora_B], 0.1, fused=True).step(),
         lambda a: pytest.importorskip("bitsandbytes").optim.AdamW8bit([a.lora_B], 0.1).step(),
         lambda a: setattr(a, "lora_A", nn.Parameter(a.lora_A.detach() * 2)),
-        lambda a: setattr(a, "training", False),  # as Lightning does after a validation
+        lambda a: [setattr(a, "training", mode) for mode in (True, False)],  # as Lightning does after a validation
     ],
     ids=["mode", "load", "cast", "step", "fused step", "step of bitsandbytes", "replace", "mode without train"],
 )
