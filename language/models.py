@@ -103,7 +103,7 @@ def create_model(
             meaning = read_meaning(Path(source))
             check_meaning(meaning, source)
             if meaning:  # merged weights
-                set_meaning(model, meaning)
+                set_meaning(model, meaning, of_the_base=True)
     for module in model.modules():
         if is_quantised(module):
             stop_repacking(module)

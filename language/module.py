@@ -35,7 +35,7 @@ from language.models import (
 from lit_adapters import values
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.adapters import check_whole, read_checkpoint_file
-from lit_adapters.files.meaning import meaning_of, restore_meanings, save_meanings, set_meaning
+from lit_adapters.files.meaning import is_of_the_base, meaning_of, restore_meanings, save_meanings, set_meaning
 from lit_adapters.lightning.loading import LoadsFromFiles
 from lit_adapters.lightning.step_mean import StepMeanModule
 from lit_adapters.methods.method import to_methods
@@ -267,7 +267,8 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
         if self.model is None or not (meaning := meaning_of(self.model)):
             return
         apply_meaning(self.model, self.tokenizer)
-        adopt = getattr(getattr(self._trainer, "datamodule", None), "adopt", None)
+        data = getattr(self._trainer, "datamodule", None)
+        adopt = getattr(data, "adopt_base" if is_of_the_base(self.model) else "adopt", None)
         if adopt is not None:
             adopt(meaning, origin)
 
@@ -334,7 +335,8 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
         """
         super().on_load_checkpoint(checkpoint)
         restore_meanings(checkpoint, self)
-        self._hand_over_meaning("the checkpoint")
+        if self.model is not None and not is_of_the_base(self.model):
+            self._hand_over_meaning("the checkpoint")
         self.learned_tokens = checkpoint["learned_tokens"] if self.global_rank == 0 else 0
 
     def measure(self, *names: str, items: Sequence[str] = ()) -> None:

@@ -152,6 +152,7 @@ class InstructionDataModule(lightning.LightningDataModule):
         self.subset_index = subset_index
         self._tokenizer = tokenizer
         check_settings(self)
+        self._of_the_base: tuple[dict[str, Any], str] | None = None
         self._parsed: dict[str, list[Record]] = {}
         self._datasets: dict[str, TokenDataset] = {}
 
@@ -236,6 +237,7 @@ class InstructionDataModule(lightning.LightningDataModule):
         Raises:
             AdapterError: A setting contradicts it.
         """
+        self._of_the_base = None
         check_meaning(meaning, origin)
         open_settings = ("prompt_template", "chat_template", "end_token")
         named = {name: getattr(self, name) for name in open_settings if getattr(self, name) is not None}
@@ -252,6 +254,15 @@ class InstructionDataModule(lightning.LightningDataModule):
             self.__dict__["classes"] = list(meaning["classes"])
         if before != (self.renderer.settings, self._end):
             self._datasets = {split: self._dataset(split) for split in self._datasets}  # type: ignore[arg-type]
+
+    def adopt_base(self, meaning: dict[str, Any], origin: str) -> None:
+        """As `adopt`, when batches are first asked for, unless a checkpoint's meaning is adopted before.
+
+        Args:
+            meaning: What the base of the model was trained with.
+            origin: Where it was found, for messages.
+        """
+        self._of_the_base = meaning, origin
 
     def examples(self, split: SplitName) -> list[Example]:
         """Prompts and answers of a split as text, for generation and scoring; needs no `setup`."""
@@ -387,6 +398,8 @@ class InstructionDataModule(lightning.LightningDataModule):
     def _ready(self, split: str, stage: str) -> TokenDataset:
         if split not in self._datasets:
             raise DataError(f"setup({stage!r}) has not run: let the Trainer call it, or call it first")
+        if self._of_the_base is not None:
+            self.adopt(*self._of_the_base)
         return self._datasets[split]
 
     def _collator(self) -> Callable[[list], Batch]:

@@ -36,8 +36,7 @@ _BOUNDED = _Bounded()
 
 def shown(value: object) -> str:
     """The value as text for a message, at most 60 characters, whatever its size and depth."""
-    text = value if isinstance(value, str) else _BOUNDED.repr(value)
-    return repr(text[:60])
+    return repr(value[:60]) if isinstance(value, str) else _BOUNDED.repr(value)[:60]
 
 
 def names_of(values: dict[str, Any]) -> str:

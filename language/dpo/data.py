@@ -16,7 +16,7 @@ from language.data.module import InstructionDataModule
 from language.data.packing import PaddedCollator, TokenDataset
 from language.data.sources import SplitName, read_rows
 from language.data.tokenise import Documents
-from language.dpo.formats import Pair, read_pairs
+from language.dpo.formats import DIALOGUE, Pair, read_pairs
 from language.loss import Batch
 from lit_adapters.errors import DataError
 
@@ -110,6 +110,16 @@ class PreferenceDataModule(InstructionDataModule):
         prompt, *answers = self._stretches(pair)
         chosen, rejected = map(unguarded, answers)
         return unguarded("".join(prompt)), chosen, rejected
+
+    def adopt_base(self, meaning: dict[str, Any], origin: str) -> None:
+        """Nothing: preferences have a frame of their own, whatever the base was trained on."""
+
+    def meaning(self) -> dict[str, Any]:
+        """As `InstructionDataModule.meaning`, with the frame of plain dialogues where most training pairs are such."""
+        pairs = cast(list[Pair], self.records("train"))
+        dialogues = sum(bool(pair.messages) for pair in pairs)
+        frame = {"prompt_template": DIALOGUE} if not self.renderer.chat and 2 * dialogues > len(pairs) else {}
+        return super().meaning() | frame
 
     def _stretches(self, pair: Pair) -> tuple[list[str], str, str]:
         """The stretches of the prompt, the chosen and the rejected answer; guarded, see `language.data.control`."""

@@ -15,6 +15,7 @@ from lit_adapters.errors import DataError
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+DIALOGUE = "\n\nHuman: {prompt}\n\nAssistant:"  # how a plain dialogue of one turn is written
 _NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 

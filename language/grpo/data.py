@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sized
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from language.data.formats import Record, check_columns
 from language.data.module import InstructionDataModule
+from language.data.rows import Row
 from language.data.sources import SplitName
 from lit_adapters.errors import DataError
 from lit_adapters.lightning.resume.loader import ResumableLoader
@@ -90,6 +93,9 @@ class QuestionDataModule(InstructionDataModule):
         )
         self.iterations = iterations
 
+    def adopt_base(self, meaning: dict[str, Any], origin: str) -> None:
+        """Nothing: questions have a frame of their own, whatever the base was trained on."""
+
     def _parse(self, path: str | list[str], split: SplitName) -> list[Record]:
         if not isinstance(path, str) or not path.startswith(ARITHMETIC):
             return super()._parse(path, split)
@@ -97,6 +103,9 @@ class QuestionDataModule(InstructionDataModule):
         if not re.fullmatch(r"[1-9]\d{0,2}", largest):
             raise DataError(f"data {path}: give the largest number, from 1 to 999, as in {ARITHMETIC}99")
         return arithmetic(int(largest))
+
+    def _parse_rows(self, rows: Iterable[Row], path: str | list[str]) -> Iterator[Record]:
+        return super()._parse_rows((_answer_as_text(row, (self.columns or {})["response"]) for row in rows), path)
 
     def _dataset(self, split: SplitName) -> Any:
         records = self.records(split)
@@ -158,6 +167,14 @@ class RepeatingSampler(EpochSampler):
         order = super().order()
         batches = order[: len(order) // self.group * self.group].view(-1, self.group)
         return batches.repeat_interleave(self.repeats, 0).flatten()
+
+
+def _answer_as_text(row: Row, column: str) -> Row:
+    """The row with its answer as text where it is a number."""
+    value = row.values.get(column)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return row
+    return replace(row, values=row.values | {column: str(value)})
 
 
 class _Questions(Dataset):

@@ -39,7 +39,7 @@ from lit_adapters.files.header import (
     parse_header,
 )
 from lit_adapters.files.hub import local_directory
-from lit_adapters.files.meaning import HEADER_KEY, adopt_meaning, check_same, checked, meaning_of
+from lit_adapters.files.meaning import HEADER_KEY, adopt_meaning, binding_meaning, check_same, checked, meaning_of
 from lit_adapters.files.transfer import matching_train, named_as_in, warn_left_out, what_fits
 from lit_adapters.methods.method import to_methods
 from lit_adapters.methods.starts import without_starts
@@ -47,7 +47,15 @@ from lit_adapters.model.attach import attach, detach
 from lit_adapters.model.meta import refuse_meta
 from lit_adapters.model.named import adapter_names, in_use, use, using
 from lit_adapters.model.ranks import kept_directions, warn_unallocated, with_ranks
-from lit_adapters.model.record import DEFAULT, adapters, attachment, base_parameters, inner, unfrozen
+from lit_adapters.model.record import (
+    DEFAULT,
+    adapters,
+    attachment,
+    base_parameters,
+    inner,
+    packed_buffers,
+    unfrozen,
+)
 from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import is_sharded, whole
 from lit_adapters.model.unfinished import warn_unfinished
@@ -232,6 +240,8 @@ def load_adapters(
     model, by_shapes = inner(model), strict == "shapes"
     before, mine = in_use(model), _base_shapes(model)
     header, tensors = named_as_in(*read_directory(directory), mine)
+    for key in tensors.keys() & packed_buffers(model).keys():  # the base itself, in files of earlier versions
+        del tensors[key]
     theirs = header["base"]["shapes"]
     different = [k for k in theirs if mine.get(k) != theirs[k]] + [k for k in mine if k not in theirs]
     if different and not by_shapes:
@@ -242,7 +252,7 @@ def load_adapters(
             "were trained on: same architecture, same number of classes; strict='shapes' takes what fits another one"
         )
     meaning = {} if by_shapes else checked(header.get(HEADER_KEY, {}), str(directory))
-    check_same(meaning, meaning_of(model), str(directory))
+    check_same(meaning, binding_meaning(model), str(directory))
     besides: dict[str, bool] = {k: v for k, v in header.get("unfrozen", {}).items() if not by_shapes or k in mine}
     if besides and adapter_names(model):
         raise AdapterError(
@@ -401,8 +411,8 @@ def _is_copy(readable: Path, header: dict[str, Any], length: int) -> bool:
 
 
 def _frozen(model: nn.Module, saved: Collection[str]) -> dict[str, Tensor]:
-    """The base model's parameters that a file with the tensors `saved` does not hold."""
-    return {n: p for n, p in base_parameters(model).items() if n not in saved}
+    """The base model's parameters and packed weights that a file with the tensors `saved` does not hold."""
+    return {n: t for n, t in (base_parameters(model) | packed_buffers(model)).items() if n not in saved}
 
 
 def _base_shapes(model: nn.Module) -> dict[str, str]:

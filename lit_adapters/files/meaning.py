@@ -2,7 +2,8 @@
 
 An application sets the meaning on its model as a plain JSON object. It then travels with the weights: in the header of
 adapter directories, in checkpoints, and in `meaning.json` beside merged weights. Two different values of one key are an
-error where the files are used. The keys belong to the application; this library only carries them.
+error where the files are used, except that a meaning which came with a base's weights gives way to that of an adapter
+or a checkpoint trained on them. The keys belong to the application; this library only carries them.
 """
 
 from __future__ import annotations
@@ -22,19 +23,23 @@ HEADER_KEY = "meaning"  # in the header of an adapter directory
 CHECKPOINT_KEY = "lit_adapters_meaning"  # in a checkpoint: the meaning of each model, by qualified name
 MAX_BYTES = 1 << 21  # 20,000 names of classes take 500 kB
 _ATTRIBUTE = "_lit_adapters_meaning"
+_OF_THE_BASE = "_lit_adapters_meaning_of_the_base"
 
 
-def set_meaning(model: nn.Module, meaning: Mapping[str, Any]) -> None:
+def set_meaning(model: nn.Module, meaning: Mapping[str, Any], of_the_base: bool = False) -> None:
     """Say what the inputs and outputs of `model` mean, in place of what was said before.
 
     Args:
         model: The module given to `attach`.
         meaning: Values that JSON can hold, by name, such as `{"classes": ["cat", "dog"], "image_size": 224}`.
+        of_the_base: Whether it came with the pretrained weights. The meaning of a checkpoint or an adapter directory
+            then takes its place, as the training may have been on other data.
 
     Raises:
         AdapterError: The meaning is no JSON object, or larger than 2 MiB.
     """
     model.__dict__[_ATTRIBUTE] = checked(meaning, "set_meaning")
+    model.__dict__[_OF_THE_BASE] = of_the_base
 
 
 def meaning_of(model: nn.Module) -> dict[str, Any]:
@@ -42,8 +47,18 @@ def meaning_of(model: nn.Module) -> dict[str, Any]:
     return json.loads(json.dumps(model.__dict__.get(_ATTRIBUTE, {})))
 
 
+def is_of_the_base(model: nn.Module) -> bool:
+    """Whether the meaning of `model` came with its pretrained weights."""
+    return bool(model.__dict__.get(_OF_THE_BASE, False))
+
+
+def binding_meaning(model: nn.Module) -> dict[str, Any]:
+    """A copy of what a file for `model` must agree with: its meaning, unless that came with the pretrained weights."""
+    return {} if is_of_the_base(model) else meaning_of(model)
+
+
 def adopt_meaning(model: nn.Module, saved: Any, origin: str) -> None:
-    """Add the meaning that a file holds to that of `model`.
+    """Add the meaning that a file holds to that of `model`, or put it in the place of the base's.
 
     Args:
         model: The module that the file's weights are for.
@@ -53,9 +68,10 @@ def adopt_meaning(model: nn.Module, saved: Any, origin: str) -> None:
     Raises:
         AdapterError: The saved meaning is no JSON object, or the model has another value of one of its keys.
     """
-    saved, present = checked(saved, origin), meaning_of(model)
+    saved, present = checked(saved, origin), binding_meaning(model)
     check_same(saved, present, origin)
-    model.__dict__[_ATTRIBUTE] = present | saved
+    if saved:
+        set_meaning(model, present | saved)
 
 
 def check_same(saved: Mapping[str, Any], present: Mapping[str, Any], origin: str) -> None:

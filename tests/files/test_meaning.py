@@ -17,6 +17,7 @@ from lit_adapters.files.meaning import (
     CHECKPOINT_KEY,
     MEANING_FILE,
     adopt_meaning,
+    is_of_the_base,
     meaning_of,
     read_meaning,
     restore_meanings,
@@ -64,6 +65,24 @@ def test_a_directory_that_contradicts_the_model_is_refused_before_it_is_attached
         la.load_adapters(loaded, tmp_path)
     assert not list(la.adapters(loaded))
     assert meaning_of(loaded) == {"classes": ["cat", "bee"]}
+
+
+def test_the_meaning_of_the_base_gives_way_to_that_of_a_file(tmp_path):
+    """A model that goes on training from merged weights may learn something else."""
+    la.save_adapters(adapted(MEANING), tmp_path)
+    loaded = base()
+    set_meaning(loaded, {"classes": ["cat", "bee"], "colour": "RGB"}, of_the_base=True)
+    assert is_of_the_base(loaded)
+    la.load_adapters(loaded, tmp_path)
+    assert meaning_of(loaded) == MEANING
+    assert not is_of_the_base(loaded)
+    module = nn.ModuleDict({"student": adapted(MEANING)})
+    checkpoint: dict = {}
+    save_meanings(checkpoint, module)
+    fresh = nn.ModuleDict({"student": adapted()})
+    set_meaning(fresh["student"], {"image_size": 16}, of_the_base=True)
+    restore_meanings(checkpoint, fresh)
+    assert meaning_of(fresh["student"]) == MEANING
 
 
 def test_nothing_is_written_where_nothing_was_said(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lit_adapters as la
 from language.__main__ import main
 from language.data import InstructionDataModule
+from language.dpo.data import PreferenceDataModule
 from language.evaluate.run import load
 from language.evaluate.settings import EvalSettings, as_trained
 from language.evaluate.tasks import read_questions
-from language.generate import generate
+from language.generate import generate, prompt_rows
 from language.meaning import apply_meaning, check_meaning
 from language.models import create_model, create_tokenizer
 from language.module import CausalLMTuner
@@ -23,6 +25,8 @@ from language.prompt import prompt_tokens
 from lit_adapters.cli.commands import main as commands
 from lit_adapters.errors import AdapterError
 from lit_adapters.files.meaning import meaning_of
+from tests.language.dpo import preferring
+from tests.language.grpo import rewarding
 from tests.language.tiny import trainer, tuner
 from tests.mutations import STRANGE, json_edits
 
@@ -125,6 +129,68 @@ def test_adapter_directories_and_merged_models_use_it(checkpoint, folder):
     options = ["--base", maker, "--base-args", json.dumps([str(folder / "base")])]
     commands(["merge", str(folder / "adapter"), *options, "--out", str(folder / "both")])
     assert ends(AutoModelForCausalLM.from_pretrained(folder / "both")) == [256, 257]
+
+
+def merged_base(checkpoint, place):
+    """The merged weights of the fit, whose meaning says pairs and a template."""
+    if not place.exists():
+        commands(["merge", str(checkpoint[0]), "--out", str(place)])
+    return str(place)
+
+
+@pytest.mark.parametrize("kind", ["chat", "dpo", "grpo"])
+def test_training_goes_on_from_merged_weights_with_data_of_another_kind(checkpoint, folder, kind, tmp_path, write):
+    """Resume, load, validate, generate and merge go by the checkpoint, whatever its base was trained on."""
+    base = merged_base(checkpoint, folder / "base of others")
+    shared = {"enable_checkpointing": True}
+    if kind == "chat":
+        said = [[{"role": "user", "content": c}, {"role": "assistant", "content": c * 2}] for c in "abcdefgh"]
+        path = write([{"messages": messages} for messages in said])
+        make = partial(InstructionDataModule, path, base, "chat", max_length=64, val_fraction=0.25)
+        model = partial(tuner, model=base)
+    elif kind == "dpo":
+        make = partial(preferring.data, tokenizer=base)
+        model = partial(preferring.tuner, model=base)
+    else:
+        make = partial(rewarding.questions, tokenizer=base)
+        model = partial(rewarding.tuner, model=base)
+    trained = model()
+    trainer(tmp_path, max_steps=2, **shared).fit(trained, make())
+    path = next(tmp_path.glob("last*.ckpt"))
+    found = meaning_of(trained.model)
+    assert found["use_chat_template"] == (kind == "chat")
+    trainer(tmp_path, max_steps=3, **shared).fit(model(), make(), ckpt_path=path, weights_only=True)
+    given, loaded = make(), model()
+    quiet = {"callbacks": [la.AdapterCallback()], "enable_checkpointing": False}
+    trainer(tmp_path, **quiet).validate(loaded, given, ckpt_path=path, weights_only=True)
+    assert meaning_of(loaded.model) == found
+    assert meaning_of(type(trained).load_from_checkpoint(path, map_location="cpu").model) == found
+    assert isinstance(main(["generate", f"--ckpt={path}", "--prompt=b", "--max_new_tokens=2", "--device=cpu"]), str)
+    commands(["merge", str(path), "--out", str(tmp_path / "out")])
+    assert meaning_of(create_model(str(tmp_path / "out"))) == found
+
+
+def test_an_untrained_model_goes_by_its_base(checkpoint, folder, rows, tmp_path):
+    base = merged_base(checkpoint, folder / "base of others")
+    quiet = {"callbacks": [la.AdapterCallback()], "enable_checkpointing": False}
+    given = module(rows)
+    trainer(tmp_path, **quiet).test(tuner(model=base), given)
+    assert given.prompt_template == TEMPLATE
+    with pytest.raises(AdapterError, match="the model was trained with prompt_template"):
+        trainer(tmp_path, **quiet).test(tuner(model=base), module(rows, prompt_template="{prompt}"))
+    trainer(tmp_path, **quiet).validate(preferring.tuner(model=base), preferring.data(tokenizer=base))
+
+
+def test_generation_asks_as_preferences_of_plain_dialogues_do(tmp_path, write):
+    turns = "\n\nHuman: {}\n\nAssistant: {}"
+    path = write([{"chosen": turns.format(c, c * 2), "rejected": turns.format(c, c * 3)} for c in "abcdefgh"])
+    given = PreferenceDataModule(path, "tiny_llama", max_length=64, batch_size=2)
+    model = preferring.tuner()
+    trainer(tmp_path, max_steps=1, check_val_every_n_epoch=None, val_check_interval=None).fit(model, given)
+    meaning = meaning_of(model.model)
+    prompt = prompt_rows(next(iter(given.train_dataloader())))[0]
+    asked = model.tokenizer.decode(prompt).removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:")
+    assert prompt_tokens(model.tokenizer, asked, None, None, 99, meaning) == prompt
 
 
 def test_an_answer_ends_before_its_end_token_whatever_kind_it_is():

@@ -346,7 +346,7 @@ def test_chat_example_is_the_last_answer(write, tokenizer):
     ("name", "row", "message"),
     [
         ("alpaca", {"instruction": "x"}, r"line 2: field 'output' is missing \(the row has instruction\)"),
-        ("alpaca", ALPACA | {"output": 3}, "line 2: field 'output' must be text, got '3'"),
+        ("alpaca", ALPACA | {"output": 3}, "line 2: field 'output' must be text, got 3"),
         ("alpaca", ALPACA | {"output": " \n"}, "line 2: field 'output' is empty.*drop_empty"),
         ("alpaca", ALPACA | {"instruction": ""}, "line 2: field 'instruction' is empty"),
         ("alpaca", ALPACA | {"output": None}, "line 2: field 'output' is empty"),
@@ -487,7 +487,7 @@ def test_fields_that_say_whether_a_message_is_learned(fields, unlearned):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (flagged(weight=0.5), "message 3: field 'weight' must be true, false, 0 or 1, got '0.5'"),
+        (flagged(weight=0.5), "message 3: field 'weight' must be true, false, 0 or 1, got 0.5"),
         (flagged(train="no"), "message 3: field 'train' must be true, false, 0 or 1"),
         (flagged(wieght=0), "message 3: field 'wieght' of a message is unknown"),
         (flagged(tool_calls={"name": "f"}), "message 3: field 'tool_calls' must be a list"),

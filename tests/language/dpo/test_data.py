@@ -111,7 +111,7 @@ def test_rows_without_a_preference(row, words):
     [
         ({"prompt": "a", "chosen": "b"}, r"field 'rejected' is missing \(the row has prompt, chosen\)"),
         ({"chosen": "a", "rejected": "b"}, "field 'prompt' is missing, and chosen and rejected are no dialogues"),
-        (PLAIN | {"chosen": 3}, "field 'chosen' must be text or a list of messages, got '3'"),
+        (PLAIN | {"chosen": 3}, "field 'chosen' must be text or a list of messages, got 3"),
         (PLAIN | {"chosen": f"{HUMAN} Me."}, "one of 'chosen' and 'rejected' is a whole dialogue"),
         (PLAIN | {"chosen": messages(("robot", "b"))}, "line 1, chosen, message 1: role 'robot' is unknown"),
         (PLAIN | {"chosen": ["b"]}, "expected a role"),

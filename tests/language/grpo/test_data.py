@@ -40,6 +40,11 @@ def test_columns_and_chat(write):
     data.setup("fit")
     rows = next(iter(data.train_dataloader()))
     assert data.tokenizer.decode(rows["input_ids"][0][rows["attention_mask"][0].bool()]).startswith("<s>user\n")
+    numbers = write([{"question": f"{i}?", "answer": i if i % 2 else i / 2} for i in range(8)], "numbers.jsonl")
+    answers = {e.prompt.strip(): e.response for e in questions(path=numbers).examples("train")}
+    assert answers.items() <= {f"{i}?": str(i) if i % 2 else str(i / 2) for i in range(8)}.items()
+    with pytest.raises(la.DataError, match="field 'answer' must be text, got True;"):
+        questions(path=write([{"question": "1?", "answer": True}], "flags.jsonl")).examples("train")
     with pytest.raises(la.DataError, match=r"columns names unknown fields \['prompt'\]"):
         questions(columns={"prompt": "problem"})
     with pytest.raises(la.DataError, match="field 'question' is missing"):
