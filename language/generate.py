@@ -14,13 +14,14 @@ from transformers.cache_utils import DynamicLayer
 
 from language.loss import IGNORED, Batch
 from language.meaning import trained_end
-from language.measured import check_finite, ignores_left_padding
+from language.measured import alike, check_finite, documents, ignores_left_padding, measured
 from language.models import context_length
 from lit_adapters.errors import AdapterError, DataError
 from lit_adapters.model.modes import evaluating
 from lit_adapters.training.step_cost import CACHE, count_as, left_out, repeated
 from lit_adapters.values import check_number, check_whole
 
+_TRIED = 3  # tokens that are generated to find out whether rows stay apart
 TEMPERATURES = (1e-6, 1e3)  # from the likeliest token to almost any
 
 
@@ -57,7 +58,8 @@ def continuations(
         model: A transformers causal language model.
         tokenizer: The model's own.
         prompts: Token ids, at least one each; shorter rows are padded on the left. A model that reads the padding
-            (RWKV) continues rows of one length at a time.
+            continues rows of one length at a time, one that mixes the rows of a batch (RWKV in transformers 5.24) each
+            row by itself.
         max_new_tokens: Most tokens of a continuation.
         temperature: 0 takes the likeliest token each time; else tokens are drawn from softmax(logits / temperature).
         streamer: A transformers streamer that receives each token; for a single prompt.
@@ -77,13 +79,12 @@ def continuations(
             "shorten the prompt or lower max_new_tokens"
         )
     pad: Any = tokenizer.pad_token_id
-    if min(map(len, prompts)) < longest and not ignores_left_padding(model):
-        lengths = sorted(set(map(len, prompts)))
-        alike = [[row for row, prompt in enumerate(prompts) if len(prompt) == length] for length in lengths]
-        groups = [[prompts[row] for row in rows] for rows in alike]
+    together = _read_together(model, prompts)
+    if len(together) > 1:
+        groups = [[prompts[row] for row in rows] for rows in together]
         parts = [continuations(model, tokenizer, group, max_new_tokens, temperature) for group in groups]
         whole = torch.full((len(prompts), max(part.shape[1] for part in parts)), pad, device=model.device)
-        for rows, part in zip(alike, parts, strict=True):
+        for rows, part in zip(together, parts, strict=True):
             whole[rows, : part.shape[1]] = part
         return whole
     ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in prompts], device=model.device)
@@ -102,6 +103,48 @@ def continuations(
             **drawing,
         )
     return tokens[:, longest:]
+
+
+def _read_together(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The numbers of the prompts, those together that the model may continue in one batch."""
+    rows = list(range(len(prompts)))
+    if len(rows) > 1 and not measured(model, _keeps_rows_apart):
+        return [[row] for row in rows]
+    lengths = sorted(set(map(len, prompts)))
+    if len(lengths) == 1 or ignores_left_padding(model):
+        return [rows]
+    return [[row for row in rows if len(prompts[row]) == length] for length in lengths]
+
+
+def _keeps_rows_apart(model: Any) -> bool:
+    """Whether two rows that are generated together get the logits that each of them gets alone."""
+    size = min(4, (context_length(model) or 8) - _TRIED)
+    if size < 1:
+        return True
+    both = torch.cat(documents(model, size, size))
+    forced = both[0, 0]
+
+    def choose(_: Tensor, scores: Tensor) -> Tensor:  # the same token in every row
+        return torch.full_like(scores, -torch.inf).index_fill(1, forced, 0.0)
+
+    def logits(rows: Tensor) -> Tensor:
+        with plain_settings(model):
+            found = model.generate(
+                input_ids=rows,
+                attention_mask=torch.ones_like(rows),
+                max_new_tokens=_TRIED,
+                min_new_tokens=_TRIED,
+                pad_token_id=0,
+                logits_processor=[choose],
+                do_sample=False,
+                use_cache=True,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        return torch.stack(found.logits, 1)
+
+    together = logits(both)
+    return all(alike(together[i : i + 1], logits(both[i : i + 1])) for i in (0, 1))
 
 
 @torch.no_grad()

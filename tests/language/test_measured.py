@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -218,6 +219,17 @@ def test_layers_that_depend_on_their_numbers_are_refused():
     shortened(network, [0])
     with pytest.raises(la.AdapterError, match=r"with the layers \[1\] alone is not the model without the others"):
         shortened(network, [1])
+
+
+@pytest.mark.parametrize("name", ["transformers rwkv", "transformers mamba", "transformers llama"])
+def test_rows_of_one_length_are_continued_as_alone(name):
+    """RWKV in transformers 5.24 mixes the rows of a batch when it goes on from its state."""
+    network, tokenizer = model(name), SimpleNamespace(pad_token_id=0, eos_token_id=None)
+    prompts = [[7, 8, 9], [20, 21, 22], [33, 5, 6]]
+    together = continuations(network, tokenizer, prompts, 6, 0.0)
+    for row, prompt in zip(together, prompts, strict=True):
+        alone = continuations(network, tokenizer, [prompt], 6, 0.0)
+        assert row.tolist() == alone[0].tolist()
 
 
 @pytest.mark.parametrize("name", ["transformers mamba", "transformers rwkv", "openai-gpt"])
