@@ -80,6 +80,7 @@ def continued(
     temperature: float = 0.0,
     draft: Any = None,
     seed: int | None = None,
+    end: int | None = None,
 ) -> Continuation:
     """Continue a prompt up to the target's end token, by the target alone or with a draft.
 
@@ -90,6 +91,7 @@ def continued(
         temperature: See `DecodingSettings`.
         draft: Another such model with the same tokenizer, with or without adapters; None for the target alone.
         seed: Seeds the draws at a temperature above 0; `settings.seed` by default.
+        end: The end token of models whose generation settings have none: their tokenizer's.
 
     Raises:
         AdapterError: The target chooses a token that the draft does not have, prompt and continuation do not fit into a
@@ -108,10 +110,10 @@ def continued(
     with contextlib.ExitStack() as stack:
         stack.callback(handle.remove)
         stack.enter_context(evaluating(target))
-        stack.enter_context(plain_settings(target))
+        stack.enter_context(plain_settings(target, end))
         if draft is not None:
             stack.enter_context(evaluating(draft))
-            stack.enter_context(plain_settings(draft))
+            stack.enter_context(plain_settings(draft, end))
             stack.enter_context(_proposing(draft, settings.draft_tokens))
             stack.enter_context(_common_vocabulary(target, draft))
         stack.enter_context(torch.random.fork_rng([target.device] if target.device.type == "cuda" else []))

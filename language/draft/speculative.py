@@ -32,7 +32,7 @@ from lit_adapters.values import check_whole
 
 
 def measure(
-    target: Any, draft: Any, prompts: Sequence[Sequence[int]], settings: DecodingSettings
+    target: Any, draft: Any, prompts: Sequence[Sequence[int]], settings: DecodingSettings, end: int | None = None
 ) -> dict[str, dict[str, Estimate]]:
     """Continue every prompt with and without the draft, in turns, at each temperature.
 
@@ -41,6 +41,7 @@ def measure(
         draft: Another one, of the same vocabulary; with or without adapters.
         prompts: Token ids.
         settings: How to decode.
+        end: The end token of models whose generation settings have none: their tokenizer's.
 
     Returns:
         For each `temperature T`:
@@ -63,7 +64,7 @@ def measure(
     if not prompts:
         raise DataError("there are no prompts to continue: check the file and the limit")
     for helper in (None, draft):  # the first call of each kind is slower
-        continued(target, prompts[0], settings, draft=helper)
+        continued(target, prompts[0], settings, draft=helper, end=end)
     results = {}
     for temperature in settings.temperatures:
         alone: list[Continuation] = []
@@ -71,7 +72,7 @@ def measure(
         for index, prompt in enumerate(tqdm(prompts, desc=f"temperature {temperature:g}", delay=1.0)):
             turns = [(alone, None), (assisted, draft)]
             for found, helper in turns if index % 2 == 0 else turns[::-1]:
-                found.append(continued(target, prompt, settings, temperature, helper, settings.seed + index))
+                found.append(continued(target, prompt, settings, temperature, helper, settings.seed + index, end))
         results[f"temperature {temperature:g}"] = _summary(alone, assisted, exact=temperature == 0)
     return results
 
@@ -162,7 +163,7 @@ def measure_command(
     room = min(context_length(model) or sys.maxsize for model in (tuner.target, draft)) - decoding.max_new_tokens
     meaning = meaning_of(tuner.model)  # type: ignore[arg-type]
     rows = [prompt_tokens(tuner.tokenizer, text, format, use_chat_template, room, meaning) for text in texts]
-    found = measure(tuner.target, draft, rows, decoding)
+    found = measure(tuner.target, draft, rows, decoding, tuner.tokenizer.eos_token_id)
     results = {name: {"metrics": metrics} for name, metrics in found.items()}
     result = {
         "ckpt": str(ckpt),

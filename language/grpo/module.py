@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 
 import lit_adapters as la
@@ -206,12 +207,29 @@ class GRPOTuner(CausalLMTuner):
         return found
 
     def setup(self, stage: str) -> None:
-        """Refuse to accumulate gradients over steps of different policies."""
-        accumulated = self.trainer.accumulate_grad_batches
-        if stage == "fit" and self.hparams["iterations"] > 1 and accumulated > 1:
+        """Refuse what does not go with several steps on the same completions.
+
+        Raises:
+            AdapterError: `iterations` is above 1, and the trainer accumulates gradients or repeats batches itself.
+        """
+        iterations, trainer = self.hparams["iterations"], cast(Any, self.trainer)
+        if stage != "fit" or iterations == 1:
+            return
+        if trainer.accumulate_grad_batches > 1:
             raise la.AdapterError(
-                f"iterations {self.hparams['iterations']} takes a step for each batch, and "
-                f"trainer.accumulate_grad_batches is {accumulated}: set one of them to 1"
+                f"iterations {iterations} takes a step for each batch, and trainer.accumulate_grad_batches is "
+                f"{trainer.accumulate_grad_batches}: set one of them to 1"
+            )
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+            raise la.AdapterError(
+                f"iterations {iterations} takes a step for each batch, and GradientAccumulationScheduler accumulates "
+                "several: set iterations to 1, or leave the callback out"
+            )
+        if trainer.overfit_batches:
+            raise la.AdapterError(
+                f"iterations {iterations} repeats each batch, and trainer.overfit_batches {trainer.overfit_batches} "
+                "takes batches in an order of its own: set iterations to 1, or data.train_subset in place of "
+                "overfit_batches"
             )
 
     def configure_model(self) -> None:

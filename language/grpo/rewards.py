@@ -31,16 +31,23 @@ MARK = "####"  # before the answer in GSM8K (arXiv 2110.14168)
 
 _TAKEN = {"reward", "reward_std", "loss", "kl", "clip_fraction", "completion_length", "zero_advantage"}  # other metrics
 
-# A sign belongs to the number unless something to subtract from stands before it.
-_NUMBER = r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+# A sign (that of the keyboard, or U+2212) belongs to the number unless something to subtract from stands before it.
+_SIGN = r"(?<![\w.])[-+\u2212]?"
+_DIGITS = r"(?:(?:\d{1,3}(?:(?:,|\{,\})\d{3})+|\d+)(?:\.\d+)?|\.\d+)"  # thousands may stand apart as in LaTeX, 1{,}000
+_NUMBER = _SIGN + _DIGITS
+_AMOUNT = rf"{_SIGN}(?:\\?[$\u20ac\u00a3\u00a5])?{_DIGITS}"  # a currency may stand between, as in -$5
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the last `####`, or without one the last number of a text; None where there is none."""
+    """The number after the last `####`, or without one the last number of a text; None where there is none.
+
+    -5, \u22125 (with the minus sign U+2212), -$5 and $-5 are -5; 1,000 and LaTeX's 1{,}000 are 1000; .5 is 0.5.
+    """
     _, mark, marked = text.rpartition(MARK)
-    numbers = re.findall(_NUMBER, marked)
-    found = (numbers[0] if mark else numbers[-1]) if numbers else None
-    return None if found is None else Decimal(found.replace(",", ""))
+    numbers = re.findall(_AMOUNT, marked)
+    if not numbers:
+        return None
+    return Decimal(re.sub(r"[^-+.\d]", "", (numbers[0] if mark else numbers[-1]).replace("\u2212", "-")))
 
 
 def exact_number(completion: str, answer: str) -> float:

@@ -89,6 +89,17 @@ def test_an_annealing_draft_proposes():
     )
 
 
+def test_the_tokenizers_end_token_serves_models_whose_settings_have_none():
+    target = markov(0)
+    assert target.generation_config.eos_token_id is None
+    settings = DecodingSettings(max_new_tokens=8, draft_tokens=2)
+    free = continued(target, [0], settings).tokens
+    end = free[3]
+    for draft in (None, markov(1)):
+        tokens = continued(target, [0], settings, draft=draft, end=end).tokens
+        assert tokens == free[: free.index(end) + 1]
+
+
 @pytest.mark.slow
 def test_drawn_tokens_have_the_targets_distribution():
     """Chi-square of the transitions in a sequence: 30 degrees of freedom, standard deviation 8."""

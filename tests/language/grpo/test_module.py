@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 
 import lit_adapters as la
 from language.grpo.module import GRPOTuner, clipped_objective
@@ -297,6 +297,12 @@ def test_iterations_and_accumulation(tmp_path):
     run = trainer(tmp_path, accumulate_grad_batches=2)
     run.fit(tuner(), datamodule=questions())
     assert run.global_step == 3
+    run = trainer(tmp_path, callbacks=[la.AdapterCallback(), GradientAccumulationScheduler({2: 4})])
+    with pytest.raises(la.AdapterError, match="GradientAccumulationScheduler accumulates several: set iterations to 1"):
+        run.fit(tuner(iterations=2), datamodule=questions(iterations=2))
+    run = trainer(tmp_path, overfit_batches=2)
+    with pytest.raises(la.AdapterError, match=r"trainer\.overfit_batches 2 takes batches in an order of its own"):
+        run.fit(tuner(iterations=2), datamodule=questions(iterations=2))
 
 
 def test_a_data_module_that_does_not_repeat_its_batches(tmp_path):

@@ -24,6 +24,17 @@ from tests.language.grpo.rewarding import term
         ("#### 4.20", "4.2", True),
         ("", "0", False),
         ("x7", "7", False),
+        ("it is \u22125", "-5", True),  # the minus sign, as models write it
+        ("5 \u2212 3 = 2", "2", True),
+        ("5\u22123", "3", True),
+        ("a loss of -$5", "-5", True),
+        ("a loss of $-5", "-5", True),
+        (r"costs \$1,234.50", "1234.5", True),
+        (".50", "0.5", True),
+        ("x = -.5", "-0.5", True),
+        ("v1.50", "0.5", False),
+        ("1{,}234", "1234", True),
+        ("1{,}234", "234", False),
         ("4,2", "42", False),  # commas stand between thousands alone
         ("reason 3. #### 2,400", "1,200 * 2 = 2,400. #### 2,400", True),
     ],
