@@ -21,6 +21,7 @@ from lit_adapters.huggingface import remote_model
 from lit_adapters.model.record import adapters
 
 MODULE = "modeling_learned_activations"
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 _AUTO_CLASSES = [name for name in dir(transformers) if name.startswith("AutoModel")]
 
 
@@ -38,9 +39,8 @@ def save_with_functions(model: Any, directory: str | Path, **kwargs: Any) -> Non
         **kwargs: For `save_pretrained`, such as `max_shard_size`.
 
     Raises:
-        AdapterError: `push_to_hub` is among the arguments; the model still has adapters, has no learned activation, is
-            of a class outside transformers or of a class that no Auto class loads, or transformers stores its weights
-            under other names.
+        AdapterError: `push_to_hub` is among the arguments; the model still has adapters, has no learned activation, or
+            is of a class outside transformers or of a class that no Auto class loads.
     """
     directory = Path(directory)
     attached = next((name for name, _ in adapters(model)), None)
@@ -50,25 +50,24 @@ def save_with_functions(model: Any, directory: str | Path, **kwargs: Any) -> Non
     if not functions:
         raise AdapterError("the model has no learned activations; save_pretrained saves it")
     kind = type(model)
-    source = _source(kind, type(model.config))
+    source = _source(model)
     auto = _auto_classes(kind, type(model.config))
-    if _renamed_weights(model.config.model_type):
-        raise AdapterError(
-            f"transformers stores weights of {kind.__name__} under other names, which the file beside them could not "
-            "undo; save its state_dict"
-        )
     if kwargs.get("push_to_hub"):
         raise AdapterError("save_with_functions writes a directory; upload that with huggingface_hub's upload_folder")
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as place:
         scratch = Path(place)
-        kind.save_pretrained(model, scratch, **kwargs)
+        # Under the model's own names: those of older checkpoints would be undone for classes of transformers alone.
+        kind.save_pretrained(model, scratch, **kwargs, save_original_format=False)
         (scratch / f"{MODULE}.py").write_text(source, encoding="utf-8")
         config = json.loads((scratch / CONFIG_NAME).read_text(encoding="utf-8"))
         config |= _entries(model, functions, auto)
         (scratch / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         # Without its config, what an interruption leaves loads as nothing.
         (directory / CONFIG_NAME).unlink(missing_ok=True)
+        for path in directory.iterdir():  # of an earlier save, which `from_pretrained` would read first
+            if _WEIGHTS.fullmatch(path.name):
+                path.unlink()
         for path in sorted(scratch.iterdir(), key=lambda path: path.name == CONFIG_NAME):
             os.replace(path, directory / path.name)
 
@@ -97,12 +96,13 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _source(model: type, config: type) -> str:
-    """The text of `remote_model`, with the classes of this model as its base.
+def _source(network: Any) -> str:
+    """The text of `remote_model`, with the classes and the loss of this model.
 
     Raises:
         AdapterError: They are not classes of transformers.
     """
+    model, config = type(network), type(network.config)
     for kind in (model, config):
         if getattr(transformers, kind.__name__, None) is not kind:
             raise AdapterError(
@@ -114,6 +114,7 @@ def _source(model: type, config: type) -> str:
         "BASE CONFIG": f"from transformers import {config.__name__} as PretrainedConfig",
         "BASE MODEL": f"from transformers import {model.__name__} as PretrainedModel",
         "BASE TYPE": f'    model_type = "{_model_type(config)}"',
+        "BASE LOSS": f"        self.loss_type = {getattr(network, 'loss_type', None)!r}",
     }.items():
         text, count = re.subn(rf"^.*  # {marker}$", line, text, flags=re.MULTILINE)
         assert count == 1
@@ -139,10 +140,3 @@ def _auto_classes(model: type, config: type) -> list[str]:
     if not found:
         raise AdapterError(f"no Auto class of transformers loads {model.__name__}; save the model's state_dict")
     return found
-
-
-def _renamed_weights(model_type: str) -> bool:
-    """Whether transformers stores weights of this kind of model under other names than the model has."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    return bool(get_checkpoint_conversion_mapping(model_type))

@@ -104,13 +104,22 @@ class LearnedModel(PretrainedModel):  # type: ignore[misc, valid-type]
     """The pretrained model with learned activations in their places."""
 
     config_class = LearnedConfig
-    _keep_in_fp32_modules_strict = {"numerator", "denominator", "base_numerator", "base_denominator", "before", "after"}  # noqa: RUF012
 
     def __init__(self, config: LearnedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        # Heads of several architectures build their model from a configuration of the class that transformers knows.
+        config.__class__ = PretrainedConfig  # type: ignore[assignment]
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            config.__class__ = LearnedConfig
+        self.loss_type = "ForCausalLM"  # BASE LOSS
         for name, settings in config.learned_activations.items():
             path, _, attribute = name.rpartition(".")
             parent = self.get_submodule(path)
             kind = KINDS[settings["kind"]]
             rest = {key: value for key, value in settings.items() if key != "kind"}
-            setattr(parent, attribute, kind(getattr(parent, attribute), **rest))
+            learned = kind(getattr(parent, attribute), **rest)
+            setattr(parent, attribute, learned)
+            # Of each by its whole name, as a layer of the model may be called alike.
+            kept = [f"{name}.{key}$" for key in (*learned._parameters, *learned._buffers)]
+            self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *kept}

@@ -1,11 +1,13 @@
 """Merged models with learned activations as directories that transformers loads without this library."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -56,6 +58,65 @@ def test_an_image_model(tmp_path):
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=True).eval()
     x = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(loaded(x).logits, model(x).logits, rtol=1e-5, atol=1e-5)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+HEADS = {"num_key_value_heads": 2}
+IMAGE, TEXT = {"image_size": 16, "patch_size": 8}, {"vocab_size": 64, "pad_token_id": 0}
+# transformers stores weights of the first three under other names; the next two make their model by an Auto class.
+KINDS = {
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", "AutoModelForCausalLM", TEXT),
+    "ViTModel": ("ViTConfig", "AutoModel", IMAGE),
+    "Dinov2Model": ("Dinov2Config", "AutoModel", IMAGE | {"mlp_ratio": 2}),
+    "LlamaForSequenceClassification": ("LlamaConfig", "AutoModelForSequenceClassification", TEXT),
+    "Qwen2ForTokenClassification": ("Qwen2Config", "AutoModelForTokenClassification", TEXT | HEADS),
+    "BertForMaskedLM": ("BertConfig", "AutoModelForMaskedLM", TEXT),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_loads_with_its_values_and_its_loss(tmp_path, kind):
+    config, auto, sizes = KINDS[kind]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, config)(**SMALL | sizes))
+    la.attach(model, la.NoRA(groups=4))
+    move(model)
+    la.merge(model)
+    save_with_functions(model.eval(), tmp_path)
+    loaded = getattr(transformers, auto).from_pretrained(tmp_path, trust_remote_code=True).eval()
+    expected, found = model.state_dict(), loaded.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    given = torch.randn(2, 3, 16, 16) if "image_size" in sizes else torch.arange(2, 10).view(2, 4)
+    torch.testing.assert_close(loaded(given)[0], model(given)[0], rtol=1e-5, atol=1e-5)
+    assert loaded.config is next(m for m in loaded.modules() if m is not loaded and hasattr(m, "config")).config
+    if auto != "AutoModel":
+        labels = torch.tensor([0, 1]) if "Sequence" in kind else torch.arange(8).view(2, 4) % 2
+        torch.testing.assert_close(loaded(given, labels=labels).loss, model(given, labels=labels).loss)
+
+
+def test_a_save_in_parts_replaces_one_in_one_file(tmp_path):
+    save_with_functions(merged("llama", "nora"), tmp_path)
+    (tmp_path / "model_of_mine.safetensors").write_text("kept")
+    model = merged("llama", "nora-anchored")
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    save_with_functions(model, tmp_path, max_shard_size="20KB")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    save_with_functions(merged("llama", "nora"), tmp_path)
+    assert not list(tmp_path.glob("model-*"))
+    assert (tmp_path / "model_of_mine.safetensors").read_text() == "kept"
+
+
+def test_layers_with_names_like_coefficients_are_cast(tmp_path):
+    model = merged("llama", "group_affine")
+    save_with_functions(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, dtype=torch.bfloat16)
+    patterns = "|".join(loaded._keep_in_fp32_modules_strict)
+    assert re.search(patterns, "model.layers.1.mlp.act_fn.before")
+    assert not re.search(patterns, "model.before.weight")
+    assert loaded.model.layers[1].mlp.act_fn.before.dtype == torch.float32
 
 
 def test_it_generates_and_saves_again_where_this_package_is_not(tmp_path):
