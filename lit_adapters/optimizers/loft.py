@@ -51,6 +51,7 @@ class LoFT(ProductOptimizer):
     """
 
     largest_batch = 1 << 24  # 64 MiB for each matrix in float32
+    largest_part = 1 << 21  # numbers of a direction D that are formed at a time, in memory that is used again
 
     def __init__(
         self,
@@ -84,26 +85,45 @@ class LoFT(ProductOptimizer):
         if shrink is not None:
             h = h * shrink
         first = (1 - beta1) * h
-        second = (1 - beta2) * h[..., :, None] * h[..., None, :]  # (k, n, r, r)
+        second = _squares((1 - beta2) ** 0.5 * h)  # (k, n, r, r)
         if t > 1:
             carry = self.kept(batch, "partner").mT @ y @ inverse
-            first += beta1 * self.kept(batch, "first") @ carry
-            second += beta2 * (carry.mT[:, None] @ self.kept(batch, "second") @ carry[:, None])
+            first.baddbmm_(self.kept(batch, "first"), carry, alpha=beta1)
+            # C^T Q C = (Q C)^T C, as Q is symmetric: two products of all rows of all Q.
+            half = (self.kept(batch, "second").flatten(1, 2) @ carry).unflatten(1, (-1, carry.shape[1]))
+            second.flatten(1, 2).baddbmm_(half.mT.flatten(1, 2), carry, alpha=beta2)
         self.keep(batch, "partner", y)
         self.keep(batch, "first", first)
         self.keep(batch, "second", second)
         if not _in_turn(batch):
             return None
-        squares = (y[..., :, None] * y[..., None, :]).flatten(2)  # (k, m, r^2): y_j^T y_j
-        variance = second.flatten(2) @ squares.mT  # (k, n, m)
-        denominator = (variance.clamp_min_(0.0) / (1 - beta2**t)).sqrt_() + group["eps"]
-        direction = (first @ y.mT) / (1 - beta1**t) / denominator
+        projected = self._projected(first / (1 - beta1**t), second / (1 - beta2**t), y, group["eps"])
         rate = group["lr"]
-        return (1 - rate * group["weight_decay"]) * batch.x - rate * (direction @ y @ inverse) / batch.scale
+        return (1 - rate * group["weight_decay"]) * batch.x - rate * (projected @ inverse) / batch.scale
+
+    def _projected(self, first: Tensor, second: Tensor, y: Tensor, eps: float) -> Tensor:
+        """D Y, (k, n, r), of the corrected moments; the direction D (n, m) is formed in parts."""
+        second, squares = second.flatten(2), _squares(y).flatten(2).mT  # y Q y^T is the product of Q and y^T y as rows
+        rows = min(first.shape[1], max(1, self.largest_part // y.shape[1]))
+        memory = first.new_empty(2, rows, y.shape[1])
+        moved = torch.empty_like(first)
+        for m, q, y_k, squares_k, out in zip(first, second, y, squares, moved, strict=True):
+            for m_part, q_part, out_part in zip(m.split(rows), q.split(rows), out.split(rows), strict=True):
+                direction, denominator = memory[:, : len(m_part)]
+                torch.mm(q_part, squares_k, out=denominator)
+                torch.mm(m_part, y_k.mT, out=direction)
+                direction.div_(denominator.clamp_min_(0.0).sqrt_().add_(eps))
+                torch.mm(direction, y_k, out=out_part)
+        return moved
 
     def side_shapes(self, n: int, m: int, rank: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """Y of the last step, and the moments."""
         return {"partner": (m, rank), "first": (n, rank), "second": (n, rank, rank)}
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """x^T x of each row x, (k, n, r) to (k, n, r, r)."""
+    return rows[..., :, None] * rows[..., None, :]
 
 
 def _in_turn(batch: Batch) -> bool:
