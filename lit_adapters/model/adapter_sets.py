@@ -22,6 +22,7 @@ from lit_adapters.model.record import (
     fit_in,
     inner,
     is_in_use,
+    packed_buffers,
     put_in,
     remove_adapters,
     taken_out,
@@ -119,7 +120,7 @@ class AdapterSets:
                 "trained values; name it in `train`, or attach adapters without `train` first"
             )
         parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
-        persistent = model.state_dict(keep_vars=True)
+        statistics = model.state_dict(keep_vars=True).keys() - packed_buffers(model)
         copies: dict[int, Tensor] = {}  # a tied parameter has one copy
         own: dict[str, Tensor] = {}
         for key in trained:
@@ -127,7 +128,7 @@ class AdapterSets:
             if id(original) not in copies:
                 copies[id(original)] = nn.Parameter(original.detach().clone())
             own[key] = copies[id(original)]
-        own |= {key: b.detach().clone() for key, b in buffers.items() if key in persistent}
+        own |= {key: b.detach().clone() for key, b in buffers.items() if key in statistics}
         for key in own:
             self.originals.setdefault(key, parameters[key] if key in parameters else buffers[key])
         install(model, own)

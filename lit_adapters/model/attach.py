@@ -23,6 +23,7 @@ from lit_adapters.model.record import (
     fit_in,
     inner,
     is_in_use,
+    packed_buffers,
     put_in,
     released,
     remove_adapters,
@@ -104,13 +105,13 @@ def _attach(
     every = [type(m).__name__ for m in selecting if m.targets == "all-linear"]
     experts = [f"{t.name}.{n}" for t, names in find_experts(model, "all-linear", (), train) for n in names]
     experts = [n for n in experts if n in left]
-    persistent = model.state_dict(keep_vars=True)
+    statistics = model.state_dict(keep_vars=True).keys() - packed_buffers(model)
     required_grad = {n: p.requires_grad for n, p in named.items()}
     state = Attachment(
         methods=[m.to_config() for m in methods],
         train=train if isinstance(train, str) else list(train),
         trained_parameters=[n for n in named if n in trained],
-        buffers=[n for n, _ in model.named_buffers() if n in persistent],
+        buffers=[n for n, _ in model.named_buffers() if n in statistics],
         required_grad=sets.required_grad or required_grad,
         samples=samples({n: p for n, p in named.items() if n not in trained}),
         names=(name,),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lit_adapters.errors import AdapterError
 from lit_adapters.methods.adapter_module import AdapterModule
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
+from lit_adapters.methods.quantised import foreign_quantisation
 from lit_adapters.methods.read_weights import reads_weight
 from lit_adapters.methods.rewritten import called_by
 from lit_adapters.methods.targets import Target, places
@@ -205,6 +206,24 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The base model's parameters by name, trained ones included; a tied parameter has the first of its names."""
     own = {id(p) for _, adapter in adapters(model) for p in adapter.adapter_parameters().values()}
     return {n: p for n, p in model.named_parameters() if id(p) not in own}
+
+
+def packed_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers in which layers of other libraries hold quantised weights, by name: they are no running statistics.
+
+    Args:
+        model: A model with or without adapters.
+    """
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        own: list[str] = []
+        if isinstance(module, AdapterModule):
+            own = [*module._adapter_buffers, *module._recomputed_buffers]
+        if foreign_quantisation(module.base if isinstance(module, AdapterModule) else module):
+            left_out = {*own, *module._non_persistent_buffers_set}
+            packed = {key: b for key, b in module._buffers.items() if b is not None and key not in left_out}
+            found |= {f"{name}.{key}": buffer for key, buffer in packed.items()}
+    return found
 
 
 def unfrozen(model: nn.Module) -> dict[str, bool]:

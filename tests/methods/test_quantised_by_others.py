@@ -5,6 +5,7 @@ import copy
 import bitsandbytes
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -149,6 +150,30 @@ def test_methods_that_call_the_layer_train_and_load(case, method, tmp_path):
     assert la.merge(model).dequantised == ["2"]
     assert type(model[2]) is nn.Linear
     assert_close(model(X), linear, rtol=1e-5, atol=1e-5)
+
+
+def test_the_packed_weights_of_a_base_are_not_its_statistics(tmp_path):
+    """A file holds adapters and running statistics, and leaves the packed base alone; another base is noticed."""
+
+    def network(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), CASES["gptq"][0](nn.Linear(8, 8, bias=False)))
+
+    model = network(0)
+    packed = model[2].qweight
+    la.attach(model, la.LoRA(rank=2), name="first")
+    la.attach(model, la.LoRA(rank=2), name="second")
+    la.use(model, "second")
+    assert model[2].qweight is packed  # no copy for each set
+    la.save_adapters(model, tmp_path)
+    saved = load_file(tmp_path / "lit_adapter.safetensors")
+    assert "1.running_mean" in saved
+    assert not any("qweight" in name for name in saved)
+    other = network(1)
+    before = other[2].qweight.clone()
+    with pytest.warns(UserWarning, match=r"trained on other weights .*'0.bias' and 2 more"):
+        la.load_adapters(other, tmp_path)
+    assert torch.equal(other[2].qweight, before)
 
 
 def move(model):
