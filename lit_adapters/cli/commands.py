@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 from lit_adapters import console, methods
+from lit_adapters.activations import LEARNED_ACTIVATIONS
 from lit_adapters.cli.estimate import add_arguments as add_estimate_options
 from lit_adapters.cli.estimate import estimate
 from lit_adapters.cli.models import adapted_model, build_base, import_modules
@@ -140,7 +142,11 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> str:
         AdapterError: A weight is too large for the dtype.
     """
     error = relative = 0.0
-    for name, parameter in model.named_parameters():
+    functions = [module for module in model.modules() if isinstance(module, LEARNED_ACTIVATIONS)]
+    kept = {id(tensor) for module in functions for tensor in (*module.parameters(), *module.buffers())}
+    for name, parameter in chain(model.named_parameters(), model.named_buffers()):
+        if id(parameter) in kept:
+            continue
         if not parameter.is_floating_point() or parameter.dtype == dtype:
             continue
         stored = parameter.to(dtype)

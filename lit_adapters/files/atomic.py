@@ -197,7 +197,7 @@ def write_directory(out: Path, write: Callable[[Path], None]) -> None:
     Raises:
         AdapterError: It cannot be written, as on a full disk; an earlier `out` is then as before.
     """
-    out = out.absolute()
+    out = out.resolve()  # a link stays, and what it leads to is replaced
     with _explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:

@@ -37,6 +37,9 @@ from lit_adapters.model.record import adapters, attachment, inner, unfrozen
 from lit_adapters.model.report import AdapterReport
 from lit_adapters.model.sharding import refuse_sharded
 
+# The ends of names under which peft looks for the head of a task, to train it whole.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
 
 def export_peft(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> None:
     """Write LoRA, DoRA or AFA-LoRA at beta = 0 for `peft.PeftModel.from_pretrained(base_model, directory)` to load.
@@ -45,7 +48,8 @@ def export_peft(model: nn.Module, directory: str | Path, tokenizer: Any = None) 
     Modules of `train`, and those that were unfrozen after `attach`, are written as modules_to_save, and so are
     normalisations with running statistics, which move while the model trains. peft gets a copy for each module of a
     tied weight. Each file is replaced atomically. Where the model tells the name of its base on the hub and its task,
-    they are written, so that `peft.AutoPeftModelForCausalLM` finds the base. `lit_adapters.to_lora` makes LoRA of other
+    they are written, so that `peft.AutoPeftModelForCausalLM` finds the base; the task of a classification only where
+    its head trains, as peft would expect the head in the file. `lit_adapters.to_lora` makes LoRA of other
     methods first.
 
     Args:
@@ -98,7 +102,7 @@ def export_peft(model: nn.Module, directory: str | Path, tokenizer: Any = None) 
         inference_mode=True,
         base_model_name_or_path=base.get("name"),
         revision=base.get("revision"),
-        task_type=base.get("task"),
+        task_type=_task(model, base.get("task"), saved),
     )
     config.target_modules = exactly(list(found), model)  # set here, it stays a list, of one order
     _check_rewriting(config, model)
@@ -122,6 +126,12 @@ def export_peft(model: nn.Module, directory: str | Path, tokenizer: Any = None) 
     )
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+
+
+def _task(model: nn.Module, task: str | None, saved: list[str]) -> str | None:
+    """The task for the configuration; None where peft would look in the file for a head that did not train."""
+    heads = [name for name, _ in model.named_modules() if name.endswith(_HEADS.get(task or "", ()))]
+    return task if all(_inside(f"{name}.", saved) for name in heads) else None
 
 
 def check_expressible(name: str, adapter: Any) -> LowRankAdapter:

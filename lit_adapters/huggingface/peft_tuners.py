@@ -33,9 +33,9 @@ from lit_adapters.huggingface.peft_configs import (
 )
 from lit_adapters.huggingface.peft_layer import PREFIX, AdaptedLayer
 from lit_adapters.methods.matrix_layers import is_quantised, stop_repacking
-from lit_adapters.methods.targets import Target, matches, places
+from lit_adapters.methods.targets import Target, exactly, matches, places
 from lit_adapters.model.attach import assign
-from lit_adapters.model.merge import forget_quantisation
+from lit_adapters.model.merge import check_untied, forget_quantisation, parameter_holders
 from lit_adapters.model.record import adapters, fit_in
 from lit_adapters.model.save_guard import guard_saving
 
@@ -73,7 +73,7 @@ class MethodModel(BaseTuner):  # type: ignore[misc]
         _separate_shared_functions([target for target, _ in found])
         self._adapters = built
         if peft_config.takes_targets() and peft_config.target_modules in (None, "all-linear"):
-            peft_config.target_modules = sorted(built)  # so that the file does not depend on defaults
+            peft_config.target_modules = exactly(sorted(built), self.model)  # the file depends on no defaults then
         return peft_config
 
     @contextmanager
@@ -135,6 +135,7 @@ class MethodModel(BaseTuner):  # type: ignore[misc]
         if merge:
             for method in methods:
                 method.check_merge(self.model, merging)
+            _check_untied(self.model)
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[func-returns-value]
         if merge:
             guard_saving(model, functions=True)
@@ -163,6 +164,20 @@ def _separate_shared_functions(targets: Sequence[Target]) -> None:
             )
         if not isinstance(getattr(target.parent, target.attribute), AdaptedLayer):
             setattr(target.parent, target.attribute, copy.copy(target.module))
+
+
+def _check_untied(model: nn.Module) -> None:
+    """Check that no other layer has a parameter that merging would change.
+
+    Raises:
+        AdapterError: One has, such as an embedding that is tied to an adapted head.
+    """
+    holders = parameter_holders(model)
+    for name, layer in model.named_modules():
+        adapter = layer.acting() if isinstance(layer, AdaptedLayer) else None
+        for key in () if adapter is None else adapter.merges_into:
+            parameter = layer.base_layer._parameters.get(key)  # type: ignore[union-attr]
+            check_untied(holders, parameter, key, name, f"{name}.base_layer")
 
 
 def _is_ours(model: nn.Module, name: str) -> bool:

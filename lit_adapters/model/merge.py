@@ -49,16 +49,42 @@ class MergeReport:
         return text + (f"; {len(self.kept)} rational activations stay" if self.kept else "")
 
 
+def parameter_holders(model: nn.Module) -> dict[int, list[str]]:
+    """The names of the modules that have a parameter, by its id."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), []).append(name)
+    return holders
+
+
+def check_untied(
+    holders: dict[int, list[str]], parameter: nn.Parameter | None, key: str, layer: str, place: str | None = None
+) -> None:
+    """Check that no other module has a parameter that merging is to change.
+
+    Args:
+        holders: As `parameter_holders` returns it.
+        parameter: The parameter; None where merging adds it.
+        key: Its name in the layer.
+        layer: Name of the adapted layer.
+        place: Name of the module that has the parameter, where it is another than the layer.
+
+    Raises:
+        AdapterError: Another module has it.
+    """
+    twins = [] if parameter is None else [name for name in holders[id(parameter)] if name != (place or layer)]
+    if twins:
+        raise AdapterError(f"{layer!r} and {twins[0]!r} have one {key}, and merging would change both; untie them")
+
+
 def _check(model: nn.Module, merging: dict[str, AdapterModule], unload: bool) -> None:
     """Check that the parameters of all adapted layers can hold the effect of their adapters.
 
     Raises:
         AdapterError: An adapter cannot be merged at present, or a parameter is tied to another layer or model.
     """
-    holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            holders.setdefault(id(parameter), []).append(name)
+    holders = parameter_holders(model)
     for name, adapter in merging.items():
         adapter.check_mergeable()
         parts = adapter.parts.values() if isinstance(adapter, Together) else [adapter]
@@ -71,13 +97,7 @@ def _check(model: nn.Module, merging: dict[str, AdapterModule], unload: bool) ->
             )
         for key in adapter.merges_into:
             parameter = adapter._parameters.get(key)
-            if parameter is None:  # merging adds it
-                continue
-            twins = [n for n in holders[id(parameter)] if n != name]
-            if twins:
-                raise AdapterError(
-                    f"{name!r} and {twins[0]!r} have one {key}, and merging would change both; untie them"
-                )
+            check_untied(holders, parameter, key, name)
             other = getattr(parameter, SHARED, None)
             if unload and other:
                 raise AdapterError(

@@ -52,6 +52,11 @@ def test_merge_says_what_a_cast_costs_and_casts_first_to_what_is_wider(run, tmp_
     said = refuses("merge", tmp_path / "large", "--base", NET, "--out", tmp_path / "x", "--dtype", "float16")
     assert "beyond torch.float16: give --dtype bfloat16 or float32" in said
     assert not (tmp_path / "x").exists()
+    wide = adapted_net(LORA)
+    wide.norm.running_var.fill_(1e6)
+    la.save_adapters(wide, tmp_path / "wide")
+    said = refuses("merge", tmp_path / "wide", "--base", NET, "--out", tmp_path / "x", "--dtype", "float16")
+    assert "norm.running_var has a value of size 1e+06, beyond torch.float16" in said
 
 
 def test_merge_of_a_checkpoint_builds_the_module_that_wrote_it(run, tmp_path):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import lit_adapters as la
 from lit_adapters.files.diffusers import FILE
@@ -25,6 +27,11 @@ def unet():
         attention_head_dim=4,
         norm_num_groups=4,
     ).eval()
+
+
+def text_encoder():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=32))
 
 
 @torch.no_grad()
@@ -60,6 +67,23 @@ def test_a_model_of_diffusers_computes_the_same(tmp_path, method):
     other.load_lora_adapter(tmp_path, weight_name=FILE, prefix="unet")
     torch.testing.assert_close(run(other), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(expected, base, rtol=1e-4, atol=1e-5) or isinstance(method, la.LoRAN)
+
+
+def test_two_components_share_a_file_and_each_has_its_usual_name(tmp_path):
+    for make in (unet, text_encoder, unet):
+        torch.manual_seed(0)
+        model = make()
+        la.attach(model, la.LoRA(rank=2, targets=TARGETS if make is unet else ["q_proj"]))
+        move(model)
+        la.export_diffusers(model, tmp_path)
+    names = load_file(tmp_path / FILE)
+    assert {name.partition(".")[0] for name in names} == {"unet", "text_encoder"}
+    other = unet()
+    other.load_lora_adapter(tmp_path, weight_name=FILE, prefix="unet")
+    torch.testing.assert_close(run(other), run(model.eval()), rtol=1e-4, atol=1e-5)
+    (tmp_path / FILE).write_bytes(b"torn")
+    with pytest.raises(la.AdapterError, match="is damaged"):
+        la.export_diffusers(model, tmp_path)
 
 
 def test_what_is_refused(tmp_path):

@@ -82,6 +82,15 @@ def test_pictures(tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_a_link_to_a_directory_stays_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "old").write_text("x")
+    (tmp_path / "out").symlink_to("elsewhere")
+    write_directory(tmp_path / "out", lambda place: (place / "new").write_text("y"))
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["new"]
+
+
 def test_other_reasons_and_errors_of_the_writer(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "below", tmp_path / ("n" * 300)):

@@ -185,6 +185,19 @@ def test_an_interrupted_export_leaves_the_earlier_one_or_nothing_that_loads(tmp_
     assert [p.name for p in tmp_path.iterdir()] == [TENSORS]
 
 
+@pytest.mark.parametrize("train", [["classifier"], []])
+def test_a_classifier_whose_head_stays_loads_too(tmp_path, train):
+    """peft looks for a trained head in the file where it knows that the task is a classification."""
+    model = build("bert")
+    la.attach(model, la.LoRA(rank=2), train=train)
+    move(model)
+    la.export_peft(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["task_type"] == ("SEQ_CLS" if train else None)
+    loaded = peft.PeftModel.from_pretrained(build("bert"), tmp_path).eval()
+    torch.testing.assert_close(MODELS["bert"].run(loaded), MODELS["bert"].run(model.eval()), rtol=1e-4, atol=1e-5)
+
+
 def test_the_auto_class_of_peft_finds_base_and_tokenizer(tmp_path, monkeypatch):
     """By the base's name: here a directory stands for the repository of that name."""
     monkeypatch.chdir(tmp_path)

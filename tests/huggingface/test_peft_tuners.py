@@ -287,6 +287,37 @@ def test_targets_are_found_as_by_attach():
     assert not any("q_proj" in n or "lm_head" in n for n in names)
 
 
+def test_a_saved_configuration_adapts_these_layers_alone(tmp_path):
+    """Though the name of one of them is also the end of another's."""
+
+    def network():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"a": nn.Linear(4, 4), "inner": nn.ModuleDict({"a": nn.Linear(4, 4)})})
+
+    settings = peft_tuners.LoRANConfig(rank=2, target_modules=r"a")
+    model = peft.get_peft_model(network(), settings)
+    adapted = [name for name, _ in la.adapters(model)]
+    assert len(adapted) == 1
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(network(), tmp_path)
+    assert [name for name, _ in la.adapters(again)] == adapted
+
+
+def test_an_embedding_that_is_tied_to_the_head_is_not_changed_by_merging():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32, tie_word_embeddings=True))
+    before = base.model.embed_tokens.weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # peft's on tied weights
+        model = peft.get_peft_model(base, peft_tuners.AFALoRAConfig(rank=2, target_modules=["lm_head"]))
+    move(model)
+    linear(model)
+    with pytest.raises(la.AdapterError, match=r"'lm_head' and 'model\.embed_tokens' have one weight.*untie them"):
+        model.merge_and_unload()
+    assert torch.equal(base.model.embed_tokens.weight, before)
+    assert model.unload() is not None
+
+
 def test_excluding_modules_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
