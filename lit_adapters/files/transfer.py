@@ -32,7 +32,11 @@ def named_as_in(
     saved = header["base"]["shapes"]
     if any(name in names for name in saved) or not any(_plain(name) in names for name in saved):
         return header, tensors
-    methods = [{**m, "init_args": {k: _in_lists(v) for k, v in m["init_args"].items()}} for m in header["methods"]]
+    settings = [m.get("init_args", {}) for m in header["methods"]]
+    methods = [
+        {**m, "init_args": {k: _in_lists(v) for k, v in given.items()}}
+        for m, given in zip(header["methods"], settings, strict=True)
+    ]
     renamed = {
         **header,
         "adapters": {_plain(n): kind for n, kind in header["adapters"].items()},

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lit_adapters as la
+from lit_adapters.files.transfer import named_as_in
 from tests.matrix import METHODS, MODELS, adapted, build
 
 
@@ -174,3 +175,15 @@ def test_files_with_the_prefixes_of_wrappers(prefixes, targets, tmp_path):
     for prefix in prefixes:
         again = Wrapper(prefix, again)
     la.load_adapters(again, tmp_path)  # names as they are
+
+
+def test_names_of_a_compiled_model_in_a_header_without_settings():
+    header = {
+        "methods": [{"class_path": "lit_adapters.BitFit"}],
+        "adapters": {"module.a": "bitfit"},
+        "train": [],
+        "base": {"shapes": {"module.a.weight": "2x2"}},
+    }
+    renamed, tensors = named_as_in(header, {"module.a.delta": torch.zeros(2)}, ["a.weight"])
+    assert renamed["adapters"] == {"a": "bitfit"}
+    assert list(tensors) == ["a.delta"]
