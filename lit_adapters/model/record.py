@@ -216,11 +216,9 @@ def packed_buffers(model: nn.Module) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        own: list[str] = []
-        if isinstance(module, AdapterModule):
-            own = [*module._adapter_buffers, *module._recomputed_buffers]
-        if foreign_quantisation(module.base if isinstance(module, AdapterModule) else module):
-            left_out = {*own, *module._non_persistent_buffers_set}
+        adapted = isinstance(module, AdapterModule)
+        if foreign_quantisation(module.base if adapted else module):
+            left_out = {*(module.adapter_tensors() if adapted else ()), *module._non_persistent_buffers_set}
             packed = {key: b for key, b in module._buffers.items() if b is not None and key not in left_out}
             found |= {f"{name}.{key}": buffer for key, buffer in packed.items()}
     return found
