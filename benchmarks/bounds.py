@@ -29,6 +29,7 @@ BLOCKS = {"float32": 3.5, "bfloat16": 4.0}  # the same without a C++ compiler
 NORA_STEP = {("fp32", "frozen"): 1.05, ("bf16", "frozen"): 1.07, ("fp32", "full"): 0.75, ("bf16", "full"): 0.85}
 # By method and precision: a step over peft's.
 PEFT_STEP = {("lora", "fp32"): 0.88, ("lora", "bf16"): 0.90, ("dora", "fp32"): 0.83, ("dora", "bf16"): 0.72}
+OPTIMIZER_STEP = 1.15  # a whole step with an optimiser of pairs over the same with AdamW
 # By what is measured of a whole job, ours over the peer's.
 WHOLE_JOB = {
     "seconds": Limit("A whole job / the peer's", 0.85),
@@ -85,7 +86,7 @@ def _share(name: str, part: float, whole: float) -> tuple[str, float, str]:
 
 def bounds() -> list[Bound]:
     """All bounds, in the order of the table."""
-    return [*_rational(), *_nora(), *_peft(), *_loran(), *_use(), *_whole_jobs(), *_beginning()]
+    return [*_rational(), *_nora(), *_peft(), *_loran(), *_optimizers(), *_use(), *_whole_jobs(), *_beginning()]
 
 
 def _rational() -> list[Bound]:
@@ -131,6 +132,21 @@ def _peft() -> list[Bound]:
                 resident.append(_share(name, r["memory_mib"], r["memory_mib_peft"]))
         found.append(Bound(f"DoRA's tensors / peft's, {precision}", 0.70, tensors))
         found.append(Bound(f"DoRA's resident memory / peft's, {precision}", 0.70, resident))
+    return found
+
+
+def _optimizers() -> list[Bound]:
+    found = []
+    for arm in ("lora_rite", "loft"):
+        times = [
+            m
+            for model, name in (("vit", "ViT"), ("smollm2", "SmolLM2"))
+            for precision in ("fp32", "bf16")
+            for m in _ratio(
+                f"{name} {precision}", _last("step_time", model=model, arm=arm, precision=precision), "over_lora"
+            )
+        ]
+        found.append(Bound(f"A step of LoRA with {ARMS[arm].optimizer.__name__} / with AdamW", OPTIMIZER_STEP, times))
     return found
 
 

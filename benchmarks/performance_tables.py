@@ -155,10 +155,12 @@ def step_table(records: list[Record], model: str) -> tuple[list[str], list[list[
             row += [f"{r['batch'] / r['seconds']['median']:.1f}", with_spread(r[f"over_{base}"])]
             row += [f"{r['over_full']['median']:.2f}", f"{r['peak_memory_mib']:,}"]
         r = of[precisions[0]]
-        rows.append([*row, f"{r['first_step_seconds']:.1f}", f"{r['trainable']:,}", f"{r['file_bytes'] / 1024:,.0f}"])
+        row += [f"{r['first_step_seconds']:.1f}", f"{r['trainable']:,}", f"{r['state_bytes'] / 2**20:,.1f}"]
+        rows.append([*row, f"{r['file_bytes'] / 1024:,.0f}"])
     against = "frozen" if model == "vit" else "LoRA"
     each = [[f"{p}: samples/s", f"/ {against}", "/ full", "peak, MiB"] for p in precisions]
-    return ["arm", *(name for names in each for name in names), "first step, s", "trained", "file, KiB"], rows
+    last = ["first step, s", "trained", "optimiser, MiB", "file, KiB"]
+    return ["arm", *(name for names in each for name in names), *last], rows
 
 
 def step_page_table(records: list[Record], model: str) -> tuple[list[str], list[list[str]]]:
