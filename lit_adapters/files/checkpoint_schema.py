@@ -64,6 +64,9 @@ def _check_record(record: Mapping[str, Any], path: str | Path) -> None:
         for key, (fits, what) in _MODEL.items():
             if not fits(model.get(key)):
                 _refuse(path, f"{RECORD}/models/{name}/{key}", model.get(key), what)
+    for key, (fits, what) in _RESUMING.items():
+        if key in record and not fits(record[key]):
+            _refuse(path, f"{RECORD}/{key}", record[key], what)
     if "processes" in record and not _all(record["processes"], _is_process):
         _refuse(path, f"{RECORD}/processes", record["processes"], "the random states and gradients of each process")
 
@@ -174,11 +177,16 @@ def _is_random(value: Any) -> bool:
     )
 
 
+def _is_pending(value: Any) -> bool:
+    return is_named(value) and is_count(value.get("step")) and is_named(value.get("values"), is_number)
+
+
 def _is_process(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and (value.get("random", ...) is None or _is_random(value.get("random")))
         and is_named(value.get("gradients"), lambda gradient: isinstance(gradient, Tensor))
+        and is_named(value.get("metrics", {}), lambda metric: isinstance(metric, Tensor) and metric.numel() == 1)
         and _all(value.get("loaders", []), lambda loader: loader is None or is_named(loader))
     )
 
@@ -207,6 +215,10 @@ _RECORD: _Checks = {
     "version": (is_text, "text"),
     "module": (is_text, "the class path of a LightningModule"),
     "models": (lambda value: is_named(value, is_named), "descriptions of models by name"),
+}
+_RESUMING: _Checks = {
+    "pending": (_is_pending, "a step and numbers by name"),
+    "rates_due": (lambda value: isinstance(value, bool), "true or false"),
 }
 _MODEL: _Checks = {
     "methods": (lambda value: _all(value, _is_method), "a list of forms with class_path and init_args"),

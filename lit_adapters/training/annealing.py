@@ -74,10 +74,11 @@ class Annealer:
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self._betas = list(state["betas"])
-        self._averages[LOSS].load(state["loss"], state.get("batches", 1), state["means"])
+        # Older checkpoints have no numbers of batches.
+        self._averages[LOSS].load(state["loss"], state.get("batches", 1 if state["loss"] else 0), state["means"])
         for other in state.get("monitors", []):
             averages = self._averages[Watched(other["monitor"], other["mode"])] = _Averages()
-            averages.load(other["sum"], other.get("count", 1), other["means"])
+            averages.load(other["sum"], other.get("count", 1 if other["sum"] else 0), other["means"])
 
     def start(self, step: int, total_steps: float) -> None:
         """Set beta of every adapter to its value at `step`.
@@ -179,7 +180,7 @@ class _Averages:
         return {"sum": self.sum, "count": self.count, "means": means}
 
     def load(self, value: float, count: int, means: Mapping[str, Any]) -> None:
-        self.sum, self.count = value, count if value else 0
+        self.sum, self.count = value, count
         self.means = {int(window): (fast, slow) for window, (fast, slow) in means.items()}
 
     def add(self, value: float) -> None:

@@ -138,6 +138,22 @@ def test_a_state_of_version_0_1_is_taken_up():
     assert betas(net) == [0.625]  # still rising, by means of then
 
 
+def test_batches_whose_values_sum_to_zero_are_counted():
+    """As rewards may; half of the step's batches are seen after the resume."""
+    net = adapted(Adaptive(**ADAPTIVE))
+    whole, stopped = Annealer(net), Annealer(net)
+    for annealer in (whole, stopped):
+        annealer.start(0, 20)
+        annealer.observe(LOSS, 1.0)
+        annealer.observe(LOSS, -1.0)
+    resumed = Annealer(net, stopped.state_dict())
+    resumed.start(0, 20)
+    for annealer in (whole, resumed):
+        annealer.observe(LOSS, 3.0)
+        annealer.advance(1)
+    assert resumed.state_dict()["means"] == whole.state_dict()["means"] == {"5": [1.0, 1.0]}
+
+
 def test_of_the_batches_of_one_step_the_mean_counts():
     net = adapted(Adaptive(**ADAPTIVE))
     annealer = Annealer(net)

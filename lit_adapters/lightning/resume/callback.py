@@ -10,12 +10,13 @@ from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lit_adapters.errors import AdapterError
 from lit_adapters.files.atomic import remove_leftovers
 from lit_adapters.files.checkpoint_schema import RECORD, check_checkpoint
 from lit_adapters.lightning.checkpoint_arguments import check_base
@@ -36,23 +37,27 @@ class Resuming(Callback):
     """Saves and restores what Lightning leaves out, and refuses checkpoints that do not belong to the run.
 
     A checkpoint also holds the record of what was trained, the random states of torch, numpy and Python, what the order
-    of plain loaders comes from, gradients that wait for their optimiser step, and the loops' state with the batch
-    completed. Each process has random states and gradients of its own: a checkpoint holds those of all, in the order of
-    their ranks.
+    of plain loaders comes from, gradients that wait for their optimiser step, the values that were logged last, and the
+    loops' state with the batch completed. Each process has random states, gradients and values of its own: a checkpoint
+    holds those of all, in the order of their ranks.
 
-    Lightning's own loops leave out the validation that is due after the checkpoint, never load a loader's state where a
-    schedule has asked for the number of steps, and count steps twice; this is put right. Files are written beside their
-    place and renamed, so that a kill while saving leaves the last good one.
+    Lightning's own loops leave out the validation that is due after the checkpoint, the update of schedules that follow
+    a metric, and the start of an epoch that goes on; they never load a loader's state where a schedule has asked for
+    the number of steps, and count steps twice. This is put right. Files are written beside their place and renamed, so
+    that a kill while saving leaves the last good one.
 
     Raises:
-        AdapterError: A checkpoint file is torn, or does not belong to the run; see `check_model`.
+        AdapterError: A checkpoint file is torn, does not belong to the run (see `check_model`), or was written while
+            StochasticWeightAveraging measured batch norms.
     """
 
     def __init__(self) -> None:
         self._restored: dict[str, Any] | None = None
         self._pending: dict[str, Any] | None = None
         self._loading: Any = None  # states of optimisers and schedules, and the path of their checkpoint
-        self._gradients: dict[str, Tensor] = {}
+        self._going_on: list[FollowedLoader] = []  # whose epoch was broken off
+        self._in_mid_epoch = False  # before the first batch of an epoch that goes on
+        self._rates_due = False  # schedules that follow a metric step once the checkpoint is written
         self._step = 0  # before the present batch
         self._validated = False  # since the last batch
         self._interrupted = False
@@ -81,10 +86,13 @@ class Resuming(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the record, the random states and open gradients; complete the state of the loops; flush the loggers."""
-        open_step = trainer.global_step == self._step and not loop_state.between_epochs(trainer)
+        stepped = trainer.global_step != self._step or loop_state.between_epochs(trainer)
+        # Under manual optimisation one optimiser may have stepped, and another not.
+        open_step = not stepped or not pl_module.automatic_optimization
         own = {
             "random": random_states(pl_module.device),
             "gradients": _gradients(pl_module) if open_step else {},
+            "metrics": _scalars(trainer.callback_metrics),
             "loaders": [
                 loader.followed.state_dict() if isinstance(loader, FollowedLoader) else None
                 for loader in tree_leaves(trainer.train_dataloader)
@@ -94,6 +102,7 @@ class Resuming(Callback):
         if trainer.state.fn == "fit":
             loops = checkpoint["loops"]["fit_loop"]
             pending = loop_state.pending_record(trainer)
+            checkpoint[RECORD]["rates_due"] = loop_state.rates_due(trainer)
             loop_state.complete_batch(trainer, loops, self._interrupted, self._validated)
             if pending is not None:
                 checkpoint[RECORD]["pending"] = pending
@@ -111,12 +120,13 @@ class Resuming(Callback):
         if trainer.state.fn != "fit":
             return
         self._pending = checkpoint[RECORD].get("pending")
+        self._rates_due = checkpoint[RECORD].get("rates_due", False)
         self._loading = checkpoint["optimizer_states"], checkpoint["lr_schedulers"], trainer.ckpt_path
         processes = checkpoint[RECORD]["processes"]
         if len(processes) == trainer.world_size:
             self._restored = processes[trainer.global_rank]
         else:
-            self._restored = {"random": None, "gradients": {}}
+            self._restored = {"random": None, "gradients": {}, "metrics": processes[0].get("metrics", {})}
             warnings.warn(
                 f"the checkpoint was written by {len(processes)} processes and is resumed by {trainer.world_size}: "
                 "the rest of the training will not be the one of an uninterrupted run, bit for bit",
@@ -125,15 +135,25 @@ class Resuming(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore, as the last thing before the first epoch or batch."""
-        self._validated = self._interrupted = False
+        self._validated = self._interrupted = self._in_mid_epoch = False
         self._step = -1
         self._log_pending(trainer)
+        _start_anew(_followed(trainer))
         restored, self._restored = self._restored, None
         if restored is None:
             return
-        followed = _restore_loaders(trainer, restored.get("loaders", []))
-        loop_state.repair_resumed_loop(trainer, followed)
-        self._gradients = restored["gradients"]
+        self._going_on = _restore_loaders(trainer, restored.get("loaders", []))
+        self._in_mid_epoch = loop_state.in_mid_epoch(trainer)
+        if self._in_mid_epoch:
+            _check_averaging(trainer)
+        loop_state.repair_resumed_loop(trainer, bool(self._going_on))
+        trainer.callback_metrics.update(restored.get("metrics", {}))
+        if self._rates_due:
+            loop_state.step_rates(trainer)
+        self._rates_due = False
+        for name, parameter in pl_module.named_parameters():
+            if name in restored["gradients"]:
+                parameter.grad = restored["gradients"][name].to(parameter)
         if restored["random"] is not None:
             set_random_states(restored["random"], pl_module.device)
 
@@ -150,16 +170,16 @@ class Resuming(Callback):
             logger.save()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Put open gradients back before the first batch."""
-        if self._step == -1:
-            for loader in _followed(trainer):
-                loader.followed.start_anew()
+        """Before the first batch, begin an epoch that goes on."""
+        if self._in_mid_epoch:
+            _begin_epoch(trainer, pl_module)
+            self._in_mid_epoch = False
         self._step, self._validated = trainer.global_step, False
-        if self._gradients:
-            for name, parameter in pl_module.named_parameters():
-                if name in self._gradients:
-                    parameter.grad = self._gradients[name].to(parameter)
-            self._gradients = {}
+
+    def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
+        """Let loaders that have gone on begin their next epoch with its first batch."""
+        _start_anew(self._going_on)
+        self._going_on = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that a validation has come after the last batch."""
@@ -193,11 +213,11 @@ def _complete(trainer: Trainer, checkpoint: dict[str, Any], path: Any) -> None:
     put_copies_back(checkpoint, trainer.lightning_module, path)
 
 
-def _restore_loaders(trainer: Trainer, states: list[dict[str, Any] | None]) -> bool:
+def _restore_loaders(trainer: Trainer, states: list[dict[str, Any] | None]) -> list[FollowedLoader]:
     """Let the training loaders go on where they were, or warn.
 
     Returns:
-        Whether a plain loader has to make a new iterator for this, in mid-epoch.
+        The plain loaders that need a new iterator for this, in mid-epoch.
 
     Raises:
         AdapterError: An epoch that was broken off has another number of batches now.
@@ -213,12 +233,12 @@ def _restore_loaders(trainer: Trainer, states: list[dict[str, Any] | None]) -> b
         for loader, state in pairs:
             if isinstance(loader, FollowedLoader) and state is not None:
                 loader.followed.set_generators(state)
-        return False
-    batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        return []
     known = []
     for loader, state in pairs:
         if isinstance(loader, FollowedLoader) and state is not None and state["start"] is not None:
-            loader.followed.go_on(state, batches, trainer.current_epoch)
+            read = loop_state.batches_read(trainer, len(loader))
+            loader.followed.go_on(state, read, trainer.current_epoch)
             known.append(loader)
     # Lightning's own warning takes every loader without a state for one that cannot go on.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
@@ -230,15 +250,47 @@ def _restore_loaders(trainer: Trainer, states: list[dict[str, Any] | None]) -> b
             "an epoch",
             stacklevel=3,
         )
-    return bool(known)
+    return known
+
+
+def _check_averaging(trainer: Trainer) -> None:
+    """Check that an epoch that goes on is one of the training.
+
+    Raises:
+        AdapterError: It only measures batch norms after StochasticWeightAveraging.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging) and trainer.current_epoch > callback.swa_end:
+            raise AdapterError(
+                f"{str(trainer.ckpt_path)!r} was written while StochasticWeightAveraging measured batch norms, after "
+                "the last epoch of the training, and what it had measured is not in it: resume from the end of that "
+                "epoch"
+            )
+
+
+def _begin_epoch(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Let Lightning's callbacks that change the trainer as an epoch begins do so in one that goes on."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, (GradientAccumulationScheduler, StochasticWeightAveraging)):
+            callback.on_train_epoch_start(trainer, pl_module)
 
 
 def _followed(trainer: Trainer) -> list[FollowedLoader]:
     return [loader for loader in tree_leaves(trainer.train_dataloader) if isinstance(loader, FollowedLoader)]
 
 
+def _start_anew(loaders: list[FollowedLoader]) -> None:
+    for loader in loaders:
+        loader.followed.start_anew()
+
+
 def _is_stateful(loader: Any) -> bool:
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+def _scalars(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Logged values, which schedules and callbacks may still look at."""
+    return {name: value.detach().cpu() for name, value in metrics.items() if value.numel() == 1}
 
 
 def _gradients(pl_module: LightningModule) -> dict[str, Tensor]:

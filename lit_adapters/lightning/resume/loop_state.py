@@ -80,6 +80,34 @@ def pending_record(trainer: Trainer) -> dict[str, Any] | None:
     return {"step": int(step), "values": {name: float(value) for name, value in values.items()}}
 
 
+def rates_due(trainer: Trainer) -> bool:
+    """Whether schedules that follow a metric step once the checkpoint that is being written is there.
+
+    Lightning updates them after a batch. Where a validation is due it comes before, and both are repeated.
+    """
+    batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    waits = trainer.fit_loop._should_accumulate() or _validation_due(trainer)
+    return bool(batch.processed > batch.completed and not waits)
+
+
+def step_rates(trainer: Trainer) -> None:
+    """Update the schedules that follow a metric after each step, as a batch that is done does."""
+    trainer.fit_loop.epoch_loop._update_learning_rates("step", update_plateau_schedulers=True)
+
+
+def batches_read(trainer: Trainer, length: int) -> int:
+    """How many batches of a loader the present epoch has read, of its last pass where the loader is repeated.
+
+    Args:
+        trainer: The one that resumes.
+        length: Batches of the loader. Loaders that are read together may differ in it.
+    """
+    batches: int = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+    if trainer.fit_loop._combined_loader._mode == "max_size_cycle":  # type: ignore[union-attr]
+        return (batches - 1) % length + 1 if batches else 0
+    return min(batches, length)
+
+
 def _validation_due(trainer: Trainer) -> bool:
     fit = trainer.fit_loop
     return bool(fit._data_fetcher is not None and fit.epoch_loop._should_check_val_fx(fit._data_fetcher))

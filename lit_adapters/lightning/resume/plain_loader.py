@@ -74,6 +74,7 @@ class Followed:
         if self._loader.num_workers == 0:  # workers have been sent indices beyond the batches that were read
             _set_states(self._loader, present)
         yield from batches
+        self._resumed = None  # a loader that is repeated begins its next pass with the first batch
 
     def state_dict(self) -> dict[str, Any]:
         """The states at the start of the epoch and now, and the number of batches, in plain values and tensors."""

@@ -16,9 +16,10 @@ from torch.utils.data import Dataset
 
 import lit_adapters as la
 from lit_adapters.lightning.resume.sampler import EpochSampler
-from tests.lightning.tiny_task import Task, fit
+from tests.lightning.tiny_task import Task, assert_equal_bits, fit
 
 SIZE, BATCH = 22, 4  # six batches, the last one smaller
+STEPS = {"every_n_train_steps": 1}
 
 
 class Keyed(Dataset):
@@ -38,7 +39,7 @@ def keyed_loader(**changes: Any) -> la.ResumableLoader:
 
 
 class Noisy(Task):
-    """Draws from all random states in every step; its rates follow steps, or the validation loss of each epoch."""
+    """Draws from all random states in every step; its rates follow steps, the loss, or the validation of each epoch."""
 
     def __init__(self, schedule: str = "step") -> None:
         afa = la.AFALoRA(rank=2, alpha=4.0, activation="silu", schedule=la.schedules.Linear(start=0.0, end=0.8))
@@ -64,6 +65,10 @@ class Noisy(Task):
         if self.schedule == "plateau":
             rates = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.1)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "monitor": "val/loss"}}
+        if self.schedule == "loss":
+            rates = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.7, patience=0, threshold=0.3)
+            following = {"scheduler": rates, "monitor": "train/loss", "interval": "step", "frequency": 2}
+            return {"optimizer": optimizer, "lr_scheduler": following}
         if self.schedule == "epoch":
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
         steps = int(self.trainer.estimated_stepping_batches)
@@ -143,3 +148,22 @@ def final(trainer: Any, task: nn.Module) -> dict[str, Tensor]:
     optimizer = trainer.optimizers[0].state_dict()["state"]
     moments = {f"optimizer.{i}.{k}": v for i, values in optimizer.items() for k, v in values.items()}
     return {**task.state_dict(), **moments, "torch": torch.get_rng_state(), "python": torch.tensor(random.random())}
+
+
+def compare(
+    folder: Path, data: Any, when: dict[str, Any], schedule: str = "step", every: int = 1, **settings: Any
+) -> None:
+    """Resume from every `every`-th checkpoint; hooks, weights, rates, losses, records and the end must be equal."""
+    settings = {"max_epochs": 2} | settings
+    trainer, task, trace, diary, checkpoints = run(folder / "whole", data(), when, schedule, **settings)
+    want = final(trainer, task)
+    compared = 0
+    for path, (lines, records) in list(checkpoints.moments.items())[::every]:
+        if torch.load(path, weights_only=True)["global_step"] == trainer.global_step:
+            continue  # see test_a_run_that_had_ended_is_finished
+        resumed, again, trace2, diary2, _ = run(folder / "resumed", data(), when, schedule, path, **settings)
+        assert trace2.lines == trace.lines[lines:], path
+        assert diary2.records == diary.records[records:], path
+        assert_equal_bits(final(resumed, again), want)
+        compared += 1
+    assert compared

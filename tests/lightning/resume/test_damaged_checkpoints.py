@@ -64,6 +64,24 @@ def test_the_checks_accept_what_a_run_writes(fitted):
     check(*fitted)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rates_due": 3}, "lit_adapters/rates_due' in the checkpoint is 3, and must be true or false"),
+        ({"pending": {"step": -1, "values": {}}}, "lit_adapters/pending' in the checkpoint is .* a step and numbers"),
+        ({"pending": {"step": 1, "values": {"loss": "low"}}}, "lit_adapters/pending' in the checkpoint"),
+        ({"metrics": {"train/loss": 1.0}}, "lit_adapters/processes' in the checkpoint"),
+        ({"metrics": {"train/loss": torch.ones(2)}}, "lit_adapters/processes' in the checkpoint"),
+    ],
+)
+def test_what_is_done_after_a_checkpoint(fitted, change, words):
+    record = fitted[1]["lit_adapters"]
+    if "metrics" in change:
+        change = {"processes": [record["processes"][0] | change]}
+    with pytest.raises(AdapterError, match=words):
+        check_checkpoint(fitted[1] | {"lit_adapters": record | change}, "x.ckpt")
+
+
 def test_edits_of_a_checkpoint(fitted):
     """Of its states and record; the weights are left alone, as most values of them are valid."""
     trainer, content = fitted

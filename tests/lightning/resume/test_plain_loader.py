@@ -18,7 +18,7 @@ from torch.utils.data import (
 )
 
 import lit_adapters as la
-from tests.lightning.resume.test_resuming import STEPS, compare
+from tests.lightning.resume.resumed import STEPS, compare
 from tests.lightning.tiny_task import Task, assert_equal_bits, fit, nora, state
 from tests.tiers import fast_only
 

@@ -32,6 +32,8 @@ OF_A_TRAINER = {
     "fit_loop._data_fetcher": LOOP_STATE,
     "fit_loop._data_fetcher.iterator": LOOP_STATE,
     "fit_loop._data_fetcher.batches": LOOP_STATE,
+    "fit_loop.epoch_loop._update_learning_rates": LOOP_STATE,
+    "fit_loop._combined_loader._mode": LOOP_STATE,
     "fit_loop._combined_loader_states_to_load": LOOP_STATE,
     "fit_loop._load_combined_loader_states": LOOP_STATE,
     "fit_loop._restarting": LOOP_STATE,

@@ -9,29 +9,11 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import lit_adapters as la
 from lit_adapters import AdapterCallback, AdapterError
 from lit_adapters.files.adapters import RECORD
-from tests.lightning.resume.resumed import Noisy, final, keyed_loader, run
+from tests.lightning.resume.resumed import STEPS, Noisy, compare, keyed_loader, run
 from tests.lightning.resume.test_checkpoints import saver
 from tests.lightning.tiny_task import Task, assert_equal_bits, events, fit, nora, state, trainer
 
-STEPS = {"every_n_train_steps": 1}
 WITHOUT_END = {"max_steps": 13, "max_epochs": -1}
-
-
-def compare(folder, data, when, schedule="step", every=1, **settings):
-    """Resume from every `every`-th checkpoint; hooks, weights, rates, losses, records and the end must be equal."""
-    settings = {"max_epochs": 2} | settings
-    trainer, task, trace, diary, checkpoints = run(folder / "whole", data(), when, schedule, **settings)
-    want = final(trainer, task)
-    compared = 0
-    for path, (lines, records) in list(checkpoints.moments.items())[::every]:
-        if torch.load(path, weights_only=True)["global_step"] == trainer.global_step:
-            continue  # see test_a_run_that_had_ended_is_finished
-        resumed, again, trace2, diary2, _ = run(folder / "resumed", data(), when, schedule, path, **settings)
-        assert trace2.lines == trace.lines[lines:], path
-        assert diary2.records == diary.records[records:], path
-        assert_equal_bits(final(resumed, again), want)
-        compared += 1
-    assert compared
 
 
 def test_in_mid_epoch(tmp_path):
