@@ -288,5 +288,6 @@ class Encoder:
 
 def _fingerprint(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     state = backend.to_str() if backend is not None else repr((type(tokenizer), sorted(tokenizer.get_vocab().items())))
-    return hashlib.sha256(state.encode()).hexdigest()
+    return hashlib.sha256(f"{special}{state}".encode()).hexdigest()

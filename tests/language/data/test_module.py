@@ -385,6 +385,10 @@ def test_cache_is_used_and_depends_on_everything(write, tokenizer, tmp_path, mon
     other.add_tokens(["What"])
     fitted(path, other, cache_dir=str(cache))
     assert len(list(cache.glob("*.safetensors"))) == 2 * len(changes) + 4
+    other = make_tokenizer()
+    other.bos_token = other.eos_token  # chat templates may write it
+    fitted(path, other, cache_dir=str(cache))
+    assert len(list(cache.glob("*.safetensors"))) == 2 * len(changes) + 6
 
 
 def test_torn_cache_is_made_anew_and_counts_survive(write, tokenizer, tmp_path, caplog):
