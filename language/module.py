@@ -143,8 +143,19 @@ class CausalLMTuner(LoadsFromFiles, StepMeanModule):
             self._tokenizer = create_tokenizer(self.hparams["model"])
         return self._tokenizer
 
+    @property
+    def needs_whole(self) -> str:
+        """Why the weights must not be sharded, with what to do instead; empty if they may be."""
+        return ""
+
     def configure_model(self) -> None:
-        """Create the model and attach its adapters; once, though Lightning calls this for every stage."""
+        """Create the model and attach its adapters; once, though Lightning calls this for every stage.
+
+        Raises:
+            AdapterError: The weights would be sharded, and this training needs them whole.
+        """
+        if self.device_mesh is not None and self.needs_whole:
+            raise AdapterError(self.needs_whole)
         if self.model is None:
             self.model = self._build() if self.device_mesh is None else shard(self._build, self.device_mesh)
         data = getattr(self._trainer, "datamodule", None)

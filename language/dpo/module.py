@@ -127,13 +127,18 @@ class DPOTuner(CausalLMTuner):
         self.measure(*of_pairs, "kl", items=of_pairs)
         self.reference: Reference | None = None
 
+    @property
+    def needs_whole(self) -> str:
+        """As for `CausalLMTuner`."""
+        if not self.train_modules:
+            return ""
+        return (
+            f"train={self.train_modules!r} needs its initial values whole for the reference: leave `train` out, or use "
+            "a strategy that does not shard"
+        )
+
     def configure_model(self) -> None:
         """As `CausalLMTuner`; what `train` names is kept as it is before any checkpoint is loaded."""
-        if self.device_mesh is not None and self.train_modules:
-            raise AdapterError(
-                f"train={self.train_modules!r} needs its initial values whole for the reference, and the model would "
-                "be sharded: leave `train` out, or use a strategy that does not shard"
-            )
         super().configure_model()
         if self.reference is None:
             self.reference = Reference(self._built)

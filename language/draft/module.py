@@ -65,20 +65,15 @@ class DraftTuner(CausalLMTuner):
         self._target: tuple[Any, ...] = ()  # in a tuple, so that it does not become a submodule
 
     @property
+    def needs_whole(self) -> str:
+        """As for `CausalLMTuner`."""
+        return "a draft and its target cannot be sharded: set trainer.strategy to auto or ddp"
+
+    @property
     def target(self) -> Any:
         """The model that the draft follows."""
         assert self._target, "configure_model has not run"
         return self._target[0]
-
-    def configure_model(self) -> None:
-        """Create target and draft and attach the draft's adapters; once, though Lightning calls this for every stage.
-
-        Raises:
-            AdapterError: The weights would be sharded; or as `CausalLMTuner`.
-        """
-        if self.device_mesh is not None:
-            raise AdapterError("a draft and its target cannot be sharded: set trainer.strategy to auto or ddp")
-        super().configure_model()
 
     def _create(self, name: str) -> nn.Module:
         h = self.hparams

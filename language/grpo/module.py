@@ -232,10 +232,13 @@ class GRPOTuner(CausalLMTuner):
                 "overfit_batches"
             )
 
+    @property
+    def needs_whole(self) -> str:
+        """As for `CausalLMTuner`. Completions end at different tokens in different processes."""
+        return "a model that samples cannot be sharded: set trainer.strategy to auto or ddp"
+
     def configure_model(self) -> None:
         """As `CausalLMTuner`; keep what the reference needs."""
-        if self.device_mesh is not None:  # completions end at different tokens in different processes
-            raise la.AdapterError("a model that samples cannot be sharded: set trainer.strategy to auto or ddp")
         super().configure_model()
         if self.reference is None and self.hparams["kl_weight"] > 0:
             self.reference = Reference(self._built)

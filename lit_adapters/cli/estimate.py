@@ -137,16 +137,20 @@ def _shards(recipe: Recipe) -> str | None:
     """Why FSDP2 cannot share the recipe's model; None if it can."""
     import torch
 
+    from lit_adapters.model.attach import adapters
     from lit_adapters.model.sharding import check_shardable
 
     if recipe.example.packed:
         return "4-bit weights cannot be shared by FSDP2: use --strategy ddp"
     try:
         with torch.device("meta"):
-            check_shardable(recipe.example.build())
+            model = recipe.example.build()
+            check_shardable(model)
+            optimizer = recipe.optimizer(model)
     except AdapterError as error:
         return str(error)
-    return None
+    parts = [recipe.module, optimizer, *(adapter for _, adapter in adapters(model))]
+    return next(filter(None, (getattr(part, "needs_whole", "") for part in parts)), None)
 
 
 def _size(count: float) -> str:

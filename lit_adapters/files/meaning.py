@@ -58,7 +58,7 @@ def binding_meaning(model: nn.Module) -> dict[str, Any]:
 
 
 def adopt_meaning(model: nn.Module, saved: Any, origin: str) -> None:
-    """Add the meaning that a file holds to that of `model`, or put it in the place of the base's.
+    """Give `model` the meaning that a file holds. It is added to the model's own, or replaces that of its base.
 
     Args:
         model: The module that the file's weights are for.

@@ -124,6 +124,11 @@ class AdapterModule(KeptParameters, CopiedBuffers, Merging, Describing):
         """The method that an adapter parameter belongs to, by its local name; in `lr_scale` and reports."""
         return self.method
 
+    @property
+    def needs_whole(self) -> str:
+        """Why a training of this adapter must not shard it, with what to do instead; empty if it may."""
+        return "" if self.allocation is None else self.allocation.needs_whole
+
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Those of this adapter's parameters that other layers compute with too, by local name; by default none."""
         return {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +73,11 @@ class Allocation(ABC):
 
     Attributes:
         orthogonality: The factor of the penalty that keeps the factors of the updates orthogonal.
+        needs_whole: Why the layers must not be sharded, with what to do instead; empty if they may be.
     """
 
     orthogonality: float
+    needs_whole: ClassVar[str] = ""
 
     @abstractmethod
     def allocator(self, layers: Mapping[str, Any]) -> Allocator:

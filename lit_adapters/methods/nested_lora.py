@@ -222,6 +222,12 @@ class NestedLoRAAdapter(WeightAdapter):
             )
         return super().in_effect
 
+    @property
+    def needs_whole(self) -> str:
+        if not self.calibrates:
+            return super().needs_whole
+        return "init='awsvd' needs whole weights: calibrate before sharding, use init='svd', or the strategy ddp"
+
     def begin_calibration(self) -> None:
         """Forget earlier measurements.
 
@@ -230,10 +236,7 @@ class NestedLoRAAdapter(WeightAdapter):
         """
         self._sum, self._rows = None, 0
         if self.sharded:
-            raise AdapterError(
-                f"init='awsvd' needs whole weights, and {self.qualified_name!r} is sharded; calibrate before sharding, "
-                "use init='svd', or the strategy ddp"
-            )
+            raise AdapterError(f"{self.qualified_name!r} is sharded, and {self.needs_whole}")
         if self.nested_inner_B.any():
             raise AdapterError(
                 f"{self.qualified_name!r} has been trained: calibrating now would change its function. Calibrate once, "

@@ -30,6 +30,8 @@ class AdaLoRAAllocation(Allocation):
         orthogonality: Peft's `orth_reg_weight`.
     """
 
+    needs_whole = "AdaLoRA's ranks cannot be allocated with FSDP2: use the strategy ddp, or la.LoRA"
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
         self.orthogonality = config["orth_reg_weight"]
@@ -122,10 +124,7 @@ class AdaLoRAAllocator(Allocator):
         self._model = _Layers(layers)
         for name, parameter in self._model.named_parameters():
             if hasattr(parameter, "full_tensor"):
-                raise AdapterError(
-                    f"{name!r} is sharded, and AdaLoRA's ranks cannot be allocated with FSDP2; use the strategy ddp, "
-                    "or la.LoRA"
-                )
+                raise AdapterError(f"{name!r} is sharded, and {AdaLoRAAllocation.needs_whole}")
         schedule = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2")
         self._given: int | None = config["total_step"]
         self._config = AdaLoraConfig(**{k: config[k] for k in schedule}, total_step=self._given or 2**31)

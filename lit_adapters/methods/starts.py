@@ -263,6 +263,15 @@ class StartedAdapter(LowRankAdapter):
         return self.start == "lora_ga"
 
     @property
+    def needs_whole(self) -> str:
+        if self.start not in FROM_DATA:
+            return super().needs_whole
+        return (
+            f"start={self.start!r} needs whole matrices: calibrate before sharding, use start='pissa' or 'olora', or "
+            "the strategy ddp"
+        )
+
+    @property
     def awaits_calibration(self) -> bool:
         return self._awaits_calibration
 
@@ -274,10 +283,7 @@ class StartedAdapter(LowRankAdapter):
         """
         self._measured_directions = self._gradient = None
         if self.sharded:
-            raise AdapterError(
-                f"start={self.start!r} needs whole matrices, and {self.qualified_name!r} is sharded; calibrate before "
-                "sharding, use start='pissa' or 'olora', or the strategy ddp"
-            )
+            raise AdapterError(f"{self.qualified_name!r} is sharded, and {self.needs_whole}")
         if self._has_trained():
             raise AdapterError(
                 f"{self.qualified_name!r} has been trained: calibrating now would change its function. Calibrate once, "

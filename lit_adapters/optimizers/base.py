@@ -92,6 +92,20 @@ class AdapterOptimizer(Optimizer):
             maximize=False,
         )
 
+    @property
+    def needs_whole(self) -> str:
+        """Why the parameters must not be sharded, with what to do instead; empty if they may be."""
+        return ""
+
+    def refuse_shards(self, parameters: Iterable[Tensor]) -> None:
+        """Check that parameters are whole.
+
+        Raises:
+            AdapterError: One is sharded over processes.
+        """
+        if any(hasattr(parameter, "full_tensor") for parameter in parameters):
+            raise AdapterError(f"the parameters are sharded over processes (FSDP2), and {self.needs_whole}")
+
     def state_shapes(self, group: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
         """What is kept of each parameter of a group that has made a step: shapes by name; by default AdamW's."""
         return [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in group["params"]]
@@ -153,16 +167,3 @@ def check_settings(settings: dict[str, Any]) -> None:
 def working_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype of states and of r x r matrices: float32, or that of a parameter in float64."""
     return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def refuse_shards(parameters: Iterable[Tensor], optimizer: str) -> None:
-    """Check that parameters are whole.
-
-    Raises:
-        AdapterError: One is sharded over processes.
-    """
-    if any(hasattr(parameter, "full_tensor") for parameter in parameters):
-        raise AdapterError(
-            f"{optimizer} needs whole matrices, and those of this model are sharded over processes (FSDP2): use the "
-            "strategy ddp, or torch.optim.AdamW"
-        )

@@ -31,7 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_adapters.optimizers.base import AdapterOptimizer, refuse_shards, working_dtype
+from lit_adapters.optimizers.base import AdapterOptimizer, working_dtype
 from lit_adapters.values import check_choice, check_number, check_whole
 
 _START = 0.02  # standard deviation of m_A and v_A at the start; m_B and v_B are zero
@@ -77,6 +77,11 @@ class LoRAPre(AdapterOptimizer):
         settings = {"lr": lr, "betas": tuple(betas), "rank": rank, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, settings | {"damping": damping, "order": order, "second": second})
 
+    @property
+    def needs_whole(self) -> str:
+        """As for every optimiser."""
+        return "LoRAPre needs whole matrices: use the strategy ddp, or torch.optim.AdamW"
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does.
 
@@ -84,7 +89,7 @@ class LoRAPre(AdapterOptimizer):
             AdapterError: A parameter is sharded over processes.
         """
         super().add_param_group(param_group)
-        refuse_shards(self.param_groups[-1]["params"], type(self).__name__)
+        self.refuse_shards(self.param_groups[-1]["params"])
 
     def update(self) -> None:
         """Change large matrices one after the other, then all else."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lit_adapters.errors import AdapterError
-from lit_adapters.optimizers.base import AdapterOptimizer, refuse_shards
+from lit_adapters.optimizers.base import AdapterOptimizer
 
 
 class PairOptimizer(AdapterOptimizer):
@@ -37,6 +37,13 @@ class PairOptimizer(AdapterOptimizer):
                 "the groups of parameter_groups(model, lr, pairs=True), or use torch.optim.AdamW"
             )
 
+    @property
+    def needs_whole(self) -> str:
+        """As for every optimiser; one that moves the product needs both factors."""
+        if not self.moves_product:
+            return super().needs_whole
+        return f"{type(self).__name__} needs whole matrices: use the strategy ddp, torch.optim.AdamW or LoRAPlus"
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does.
 
@@ -54,7 +61,7 @@ class PairOptimizer(AdapterOptimizer):
             raise AdapterError(f"{name} moves the product B A, and {obstacle}; use torch.optim.AdamW or LoRAPlus")
         parameters = group["params"] = list(group["params"])
         if self.moves_product:
-            refuse_shards(parameters, name)
+            self.refuse_shards(parameters)
         sizes = [tuple(parameter.shape) for parameter in parameters]
         for a, b in zip(sizes[::2], sizes[1::2], strict=False):
             matrices = len(a) == len(b) == 2 or (not self.moves_product and len(a) == len(b) == 3)

@@ -48,10 +48,10 @@ def place(cost: StepCost, devices: int, strategy: Strategy, batches: int = 1) ->
 
     With DDP each holds everything, and the gradients once more in buckets, which a ring adds up.
 
-    With FSDP2 each holds its share of parameters, gradients and states, two blocks at a time as a whole, and what is in
-    no block. It holds the gradients of a block twice as a whole: as computed, and in the buffer that is sent. For what
-    is in no block the second copy comes last and takes the place of activations. Parameters are gathered in the forward
-    pass and again in the backward pass of each batch, after which its gradients are sent.
+    With FSDP2 each holds its share of parameters, gradients and states, two blocks at a time as a whole, what is in no
+    block, and all buffers. It holds the gradients of a block twice as a whole: as computed, and in the buffer that is
+    sent. For what is in no block the second copy comes last and takes the place of activations. Parameters are gathered
+    in the forward pass and again in the backward pass of each batch, after which its gradients are sent.
 
     Args:
         cost: The step of one device.
@@ -66,9 +66,10 @@ def place(cost: StepCost, devices: int, strategy: Strategy, batches: int = 1) ->
         return Placement(parts, 0.0)
     if strategy == "ddp":
         return Placement({**parts, BUCKETS: trained}, 2 * around * trained)
-    whole = parts.get(WEIGHTS, 0.0) + trained
+    whole = parts.get(WEIGHTS, 0.0) - cost.buffers + trained
     for part in (WEIGHTS, TRAINED, GRADIENTS, OPTIMIZER):
         parts[part] = parts.get(part, 0.0) / devices
+    parts[WEIGHTS] += around * cost.buffers
     parts[GATHERED] = 2.0 * cost.largest_block + cost.rest
     # The gradients of what is in no block are sent last, when activations are gone.
     passing = sum(parts.get(part, 0.0) for part in (ACTIVATIONS, LOGITS, TEMPORARY))

@@ -84,6 +84,7 @@ class StepCost:
         rest: Bytes of the parameters outside the blocks.
         trained_block: Bytes of the trained parameters of the block that has most of them.
         trained_rest: Bytes of the trained parameters outside the blocks.
+        buffers: Bytes of the buffers, a part of the weights.
     """
 
     parts: dict[str, int]
@@ -93,6 +94,7 @@ class StepCost:
     rest: int
     trained_block: int
     trained_rest: int
+    buffers: int
 
     @property
     def peak(self) -> int:
@@ -172,6 +174,7 @@ def step_cost(
         rest=whole - sum(blocks),
         trained_block=max(learned, default=0),
         trained_rest=all_learned - sum(learned),
+        buffers=sum(map(_bytes, model.buffers())),
     )
 
 
@@ -266,6 +269,7 @@ def _batch(model: nn.Module, example: Example, zeroed: Optimizer | None, autocas
 
 
 aten = torch.ops.aten
+_ONLY_WRITE = (aten.copy_.default, aten.fill_.Scalar, aten.zero_.default)  # do not read what they change
 _FREE = (aten._unsafe_view.default, aten.lift_fresh.default)  # move nothing, and do not say so
 # The CPU's fused attention, which torch does not count: products, and where queries stand among the arguments.
 _ATTENTION = {
@@ -348,15 +352,25 @@ class _Recorder(TorchDispatchMode):
         known = {t.untyped_storage()._cdata for t in inputs}
         for tensor in outputs:
             self.add(tensor)
-        if function.is_view or function in _FREE or not outputs:
+        changed = [] if function in _ONLY_WRITE else _changed(function, args, kwargs or {})
+        if function.is_view or function in _FREE or not (outputs or changed):
             return result
         moved = sum(_bytes(t) for t in inputs if function is not aten.embedding.default)
+        moved += sum(map(_bytes, changed))
         moved += sum(_bytes(t) for t in outputs if t.untyped_storage()._cdata not in known)
         if function is aten.embedding.default:
             moved *= 2  # it reads the rows that it writes
         flops = _flops(function, args, kwargs or {}, result)
-        self.operations += [(self.phase, Operation(flops, moved, outputs[0].dtype))] * self.times
+        self.operations += [(self.phase, Operation(flops, moved, (outputs or changed)[0].dtype))] * self.times
         return result
+
+
+def _changed(function: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an operation writes to, alone or in lists."""
+    arguments = function._schema.arguments
+    given = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+    written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [tensor for tensor in tree_leaves(written) if isinstance(tensor, Tensor)]
 
 
 def _flops(function: Any, args: Any, kwargs: Any, result: Any) -> int:

@@ -19,6 +19,7 @@ SMOKE = [str(path) for path in sorted(CONFIGS.glob("*/smoke/*.yaml"))]
 VISION, LANGUAGE = "configs/vision/smoke/lora.yaml", "configs/language/smoke/lora.yaml"
 QLORA = "configs/language/smoke/qlora.yaml"
 GPU = ("--device", "l40s")
+SHARDED = ("--strategy", "fsdp", "--devices", "2")
 
 
 @pytest.fixture
@@ -129,6 +130,20 @@ def test_this_machine_is_measured(estimate):
         (["--config", LANGUAGE, "data.max_length=100000"], "data.max_length 100000 exceeds the model's"),
         (["--config", "configs/language/smoke/grpo.yaml", "data.max_length=2048"], "which max_new_tokens takes 8: set"),
         (["--config", QLORA, "--strategy", "fsdp", "--devices", "2"], "4-bit weights cannot be shared"),
+        (
+            ["--config", LANGUAGE.replace("lora", "lora_rite"), *SHARDED],
+            "LoRARITE needs whole matrices: use the",
+        ),
+        (
+            ["--config", LANGUAGE.replace("lora", "lora_pre"), *SHARDED],
+            "LoRAPre needs whole matrices: use the",
+        ),
+        (["--config", LANGUAGE.replace("lora", "eva"), *SHARDED], "start='eva' needs whole matrices: calibrate before"),
+        (["--config", VISION.replace("lora", "nested_lora"), *SHARDED], "init='awsvd' needs whole weights: calibrate"),
+        (["--config", VISION.replace("lora", "adalora"), *SHARDED], "AdaLoRA's ranks cannot be allocated with FSDP2"),
+        (["--config", LANGUAGE.replace("lora", "grpo"), *SHARDED], "a model that samples cannot be sharded"),
+        (["--config", LANGUAGE.replace("lora", "draft"), *SHARDED], "a draft and its target cannot be sharded"),
+        (["--config", LANGUAGE.replace("lora", "dpo"), *SHARDED, "model.train=[lm_head]"], "needs its initial values"),
         (["--config", VISION, "data.batch_sze=3"], "data.batch_sze.*read as a recipe of vision"),
         (["--config", VISION, "--program", "nothing_such"], "No module named 'nothing_such'"),
     ],

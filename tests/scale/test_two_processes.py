@@ -231,7 +231,11 @@ def test_adapters_stay_in_float32_beside_a_base_in_bfloat16(one, two):
         ("fsdp", "scalar", r"frequency' is a single number, which FSDP2 cannot shard"),
         ("fsdp", "shared", r"^'blocks\.0\.attn\.qkv' shares dense_E and dense_D with other layers"),
         ("fsdp", "ranks", r"^'net\.blocks\.0\.attn\.qkv\.lora_A\.default' is sharded, .* use the strategy ddp"),
-        ("fsdp", "measured", r"^start='lora_ga' needs whole matrices, and 'blocks\.0\.attn\.qkv' is sharded"),
+        (
+            "fsdp",
+            "measured",
+            r"^'blocks\.0\.attn\.qkv' is sharded, and start='lora_ga' needs whole matrices",
+        ),
         ("fsdp", "cache", r"^cache_weight of 'blocks\.0\.attn\.qkv' would keep whole weights"),
         ("fsdp", "tensor_parallel", r"\{'tensor_parallel': 2\} was asked for: give .* data_parallel_size=<"),
         ("fsdp", "distributed_checkpoint", r"set save_distributed_checkpoint=False"),

@@ -213,6 +213,28 @@ def test_an_optimizer_that_takes_all_parameters_at_once_needs_more():
     assert all_at_once.peak > one.peak
 
 
+def test_operations_that_change_their_arguments():
+    """SGD without momentum reads parameters and gradients, and writes parameters, one by one or all at once."""
+
+    def build():
+        return nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+
+    given = Example(build, lambda m: m(torch.ones(1, 64)).sum(), 1, 1, "rows", 0)
+    for foreach in (False, True):
+        cost = step_cost(given, lambda m: torch.optim.SGD(m.parameters(), lr=1.0), foreach=foreach)
+        assert sum(operation.moved for operation in cost.update) == 3 * cost.parts[TRAINED], foreach
+
+
+def test_filling_a_tensor_writes_it_once():
+    def filled(model):
+        given = torch.empty(1024)
+        given.copy_(torch.ones(1024))
+        return model(given[:4]).sum()
+
+    cost = step_cost(Example(lambda: nn.Linear(4, 1), filled, 1, 1, "rows", 0), adamw)
+    assert max(operation.moved for operation in cost.operations) == 2 * 4096  # read, and written
+
+
 def test_what_adapters_keep_between_steps_is_told():
     method = la.NestedLoRA(rank=32, inner_rank=2, init="svd")  # keeps its frozen outer pair in the dtype of products
     cost = step_cost(example(method), adamw, torch.bfloat16)
@@ -256,11 +278,12 @@ def test_several_devices():
     assert ddp.peak == cost.peak + trained == cost.peak + ddp.parts[BUCKETS]
     assert ddp.sent == 2 * 3 / 4 * trained
     sharded = place(cost, 4, "fsdp")
-    assert sharded.parts[WEIGHTS] == cost.parts[WEIGHTS] / 4
+    assert cost.buffers == buffers > 0
+    assert sharded.parts[WEIGHTS] == (cost.parts[WEIGHTS] - buffers) / 4 + buffers  # FSDP2 shards parameters alone
     assert sharded.parts[GATHERED] == 2 * cost.largest_block + cost.rest
     assert 2 * cost.largest_block + cost.rest == cost.parts[WEIGHTS] + trained - buffers  # of two blocks
     assert sharded.parts[SENT] == 2 * cost.trained_block == trained
-    assert sharded.sent == 3 / 4 * (2 * (cost.parts[WEIGHTS] + trained) + trained)
+    assert sharded.sent == 3 / 4 * (2 * (cost.parts[WEIGHTS] - buffers + trained) + trained)
     assert place(cost, 4, "ddp", 3).sent == ddp.sent  # once a step
     assert place(cost, 4, "fsdp", 3).sent == 3 * sharded.sent  # nothing holds back the gradients of a batch
     assert ddp.seconds_between(DEVICES["h100"]) == ddp.sent / 450e9
