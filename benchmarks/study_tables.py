@@ -4,6 +4,7 @@ Between these comments stands what the study has measured; in place of {} are th
 
     <!-- study {} contrasts {}-{} {}-{} -->             a line for each pair of arms, first minus second
     <!-- study {} contrasts {}-{} of test/loss -->      the same of another metric of the study
+    <!-- study {} detectable {}-{} {}-{} -->           which differences of these pairs one test would have found
     <!-- study {} equal {}-{} {}-{} of val/loss -->   a table of metrics where two arms were equally good
     <!-- study {} arms -->                              the table of arms
     <!-- study {} noise -->                             how much runs differ that differ by rounding alone
@@ -64,6 +65,7 @@ def _filled(match: re.Match[str], page: Path) -> str:
     begin, study, kind, rest, _, end = match.groups()
     kinds: dict[str, Callable[[str, str, Path], str]] = {
         "contrasts": _contrasts,
+        "detectable": _detectable,
         "equal": _equal,
         "arms": _arms,
         "noise": _noise,
@@ -114,6 +116,18 @@ def _pairs(name: str, words: str, page: Path) -> list[tuple[Contrast, bool]]:
         other = contrast or contrast_of(summary.study, _results(name), summary.arms[first], summary.arms[second])
         found.append((other, contrast is not None))
     return found
+
+
+def _detectable(name: str, rest: str, page: Path) -> str:
+    """A sentence on the smallest and the largest of the detectable differences of some pairs."""
+    metric = _summary(name).study.metric
+    comparisons = [(c.comparison, c) for c, _ in _pairs(name, rest, page) if c.comparison is not None]
+    sizes = sorted((comparison.detectable, contrast.first.title) for comparison, contrast in comparisons)
+    shown = [f"{with_unit(number(size, decimals([size])), metric)} ({title})" for size, title in (sizes[0], sizes[-1])]
+    return (
+        "The differences that one test, before Holm's correction, would have found with 80% power are from "
+        f"{shown[0]} to {shown[1]}."
+    )
 
 
 def _equal(name: str, rest: str, page: Path) -> str:
