@@ -17,6 +17,7 @@ and <!-- /study --> ends each. Pairs that the study did not name beforehand are 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from functools import cache
@@ -121,12 +122,15 @@ def _pairs(name: str, words: str, page: Path) -> list[tuple[Contrast, bool]]:
 def _detectable(name: str, rest: str, page: Path) -> str:
     """A sentence on the smallest and the largest of the detectable differences of some pairs."""
     metric = _summary(name).study.metric
-    comparisons = [(c.comparison, c) for c, _ in _pairs(name, rest, page) if c.comparison is not None]
-    sizes = sorted((comparison.detectable, contrast.first.title) for comparison, contrast in comparisons)
+    measured = [c for c, _ in _pairs(name, rest, page) if c.comparison is not None]
+    sizes = sorted((c.comparison.detectable, c.first.title) for c in measured if c.comparison is not None)
+    sizes = [(size, title) for size, title in sizes if math.isfinite(size)]
+    if not sizes:
+        raise SystemExit(f"error: {page}: {name} has no pair of arms with a difference that a test could find")
     shown = [f"{with_unit(number(size, decimals([size])), metric)} ({title})" for size, title in (sizes[0], sizes[-1])]
     return (
-        "The differences that one test, before Holm's correction, would have found with 80% power are from "
-        f"{shown[0]} to {shown[1]}."
+        "The smallest difference that one test, before Holm's correction, would have found with 80% power ranges, by "
+        f"arm, from {shown[0]} to {shown[1]}."
     )
 
 

@@ -76,7 +76,7 @@ def test_pages_show_what_a_study_has_measured(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("<!-- study s front -->\n<!-- /study -->\n")
     page = tmp_path / "docs" / "claims.md"
-    blocks = ("contrasts a-b a-c", "contrasts a-b of test/loss", "arms", "detectable a-b a-c")
+    blocks = ("contrasts a-b a-c", "contrasts a-b of test/loss", "arms", "detectable a-b b-c")
     page.write_text("".join(f"before\n<!-- study s {block} -->\nold\n<!-- /study -->\n" for block in blocks))
     study_tables.fill(tmp_path)
     study_tables.fill(tmp_path)
@@ -89,9 +89,10 @@ def test_pages_show_what_a_study_has_measured(tmp_path, monkeypatch):
     )
     assert re.fullmatch(r"- Alpha minus Beta: \*\*-0\.\d+\*\* \(.*, exploratory\)", lines[7])
     assert [line[:5] for line in lines[11:16]] == ["| arm", "|---|", "| **A", "| Bet", "| Gam"]
-    assert re.fullmatch(
-        r"The differences .* 80% power are from \d\S* points \(Alpha\) to \d\S* points \(Alpha\)\.", lines[-2]
-    )
+    sizes = re.fullmatch(r"The smallest .* from (\d\S*) points \((\w+)\) to (\d\S*) points \((\w+)\)\.", lines[-2])
+    assert sizes
+    assert float(sizes[1]) < float(sizes[3])
+    assert {sizes[2], sizes[4]} == {"Alpha", "Beta"}
     assert (tmp_path / "docs" / "s-front.png").stat().st_size > 5000
     assert "](docs/s-front.png)" in (tmp_path / "README.md").read_text()
     page.write_text("<!-- study s noise -->\nold\n<!-- /study -->\n")

@@ -66,9 +66,8 @@ def estimate(args: argparse.Namespace) -> None:
         return placed_on(cost_of(*changes), args.devices, args.strategy).peak
 
     recipe = read_recipe(args.config, args.settings, program)
-    shards = _shards(recipe)
-    if args.strategy == "fsdp" and args.devices > 1 and shards is not None:
-        raise AdapterError(shards)
+    if args.strategy == "fsdp" and args.devices > 1 and (obstacle := _obstacle_to_sharding(recipe)):
+        raise AdapterError(obstacle)
     device, cost = _device(args), cost_of()
     placed = placed_on(cost, args.devices, args.strategy)
     rows = [(f"memory of a device at the peak of a step of {program}", "MiB")]
@@ -85,7 +84,7 @@ def estimate(args: argparse.Namespace) -> None:
         f"fits {_size(device.memory)}: no" + (f"; a batch of {most:,} rows does" if most else "") + ". Single changes:"
     )
     changes = {setting: peak_of(setting) for setting in getattr(recipe.module, "memory_savers", ())}
-    if shards is None:
+    if not _obstacle_to_sharding(recipe):
         more = 2 if args.strategy == "ddp" and args.devices == 1 else args.devices * (1 + (args.strategy == "fsdp"))
         changes[f"--strategy fsdp --devices {more}"] = placed_on(cost, more, "fsdp").peak
     for change, peak in changes.items():
@@ -133,8 +132,8 @@ def _check_settings(settings: Sequence[str]) -> None:
             raise AdapterError(f"setting {setting!r} does not count here: --devices, --strategy and --device say it")
 
 
-def _shards(recipe: Recipe) -> str | None:
-    """Why FSDP2 cannot share the recipe's model; None if it can."""
+def _obstacle_to_sharding(recipe: Recipe) -> str:
+    """Why FSDP2 cannot share the recipe's model, with what to do instead; empty if it can."""
     import torch
 
     from lit_adapters.model.attach import adapters
@@ -150,7 +149,7 @@ def _shards(recipe: Recipe) -> str | None:
     except AdapterError as error:
         return str(error)
     parts = [recipe.module, optimizer, *(adapter for _, adapter in adapters(model))]
-    return next(filter(None, (getattr(part, "needs_whole", "") for part in parts)), None)
+    return next(filter(None, (getattr(part, "needs_whole", "") for part in parts)), "")
 
 
 def _size(count: float) -> str:

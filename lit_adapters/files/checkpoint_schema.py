@@ -68,7 +68,7 @@ def _check_record(record: Mapping[str, Any], path: str | Path) -> None:
         if key in record and not fits(record[key]):
             _refuse(path, f"{RECORD}/{key}", record[key], what)
     if "processes" in record and not _all(record["processes"], _is_process):
-        _refuse(path, f"{RECORD}/processes", record["processes"], "the random states and gradients of each process")
+        _refuse(path, f"{RECORD}/processes", record["processes"], _OF_A_PROCESS)
 
 
 def _refuse(path: str | Path, key: str, value: Any, what: str) -> NoReturn:
@@ -101,11 +101,13 @@ def _all(value: Any, inner: Callable[[Any], bool]) -> bool:
     return isinstance(value, (list, tuple)) and all(map(inner, value))
 
 
+def _holds_values(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_meta and not value.is_nested
+
+
 def _is_state(value: Any) -> bool:
     return is_named(value) and all(
-        isinstance(entry, Tensor) and not entry.is_meta and not entry.is_nested
-        for key, entry in value.items()
-        if not key.endswith("_extra_state")
+        _holds_values(entry) for key, entry in value.items() if not key.endswith("_extra_state")
     )
 
 
@@ -185,8 +187,8 @@ def _is_process(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and (value.get("random", ...) is None or _is_random(value.get("random")))
-        and is_named(value.get("gradients"), lambda gradient: isinstance(gradient, Tensor))
-        and is_named(value.get("metrics", {}), lambda metric: isinstance(metric, Tensor) and metric.numel() == 1)
+        and is_named(value.get("gradients"), _holds_values)
+        and is_named(value.get("metrics", {}), lambda metric: _holds_values(metric) and metric.numel() == 1)
         and _all(value.get("loaders", []), lambda loader: loader is None or is_named(loader))
     )
 
@@ -216,6 +218,7 @@ _RECORD: _Checks = {
     "module": (is_text, "the class path of a LightningModule"),
     "models": (lambda value: is_named(value, is_named), "descriptions of models by name"),
 }
+_OF_A_PROCESS = "the random states, gradients, logged values and states of loaders of each process"
 _RESUMING: _Checks = {
     "pending": (_is_pending, "a step and numbers by name"),
     "rates_due": (lambda value: isinstance(value, bool), "true or false"),

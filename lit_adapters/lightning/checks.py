@@ -84,13 +84,16 @@ class Participation(Callback):
     def __init__(self, allow_unused: Sequence[str]) -> None:
         self._allow_unused = allow_unused
         self._check: ParticipationCheck | None = None
+        self._had_backward = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch the first batch."""
         self._check = ParticipationCheck(pl_module, self._allow_unused)
+        self._had_backward = False
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Say which adapters the first batch went past; with manual optimisation other losses may follow."""
+        self._had_backward = True
         if pl_module.automatic_optimization:
             self._end_first_batch()
 
@@ -103,8 +106,9 @@ class Participation(Callback):
             raise_together(self._check.after_forward())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Check that there are gradients."""
-        if self._check is not None:
+        """Check that there are gradients, unless this is only a pass that measures batch norms."""
+        expected = self._had_backward or not pl_module.automatic_optimization
+        if self._check is not None and expected:
             self._check.before_step(optimizer, trainer.optimizers)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -269,7 +269,9 @@ def _batch(model: nn.Module, example: Example, zeroed: Optimizer | None, autocas
 
 
 aten = torch.ops.aten
-_ONLY_WRITE = (aten.copy_.default, aten.fill_.Scalar, aten.zero_.default)  # do not read what they change
+# Do not read what they change.
+_FILLING = ("copy_", "fill_", "zero_", "bernoulli_", "normal_", "uniform_", "random_", "exponential_")
+_ONLY_WRITE = {getattr(aten, name) for name in (*_FILLING, "_foreach_copy_", "_foreach_zero_")}
 _FREE = (aten._unsafe_view.default, aten.lift_fresh.default)  # move nothing, and do not say so
 # The CPU's fused attention, which torch does not count: products, and where queries stand among the arguments.
 _ATTENTION = {
@@ -352,11 +354,12 @@ class _Recorder(TorchDispatchMode):
         known = {t.untyped_storage()._cdata for t in inputs}
         for tensor in outputs:
             self.add(tensor)
-        changed = [] if function in _ONLY_WRITE else _changed(function, args, kwargs or {})
+        changed = _changed(function, args, kwargs or {})
         if function.is_view or function in _FREE or not (outputs or changed):
             return result
         moved = sum(_bytes(t) for t in inputs if function is not aten.embedding.default)
-        moved += sum(map(_bytes, changed))
+        if function._overloadpacket not in _ONLY_WRITE:
+            moved += sum(map(_bytes, changed))
         moved += sum(_bytes(t) for t in outputs if t.untyped_storage()._cdata not in known)
         if function is aten.embedding.default:
             moved *= 2  # it reads the rows that it writes

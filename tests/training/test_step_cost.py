@@ -225,14 +225,26 @@ def test_operations_that_change_their_arguments():
         assert sum(operation.moved for operation in cost.update) == 3 * cost.parts[TRAINED], foreach
 
 
-def test_filling_a_tensor_writes_it_once():
+def _drawn(given):
+    return given.bernoulli_(0.5)
+
+
+def _all_zero(given):
+    torch._foreach_zero_([given])
+
+
+@pytest.mark.parametrize(
+    ("fill", "times"), [(lambda given: given.copy_(torch.ones(1024)), 2), (torch.zero_, 1), (_drawn, 1), (_all_zero, 1)]
+)
+def test_filling_a_tensor_writes_it_once(fill, times):
     def filled(model):
         given = torch.empty(1024)
-        given.copy_(torch.ones(1024))
+        fill(given)
         return model(given[:4]).sum()
 
+    given_bytes = 4 * 1024
     cost = step_cost(Example(lambda: nn.Linear(4, 1), filled, 1, 1, "rows", 0), adamw)
-    assert max(operation.moved for operation in cost.operations) == 2 * 4096  # read, and written
+    assert max(operation.moved for operation in cost.operations) == times * given_bytes
 
 
 def test_what_adapters_keep_between_steps_is_told():

@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 
 _BATCH, _VALIDATION = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"
 
@@ -83,7 +84,8 @@ def pending_record(trainer: Trainer) -> dict[str, Any] | None:
 def rates_due(trainer: Trainer) -> bool:
     """Whether schedules that follow a metric step once the checkpoint that is being written is there.
 
-    Lightning updates them after a batch. Where a validation is due it comes before, and both are repeated.
+    Lightning updates them after a batch. Where a validation is due, a resumed run repeats it and then the update, so
+    that this is False.
     """
     batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     waits = trainer.fit_loop._should_accumulate() or _validation_due(trainer)
@@ -96,7 +98,7 @@ def step_rates(trainer: Trainer) -> None:
 
 
 def batches_read(trainer: Trainer, length: int) -> int:
-    """How many batches of a loader the present epoch has read, of its last pass where the loader is repeated.
+    """How many batches of a loader the present epoch has read; for a loader that is repeated, in its current pass.
 
     Args:
         trainer: The one that resumes.
@@ -106,6 +108,13 @@ def batches_read(trainer: Trainer, length: int) -> int:
     if trainer.fit_loop._combined_loader._mode == "max_size_cycle":  # type: ignore[union-attr]
         return (batches - 1) % length + 1 if batches else 0
     return min(batches, length)
+
+
+def takes_several_batches(trainer: Trainer) -> bool:
+    """Whether the steps of the epoch, which take batches from an iterator, have taken more than one each."""
+    fetcher = trainer.fit_loop._data_fetcher
+    steps: int = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return isinstance(fetcher, _DataLoaderIterDataFetcher) and fetcher.fetched != steps
 
 
 def _validation_due(trainer: Trainer) -> bool:

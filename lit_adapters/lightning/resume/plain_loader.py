@@ -78,6 +78,8 @@ class Followed:
 
     def state_dict(self) -> dict[str, Any]:
         """The states at the start of the epoch and now, and the number of batches, in plain values and tensors."""
+        if self._start is None and self._resumed is not None:  # nothing was read since the resume
+            return self._resumed
         return {"start": self._start, "generators": _states(self._loader), "length": len(self._loader)}
 
     def go_on(self, state: dict[str, Any], batches: int, epoch: int) -> None:

@@ -5,7 +5,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import DataLoader, DistributedSampler
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data import DistributedSampler
 
 import lit_adapters as la
 from tests.lightning.resume.resumed import STEPS, compare, keyed_loader
@@ -31,7 +32,7 @@ class SaveAfter(Callback):
 
 
 def resumed_equals_whole(folder, task, data, batches, *more, **settings):
-    """`more` makes the further callbacks of a run."""
+    """From each checkpoint of the whole run, and from those of runs that were resumed; `more` makes more callbacks."""
     settings = {"max_epochs": 2} | settings
 
     def run(ckpt=None, save=()):
@@ -41,9 +42,11 @@ def resumed_equals_whole(folder, task, data, batches, *more, **settings):
         return state(module), saving
 
     want, saving = run(save=batches)
-    for number in batches:
-        found, again = run(saving.path(number))
-        assert again.seen == saving.seen[number:], number
+    again = [run(saving.path(number)) for number in batches]
+    # A chain: each run is resumed from what the one before it, itself resumed, has saved.
+    chain = [run(saving.path(number), batches[i + 1 : i + 2]) for i, number in enumerate(batches)]
+    for number, (found, seen) in [*zip(batches, again, strict=True), *zip(batches, chain, strict=True)]:
+        assert seen.seen == saving.seen[number:], number
         assert_equal_bits(found, want)
 
 
@@ -88,8 +91,11 @@ def test_loaders_of_different_lengths(tmp_path, make, mode, batches):
 class Iterating(Task):
     """Takes its batches itself."""
 
+    batches = 1
+
     def training_step(self, dataloader_iter):
-        batch, _, _ = next(dataloader_iter)
+        for _ in range(self.batches):
+            batch, _, _ = next(dataloader_iter)
         loss = self.loss(batch)
         self.log("train/loss", loss, batch_size=4)
         return loss
@@ -97,6 +103,27 @@ class Iterating(Task):
 
 def test_a_step_that_takes_its_batches_itself(tmp_path):
     resumed_equals_whole(tmp_path, Iterating, six_batches, (2, 5, 8))
+
+
+def test_a_step_that_takes_several_batches_is_warned_of(tmp_path):
+    save = SaveAfter(tmp_path, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Iterating, "batches", 2)
+        fit(tmp_path, Iterating(), la.AdapterCallback(figures=False), save, data=six_batches())
+        with pytest.warns(UserWarning, match="whose order is not known"):
+            fit(tmp_path, Iterating(), la.AdapterCallback(figures=False), data=six_batches(), ckpt=save.path(1))
+
+
+class Skipping(Task):
+    """Ends every epoch before its last batches."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 4 else None
+
+
+def test_an_epoch_that_the_module_ends(tmp_path):
+    """It ends with the first batch after the resume."""
+    resumed_equals_whole(tmp_path, Skipping, six_batches, (4, 6))
 
 
 class Manual(Task):
@@ -125,11 +152,44 @@ def test_manual_optimisation_with_two_optimisers(tmp_path):
     resumed_equals_whole(tmp_path, Manual, six_batches, (3, 4, 6, 9))
 
 
-def test_accumulation_by_a_schedule(tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 2}], ids=["", "validations"])
+def test_accumulation_by_a_schedule(tmp_path, settings):
     def schedule():
         return GradientAccumulationScheduler({0: 1, 1: 3})
 
-    resumed_equals_whole(tmp_path, Task, six_batches, (3, 6, 8, 9), schedule)
+    resumed_equals_whole(tmp_path, Task, six_batches, (3, 6, 8, 10), schedule, **settings)
+
+
+def test_gradients_that_wait_are_saved_again(tmp_path):
+    """SIGTERM comes before the first batch of a run that was resumed between two optimiser steps."""
+
+    class Stopped(Callback):
+        def on_train_start(self, trainer, module):
+            raise SIGTERMException
+
+    settings = {"data": loader(22), "accumulate_grad_batches": 4}
+    save, whole, resumed = SaveAfter(tmp_path, 2), Task(), Task()
+    fit(tmp_path, whole, la.AdapterCallback(figures=False), save, **settings)
+    held = torch.load(save.path(2), weights_only=True)["lit_adapters"]["processes"][0]["gradients"]
+    with pytest.raises(SystemExit):
+        fit(tmp_path, Task(), la.AdapterCallback(figures=False), Stopped(), ckpt=save.path(2), **settings)
+    interrupted = tmp_path / "last-interrupted.ckpt"
+    again = torch.load(interrupted, weights_only=True)["lit_adapters"]["processes"][0]["gradients"]
+    assert held
+    assert_equal_bits(held, again)
+    fit(tmp_path, resumed, la.AdapterCallback(figures=False), ckpt=interrupted, **settings)
+    assert_equal_bits(state(resumed), state(whole))
+
+
+def test_a_gradient_of_another_shape_is_refused(tmp_path):
+    save = SaveAfter(tmp_path, 2)
+    settings = {"data": loader(22), "accumulate_grad_batches": 4}
+    fit(tmp_path, Task(), la.AdapterCallback(figures=False), save, **settings)
+    edited = torch.load(save.path(2), weights_only=True)
+    edited["lit_adapters"]["processes"][0]["gradients"]["net.head.bias"] = torch.ones(2)
+    torch.save(edited, tmp_path / "x.ckpt")
+    with pytest.raises(la.AdapterError, match=r"gradient of 'net\.head\.bias' has the shape \(2,\), and the parameter"):
+        fit(tmp_path, Task(), la.AdapterCallback(figures=False), ckpt=tmp_path / "x.ckpt", **settings)
 
 
 class WithoutNorm(Task):
@@ -144,41 +204,33 @@ def averaging():
     return StochasticWeightAveraging(1e-2, 1)
 
 
-def test_weight_averaging(tmp_path):
-    resumed_equals_whole(tmp_path, WithoutNorm, six_batches, (3, 6, 8, 15), averaging, max_epochs=3)
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 2}], ids=["", "validations"])
+def test_weight_averaging(tmp_path, settings):
+    resumed_equals_whole(tmp_path, WithoutNorm, six_batches, (3, 6, 8, 15), averaging, max_epochs=3, **settings)
 
 
-def test_weight_averaging_that_measures_batch_norms_is_refused(tmp_path):
-    save = SaveAfter(tmp_path, 10, 14)
-    fit(tmp_path, Task(), la.AdapterCallback(figures=False), save, averaging(), data=six_batches(), max_epochs=2)
-    resumed = Task()
-    fit(
-        tmp_path, resumed, la.AdapterCallback(figures=False), averaging(),
-        data=six_batches(), ckpt=save.path(10), max_epochs=2,
-    )  # fmt: skip
-    with pytest.raises(la.AdapterError, match=r"14\.ckpt' was written while StochasticWeightAveraging measured"):
-        fit(
-            tmp_path, Task(), la.AdapterCallback(figures=False), averaging(),
-            data=six_batches(), ckpt=save.path(14), max_epochs=2,
-        )  # fmt: skip
+def test_weight_averaging_before_batch_norms_are_measured(tmp_path):
+    resumed_equals_whole(tmp_path, Task, six_batches, (3, 10, 12), averaging)
 
 
-def test_a_loader_begins_anew_after_a_fit_that_failed(tmp_path):
-    """It was told where to go on, and the fit ended before its first batch."""
+@pytest.mark.parametrize("batch", [14, 18])
+def test_a_pass_that_measures_batch_norms_is_refused(tmp_path, batch):
+    """In its middle, and after its last batch."""
+    save = SaveAfter(tmp_path, batch)
+    settings = {"data": six_batches(), "max_epochs": 2}
+    fit(tmp_path, Task(), la.AdapterCallback(figures=False), save, averaging(), **settings)
+    with pytest.raises(la.AdapterError, match=r"\d\d\.ckpt' was written while StochasticWeightAveraging measured"):
+        fit(tmp_path, Task(), la.AdapterCallback(figures=False), averaging(), ckpt=save.path(batch), **settings)
 
-    class Failing(Callback):
-        def on_train_start(self, trainer, module):
-            raise RuntimeError("on purpose")
 
-    data = DataLoader(loader(22).dataset, 4)
+def test_values_of_other_kinds_among_the_logged_ones(tmp_path):
+    """A user's callback may put a number there."""
+
+    class Counting(Callback):
+        def on_train_batch_end(self, trainer, *rest):
+            trainer.callback_metrics["mine"] = 3.0
+
     save = SaveAfter(tmp_path, 3)
-    fit(tmp_path, Task(), la.AdapterCallback(figures=False), save, data=data)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        fit(tmp_path, Task(), la.AdapterCallback(figures=False), Failing(), data=data, ckpt=save.path(3))
-    states = []
-    for given in (data, DataLoader(loader(22).dataset, 4)):
-        torch.manual_seed(0)
-        task = Task()
-        fit(tmp_path, task, la.AdapterCallback(figures=False), data=given)
-        states.append(state(task))
-    assert_equal_bits(*states)
+    fit(tmp_path, Task(), la.AdapterCallback(figures=False), Counting(), save, data=six_batches())
+    held = torch.load(save.path(3), weights_only=True)["lit_adapters"]["processes"][0]["metrics"]
+    assert held.keys() == {"train/loss"}
