@@ -32,6 +32,7 @@ from lit_adapters.training.placement import Strategy, place
 CASES: list[tuple[str, list[str]]] = [
     *((VISION.format(method), []) for method in ("lora", "nora", "full")),
     (VISION.format("full"), ["data.batch_size=8"]),
+    (VISION.format("nested_lora"), ["model.adapters.init_args.init=svd"]),  # most of it is buffers
     *((LANGUAGE.format(method), ["data.batch_size=2"]) for method in ("lora", "nora", "full")),
     (LANGUAGE.format("full"), ["data.batch_size=1", "data.max_length=128"]),
 ]

@@ -16,6 +16,7 @@ adapter alone. A run of each side is a process of its own; they take turns. Memo
 
 Peers import wandb, torchao and bitsandbytes where these are installed, which takes seconds, and need none of them here.
 So real sizes run in an environment without: pip install -e ".[vision,language,peft,eval]" "trl>=1.16,<1.17"
+Modules are compiled there already (pip does so, uv with --compile-bytecode).
 """
 
 from __future__ import annotations
