@@ -51,6 +51,7 @@ class Settings(Callback):
         check_clipping(clip, "gradient_clip_val", trainer.optimizers)
         _check_layers_inside(trainer, pl_module)
         check_resumed_schedules([c.scheduler for c in trainer.lr_scheduler_configs], *self._saved)  # type: ignore[misc]
+        self._saved = [], None
 
 
 def _check_layers_inside(trainer: Trainer, module: LightningModule) -> None:

@@ -238,13 +238,14 @@ def _all_zero(given):
 )
 def test_filling_a_tensor_writes_it_once(fill, times):
     def filled(model):
-        given = torch.empty(1024)
+        given = torch.empty(4096)[:1024]
         fill(given)
         return model(given[:4]).sum()
 
     given_bytes = 4 * 1024
     cost = step_cost(Example(lambda: nn.Linear(4, 1), filled, 1, 1, "rows", 0), adamw)
-    assert max(operation.moved for operation in cost.operations) == times * given_bytes
+    sizes = {operation.moved for operation in cost.operations} - {4 * given_bytes}  # without making the memory
+    assert max(sizes) == times * given_bytes
 
 
 def test_what_adapters_keep_between_steps_is_told():

@@ -55,9 +55,7 @@ class Resuming(Callback):
         self._restored: dict[str, Any] | None = None
         self._pending: dict[str, Any] | None = None
         self._loading: Any = None  # states of optimisers and schedules, and the path of their checkpoint
-        self._gradients: dict[str, Tensor] = {}  # of a step that the run before had begun
         self._going_on: list[FollowedLoader] = []  # whose epoch was broken off
-        self._goes_on = False  # an epoch that was broken off; nothing of it has run yet
         self._rates_due = False  # schedules that follow a metric step once the checkpoint is written
         self._step = 0  # before the present batch
         self._validated = False  # since the last batch
@@ -67,6 +65,9 @@ class Resuming(Callback):
         """Read, check and write checkpoint files safely, unless the trainer has an interface of its own for it."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpointIO(partial(_check, trainer), partial(_complete, trainer))
+        # A fit before may have failed.
+        self._restored = self._loading = self._pending = None
+        self._going_on, self._rates_due = [], False
         if stage == "fit" and not isinstance(trainer.strategy.process_dataloader, FollowingLoaders):
             process = trainer.strategy.process_dataloader
             trainer.strategy.process_dataloader = FollowingLoaders(process)  # type: ignore[method-assign, assignment]
@@ -90,10 +91,9 @@ class Resuming(Callback):
         stepped = trainer.global_step != self._step or loop_state.between_epochs(trainer)
         # Under manual optimisation one optimiser may have stepped, and another not.
         open_step = not stepped or not pl_module.automatic_optimization
-        gradients = self._gradients or (_gradients(pl_module) if open_step else {})
         own = {
             "random": random_states(pl_module.device),
-            "gradients": gradients,
+            "gradients": _gradients(pl_module) if open_step else {},
             "metrics": _scalars(trainer.callback_metrics),
             "loaders": _states_of_loaders(trainer),
         }
@@ -134,25 +134,40 @@ class Resuming(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore, as the last thing before the first epoch or batch."""
-        self._validated = self._interrupted = self._goes_on = False
+        self._validated = self._interrupted = False
         self._step = -1
         self._log_pending(trainer)
         restored, self._restored = self._restored, None
         if restored is None:
             return
         self._going_on = _restore_loaders(trainer, restored.get("loaders", []))
-        self._goes_on = not loop_state.between_epochs(trainer)
-        if self._goes_on:
+        goes_on = not loop_state.between_epochs(trainer)
+        if goes_on:
             _check_averaging(trainer)
         loop_state.repair_resumed_loop(trainer, bool(self._going_on))
         trainer.callback_metrics.update(restored.get("metrics", {}))
+        if goes_on:
+            self._begin_epoch(trainer, pl_module)
         if self._rates_due:
             loop_state.step_rates(trainer)
         self._rates_due = False
-        self._gradients = restored["gradients"]
-        _check_shapes(self._gradients, pl_module, trainer.ckpt_path)
+        if restored["gradients"]:
+            self._step = trainer.global_step
+            _restore_gradients(pl_module, restored["gradients"], trainer.ckpt_path)
         if restored["random"] is not None:
             set_random_states(restored["random"], pl_module.device)
+
+    def _begin_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let Lightning's callbacks that change the trainer as an epoch begins do so in one that goes on."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        own = next(i for i, c in enumerate(callbacks) if c is self or self in getattr(c, "parts", ()))
+        for i, callback in enumerate(callbacks):
+            if isinstance(callback, GradientAccumulationScheduler) and i > own:
+                # Once this training begins it looks whether the number of batches was changed, as it is here.
+                callback.on_train_start(trainer, pl_module)
+                _pass_over(callback, "on_train_start")
+            if isinstance(callback, (GradientAccumulationScheduler, StochasticWeightAveraging)):
+                callback.on_train_epoch_start(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the process before did not, also where nothing was left to train."""
@@ -167,46 +182,21 @@ class Resuming(Callback):
             logger.save()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Go on with an epoch, before its first batch."""
-        self._go_on(trainer, pl_module)
+        """Note the steps before the batch."""
         self._step, self._validated = trainer.global_step, False
-
-    def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Once, put open gradients back, and begin the epoch that goes on for callbacks that change the trainer."""
-        if self._goes_on:
-            self._goes_on = False
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, (GradientAccumulationScheduler, StochasticWeightAveraging)):
-                    callback.on_train_epoch_start(trainer, pl_module)
-        if self._gradients:
-            self._step = trainer.global_step
-            for name, parameter in pl_module.named_parameters():
-                if name in self._gradients:
-                    parameter.grad = self._gradients[name].to(parameter)
-            self._gradients = {}
 
     def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
         """Let loaders that have gone on begin their next epoch with its first batch."""
         self._end_going_on()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, where no batch was left or the module skipped all."""
-        self._go_on(trainer, pl_module)
+        """The same, where the module has ended the epoch with its first batch."""
         self._end_going_on()
 
     def _end_going_on(self) -> None:
         for loader in self._going_on:
             loader.followed.start_anew()
         self._going_on = []
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with an epoch, before a validation that is due."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
-        had_gradients = bool(self._gradients)
-        self._go_on(trainer, pl_module)
-        if had_gradients and not trainer.fit_loop._should_accumulate():
-            pl_module.on_validation_model_zero_grad()  # Lightning has just called this, before they were there
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that a validation has come after the last batch."""
@@ -296,24 +286,37 @@ def _check_averaging(trainer: Trainer) -> None:
 
 
 def _states_of_loaders(trainer: Trainer) -> list[dict[str, Any] | None]:
-    """What the order of plain loaders comes from; nothing where a step takes batches that nobody counts."""
-    if trainer.state.fn == "fit" and loop_state.takes_several_batches(trainer):
-        return []
+    """What the order of plain loaders comes from; of an epoch only where its batches can be counted."""
     loaders = tree_leaves(trainer.train_dataloader)
-    return [loader.followed.state_dict() if isinstance(loader, FollowedLoader) else None for loader in loaders]
+    states = [loader.followed.state_dict() if isinstance(loader, FollowedLoader) else None for loader in loaders]
+    if trainer.state.fn == "fit" and loop_state.takes_several_batches(trainer):
+        return [state and {**state, "start": None} for state in states]
+    return states
 
 
 def _is_stateful(loader: Any) -> bool:
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
-def _check_shapes(gradients: dict[str, Tensor], pl_module: LightningModule, path: Any) -> None:
+def _restore_gradients(pl_module: LightningModule, gradients: dict[str, Tensor], path: Any) -> None:
     for name, parameter in pl_module.named_parameters():
-        if name in gradients and gradients[name].shape != parameter.shape:
+        if name not in gradients:
+            continue
+        if gradients[name].shape != parameter.shape:
             raise AdapterError(
                 f"{str(path)!r}: the gradient of {name!r} has the shape {tuple(gradients[name].shape)}, and the "
                 f"parameter {tuple(parameter.shape)}; take an undamaged one"
             )
+        parameter.grad = gradients[name].to(parameter)
+
+
+def _pass_over(callback: Callback, hook: str) -> None:
+    """Leave out the next call of one of its hooks."""
+
+    def passed_over(*arguments: Any) -> None:
+        delattr(callback, hook)
+
+    setattr(callback, hook, passed_over)
 
 
 def _scalars(metrics: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -33,6 +33,8 @@ def complete_batch(trainer: Trainer, loops: dict[str, Any], interrupted: bool, v
     if batch["current"]["processed"] > batch["current"]["completed"]:
         for counter in (batch["total"], batch["current"]):
             counter["completed"] = counter["processed"]
+        if between_epochs(trainer):
+            return  # the module has ended the epoch with this batch, and nothing follows
         counts["_batches_that_stepped"] += 0 if due else steps
     elif not interrupted or between_epochs(trainer) or not due:
         return
@@ -63,7 +65,7 @@ def pending_record(trainer: Trainer) -> dict[str, Any] | None:
     batch: Any = fit.epoch_loop.batch_progress.current
     epoch: Any = fit.epoch_progress.current
     step: Any = fit.epoch_loop._batches_that_stepped
-    if batch.processed > batch.completed:
+    if batch.processed > batch.completed and not between_epochs(trainer):
         accumulates = fit._should_accumulate() and trainer.lightning_module.automatic_optimization
         if accumulates or not connector.should_update_logs:
             return None
@@ -88,7 +90,7 @@ def rates_due(trainer: Trainer) -> bool:
     that this is False.
     """
     batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    waits = trainer.fit_loop._should_accumulate() or _validation_due(trainer)
+    waits = between_epochs(trainer) or trainer.fit_loop._should_accumulate() or _validation_due(trainer)
     return bool(batch.processed > batch.completed and not waits)
 
 
@@ -114,7 +116,7 @@ def takes_several_batches(trainer: Trainer) -> bool:
     """Whether the steps of the epoch, which take batches from an iterator, have taken more than one each."""
     fetcher = trainer.fit_loop._data_fetcher
     steps: int = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-    return isinstance(fetcher, _DataLoaderIterDataFetcher) and fetcher.fetched != steps
+    return isinstance(fetcher, _DataLoaderIterDataFetcher) and fetcher.fetched > steps
 
 
 def _validation_due(trainer: Trainer) -> bool:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DistributedSampler
 
 import lit_adapters as la
-from tests.lightning.resume.resumed import STEPS, compare, keyed_loader
+from tests.lightning.resume.resumed import STEPS, Diary, compare, keyed_loader
 from tests.lightning.tiny_task import Task, assert_equal_bits, fit, loader, state
 
 
@@ -106,12 +106,23 @@ def test_a_step_that_takes_its_batches_itself(tmp_path):
 
 
 def test_a_step_that_takes_several_batches_is_warned_of(tmp_path):
-    save = SaveAfter(tmp_path, 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Iterating, "batches", 2)
-        fit(tmp_path, Iterating(), la.AdapterCallback(figures=False), save, data=six_batches())
-        with pytest.warns(UserWarning, match="whose order is not known"):
-            fit(tmp_path, Iterating(), la.AdapterCallback(figures=False), data=six_batches(), ckpt=save.path(1))
+    class Twice(Iterating):
+        batches = 2
+
+    def data():
+        return loader(22, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+    save, kept = SaveAfter(tmp_path, 1), ModelCheckpoint(tmp_path / "ends", filename="{epoch}")
+    settings = {"max_epochs": 2, "limit_val_batches": 0}
+    whole, resumed = Twice(), Twice()
+    fit(tmp_path, whole, la.AdapterCallback(figures=False), save, kept, data=data(), **settings)
+    with pytest.warns(UserWarning, match="whose order is not known"):
+        fit(tmp_path, Twice(), la.AdapterCallback(figures=False), data=data(), ckpt=save.path(1), **settings)
+    kept = ModelCheckpoint(tmp_path / "again", save_top_k=-1, filename="{epoch}")
+    fit(tmp_path, Twice(), la.AdapterCallback(figures=False), kept, data=data(), **settings | {"max_epochs": 1})
+    end = tmp_path / "again" / "epoch=0.ckpt"
+    fit(tmp_path, resumed, la.AdapterCallback(figures=False), data=data(), ckpt=end, **settings)
+    assert_equal_bits(state(resumed), state(whole))
 
 
 class Skipping(Task):
@@ -122,8 +133,26 @@ class Skipping(Task):
 
 
 def test_an_epoch_that_the_module_ends(tmp_path):
-    """It ends with the first batch after the resume."""
+    """It ends with the first batch after the resume, or has ended."""
     resumed_equals_whole(tmp_path, Skipping, six_batches, (4, 6))
+    validations = []
+
+    class Counting(Callback):
+        def on_validation_end(self, trainer, module):
+            validations.append(trainer.current_epoch)
+
+    settings = {"data": six_batches(), "max_epochs": 2, "num_sanity_val_steps": 0}
+    kept = ModelCheckpoint(tmp_path / "ends", save_top_k=-1, filename="{epoch}")
+    whole, resumed = Skipping(), Skipping()
+    first = fit(tmp_path, whole, la.AdapterCallback(figures=False), kept, Counting(), **settings)
+    assert validations == []  # Lightning leaves them out
+    end = tmp_path / "ends" / "epoch=0.ckpt"
+    settings["data"] = six_batches()
+    second = fit(tmp_path, resumed, la.AdapterCallback(figures=False), Counting(), ckpt=end, **settings)
+    assert validations == []
+    steps = [run.fit_loop.epoch_loop._batches_that_stepped for run in (first, second)]
+    assert steps[0] == steps[1]
+    assert_equal_bits(state(resumed), state(whole))
 
 
 class Manual(Task):
@@ -152,12 +181,53 @@ def test_manual_optimisation_with_two_optimisers(tmp_path):
     resumed_equals_whole(tmp_path, Manual, six_batches, (3, 4, 6, 9))
 
 
+def schedule():
+    return GradientAccumulationScheduler({0: 1, 1: 3})
+
+
 @pytest.mark.parametrize("settings", [{}, {"val_check_interval": 2}], ids=["", "validations"])
 def test_accumulation_by_a_schedule(tmp_path, settings):
-    def schedule():
-        return GradientAccumulationScheduler({0: 1, 1: 3})
-
     resumed_equals_whole(tmp_path, Task, six_batches, (3, 6, 8, 10), schedule, **settings)
+
+
+def test_accumulation_by_a_schedule_from_what_a_validation_saves(tmp_path):
+    """Nothing of the validation is repeated, and what is logged after it has the same steps."""
+
+    def run(folder, ckpt=None):
+        diary, task = Diary(), Task()
+        kept = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}-{step}", save_on_train_epoch_end=False)
+        callbacks = [la.AdapterCallback(figures=False), schedule(), kept]
+        settings = {"val_check_interval": 2, "max_epochs": 2, "logger": diary}
+        fit(tmp_path, task, *callbacks, data=six_batches(), ckpt=ckpt, **settings)
+        return diary.records, state(task)
+
+    records, want = run(tmp_path / "whole")
+    paths = sorted((tmp_path / "whole").glob("epoch=1-*.ckpt"))
+    assert paths
+    for path in paths:
+        found, end = run(tmp_path / path.stem, path)
+        assert found == records[len(records) - len(found) :]
+        assert_equal_bits(end, want)
+
+
+def test_a_failed_fit_leaves_nothing_to_the_next(tmp_path):
+    """The same callback trains again, without a checkpoint."""
+
+    class Failing(Callback):
+        def on_fit_start(self, trainer, module):
+            raise RuntimeError("on purpose")
+
+    save = SaveAfter(tmp_path, 3)
+    fit(tmp_path, Task(), la.AdapterCallback(figures=False), save, data=six_batches())
+    used, states = la.AdapterCallback(figures=False), []
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(tmp_path, Task(), Failing(), used, data=six_batches(), ckpt=save.path(3))
+    for callback in (used, la.AdapterCallback(figures=False)):
+        torch.manual_seed(0)
+        task = Task()
+        fit(tmp_path, task, callback, data=six_batches())
+        states.append(state(task))
+    assert_equal_bits(*states)
 
 
 def test_gradients_that_wait_are_saved_again(tmp_path):
