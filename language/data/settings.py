@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from language.data.formats import FORMATS, check_columns, check_template, field_names
 from language.data.rows import check_characters, shown
 from lit_adapters.errors import DataError
 
-if TYPE_CHECKING:
-    from language.data.module import InstructionDataModule
 
-
-def check_settings(data: InstructionDataModule) -> None:
-    """Check the settings of a data module.
+def check_settings(data: Any) -> None:
+    """Check the settings of an `InstructionDataModule`.
 
     Raises:
         DataError: A value is out of range, or has no meaning for the format; the message names the fix.
@@ -55,7 +52,7 @@ def check_settings(data: InstructionDataModule) -> None:
     _check_texts(data)
 
 
-def _check_texts(data: InstructionDataModule) -> None:
+def _check_texts(data: Any) -> None:
     """Check the settings that are text: paths, names of columns, templates.
 
     Raises:
