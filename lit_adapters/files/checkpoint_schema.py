@@ -222,6 +222,7 @@ _OF_A_PROCESS = "the random states, gradients, logged values and states of loade
 _RESUMING: _Checks = {
     "pending": (_is_pending, "a step and numbers by name"),
     "rates_due": (lambda value: isinstance(value, bool), "true or false"),
+    "rates_done": (lambda value: isinstance(value, bool), "true or false"),
 }
 _MODEL: _Checks = {
     "methods": (lambda value: _all(value, _is_method), "a list of forms with class_path and init_args"),

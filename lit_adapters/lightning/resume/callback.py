@@ -57,6 +57,7 @@ class Resuming(Callback):
         self._loading: Any = None  # states of optimisers and schedules, and the path of their checkpoint
         self._going_on: list[FollowedLoader] = []  # whose epoch was broken off
         self._rates_due = False  # schedules that follow a metric step once the checkpoint is written
+        self._rates_done = False  # they have, and Lightning repeats it
         self._step = 0  # before the present batch
         self._validated = False  # since the last batch
         self._interrupted = False
@@ -67,7 +68,7 @@ class Resuming(Callback):
             trainer.strategy.checkpoint_io = SafeCheckpointIO(partial(_check, trainer), partial(_complete, trainer))
         # A fit before may have failed.
         self._restored = self._loading = self._pending = None
-        self._going_on, self._rates_due = [], False
+        self._going_on, self._rates_due, self._rates_done = [], False, False
         if stage == "fit" and not isinstance(trainer.strategy.process_dataloader, FollowingLoaders):
             process = trainer.strategy.process_dataloader
             trainer.strategy.process_dataloader = FollowingLoaders(process)  # type: ignore[method-assign, assignment]
@@ -102,6 +103,7 @@ class Resuming(Callback):
             loops = checkpoint["loops"]["fit_loop"]
             pending = loop_state.pending_record(trainer)
             checkpoint[RECORD]["rates_due"] = loop_state.rates_due(trainer)
+            checkpoint[RECORD]["rates_done"] = loop_state.rates_done(trainer, self._interrupted, self._validated)
             loop_state.complete_batch(trainer, loops, self._interrupted, self._validated)
             if pending is not None:
                 checkpoint[RECORD]["pending"] = pending
@@ -120,6 +122,7 @@ class Resuming(Callback):
             return
         self._pending = checkpoint[RECORD].get("pending")
         self._rates_due = checkpoint[RECORD].get("rates_due", False)
+        self._rates_done = checkpoint[RECORD].get("rates_done", False)
         self._loading = checkpoint["optimizer_states"], checkpoint["lr_schedulers"], trainer.ckpt_path
         processes = checkpoint[RECORD]["processes"]
         if len(processes) == trainer.world_size:
@@ -150,7 +153,9 @@ class Resuming(Callback):
             self._begin_epoch(trainer, pl_module)
         if self._rates_due:
             loop_state.step_rates(trainer)
-        self._rates_due = False
+        if self._rates_done:
+            _pass_over(trainer.fit_loop.epoch_loop, "update_lr_schedulers")
+        self._rates_due = self._rates_done = False
         if restored["gradients"]:
             self._step = trainer.global_step
             _restore_gradients(pl_module, restored["gradients"], trainer.ckpt_path)
@@ -310,13 +315,13 @@ def _restore_gradients(pl_module: LightningModule, gradients: dict[str, Tensor],
         parameter.grad = gradients[name].to(parameter)
 
 
-def _pass_over(callback: Callback, hook: str) -> None:
-    """Leave out the next call of one of its hooks."""
+def _pass_over(owner: Any, method: str) -> None:
+    """Leave out the next call of a method."""
 
-    def passed_over(*arguments: Any) -> None:
-        delattr(callback, hook)
+    def passed_over(*arguments: Any, **named: Any) -> None:
+        delattr(owner, method)
 
-    setattr(callback, hook, passed_over)
+    setattr(owner, method, passed_over)
 
 
 def _scalars(metrics: dict[str, Tensor]) -> dict[str, Tensor]:

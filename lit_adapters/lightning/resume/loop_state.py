@@ -94,6 +94,16 @@ def rates_due(trainer: Trainer) -> bool:
     return bool(batch.processed > batch.completed and not waits)
 
 
+def rates_done(trainer: Trainer, interrupted: bool, validated: bool) -> bool:
+    """Whether these schedules have stepped after a validation, and a resumed run would let them do so again.
+
+    Arguments are those of `complete_batch`. Lightning passes over the validation, but does what follows it.
+    """
+    batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    done = batch.processed == batch.completed and not between_epochs(trainer)
+    return bool(interrupted and validated and done and _validation_due(trainer))
+
+
 def step_rates(trainer: Trainer) -> None:
     """Update the schedules that follow a metric after each step, as a batch that is done does."""
     trainer.fit_loop.epoch_loop._update_learning_rates("step", update_plateau_schedulers=True)

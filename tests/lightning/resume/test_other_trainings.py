@@ -64,6 +64,37 @@ def test_rates_that_follow_the_loss_of_each_step(tmp_path):
     compare(tmp_path, keyed_loader, STEPS, "loss", accumulate_grad_batches=2)
 
 
+def test_rates_that_follow_a_validation_in_which_the_run_is_stopped(tmp_path):
+    """SIGTERM comes in the validation, which ends, and the schedule steps before the checkpoint is written."""
+
+    class Following(Task):
+        def __init__(self):
+            torch.manual_seed(0)
+            super().__init__()
+
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            rates = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.7, patience=0, threshold=0.3)
+            following = {"scheduler": rates, "monitor": "val/loss", "interval": "step", "frequency": 3}
+            return {"optimizer": optimizer, "lr_scheduler": following}
+
+    class Stopping(Callback):
+        def on_validation_end(self, trainer, module):
+            if trainer.global_step == 3 and not trainer.sanity_checking:
+                trainer._signal_connector.received_sigterm = True
+
+    settings = {"val_check_interval": 3, "max_epochs": 2}
+    whole, resumed, save = Following(), Following(), SaveAfter(tmp_path)
+    fit(tmp_path, whole, la.AdapterCallback(figures=False), save, data=six_batches(), **settings)
+    with pytest.raises(SystemExit):
+        fit(tmp_path, Following(), la.AdapterCallback(figures=False), Stopping(), data=six_batches(), **settings)
+    again, ckpt = SaveAfter(tmp_path), tmp_path / "last-interrupted.ckpt"
+    fit(tmp_path, resumed, la.AdapterCallback(figures=False), again, data=six_batches(), ckpt=ckpt, **settings)
+    assert again.seen == save.seen[3:]
+    assert len({rate for rate, _ in save.seen}) > 2
+    assert_equal_bits(state(resumed), state(whole))
+
+
 class Pairs(Task):
     """Reads two loaders; the second may be exhausted."""
 
