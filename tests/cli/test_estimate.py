@@ -134,16 +134,33 @@ def test_this_machine_is_measured(estimate):
             ["--config", LANGUAGE.replace("lora", "lora_rite"), *SHARDED],
             "LoRARITE needs whole matrices: use the",
         ),
-        (
+        pytest.param(
             ["--config", LANGUAGE.replace("lora", "lora_pre"), *SHARDED],
             "LoRAPre needs whole matrices: use the",
+            marks=pytest.mark.slow,
         ),
         (["--config", LANGUAGE.replace("lora", "eva"), *SHARDED], "start='eva' needs whole matrices: calibrate before"),
-        (["--config", VISION.replace("lora", "nested_lora"), *SHARDED], "init='awsvd' needs whole weights: calibrate"),
-        (["--config", VISION.replace("lora", "adalora"), *SHARDED], "AdaLoRA's ranks cannot be allocated with FSDP2"),
+        pytest.param(
+            ["--config", VISION.replace("lora", "nested_lora"), *SHARDED],
+            "init='awsvd' needs whole weights: calibrate",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--config", VISION.replace("lora", "adalora"), *SHARDED],
+            "AdaLoRA's ranks cannot be allocated with FSDP2",
+            marks=pytest.mark.slow,
+        ),
         (["--config", LANGUAGE.replace("lora", "grpo"), *SHARDED], "a model that samples cannot be sharded"),
-        (["--config", LANGUAGE.replace("lora", "draft"), *SHARDED], "a draft and its target cannot be sharded"),
-        (["--config", LANGUAGE.replace("lora", "dpo"), *SHARDED, "model.train=[lm_head]"], "needs its initial values"),
+        pytest.param(
+            ["--config", LANGUAGE.replace("lora", "draft"), *SHARDED],
+            "a draft and its target cannot be sharded",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--config", LANGUAGE.replace("lora", "dpo"), *SHARDED, "model.train=[lm_head]"],
+            "needs its initial values",
+            marks=pytest.mark.slow,
+        ),
         (["--config", VISION, "data.batch_sze=3"], "data.batch_sze.*read as a recipe of vision"),
         (["--config", VISION, "--program", "nothing_such"], "No module named 'nothing_such'"),
     ],

@@ -51,6 +51,9 @@ def resumed_equals_whole(folder, task, data, batches, *more, **settings):
         assert_equal_bits(found, want)
 
 
+VALIDATING = pytest.param({"val_check_interval": 2}, marks=pytest.mark.slow)
+
+
 def six_batches():
     return loader(22, shuffle=True)
 
@@ -109,7 +112,11 @@ def resumable(n):
     return la.ResumableLoader(dataset, batch_size=4, sampler=DistributedSampler(dataset, 1, 0, seed=0))
 
 
-@pytest.mark.parametrize("make", [lambda n: loader(n, shuffle=True), resumable], ids=["plain", "resumable"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda n: loader(n, shuffle=True), pytest.param(resumable, marks=pytest.mark.slow)],
+    ids=["plain", "resumable"],
+)
 @pytest.mark.parametrize(
     ("mode", "batches"), [("max_size_cycle", (1, 2, 4, 5, 8)), ("max_size", (2, 5, 8)), ("min_size", (1, 3))]
 )
@@ -217,7 +224,7 @@ def schedule():
     return GradientAccumulationScheduler({0: 1, 1: 3})
 
 
-@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 2}], ids=["", "validations"])
+@pytest.mark.parametrize("settings", [{}, VALIDATING], ids=["", "validations"])
 def test_accumulation_by_a_schedule(tmp_path, settings):
     resumed_equals_whole(tmp_path, Task, six_batches, (3, 6, 8, 10), schedule, **settings)
 
@@ -314,7 +321,7 @@ SAVED_AS_VALUES = pytest.mark.skipif(
 
 
 @SAVED_AS_VALUES
-@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 2}], ids=["", "validations"])
+@pytest.mark.parametrize("settings", [{}, VALIDATING], ids=["", "validations"])
 def test_weight_averaging(tmp_path, settings):
     resumed_equals_whole(tmp_path, WithoutNorm, six_batches, (3, 6, 8, 15), averaging, max_epochs=3, **settings)
 
